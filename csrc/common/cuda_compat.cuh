@@ -1,0 +1,215 @@
+// What every CUDA file of this project includes, and the only header it needs besides its own op's.
+//
+// A kernel is compiled twice: by nvcc, and by g++ against tests/cuda_emu/cuda_emu.h, which runs it
+// on the CPU with real barriers, shuffles and shared memory. So a kernel file <op>.cuh
+//   - holds kernels and device functions, a launcher file <op>.cu the launches; both include this
+//   header first;
+//   - launches by IDDPM_LAUNCH(kernel, grid, block, shared_bytes, stream, arguments...), never by
+//   <<< >>>
+//     (a template with several arguments in parentheses: IDDPM_LAUNCH((kernel<T, 8>), ...));
+//   - takes static shared memory by IDDPM_SMEM(T, name, n) and dynamic by IDDPM_SMEM_DYNAMIC(T,
+//   name), never by
+//     __shared__; both give a 16-byte aligned `T* const name`, so sizeof(name) is the size of a
+//     pointer;
+//   - has __syncthreads() reached by every thread of the block, none of which has returned before,
+//   and __*_sync reached by
+//     every lane of its mask: the emulator refuses anything else;
+//   - guards inline PTX by `#ifdef __CUDA_ARCH__` and gives a plain fallback after `#else`;
+//   - counts offsets in int64_t, and loads and stores 16 bytes by load_pack / store_pack below;
+//   - uses no cooperative groups, no clusters, no textures, no device malloc and no printf, and no
+//   atomic for a result that
+//     must repeat bit for bit.
+// A launcher is `int <op>_cuda(const <Op>Args&, void* stream)`: it returns 0 for empty input before
+// any launch, and `launch_status()` after it. Args are plain structs passed by value to the kernel.
+#pragma once
+
+#include <cstdint>
+
+#include "host_device.h"
+
+#if defined(__CUDACC__)
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#define IDDPM_DEVICE __device__ __forceinline__
+#define IDDPM_SMEM(T, name, n)                  \
+  __shared__ __align__(16) T name##_storage[n]; \
+  T* const name = name##_storage
+#define IDDPM_SMEM_DYNAMIC(T, name)                           \
+  extern __shared__ __align__(16) unsigned char iddpm_smem[]; \
+  T* const name = reinterpret_cast<T*>(iddpm_smem)
+#define IDDPM_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
+  kernel<<<(grid), (block), (shared_bytes), static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
+
+#else
+
+#include "cuda_emu.h"
+
+#define IDDPM_DEVICE inline
+#define IDDPM_SMEM(T, name, n) T* const name = cuda_emu::static_shared<T>(n, __FILE__, __LINE__)
+#define IDDPM_SMEM_DYNAMIC(T, name) T* const name = cuda_emu::dynamic_shared<T>()
+#define IDDPM_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
+  cuda_emu::launch((grid), (block), (shared_bytes), [&] { kernel(__VA_ARGS__); })
+
+#endif
+
+namespace iddpm {
+
+// The error code of the launches since the last call, 0 for none: what a launcher returns.
+inline int launch_status() { return static_cast<int>(cudaGetLastError()); }
+
+// ---- 16-bit types: arithmetic is in float, rounding to nearest even on the way back
+
+IDDPM_DEVICE float to_float(float x) { return x; }
+IDDPM_DEVICE float to_float(__half x) { return __half2float(x); }
+IDDPM_DEVICE float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+template <typename T>
+IDDPM_DEVICE T from_float(float x);
+template <>
+IDDPM_DEVICE float from_float<float>(float x) {
+  return x;
+}
+template <>
+IDDPM_DEVICE __half from_float<__half>(float x) {
+  return __float2half_rn(x);
+}
+template <>
+IDDPM_DEVICE __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
+  return __float2bfloat16_rn(x);
+}
+
+// ---- vector memory access
+
+// N neighbours of type T that move in one instruction: N * sizeof(T) is 2, 4, 8 or 16 bytes.
+template <typename T, int N>
+struct alignas(sizeof(T) * N) Pack {
+  T v[N];
+};
+
+// How many T one 16-byte access holds.
+template <typename T>
+constexpr int kPackSize = 16 / static_cast<int>(sizeof(T));
+
+// Global memory only. Written in PTX because nvcc splits a 16-byte C++ store into four of 4 bytes.
+// `p` is aligned to the size of the pack. The accesses keep their order among themselves, so a
+// kernel may work in place.
+template <typename T, int N>
+IDDPM_DEVICE Pack<T, N> load_pack(const T* p) {
+  constexpr int kBytes = static_cast<int>(sizeof(T)) * N;
+  static_assert(kBytes == 2 || kBytes == 4 || kBytes == 8 || kBytes == 16,
+                "a pack has 2, 4, 8 or 16 bytes");
+#ifdef __CUDA_ARCH__
+  if constexpr (kBytes == 16) {
+    union {
+      uint4 bits;
+      Pack<T, N> pack;
+    } u{};
+    asm volatile("ld.global.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(u.bits.x), "=r"(u.bits.y), "=r"(u.bits.z), "=r"(u.bits.w)
+                 : "l"(p));
+    return u.pack;
+  } else if constexpr (kBytes == 8) {
+    union {
+      uint2 bits;
+      Pack<T, N> pack;
+    } u{};
+    asm volatile("ld.global.v2.b32 {%0, %1}, [%2];" : "=r"(u.bits.x), "=r"(u.bits.y) : "l"(p));
+    return u.pack;
+  }
+#else
+  cuda_emu::check_aligned(p, kBytes);
+#endif
+  return *reinterpret_cast<const Pack<T, N>*>(p);
+}
+
+template <typename T, int N>
+IDDPM_DEVICE void store_pack(T* p, const Pack<T, N>& pack) {
+  constexpr int kBytes = static_cast<int>(sizeof(T)) * N;
+  static_assert(kBytes == 2 || kBytes == 4 || kBytes == 8 || kBytes == 16,
+                "a pack has 2, 4, 8 or 16 bytes");
+#ifdef __CUDA_ARCH__
+  if constexpr (kBytes == 16) {
+    union {
+      Pack<T, N> pack;
+      uint4 bits;
+    } u{pack};
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(u.bits.x), "r"(u.bits.y),
+                 "r"(u.bits.z), "r"(u.bits.w)
+                 : "memory");
+    return;
+  } else if constexpr (kBytes == 8) {
+    union {
+      Pack<T, N> pack;
+      uint2 bits;
+    } u{pack};
+    asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(p), "r"(u.bits.x), "r"(u.bits.y)
+                 : "memory");
+    return;
+  }
+#else
+  cuda_emu::check_aligned(p, kBytes);
+#endif
+  *reinterpret_cast<Pack<T, N>*>(p) = pack;
+}
+
+template <typename T, int N>
+IDDPM_DEVICE void load_floats(const T* p, float (&out)[N]) {
+  const Pack<T, N> pack = load_pack<T, N>(p);
+#pragma unroll
+  for (int i = 0; i < N; ++i) out[i] = to_float(pack.v[i]);
+}
+
+template <typename T, int N>
+IDDPM_DEVICE void store_floats(T* p, const float (&values)[N]) {
+  Pack<T, N> pack;
+#pragma unroll
+  for (int i = 0; i < N; ++i) pack.v[i] = from_float<T>(values[i]);
+  store_pack<T, N>(p, pack);
+}
+
+// ---- reductions: a fixed tree, so the same numbers give the same bits, and every lane gets the
+// result
+
+IDDPM_DEVICE float warp_sum(float x) {
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(0xffffffffu, x, offset);
+  return x;
+}
+
+IDDPM_DEVICE float warp_max(float x) {
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2)
+    x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, offset));
+  return x;
+}
+
+// Sum over a one-dimensional block whose size is a multiple of 32, given to every thread. `scratch`
+// is shared memory for 32 floats; it may be used again after the call without a barrier.
+IDDPM_DEVICE float block_sum(float x, float* scratch) {
+  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+  const int warps = static_cast<int>(blockDim.x) / 32;
+  x = warp_sum(x);
+  if (lane == 0) scratch[warp] = x;
+  __syncthreads();
+  x = warp_sum(lane < warps ? scratch[lane] : 0.0f);
+  __syncthreads();
+  return x;
+}
+
+// ---- functions that have a faster instruction than the C++ library's
+
+// tanh with a relative error of 2^-11: for results that are rounded to 16 bits.
+IDDPM_DEVICE float tanh_approx(float x) {
+#ifdef __CUDA_ARCH__
+  float y;
+  asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return tanhf(x);
+#endif
+}
+
+}  // namespace iddpm
