@@ -1,0 +1,66 @@
+#include "common/isa.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+
+#if IDDPM_X86
+#include <cpuid.h>
+#endif
+
+namespace iddpm {
+namespace {
+
+#if IDDPM_X86
+// __builtin_cpu_supports knows "f16c" only in recent compilers.
+bool has_f16c() {
+  unsigned eax, ebx, ecx = 0, edx;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);
+}
+#endif
+
+int detect() {
+#if IDDPM_X86
+  __builtin_cpu_init();
+  if (!__builtin_cpu_supports("sse4.2")) return -1;
+  if (!(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c()))
+    return kBase;
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  return avx512 ? kAvx512 : kAvx2;
+#else
+  return kBase;
+#endif
+}
+
+// An IDDPM_ISA that this CPU cannot run, or no instruction set at all, is refused at import by the
+// bindings, so here it only must not be used.
+int initial() {
+  const int best = best_isa();
+  if (const char* asked = std::getenv("IDDPM_ISA"))
+    for (int isa = kBase; isa <= best; ++isa)
+      if (std::strcmp(asked, kIsaNames[isa]) == 0) return isa;
+  return best;
+}
+
+std::atomic<int>& selected() {
+  static std::atomic<int> isa{initial()};
+  return isa;
+}
+
+}  // namespace
+
+int best_isa() {
+  static const int best = detect();
+  return best;
+}
+
+int current_isa() { return selected().load(std::memory_order_relaxed); }
+
+bool set_isa(int isa) {
+  if (isa < kBase || isa > best_isa()) return false;
+  selected().store(isa, std::memory_order_relaxed);
+  return true;
+}
+
+}  // namespace iddpm

@@ -1,0 +1,33 @@
+"""Improved denoising diffusion on PyTorch, with fused C++, CUDA and Triton kernels."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# Public name -> the module that defines it; a module itself where the two are equal. Loaded at
+# first use: importing iddpm_ext is quick and asks for no optional library.
+_LAZY: dict[str, str] = {
+    "metrics": "iddpm_ext.metrics",
+    "ops": "iddpm_ext.ops",
+}
+
+if TYPE_CHECKING:
+    pass
+
+__all__ = ["__version__", *_LAZY]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'iddpm_ext' has no attribute {name!r}")
+    module = importlib.import_module(_LAZY[name])
+    value = module if _LAZY[name] == f"{__name__}.{name}" else getattr(module, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

@@ -1,0 +1,249 @@
+"""Builds ``iddpm_ext/_C``: the C++ kernels always, the CUDA kernels where a toolkit works.
+
+Environment:
+    IDDPM_CPP=0           install without the compiled module (the reference backend alone)
+    IDDPM_CUDA=auto|0|1   build CUDA kernels if possible (default), never, or fail if impossible
+    IDDPM_CUDA_ARCHS      "80;90+PTX", or "native" for this machine's GPUs, the default of builds
+                          that stay in the tree; wheels take tools/cuda_toolkit.py's list
+    IDDPM_SANITIZE        "address,undefined": compile for these sanitizers
+    CXX, MAX_JOBS         the C++ compiler; how many compilers run at once
+
+What was decided, and the reason for every fallback, is printed and kept in ``_C.build_info()``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "tools"))
+
+from cuda_toolkit import CudaUnavailable, Toolkit, choose_archs, find_toolkit, gencode
+from objects import CompileError, Unit, compile_all, compile_one
+
+CSRC = Path("csrc")
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+MODULE_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra")
+# Without these two, gcc leaves loops with exp or a comparison in them scalar.
+KERNEL_FLAGS = ("-fno-trapping-math", "-fno-math-errno", "-Wno-psabi", "-Wno-unknown-pragmas")
+ISA_FLAGS = {
+    "base": ("-msse4.2", "-mpopcnt") if X86 else (),
+    "avx2": ("-mavx2", "-mfma", "-mf16c", "-mpopcnt"),
+    "avx512": (
+        *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
+        *("-mfma", "-mf16c", "-mpopcnt", "-mprefer-vector-width=512"),
+    ),
+}
+ISAS = tuple(ISA_FLAGS) if X86 else ("base",)
+
+
+@dataclass(frozen=True)
+class Cuda:
+    """The CUDA half of the build record."""
+
+    built: bool
+    reason: str
+    archs: str = ""
+    nvcc: str = ""
+    release: str = ""
+
+
+def say(text: str) -> None:
+    """One line of the build's log."""
+    print(f"iddpm_ext: {text}", flush=True)
+
+
+def find_compiler() -> tuple[str, str]:
+    """The C++ compiler and its version line; stops the build where there is none."""
+    for name in (os.environ.get("CXX"), "g++", "clang++", "c++"):
+        if name and shutil.which(name):
+            version = subprocess.run([name, "--version"], capture_output=True, text=True)
+            if version.returncode == 0:
+                return name, version.stdout.splitlines()[0]
+    raise SystemExit(
+        "iddpm_ext: no C++ compiler found (CXX, g++, clang++, c++). Install one, or set "
+        "IDDPM_CPP=0 to install the pure PyTorch reference backend alone."
+    )
+
+
+def probe_openmp(cxx: str) -> tuple[tuple[str, ...], str]:
+    """The OpenMP flags and "", or serial flags and the reason."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "probe.cpp")
+        source.write_text("#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n")
+        command = [cxx, "-fopenmp", str(source), "-o", str(Path(folder, "probe"))]
+        done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode == 0:
+        return ("-fopenmp",), ""
+    return ("-fopenmp-simd", "-Wno-unknown-pragmas"), f"no OpenMP: {done.stderr.strip()[-200:]}"
+
+
+def sanitizer_flags() -> tuple[str, ...]:
+    """The flags that IDDPM_SANITIZE asks for."""
+    asked = os.environ.get("IDDPM_SANITIZE", "")
+    return (f"-fsanitize={asked}", "-fno-omit-frame-pointer", "-g", "-O1") if asked else ()
+
+
+def c_string(text: str) -> str:
+    """``text`` as a C++ string literal."""
+    plain = text.encode("ascii", "replace").decode()
+    return '"' + plain.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
+
+
+class BuildKernels(build_ext):
+    """Compiles csrc/ with a cache of object files, each CPU kernel once per instruction set."""
+
+    def run(self) -> None:
+        """Build; setuptools clears ``inplace`` while it does, and it decides the architectures."""
+        in_tree = self.inplace or self.editable_mode
+        self.archs = os.environ.get("IDDPM_CUDA_ARCHS") or ("native" if in_tree else None)
+        super().run()
+
+    def build_extension(self, ext: Extension) -> None:
+        """Compile and link ``iddpm_ext._C``."""
+        start = time.perf_counter()
+        self.cxx, self.compiler = find_compiler()
+        self.openmp, openmp_reason = probe_openmp(self.cxx)
+        self.cache = self.object_cache()
+        cuda, toolkit = self.decide_cuda()
+        record: dict[str, object] = {
+            "compiler": self.compiler,
+            "isa_compiled": list(ISAS),
+            "openmp": {"built": not openmp_reason, "reason": openmp_reason},
+            "cuda": asdict(cuda),
+            "sanitize": os.environ.get("IDDPM_SANITIZE", ""),
+        }
+        units = [self.bindings_unit(toolkit), self.record_unit(record), *self.common_units()]
+        units += [unit for isa in ISAS for unit in self.kernel_units(isa)]
+        if toolkit:
+            units += [self.cuda_unit(toolkit, cuda.archs, s) for s in sorted(CSRC.glob("*/*.cu"))]
+        say(f"C++ for {', '.join(ISAS)} with {self.compiler}; {openmp_reason or 'OpenMP'}")
+        say(f"CUDA for {cuda.archs} ({cuda.reason})" if cuda.built else f"no CUDA: {cuda.reason}")
+        try:
+            objects, compiled = compile_all(units, self.cache)
+            self.link(objects, toolkit, Path(self.get_ext_fullpath(ext.name)))
+        except CompileError as error:
+            raise SystemExit(f"iddpm_ext: {error}") from None
+        say(f"{compiled} of {len(units)} files compiled, {time.perf_counter() - start:.1f} s")
+
+    def object_cache(self) -> Path:
+        """build/ of the source tree, or the build's temporary folder where that is read-only."""
+        name = f"iddpm-objects-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+        for folder in (Path("build"), Path(self.build_temp)):
+            try:
+                cache = folder.resolve() / name
+                cache.mkdir(parents=True, exist_ok=True)
+                if os.access(cache, os.W_OK):
+                    return cache
+            except OSError:
+                continue
+        raise SystemExit(f"iddpm_ext: neither build/ nor {self.build_temp} can be written")
+
+    def decide_cuda(self) -> tuple[Cuda, Toolkit | None]:
+        """Whether CUDA is built, for what, and why; a toolkit counts only if a probe compiles."""
+        mode = os.environ.get("IDDPM_CUDA", "auto")
+        if mode not in ("auto", "0", "1"):
+            raise SystemExit(f"iddpm_ext: IDDPM_CUDA must be auto, 0 or 1, got {mode!r}")
+        if mode == "0":
+            return Cuda(False, "IDDPM_CUDA=0"), None
+        try:
+            toolkit = find_toolkit()
+            archs, remark = choose_archs(toolkit, self.archs)
+            probe = self.cache / "probe.cu"
+            probe.write_text("#include <cuda_runtime.h>\n__global__ void probe() {}\n")
+            compile_one(self.cuda_unit(toolkit, archs.split(";")[0], probe), self.cache)
+        except (CudaUnavailable, CompileError) as error:
+            if mode == "1":
+                raise SystemExit(f"iddpm_ext: IDDPM_CUDA=1, but {error}") from None
+            return Cuda(False, str(error)), None
+        reason = f"nvcc {toolkit.release} from {toolkit.found_by}" + (remark and f"; {remark}")
+        return Cuda(True, reason, archs, toolkit.nvcc, toolkit.release), toolkit
+
+    def unit(self, name: str, source: Path, *flags: str) -> Unit:
+        """A C++ object file."""
+        command = (self.cxx, *MODULE_FLAGS, *self.openmp, f"-I{CSRC}", *flags, "-c")
+        return Unit(name, source, (*command, *sanitizer_flags()), self.compiler)
+
+    def bindings_unit(self, toolkit: Toolkit | None) -> Unit:
+        """bindings.cpp: the one file that sees Python; the slowest, so compiled first."""
+        import pybind11
+
+        headers = pybind11.get_include()
+        flags = ["-DIDDPM_WITH_CUDA"] if toolkit else []
+        flags += ["-isystem", sysconfig.get_path("include"), "-isystem", headers]
+        unit = self.unit("bindings", CSRC / "bindings.cpp", *flags)
+        identity = f"{unit.identity} pybind11 {pybind11.__version__}"
+        return Unit(unit.name, unit.source, unit.command, identity, (headers,))
+
+    def record_unit(self, record: dict[str, object]) -> Unit:
+        """The build record, compiled in: a generated Python file would escape editable installs."""
+        variable = "const char* const kBuildRecord"
+        literal = c_string(json.dumps(record))
+        text = f"namespace iddpm {{\nextern {variable};\n{variable} = {literal};\n}}\n"
+        source = self.cache / "build_record.cpp"
+        if not source.exists() or source.read_text() != text:
+            source.write_text(text)
+        return self.unit("build_record", source)
+
+    def common_units(self) -> list[Unit]:
+        """csrc/common/*.cpp, compiled once for any CPU."""
+        return [self.unit(f"common-{s.stem}", s) for s in sorted(CSRC.glob("common/*.cpp"))]
+
+    def kernel_units(self, isa: str) -> list[Unit]:
+        """Every other csrc/*/*.cpp, compiled for ``isa``."""
+        sources = [s for s in sorted(CSRC.glob("*/*.cpp")) if s.parent.name != "common"]
+        flags = (*KERNEL_FLAGS, *ISA_FLAGS[isa], f"-DIDDPM_ISA={isa}")
+        return [self.unit(f"{s.stem}-{isa}", s, *flags) for s in sources]
+
+    def cuda_unit(self, toolkit: Toolkit, archs: str, source: Path) -> Unit:
+        """A CUDA object file."""
+        command = (
+            *(toolkit.nvcc, "-std=c++17", "-O3", "-ccbin", self.cxx, f"-I{CSRC}"),
+            *("-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xfatbin", "-compress-all", "-lineinfo"),
+            *gencode(archs),
+            "-c",
+        )
+        return Unit(f"{source.stem}-cuda", source, command, f"{toolkit.release} {self.compiler}")
+
+    def link(self, objects: list[Path], toolkit: Toolkit | None, target: Path) -> None:
+        """Link next to ``target`` and rename, so that a process that has it loaded lives on."""
+        target.parent.mkdir(parents=True, exist_ok=True)
+        fresh = target.with_name(f".{target.name}.{os.getpid()}")
+        shared = ["-bundle", "-undefined", "dynamic_lookup"]
+        if sys.platform != "darwin":
+            shared = ["-shared", "-Wl,--exclude-libs,ALL", "-Wl,--as-needed"]
+        command = [self.cxx, *shared, *self.openmp, *sanitizer_flags(), *map(str, objects)]
+        if toolkit:
+            command += [str(toolkit.cudart), "-lrt", "-lpthread", "-ldl"]
+        if not sanitizer_flags():
+            command.append("-s")
+        done = subprocess.run([*command, "-o", str(fresh)], capture_output=True, text=True)
+        if done.returncode:
+            fresh.unlink(missing_ok=True)
+            raise CompileError(f"cannot link {target.name}\n{done.stderr}")
+        fresh.replace(target)
+
+
+def extensions() -> list[Extension]:
+    """The one extension module, or none with IDDPM_CPP=0."""
+    if os.environ.get("IDDPM_CPP", "1") == "0":
+        say("IDDPM_CPP=0: no compiled module, the reference backend alone")
+        return []
+    if sys.platform == "win32":
+        raise SystemExit("iddpm_ext: no Windows build yet; set IDDPM_CPP=0 for pure PyTorch")
+    return [Extension("iddpm_ext._C", sources=[str(s) for s in sorted(CSRC.rglob("*.cpp"))])]
+
+
+setup(ext_modules=extensions(), cmdclass={"build_ext": BuildKernels})

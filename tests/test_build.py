@@ -1,0 +1,65 @@
+"""The compiled module says what it is, and can be told which instruction set to use."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from iddpm_ext import _native
+
+pytestmark = pytest.mark.skipif(_native.cpu_absence() is not None, reason="no compiled module")
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", code]
+    return subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, **environment}
+    )
+
+
+def test_build_info_names_the_decisions_and_their_reasons():
+    info = _native.native().build_info()
+    assert info["isa"] in info["isa_available"]
+    assert info["isa_available"][0] == "base"
+    assert set(info["isa_available"]) <= set(info["isa_compiled"])
+    assert info["compiler"]
+    assert info["openmp"]["built"] == (info["openmp"]["reason"] == "")
+    assert info["cuda"]["reason"]
+    if info["cuda"]["built"]:
+        assert info["cuda"]["archs"]
+        assert info["cuda"]["devices"] > 0 or info["cuda"]["error"]
+
+
+def test_set_isa_switches_and_returns_the_previous_one():
+    native = _native.native()
+    first = native.set_isa("base")
+    try:
+        assert native.build_info()["isa"] == "base"
+        assert native.set_isa(first) == "base"
+        assert native.build_info()["isa"] == first
+    finally:
+        native.set_isa(first)
+
+
+def test_set_isa_refuses_an_unknown_name():
+    with pytest.raises(ValueError, match=r"IDDPM_ISA must be one of base.*, got 'mmx'"):
+        _native.native().set_isa("mmx")
+
+
+PRINT_ISA = "import torch, iddpm_ext._C as c; print(c.build_info()['isa'])"
+
+
+@pytest.mark.parametrize("isa", ["base", "avx2", "avx512"])
+def test_the_environment_chooses_the_instruction_set(isa):
+    if isa not in _native.native().build_info()["isa_available"]:
+        pytest.skip(f"this CPU has no {isa}")
+    assert run_python(PRINT_ISA, IDDPM_ISA=isa).stdout.strip() == isa
+
+
+def test_an_unknown_instruction_set_in_the_environment_is_refused_at_import():
+    result = run_python(PRINT_ISA, IDDPM_ISA="mmx")
+    assert result.returncode != 0
+    assert "got 'mmx'" in result.stderr
