@@ -1,0 +1,33 @@
+"""The diffusion process: schedules, step selection, coefficients, losses, timestep samplers."""
+
+from __future__ import annotations
+
+from .gaussian import (
+    approx_standard_normal_cdf,
+    discretized_gaussian_log_likelihood,
+    normal_kl,
+)
+from .process import OBJECTIVES, Diffusion, MeanVariance, ReverseStep
+from .respace import space_timesteps
+from .schedule import SCHEDULES, betas_for_alpha_bar, cosine_beta_schedule, linear_beta_schedule
+from .table import COLUMN, COLUMNS, PREDICTIONS, SAMPLERS, VARIANCES
+
+__all__ = [
+    "COLUMN",
+    "COLUMNS",
+    "OBJECTIVES",
+    "PREDICTIONS",
+    "SAMPLERS",
+    "SCHEDULES",
+    "VARIANCES",
+    "Diffusion",
+    "MeanVariance",
+    "ReverseStep",
+    "approx_standard_normal_cdf",
+    "betas_for_alpha_bar",
+    "cosine_beta_schedule",
+    "discretized_gaussian_log_likelihood",
+    "linear_beta_schedule",
+    "normal_kl",
+    "space_timesteps",
+]

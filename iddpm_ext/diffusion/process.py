@@ -1,0 +1,512 @@
+"""The diffusion process: forward, reverse, variational bound and training losses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..random import NoiseKey, normal
+from .gaussian import discretized_gaussian_log_likelihood, normal_kl
+from .respace import space_timesteps
+from .schedule import named_betas
+from .table import (
+    COLUMN,
+    PREDICTIONS,
+    SAMPLERS,
+    VARIANCES,
+    Chain,
+    build_table,
+    fixed_point_alpha_bars,
+)
+
+OBJECTIVES = ("hybrid", "simple", "vlb")
+
+
+class MeanVariance(NamedTuple):
+    """p(x_{t-1} | x_t): its mean and log-variance, and the x_0 they come from, each [N, C, H, W]."""
+
+    mean: Tensor
+    log_variance: Tensor
+    x_0: Tensor
+
+
+class ReverseStep(NamedTuple):
+    """One step of the reverse chain: x_{t-1} and the x_0 predicted on the way, [N, C, H, W]."""
+
+    x_prev: Tensor
+    x_0: Tensor
+
+
+class Diffusion:
+    """A Gaussian diffusion process over T steps, and what a network's output means in it.
+
+    Frozen: every method is a pure function. t counts the steps of this chain from 0, int64 [N].
+    Images are floating [N, C, H, W] in [-1, 1]; methods compute in the widest floating type of
+    their arguments and at least float32, from coefficients computed in float64.
+
+    Args:
+        schedule: ``"cosine"`` or ``"linear"``; ignored where betas are given.
+        num_timesteps: T, at least 2.
+        variance: ``"learned_range"`` (equation 15), ``"learned"`` (the output is the
+            log-variance), ``"fixed_large"`` (beta_t) or ``"fixed_small"`` (beta~_t).
+        prediction: what the network predicts: ``"epsilon"``, ``"x_0"`` or ``"x_prev"``.
+        rescale_timesteps: tell the network t * 1000/T instead of t.
+        betas: a schedule of one's own, [T] in (0, 1), in place of a named one.
+
+    Attributes:
+        betas, alphas_cumprod: float64 [T] on the CPU.
+        timesteps: int64 [T] on the CPU, each step's index in the training chain.
+
+    Source: Nichol & Dhariwal 2021; Ho et al. 2020.
+    """
+
+    schedule: str
+    num_timesteps: int
+    num_train_timesteps: int
+    variance: str
+    prediction: str
+    rescale_timesteps: bool
+    betas: Tensor
+    alphas_cumprod: Tensor
+    timesteps: Tensor
+
+    def __init__(
+        self,
+        schedule: str = "cosine",
+        num_timesteps: int = 4000,
+        variance: str = "learned_range",
+        prediction: str = "epsilon",
+        rescale_timesteps: bool = True,
+        betas: Tensor | Sequence[float] | None = None,
+    ) -> None:
+        if betas is None:
+            train_betas = named_betas(schedule, num_timesteps).tolist()
+        else:
+            schedule, train_betas = "custom", _check_betas(betas, num_timesteps)
+        _check_name("variance", variance, VARIANCES)
+        _check_name("prediction", prediction, PREDICTIONS)
+        alpha_bars = fixed_point_alpha_bars(_check_chain(train_betas))
+        self._set(
+            schedule=schedule,
+            num_train_timesteps=len(train_betas),
+            variance=variance,
+            prediction=prediction,
+            rescale_timesteps=bool(rescale_timesteps),
+            _train_betas=train_betas,
+            _train_alpha_bars=alpha_bars,
+        )
+        self._visit(list(range(len(train_betas))))
+
+    def _visit(self, steps: list[int]) -> None:
+        chain = Chain.from_fixed_point([self._train_alpha_bars[i] for i in steps])
+        self._set(
+            num_timesteps=len(steps),
+            timesteps=torch.tensor(steps),
+            betas=chain.beta,
+            alphas_cumprod=chain.alpha_bar,
+            _chain=chain,
+            _tables={},
+        )
+
+    def respace(self, spec: int | str | Sequence[int]) -> Diffusion:
+        """The chain that visits only some of this one's steps, with the same alpha_bar at each.
+
+        Args:
+            spec: see ``space_timesteps``; indices count the steps of this chain.
+
+        Returns:
+            a Diffusion whose ``timesteps`` are still those of the training chain.
+
+        Raises:
+            ValueError: the steps do not exist, or are fewer than two.
+        """
+        steps = [int(self.timesteps[i]) for i in space_timesteps(self.num_timesteps, spec)]
+        if len(steps) < 2:
+            raise ValueError(f"respace: spec must leave at least 2 steps, got {spec!r}")
+        shorter = object.__new__(Diffusion)
+        shorter._set(**self.__dict__)
+        shorter._visit(steps)
+        return shorter
+
+    def table(
+        self,
+        device: torch.device | str = "cpu",
+        *,
+        sampler: str = "ddpm",
+        eta: float = 0.0,
+        dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
+        """Every coefficient of this chain, [T, 16] on ``device``, columns as in ``COLUMNS``.
+
+        Computed in float64 and rounded once; kept, so that asking again costs nothing.
+
+        Args:
+            device: where the table lies.
+            sampler: ``"ddpm"`` or ``"ddim"``.
+            eta: noise of DDIM, 0 <= eta <= 1; no part of ``"ddpm"``.
+            dtype: float32, or float64 for reference computations.
+        """
+        _check_name("sampler", sampler, SAMPLERS)
+        if not 0 <= eta <= 1:
+            raise ValueError(f"Diffusion: eta must be from 0 to 1, got {eta}")
+        device = torch.device(device)
+        key = (device, sampler, float(eta) if sampler == "ddim" else 0.0, dtype)
+        if key not in self._tables:
+            # Kept for later calls that may need gradients: it must not be an inference tensor.
+            with torch.inference_mode(False):
+                table = build_table(
+                    self._chain, self.timesteps, self.variance, self.prediction, sampler, key[2]
+                )
+                self._tables[key] = table.to(dtype).to(device)
+        return self._tables[key]
+
+    def model_timesteps(self, t: Tensor) -> Tensor:
+        """What the network is told at step t: the training chain's index, rescaled if so set.
+
+        Args:
+            t: int64 [N].
+
+        Returns:
+            float32 [N]: timesteps[t], times 1000/T of the training chain if ``rescale_timesteps``.
+        """
+        self._check_t(t)
+        steps = self.timesteps.to(t.device)[t].float()
+        return steps * (1000.0 / self.num_train_timesteps) if self.rescale_timesteps else steps
+
+    def q_sample(self, x_0: Tensor, t: Tensor, noise: Tensor | NoiseKey) -> Tensor:
+        """x_t ~ q(x_t | x_0) = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) noise (equation 8).
+
+        Args:
+            x_0: floating [N, ...].
+            t: int64 [N].
+            noise: like x_0, or the key of the noise to draw.
+
+        Returns:
+            like x_0. Differentiable in x_0 and noise.
+        """
+        self._check_t(t, x_0)
+        row = self._rows(t, x_0)
+        noise = _materialise(noise, x_0)
+        return row["sqrt_alpha_bar"] * x_0 + row["sqrt_one_minus_alpha_bar"] * noise
+
+    def p_mean_variance(
+        self, model_output: Tensor, x_t: Tensor, t: Tensor, clip: bool = True
+    ) -> MeanVariance:
+        """The network's p(x_{t-1} | x_t).
+
+        Args:
+            model_output: floating [N, 2C, H, W] where the variance is learned, else [N, C, H, W]
+                (or [N, 2C, H, W], the second half unused).
+            x_t: floating [N, C, H, W].
+            t: int64 [N].
+            clip: clamp x_0 to [-1, 1] before the mean is formed from it.
+
+        Returns:
+            mean, log_variance and x_0, like x_t. Differentiable in model_output and x_t.
+        """
+        out, v = self._split(model_output, x_t, t, self.variance.startswith("learned"))
+        return _mean_variance(self._rows(t, x_t), out, v, x_t, clip)
+
+    def reverse_step(
+        self,
+        model_output: Tensor,
+        x_t: Tensor,
+        t: Tensor,
+        noise: Tensor | NoiseKey | None = None,
+        sampler: str = "ddpm",
+        eta: float = 0.0,
+        clip: bool = True,
+    ) -> ReverseStep:
+        """x_{t-1} from x_t and the network's output, ancestral or by DDIM.
+
+        Args:
+            model_output: as in ``p_mean_variance``; DDIM has no use for a variance.
+            x_t: floating [N, C, H, W].
+            t: int64 [N].
+            noise: like x_t, or the key of the noise to draw; may be None for DDIM with eta = 0.
+            sampler: ``"ddpm"`` or ``"ddim"``.
+            eta: noise of DDIM, 0 <= eta <= 1.
+            clip: clamp x_0 to [-1, 1] before x_{t-1} is formed from it.
+
+        Returns:
+            x_prev and x_0, like x_t.
+
+        Source: Ho et al. 2020, algorithm 2; Song et al. 2021, equation 12.
+        """
+        learned = sampler == "ddpm" and self.variance.startswith("learned")
+        out, v = self._split(model_output, x_t, t, learned)
+        row = self._rows(t, x_t, sampler, eta)
+        mean, log_variance, x_0 = _mean_variance(row, out, v, x_t, clip)
+        if noise is None:
+            if sampler == "ddpm" or eta > 0:
+                raise ValueError(
+                    f"reverse_step: noise must be given for sampler={sampler!r}, eta={eta}, got None"
+                )
+            return ReverseStep(mean, x_0)
+        scale = row["noise_scale"] * torch.exp(0.5 * log_variance)
+        return ReverseStep(mean + scale * _materialise(noise, x_t), x_0)
+
+    def vlb_terms_bpd(
+        self,
+        model_output: Tensor,
+        x_0: Tensor,
+        x_t: Tensor,
+        t: Tensor,
+        clip: bool = True,
+        exact: bool = False,
+    ) -> Tensor:
+        """L_t, one term of the variational bound, in bits per dimension.
+
+        KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) (equation 6), and at t = 0 the discretized
+        -log p(x_0 | x_1) (equation 5).
+
+        Args:
+            model_output: as in ``p_mean_variance``.
+            x_0, x_t: floating [N, C, H, W].
+            t: int64 [N].
+            clip: clamp the predicted x_0 to [-1, 1].
+            exact: take the normal distribution function itself at t = 0, not its approximation.
+
+        Returns:
+            [N]. Differentiable in model_output.
+        """
+        _check_like("vlb_terms_bpd", "x_0", x_0, x_t)
+        predicted = self.p_mean_variance(model_output, x_t, t, clip)
+        row = self._rows(t, x_t)
+        true_mean = row["mean_x0"] * x_0 + row["mean_xt"] * x_t
+        kl = normal_kl(
+            true_mean, row["posterior_log_variance"], predicted.mean, predicted.log_variance
+        )
+        log_likelihood = discretized_gaussian_log_likelihood(
+            x_0, predicted.mean, 0.5 * predicted.log_variance, exact=exact
+        )
+        nats = torch.where(_per_example(t == 0, kl), -log_likelihood, kl)
+        return nats.flatten(1).mean(1) / math.log(2)
+
+    def prior_bpd(self, x_0: Tensor) -> Tensor:
+        """L_T = KL(q(x_T | x_0) || N(0, 1)) in bits per dimension (equation 7), [N].
+
+        Args:
+            x_0: floating [N, ...].
+        """
+        alpha_bar = float(self.alphas_cumprod[-1])
+        # Constants apart and in double: 1 + log(1 - alpha_bar) - (1 - alpha_bar) cancels in float32.
+        constant = -alpha_bar - math.log1p(-alpha_bar)
+        square = _widened(x_0).square().flatten(1).mean(1)
+        return (alpha_bar * square + constant) / (2 * math.log(2))
+
+    def training_losses(
+        self,
+        model: Callable[..., Tensor],
+        x_0: Tensor,
+        t: Tensor,
+        noise: Tensor | NoiseKey,
+        objective: str = "hybrid",
+        vlb_weight: float = 1e-3,
+        model_kwargs: dict[str, Any] | None = None,
+    ) -> dict[str, Tensor]:
+        """The training objective for one step t of each example.
+
+        ``"simple"``: mse. ``"hybrid"``: mse + vlb_weight T vlb, in which vlb trains the variance
+        alone, the predicted mean being detached (equation 16). ``"vlb"``: T vlb. T is the length
+        of this chain; x_0 is never clipped.
+
+        Args:
+            model: called with (x_t [N, C, H, W], model_timesteps float32 [N], **model_kwargs).
+            x_0: floating [N, C, H, W].
+            t: int64 [N].
+            noise: like x_0, or the key of the noise to draw.
+            objective: ``"hybrid"`` (needs a learned variance), ``"simple"`` or ``"vlb"``.
+            vlb_weight: weight of T vlb in ``"hybrid"``; 1/T weighs the one step's bits by 1.
+            model_kwargs: further arguments of the model.
+
+        Returns:
+            ``loss``, ``mse`` and ``vlb`` (bits per dimension of the one step), each [N]. Of the
+            two parts, only those that the objective trains carry gradients.
+        """
+        _check_name("objective", objective, OBJECTIVES)
+        if objective == "hybrid" and not self.variance.startswith("learned"):
+            raise ValueError(
+                "training_losses: objective must be 'simple' or 'vlb' where the variance is "
+                f"{self.variance}, got 'hybrid'"
+            )
+        noise = _materialise(noise, x_0)
+        x_t = self.q_sample(x_0, t, noise)
+        model_output = model(x_t, self.model_timesteps(t), **(model_kwargs or {}))
+        out, _ = self._split(model_output, x_t, t, self.variance.startswith("learned"))
+
+        mse = (self._target(x_0, x_t, t, noise) - out).square().flatten(1).mean(1)
+        for_vlb = {
+            "simple": model_output.detach(),
+            "hybrid": torch.cat([out.detach(), model_output[:, out.shape[1] :]], dim=1),
+            "vlb": model_output,
+        }[objective]
+        vlb = self.vlb_terms_bpd(for_vlb, x_0, x_t, t, clip=False)
+        loss = {
+            "simple": mse,
+            "hybrid": mse + vlb_weight * self.num_timesteps * vlb,
+            "vlb": self.num_timesteps * vlb,
+        }[objective]
+        return {"loss": loss, "mse": mse.detach() if objective == "vlb" else mse, "vlb": vlb}
+
+    def to_dict(self) -> dict[str, Any]:
+        """What ``from_dict`` rebuilds this process from, in JSON's types."""
+        whole = self.num_timesteps == self.num_train_timesteps
+        return {
+            "schedule": self.schedule,
+            "num_timesteps": self.num_train_timesteps,
+            "variance": self.variance,
+            "prediction": self.prediction,
+            "rescale_timesteps": self.rescale_timesteps,
+            "betas": self._train_betas if self.schedule == "custom" else None,
+            "timesteps": None if whole else self.timesteps.tolist(),
+        }
+
+    @classmethod
+    def from_dict(cls, config: dict[str, Any]) -> Diffusion:
+        """The process that ``to_dict`` described; ValueError names keys missing or unknown."""
+        keys = {"schedule", "num_timesteps", "variance", "prediction", "rescale_timesteps"}
+        keys |= {"betas", "timesteps"}
+        if set(config) != keys:
+            raise ValueError(
+                f"Diffusion.from_dict: config must have the keys {sorted(keys)}, "
+                f"got {sorted(config)}"
+            )
+        arguments = {key: value for key, value in config.items() if key != "timesteps"}
+        diffusion = cls(**arguments)
+        steps = config["timesteps"]
+        return diffusion if steps is None else diffusion.respace(steps)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Diffusion) and self.to_dict() == other.to_dict()
+
+    def __hash__(self) -> int:
+        return hash((self.schedule, self.variance, self.prediction, tuple(self.timesteps.tolist())))
+
+    def __repr__(self) -> str:
+        steps = f"{self.num_timesteps}"
+        if self.num_timesteps != self.num_train_timesteps:
+            steps += f" of {self.num_train_timesteps}"
+        return f"Diffusion({self.schedule}, {steps} steps, {self.variance}, {self.prediction})"
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(f"Diffusion is frozen: {name} cannot be set")
+
+    def _set(self, **attributes: Any) -> None:
+        for name, value in attributes.items():
+            object.__setattr__(self, name, value)
+
+    def _rows(
+        self, t: Tensor, like: Tensor, sampler: str = "ddpm", eta: float = 0.0
+    ) -> dict[str, Tensor]:
+        """The table's rows for t, column by column, each shaped to broadcast against ``like``."""
+        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        rows = self.table(t.device, sampler=sampler, eta=eta, dtype=dtype)[t]
+        return {name: _per_example(rows[:, i], like) for name, i in COLUMN.items()}
+
+    def _target(self, x_0: Tensor, x_t: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        if self.prediction == "epsilon":
+            return noise
+        row = self._rows(t, x_t)
+        return row["target_x0"] * x_0 + row["target_xt"] * x_t
+
+    def _split(
+        self, model_output: Tensor, x_t: Tensor, t: Tensor, learned: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """The network's output as what it predicts and, where learned, its variance channels."""
+        self._check_t(t, x_t)
+        n, c, *size = x_t.shape
+        allowed = [(n, 2 * c, *size)] if learned else [(n, c, *size), (n, 2 * c, *size)]
+        if tuple(model_output.shape) not in allowed:
+            raise ValueError(
+                f"Diffusion: model_output must be {' or '.join(map(str, allowed))} for "
+                f"variance={self.variance!r}, got {tuple(model_output.shape)}"
+            )
+        return model_output[:, :c], model_output[:, c:] if learned else None
+
+    def _check_t(self, t: Tensor, x: Tensor | None = None) -> None:
+        if t.dtype != torch.int64 or t.dim() != 1 or (x is not None and len(t) != len(x)):
+            n = "N" if x is None else len(x)
+            raise ValueError(f"Diffusion: t must be int64 [{n}], got {t.dtype} {tuple(t.shape)}")
+        # Only where looking does not make the host wait for a device.
+        if t.device.type == "cpu" and t.numel() and not torch.compiler.is_compiling():
+            low, high = int(t.min()), int(t.max())
+            if low < 0 or high >= self.num_timesteps:
+                raise ValueError(
+                    f"Diffusion: t must be from 0 to {self.num_timesteps - 1}, "
+                    f"got {low if low < 0 else high}"
+                )
+
+
+def _mean_variance(
+    row: dict[str, Tensor], out: Tensor, v: Tensor | None, x_t: Tensor, clip: bool
+) -> MeanVariance:
+    x_0 = row["x0_from_xt"] * x_t + row["x0_from_out"] * out
+    x_0 = x_0.clamp(-1, 1) if clip else x_0
+    mean = row["mean_x0"] * x_0 + row["mean_xt"] * x_t
+    log_variance = row["log_variance_bias"]
+    if v is not None:
+        log_variance = log_variance + row["log_variance_scale"] * v
+    return MeanVariance(mean, log_variance.expand_as(mean), x_0)
+
+
+def _materialise(noise: Tensor | NoiseKey, like: Tensor) -> Tensor:
+    if isinstance(noise, NoiseKey):
+        return normal(noise, like.shape, like.device).to(_widened(like).dtype)
+    _check_like("Diffusion", "noise", noise, like)
+    return noise
+
+
+def _widened(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _per_example(values: Tensor, like: Tensor) -> Tensor:
+    return values.view(-1, *[1] * (like.dim() - 1))
+
+
+def _check_like(function: str, name: str, tensor: Tensor, like: Tensor) -> None:
+    if tensor.shape != like.shape:
+        raise ValueError(
+            f"{function}: {name} must be {tuple(like.shape)}, got {tuple(tensor.shape)}"
+        )
+
+
+def _check_name(argument: str, name: str, names: Sequence[str]) -> None:
+    if name not in names:
+        raise ValueError(f"Diffusion: {argument} must be one of {', '.join(names)}, got {name!r}")
+
+
+def _check_betas(betas: Tensor | Sequence[float], num_timesteps: int) -> list[float]:
+    values = torch.as_tensor(betas, dtype=torch.float64)
+    if values.dim() != 1:
+        raise ValueError(f"Diffusion: betas must be [T], got {tuple(values.shape)}")
+    if num_timesteps not in (4000, len(values)):
+        raise ValueError(
+            f"Diffusion: num_timesteps must be the number of betas {len(values)}, "
+            f"got {num_timesteps}"
+        )
+    return values.tolist()
+
+
+def _check_chain(betas: list[float]) -> list[float]:
+    if len(betas) < 2:
+        raise ValueError(f"Diffusion: num_timesteps must be at least 2, got {len(betas)}")
+    outside = [(i, beta) for i, beta in enumerate(betas) if not 0 < beta < 1]
+    if outside:
+        raise ValueError(
+            f"Diffusion: every beta must be above 0 and below 1, got {outside[0][1]} "
+            f"at t={outside[0][0]}"
+        )
+    # 1/sqrt(alpha_bar) must fit into float32.
+    log_alpha_bar = math.fsum(map(math.log1p, (-beta for beta in betas)))
+    if log_alpha_bar < math.log(1e-75):
+        raise ValueError(
+            f"Diffusion: betas must keep alpha_bar above 1e-75, got exp({log_alpha_bar:.1f}) "
+            "at the last step"
+        )
+    return betas

@@ -1,0 +1,120 @@
+"""Noise schedules: float64 tensors of betas, one for each step of the training chain."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+SCHEDULES = ("cosine", "linear")
+
+
+def cosine_beta_schedule(num_timesteps: int, s: float = 0.008, max_beta: float = 0.999) -> Tensor:
+    """Betas of the cosine schedule.
+
+    alpha_bar(t) = cos^2((t/T + s) / (1 + s) * pi/2),
+    beta_t = min(1 - alpha_bar(t) / alpha_bar(t - 1), max_beta)   (equation 17).
+
+    Args:
+        num_timesteps: T, at least 1.
+        s: offset that keeps the first betas from vanishing, at least 0.
+        max_beta: largest beta, in (0, 1).
+
+    Returns:
+        float64 [T] on the CPU.
+
+    Raises:
+        ValueError: an argument is out of range.
+
+    Source: Nichol & Dhariwal 2021, section 3.2.
+    """
+    if not s >= 0:
+        raise ValueError(f"cosine_beta_schedule: s must be at least 0, got {s}")
+    _check_num_timesteps("cosine_beta_schedule", num_timesteps)
+    _check_max_beta("cosine_beta_schedule", max_beta)
+    return betas_for_alpha_bar(
+        num_timesteps, lambda u: math.cos((u + s) / (1 + s) * math.pi / 2) ** 2, max_beta
+    )
+
+
+def linear_beta_schedule(num_timesteps: int) -> Tensor:
+    """Betas of the linear schedule of DDPM, rescaled so that any T ends equally noisy.
+
+    beta_t runs evenly from 1e-4 * 1000/T to 0.02 * 1000/T.
+
+    Args:
+        num_timesteps: T, at least 20: below that the last beta exceeds 1.
+
+    Returns:
+        float64 [T] on the CPU.
+
+    Raises:
+        ValueError: T is below 20.
+
+    Source: Ho et al. 2020, section 4, with the scale of Nichol & Dhariwal's code.
+    """
+    _check_num_timesteps("linear_beta_schedule", num_timesteps)
+    if num_timesteps < 20:
+        raise ValueError(
+            "linear_beta_schedule: num_timesteps must be at least 20 (below it the last beta "
+            f"exceeds 1), got {num_timesteps}"
+        )
+    scale = 1000 / num_timesteps
+    return torch.linspace(scale * 1e-4, scale * 0.02, num_timesteps, dtype=torch.float64)
+
+
+def betas_for_alpha_bar(
+    num_timesteps: int, alpha_bar: Callable[[float], float], max_beta: float = 0.999
+) -> Tensor:
+    """Betas whose cumulative product follows a given alpha_bar(t).
+
+    beta_t = min(1 - alpha_bar((t + 1)/T) / alpha_bar(t/T), max_beta), t = 0 .. T-1.
+
+    Args:
+        num_timesteps: T, at least 1.
+        alpha_bar: falling function of t in [0, 1] with values in [0, 1].
+        max_beta: largest beta, in (0, 1).
+
+    Returns:
+        float64 [T] on the CPU.
+
+    Raises:
+        ValueError: an argument is out of range, or alpha_bar does not fall where it must.
+
+    Source: Nichol & Dhariwal 2021, section 3.2.
+    """
+    _check_num_timesteps("betas_for_alpha_bar", num_timesteps)
+    _check_max_beta("betas_for_alpha_bar", max_beta)
+    values = [float(alpha_bar(i / num_timesteps)) for i in range(num_timesteps + 1)]
+    betas = []
+    for i, (previous, current) in enumerate(zip(values, values[1:], strict=False)):
+        if not 0 <= current < previous:
+            raise ValueError(
+                "betas_for_alpha_bar: alpha_bar must fall and stay at or above 0, got "
+                f"{previous} at t={i}/{num_timesteps} and {current} at t={i + 1}/{num_timesteps}"
+            )
+        betas.append(min(1 - current / previous, max_beta))
+    return torch.tensor(betas, dtype=torch.float64)
+
+
+def named_betas(schedule: str, num_timesteps: int) -> Tensor:
+    """Betas float64 [T] of the schedule called ``"cosine"`` or ``"linear"``."""
+    if schedule == "cosine":
+        return cosine_beta_schedule(num_timesteps)
+    if schedule == "linear":
+        return linear_beta_schedule(num_timesteps)
+    raise ValueError(f"Diffusion: schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
+
+
+def _check_num_timesteps(function: str, num_timesteps: int) -> None:
+    if isinstance(num_timesteps, bool) or not isinstance(num_timesteps, int):
+        raise TypeError(f"{function}: num_timesteps must be an int, got {num_timesteps!r}")
+    if num_timesteps < 1:
+        raise ValueError(f"{function}: num_timesteps must be at least 1, got {num_timesteps}")
+
+
+def _check_max_beta(function: str, max_beta: float) -> None:
+    if not 0 < max_beta < 1:
+        raise ValueError(f"{function}: max_beta must be between 0 and 1, got {max_beta}")

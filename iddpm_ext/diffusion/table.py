@@ -1,0 +1,204 @@
+"""Every coefficient of a chain: one row of 16 numbers a step.
+
+The products alpha_bar_t are kept as 512-bit fixed-point integers, so that alpha_bar, 1 - alpha_bar
+and the betas of a shortened chain are each correctly rounded, although two of them are
+differences of nearly equal numbers. The formulas below then add and multiply positive terms only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+COLUMNS = (
+    "x0_from_xt",
+    "x0_from_out",
+    "mean_x0",
+    "mean_xt",
+    "log_variance_bias",
+    "log_variance_scale",
+    "noise_scale",
+    "posterior_log_variance",
+    "sqrt_alpha_bar",
+    "sqrt_one_minus_alpha_bar",
+    "target_x0",
+    "target_xt",
+    "target_noise",
+    "log_alpha_bar_hi",
+    "log_alpha_bar_lo",
+    "step",
+)
+COLUMN = {name: i for i, name in enumerate(COLUMNS)}
+
+VARIANCES = ("learned_range", "learned", "fixed_large", "fixed_small")
+PREDICTIONS = ("epsilon", "x_0", "x_prev")
+SAMPLERS = ("ddpm", "ddim")
+
+_ONE = 1 << 512
+
+
+def fixed_point_alpha_bars(betas: Iterable[float]) -> list[int]:
+    """alpha_bar_t = prod_{s<=t} (1 - beta_s) as integers in units of 2^-512."""
+    product, products = _ONE, []
+    for beta in betas:
+        numerator, denominator = beta.as_integer_ratio()
+        product = product * (denominator - numerator) // denominator
+        products.append(product)
+    return products
+
+
+@dataclass(frozen=True)
+class Chain:
+    """The numbers of one chain that every coefficient is made of, each float64 [T].
+
+    beta_t = 1 - alpha_t; ``one_minus_*`` are held apart because the differences lose digits in
+    floating point; ``previous`` is t - 1, with alpha_bar = 1 before the first step.
+    """
+
+    alpha: Tensor
+    beta: Tensor
+    alpha_bar: Tensor
+    one_minus_alpha_bar: Tensor
+    alpha_bar_previous: Tensor
+    one_minus_alpha_bar_previous: Tensor
+
+    @classmethod
+    def from_fixed_point(cls, alpha_bars: list[int]) -> Chain:
+        """The chain that visits these alpha_bars (units of 2^-512), in this order."""
+        previous = [_ONE, *alpha_bars[:-1]]
+        pairs = list(zip(alpha_bars, previous, strict=True))
+        columns = (
+            [now / before for now, before in pairs],
+            [(before - now) / before for now, before in pairs],
+            [now / _ONE for now in alpha_bars],
+            [(_ONE - now) / _ONE for now in alpha_bars],
+            [before / _ONE for before in previous],
+            [(_ONE - before) / _ONE for before in previous],
+        )
+        return cls(*(torch.tensor(column, dtype=torch.float64) for column in columns))
+
+    @property
+    def log_beta(self) -> Tensor:
+        return torch.where(self.beta > 0.5, torch.log1p(-self.alpha), self.beta.log())
+
+    @property
+    def log_alpha_bar(self) -> Tensor:
+        small = self.one_minus_alpha_bar < 0.5
+        return torch.where(small, torch.log1p(-self.one_minus_alpha_bar), self.alpha_bar.log())
+
+    @property
+    def posterior_log_variance(self) -> Tensor:
+        """log beta~_t, beta~_t = beta_t (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t) (equation 10).
+
+        beta~_0 is 0; its logarithm is replaced by that of the step after it, as in the original.
+        """
+        log_variance = (
+            self.log_beta
+            + _log_one_minus(self.alpha_bar_previous, self.one_minus_alpha_bar_previous)
+            - _log_one_minus(self.alpha_bar, self.one_minus_alpha_bar)
+        )
+        return torch.cat([log_variance[1:2], log_variance[1:]])
+
+    def mean_coefficients(self, eta: float) -> tuple[Tensor, Tensor]:
+        """(c1, c2) with mean of x_{t-1} = c1 x_0 + c2 x_t, for DDIM's eta; 1 gives the posterior.
+
+        DDIM's mean is sqrt(ab') x_0 + sqrt(1 - ab' - sigma^2) (x_t - sqrt(ab) x_0) / sqrt(1 - ab)
+        with sigma^2 = eta^2 beta~ (Song et al. 2021, equations 12 and 16). Collected for x_0 and
+        x_t, with 1 - ab = alpha (1 - ab') + beta, the subtractions cancel algebraically. At
+        eta = 1 this is the posterior mean (equation 11).
+        """
+        kept = self.alpha * self.one_minus_alpha_bar_previous
+        c2 = (
+            self.one_minus_alpha_bar_previous * (kept + (1 - eta * eta) * self.beta)
+        ).sqrt() / self.one_minus_alpha_bar
+        c1 = (
+            self.alpha_bar_previous.sqrt()
+            * self.beta
+            * (kept * (1 + eta * eta) + self.beta)
+            / (self.one_minus_alpha_bar.square() * (1 + c2 * self.alpha.sqrt()))
+        )
+        return c1, c2
+
+
+def build_table(
+    chain: Chain, steps: Tensor, variance: str, prediction: str, sampler: str, eta: float
+) -> Tensor:
+    """The coefficients of a chain, float64 [T, 16] in the order of ``COLUMNS``.
+
+    x_0 = x0_from_xt x_t + x0_from_out out, out the network's first C channels;
+    mean = mean_x0 x_0 + mean_xt x_t;
+    log_variance = log_variance_bias + log_variance_scale v, v its other C channels;
+    x_{t-1} = mean + noise_scale exp(log_variance / 2) z;
+    target = target_x0 x_0 + target_xt x_t + target_noise eps, what the network learns.
+
+    log_alpha_bar is the pair hi + lo of which each is a float32 number.
+    """
+    one, zero = torch.ones_like(chain.beta), torch.zeros_like(chain.beta)
+    posterior_c1, posterior_c2 = chain.mean_coefficients(1.0)
+    if prediction == "epsilon":
+        x0_from_xt = chain.alpha_bar.rsqrt()
+        x0_from_out = -(chain.one_minus_alpha_bar / chain.alpha_bar).sqrt()
+        target = (zero, zero, one)
+    elif prediction == "x_0":
+        x0_from_xt, x0_from_out = zero, one
+        target = (one, zero, zero)
+    else:
+        x0_from_xt, x0_from_out = -posterior_c2 / posterior_c1, 1 / posterior_c1
+        target = (posterior_c1, posterior_c2, zero)
+
+    noise_scale = one.clone()
+    noise_scale[0] = 0
+    if sampler == "ddpm":
+        c1, c2 = posterior_c1, posterior_c2
+        bias, scale = _log_variance(chain, variance)
+    else:
+        c1, c2 = chain.mean_coefficients(eta)
+        noise_scale *= eta > 0
+        sigma = torch.tensor(eta if eta > 0 else 1.0, dtype=torch.float64)
+        bias = noise_scale * (2 * sigma.log() + chain.posterior_log_variance)
+        scale = zero
+
+    log_alpha_bar = chain.log_alpha_bar
+    hi = log_alpha_bar.float().double()
+    return torch.stack(
+        [
+            x0_from_xt,
+            x0_from_out,
+            c1,
+            c2,
+            bias,
+            scale,
+            noise_scale,
+            chain.posterior_log_variance,
+            chain.alpha_bar.sqrt(),
+            chain.one_minus_alpha_bar.sqrt(),
+            *target,
+            hi,
+            log_alpha_bar - hi,
+            steps.double(),
+        ],
+        dim=1,
+    )
+
+
+def _log_variance(chain: Chain, variance: str) -> tuple[Tensor, Tensor]:
+    """(u, w) with log_variance = u + w v (equation 15 for ``learned_range``)."""
+    zero, one = torch.zeros_like(chain.beta), torch.ones_like(chain.beta)
+    lower, upper = chain.posterior_log_variance, chain.log_beta
+    if variance == "learned_range":
+        return (upper + lower) / 2, (upper - lower) / 2
+    if variance == "learned":
+        return zero, one
+    if variance == "fixed_small":
+        return lower, zero
+    # The decoder's likelihood is better with the smaller variance at the first step.
+    return torch.cat([lower[:1], upper[1:]]), zero
+
+
+def _log_one_minus(alpha_bar: Tensor, one_minus_alpha_bar: Tensor) -> Tensor:
+    """log(1 - alpha_bar), accurate at both ends."""
+    near_one = alpha_bar < 0.5
+    return torch.where(near_one, torch.log1p(-alpha_bar), one_minus_alpha_bar.log())
