@@ -10,12 +10,13 @@ __version__ = "0.1.0"
 # Public name -> the module that defines it; a module itself where the two are equal. Loaded at
 # first use: importing iddpm_ext is quick and asks for no optional library.
 _LAZY: dict[str, str] = {
+    "Diffusion": "iddpm_ext.diffusion",
     "metrics": "iddpm_ext.metrics",
     "ops": "iddpm_ext.ops",
 }
 
 if TYPE_CHECKING:
-    pass
+    from iddpm_ext.diffusion import Diffusion as Diffusion
 
 __all__ = ["__version__", *_LAZY]
 

@@ -136,7 +136,9 @@ def normal(key: NoiseKey, shape: Sequence[int], device: torch.device | str | Non
     return normals.flatten(1)[:, :elements].reshape(shape).float()
 
 
-def uniform(key: NoiseKey, shape: Sequence[int], device: torch.device | str | None = None) -> Tensor:
+def uniform(
+    key: NoiseKey, shape: Sequence[int], device: torch.device | str | None = None
+) -> Tensor:
     """Uniform numbers (w + 0.5) / 2^32 in (0, 1), float64 of ``shape`` = [N, ...], exact."""
     return (words(key, shape, device).double() + 0.5) * 2.0**-32
 

@@ -11,7 +11,9 @@ from torch import Tensor
 HALF_BIN = 1.0 / 255.0
 
 
-def normal_kl(mean_1: Tensor, log_variance_1: Tensor, mean_2: Tensor, log_variance_2: Tensor) -> Tensor:
+def normal_kl(
+    mean_1: Tensor, log_variance_1: Tensor, mean_2: Tensor, log_variance_2: Tensor
+) -> Tensor:
     """KL(N(mean_1, exp log_variance_1) || N(mean_2, exp log_variance_2)) in nats.
 
     Args:

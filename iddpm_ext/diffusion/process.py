@@ -27,7 +27,7 @@ OBJECTIVES = ("hybrid", "simple", "vlb")
 
 
 class MeanVariance(NamedTuple):
-    """p(x_{t-1} | x_t): its mean and log-variance, and the x_0 they come from, each [N, C, H, W]."""
+    """p(x_{t-1} | x_t): mean, log-variance and the x_0 they come from, each [N, C, H, W]."""
 
     mean: Tensor
     log_variance: Tensor
@@ -73,6 +73,10 @@ class Diffusion:
     betas: Tensor
     alphas_cumprod: Tensor
     timesteps: Tensor
+    _train_betas: list[float]
+    _train_alpha_bars: list[int]
+    _chain: Chain
+    _tables: dict[tuple[torch.device, str, float, torch.dtype], Tensor]
 
     def __init__(
         self,
@@ -244,7 +248,7 @@ class Diffusion:
         if noise is None:
             if sampler == "ddpm" or eta > 0:
                 raise ValueError(
-                    f"reverse_step: noise must be given for sampler={sampler!r}, eta={eta}, got None"
+                    "reverse_step: noise must be given, except to DDIM with eta=0, got None"
                 )
             return ReverseStep(mean, x_0)
         scale = row["noise_scale"] * torch.exp(0.5 * log_variance)
@@ -294,7 +298,7 @@ class Diffusion:
             x_0: floating [N, ...].
         """
         alpha_bar = float(self.alphas_cumprod[-1])
-        # Constants apart and in double: 1 + log(1 - alpha_bar) - (1 - alpha_bar) cancels in float32.
+        # Apart and in double: these terms of the divergence cancel almost entirely.
         constant = -alpha_bar - math.log1p(-alpha_bar)
         square = _widened(x_0).square().flatten(1).mean(1)
         return (alpha_bar * square + constant) / (2 * math.log(2))

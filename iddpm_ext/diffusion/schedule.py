@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -89,7 +90,7 @@ def betas_for_alpha_bar(
     _check_max_beta("betas_for_alpha_bar", max_beta)
     values = [float(alpha_bar(i / num_timesteps)) for i in range(num_timesteps + 1)]
     betas = []
-    for i, (previous, current) in enumerate(zip(values, values[1:], strict=False)):
+    for i, (previous, current) in enumerate(itertools.pairwise(values)):
         if not 0 <= current < previous:
             raise ValueError(
                 "betas_for_alpha_bar: alpha_bar must fall and stay at or above 0, got "
