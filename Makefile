@@ -1,0 +1,64 @@
+# The one list of verbs; `make help` prints it. Every verb does its own set-up on a fresh machine.
+
+PYTHON ?= python3
+VENV ?= .venv
+# The first thing that is installed. CPU-only elsewhere:
+#   make sample TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+TORCH ?= torch==2.13.0
+TESTS ?= tests
+
+PY = $(VENV)/bin/python
+INSTALL = $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
+BUILD = $(PY) setup.py -q build_ext --inplace
+CPP_FILES = $(shell find csrc tests benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
+BUILD_INPUTS = setup.py $(wildcard tools/*.py) $(shell find csrc -type f)
+
+.DEFAULT_GOAL := help
+.PHONY: help build sample test check sanitize gpu-check soak clean
+
+help: ## print this list
+	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' Makefile | expand -t 14
+
+sample: $(VENV)/.built ## draw 64 garments with the bundled model into samples.png
+	$(PY) -m iddpm_ext sample --n 64 --steps 50 --out samples.png
+
+test: $(VENV)/.dev $(VENV)/.built ## run the test suite (TESTS=tests/test_build.py for a part)
+	$(PY) -m pytest -q $(TESTS)
+
+check: $(VENV)/.dev $(VENV)/.built ## ruff, mypy and clang-format
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(VENV)/bin/clang-format --dry-run -Werror $(CPP_FILES)
+
+build: $(VENV)/.ok ## compile the module in place and say what was built
+	$(BUILD)
+	@touch $(VENV)/.built
+
+sanitize: $(VENV)/.dev ## run the test suite with the C++ code under AddressSanitizer and UBSan
+	CXX=g++ tools/sanitize.sh $(PY) $(TESTS)
+
+gpu-check: $(VENV)/.dev ## on a machine with a GPU: tests, compute-sanitizer, benchmarks, JSON
+	$(PY) tools/gpu_check.py
+
+soak: $(VENV)/.dev $(VENV)/.built ## the slow tests too, and many more random examples
+	IDDPM_SOAK=1 $(PY) -m pytest -q -m "slow or not slow" $(TESTS)
+
+clean: ## remove what was built; the environment in $(VENV) stays
+	rm -rf build dist *.egg-info iddpm_ext/_C*.so $(VENV)/.built
+
+# torch comes first: an unpinned one would bring gigabytes of another version.
+$(VENV)/.ok: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV) || { echo "make needs Python's venv (Debian: python3-venv)"; exit 1; }
+	$(INSTALL) $(TORCH)
+	$(INSTALL) setuptools pybind11
+	$(INSTALL) --no-build-isolation -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.ok
+	$(INSTALL) --no-build-isolation -e '.[dev]'
+	@touch $@
+
+$(VENV)/.built: $(VENV)/.ok $(BUILD_INPUTS)
+	$(BUILD)
+	@touch $@
