@@ -3,12 +3,15 @@
 // Tensors arrive as integers (data_ptr) with their sizes: shapes, dtypes and devices were checked
 // in Python, and so this module needs no torch header and serves every torch version.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <array>
 #include <cstdint>
 #include <cstdlib>
 #include <string>
 
 #include "common/isa.h"
+#include "reverse_step/reverse_step.h"
 #ifdef IDDPM_WITH_CUDA
 #include "common/device.h"
 #endif
@@ -73,6 +76,81 @@ py::dict build_info() {
   return info;
 }
 
+// ---- arguments, as iddpm_ext/ops/native.py makes them
+
+// Address, and the strides of sample, channel and pixel in elements.
+using PlaneArgument = std::array<int64_t, 4>;
+// Seed, stream + 16 * draw, and the addresses of samples and steps.
+using KeyArgument = std::array<uint64_t, 4>;
+// N, C, HW, T.
+using SizeArgument = std::array<int64_t, 4>;
+
+template <typename T>
+T* address(int64_t value) {
+  return reinterpret_cast<T*>(static_cast<intptr_t>(value));
+}
+
+iddpm::Plane plane(const PlaneArgument& p) { return {address<void>(p[0]), p[1], p[2], p[3]}; }
+
+iddpm::NoiseKey noise_key(const KeyArgument& k) {
+  return {k[0], static_cast<uint32_t>(k[1]), address<const int64_t>(static_cast<int64_t>(k[2])),
+          address<const int64_t>(static_cast<int64_t>(k[3]))};
+}
+
+iddpm::ReverseStepArgs reverse_step_args(const SizeArgument& size, const PlaneArgument& x_t,
+                                         const PlaneArgument& model_output, int dtype, bool learned,
+                                         int64_t t, int64_t table, const PlaneArgument& noise,
+                                         const KeyArgument& key, bool clip,
+                                         const PlaneArgument& x_prev, const PlaneArgument& x_0) {
+  return {size[0],
+          size[1],
+          size[2],
+          size[3],
+          plane(x_t),
+          plane(model_output),
+          static_cast<iddpm::DType>(dtype),
+          learned,
+          address<const int64_t>(t),
+          address<const float>(table),
+          plane(noise),
+          noise_key(key),
+          clip,
+          plane(x_prev),
+          plane(x_0)};
+}
+
+// Binds `<op>_cpu(arguments..., num_threads)`; `make` turns the Python arguments into the
+// launcher's struct, and `choose` gives the kernel for the instruction set in use.
+template <typename Args, typename... In>
+void bind_cpu(py::module_& m, const char* name, Args (*make)(In...),
+              void (*(*choose)())(const Args&, int)) {
+  m.def(
+      name, [make, choose](In... in, int num_threads) { choose()(make(in...), num_threads); },
+      nogil());
+}
+
+// Binds `<op>_cuda(arguments..., stream)`, which returns a CUDA error code.
+template <typename Args, typename... In>
+void bind_cuda(py::module_& m, const char* name, Args (*make)(In...),
+               int (*launch)(const Args&, void*)) {
+  m.def(
+      name,
+      [make, launch](In... in, int64_t stream) {
+        return launch(make(in...), address<void>(stream));
+      },
+      nogil());
+}
+
+#define IDDPM_BIND_CPU(m, op) \
+  bind_cpu(m, #op "_cpu", &op##_args, +[] { return IDDPM_DISPATCH(op); })
+#ifdef IDDPM_WITH_CUDA
+#define IDDPM_BIND(m, op) \
+  IDDPM_BIND_CPU(m, op);  \
+  bind_cuda(m, #op "_cuda", &op##_args, &iddpm::op##_cuda)
+#else
+#define IDDPM_BIND(m, op) IDDPM_BIND_CPU(m, op)
+#endif
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
@@ -81,6 +159,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         "What the build decided and why, and what this machine offers, as a dict.");
   m.def("set_isa", &set_isa, py::arg("name"),
         "Use the instruction set `name` from now on and return the previous one's name.");
+  IDDPM_BIND(m, reverse_step);
 #ifdef IDDPM_WITH_CUDA
   m.def("cuda_error", [](int code) {
     return std::string(iddpm::cuda_error_name(code)) + ": " + iddpm::cuda_error_text(code);

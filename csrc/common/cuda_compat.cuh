@@ -119,7 +119,7 @@ IDDPM_DEVICE Pack<T, N> load_pack(const T* p) {
     asm volatile("ld.global.v2.b32 {%0, %1}, [%2];" : "=r"(u.bits.x), "=r"(u.bits.y) : "l"(p));
     return u.pack;
   }
-#else
+#elif !defined(__CUDACC__)
   cuda_emu::check_aligned(p, kBytes);
 #endif
   return *reinterpret_cast<const Pack<T, N>*>(p);
@@ -149,7 +149,7 @@ IDDPM_DEVICE void store_pack(T* p, const Pack<T, N>& pack) {
                  : "memory");
     return;
   }
-#else
+#elif !defined(__CUDACC__)
   cuda_emu::check_aligned(p, kBytes);
 #endif
   *reinterpret_cast<Pack<T, N>*>(p) = pack;

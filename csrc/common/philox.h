@@ -1,24 +1,20 @@
-// Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) and the normals
-// made from it. Noise is a pure function of (seed, stream, draw, sample, step, element):
+// Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) and the
+// normals made from it. Noise is a pure function of (seed, stream, draw, sample, step, element):
 //   key = (seed low, seed high), counter = (element / 4, sample, step, stream + 16 * draw),
 // and the four words give four normals by Box-Muller. `iddpm_ext/random.py` is the same in PyTorch.
 #pragma once
 
 #include <cstdint>
 
-#if defined(__CUDACC__)
-#define IDDPM_PHILOX_HD __host__ __device__ __forceinline__
-#else
-#define IDDPM_PHILOX_HD inline
-#endif
+#include "common/host_device.h"
 
 namespace iddpm {
 
 struct NoiseKey {
   uint64_t seed;
-  uint32_t stream_draw;      // stream + 16 * draw
-  const int64_t* samples;    // [N]; a null pointer means that no noise is drawn
-  const int64_t* steps;      // [N]
+  uint32_t stream_draw;    // stream + 16 * draw
+  const int64_t* samples;  // [N]; a null pointer means that no noise is drawn
+  const int64_t* steps;    // [N]
 };
 
 struct Philox4 {
@@ -30,7 +26,7 @@ constexpr uint32_t kPhiloxMul1 = 0xCD9E8D57u;
 constexpr uint32_t kPhiloxWeyl0 = 0x9E3779B9u;
 constexpr uint32_t kPhiloxWeyl1 = 0xBB67AE85u;
 
-IDDPM_PHILOX_HD Philox4 philox(uint64_t seed, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3) {
+IDDPM_HD Philox4 philox(uint64_t seed, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3) {
   uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
   for (int round = 0; round < 10; ++round) {
     const uint64_t p0 = uint64_t(kPhiloxMul0) * c0;
@@ -48,7 +44,7 @@ IDDPM_PHILOX_HD Philox4 philox(uint64_t seed, uint32_t c0, uint32_t c1, uint32_t
 }
 
 // (word + 1/2) / 2^32 in float32: never 0, at most 1.
-IDDPM_PHILOX_HD float philox_uniform(uint32_t word) {
+IDDPM_HD float philox_uniform(uint32_t word) {
   return (float(word) + 0.5f) * 2.3283064365386963e-10f;
 }
 

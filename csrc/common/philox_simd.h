@@ -1,8 +1,8 @@
 // Sixteen Philox counters at once, and the 64 normals they give in element order.
 #pragma once
 
-#include "philox.h"
-#include "simd.h"
+#include "common/philox.h"
+#include "common/simd.h"
 
 #if defined(__AVX512F__) || defined(__AVX2__) || defined(__SSE2__)
 #include <immintrin.h>
@@ -11,7 +11,7 @@
 namespace iddpm {
 namespace IDDPM_ISA {
 
-constexpr int64_t kNormalsTile = 64;
+constexpr int64_t kNormalsTile = 64;  // one counter a lane, four normals a counter
 
 // The high and low words of a[i] * m. Compilers do not find the widening multiply by themselves.
 IDDPM_INLINE void multiply_wide(vu a, uint32_t m, vu* high, vu* low) {

@@ -1,14 +1,15 @@
 // Sixteen float lanes in every instruction set, and the few functions that kernels need of them.
 //
-// GCC and clang lower a 64-byte vector to one zmm, two ymm or four xmm registers, so one source serves
-// all three builds and sums run in the same order everywhere (only fused multiply-adds differ).
-// Everything is always inlined and lives in the namespace of its build, so no copy can leak into another.
+// GCC and clang lower a 64-byte vector to one zmm, two ymm or four xmm registers, so one source
+// serves all three builds and sums run in the same order everywhere (only fused multiply-adds
+// differ). Everything is always inlined and lives in the namespace of its build, so no copy can
+// leak into another.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
-#include "isa.h"
+#include "common/isa.h"
 
 namespace iddpm {
 namespace IDDPM_ISA {
@@ -48,9 +49,7 @@ IDDPM_INLINE vi as_int(vf v) { return (vi)v; }
 IDDPM_INLINE vf as_float(vi v) { return (vf)v; }
 
 // mask lanes are all ones or all zeros, as a comparison gives them.
-IDDPM_INLINE vf select(vi mask, vf yes, vf no) {
-  return (vf)((mask & (vi)yes) | (~mask & (vi)no));
-}
+IDDPM_INLINE vf select(vi mask, vf yes, vf no) { return (vf)((mask & (vi)yes) | (~mask & (vi)no)); }
 
 // NaN in x stays NaN.
 IDDPM_INLINE vf clamp(vf x, float low, float high) {
@@ -73,7 +72,8 @@ IDDPM_INLINE vf sqrt(vf x) {
   return y;
 }
 
-// Nearest integer (ties to even) of |x| < 2^22, as a float: the mantissa's last bit becomes the ones.
+// Nearest integer (ties to even) of |x| < 2^22, as a float: the mantissa's last bit becomes the
+// ones.
 IDDPM_INLINE vf round_small(vf x) {
   const vf magic = splat(12582912.0f);  // 1.5 * 2^23
   return (x + magic) - magic;

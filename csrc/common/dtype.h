@@ -1,0 +1,22 @@
+// Element types as they cross from Python (iddpm_ext/ops/native.py) and image batches of any
+// strides.
+#pragma once
+
+#include <cstdint>
+
+namespace iddpm {
+
+enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+
+// [N, C, HW]: an address, and the strides of sample, channel and pixel in elements.
+struct Plane {
+  void* data;
+  int64_t sample;
+  int64_t channel;
+  int64_t pixel;
+
+  // Whether the C * HW elements of a sample lie in NCHW order without gaps.
+  bool dense(int64_t hw) const { return pixel == 1 && channel == hw; }
+};
+
+}  // namespace iddpm

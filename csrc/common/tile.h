@@ -1,0 +1,70 @@
+// Tiles of 64 consecutive elements (NCHW order) of one sample, read and written through any
+// strides.
+//
+// A tile that lies densely in float32 memory is used in place; another is gathered into, or
+// scattered from, a buffer of the caller. So a kernel's arithmetic is written once, for dense
+// float32.
+#pragma once
+
+#include "common/dtype.h"
+#include "common/simd.h"
+
+namespace iddpm {
+namespace IDDPM_ISA {
+
+constexpr int64_t kTile = 64;
+
+// Below this many elements a team of threads costs more than it brings.
+constexpr int64_t kSerialBelow = 32768;
+
+IDDPM_INLINE float read_element(const void* data, DType dtype, int64_t at) {
+  if (dtype == DType::kFloat32) return static_cast<const float*>(data)[at];
+  const uint16_t half = static_cast<const uint16_t*>(data)[at];
+  return dtype == DType::kBFloat16 ? from_bfloat16(half) : from_float16(half);
+}
+
+// Calls f(i, offset) for the `count` elements from `first` on; element (c, p) lies at its strides.
+template <typename F>
+IDDPM_INLINE void walk(const Plane& plane, int64_t hw, int64_t sample, int64_t first, int64_t count,
+                       F f) {
+  int64_t channel = first / hw, pixel = first % hw;
+  for (int64_t i = 0; i < count; ++i) {
+    f(i, sample * plane.sample + channel * plane.channel + pixel * plane.pixel);
+    if (++pixel == hw) pixel = 0, ++channel;
+  }
+}
+
+// At least `count` elements, 64 of them readable; `space` holds 64 floats.
+IDDPM_INLINE const float* read_tile(const Plane& plane, DType dtype, int64_t hw, int64_t sample,
+                                    int64_t first, int64_t count, float* space) {
+  const bool dense = plane.dense(hw) && count == kTile;
+  const int64_t start = sample * plane.sample + first;
+  if (dense && dtype == DType::kFloat32) return static_cast<const float*>(plane.data) + start;
+  if (dense && dtype == DType::kBFloat16) {
+    const uint16_t* p = static_cast<const uint16_t*>(plane.data) + start;
+    for (int64_t i = 0; i < kTile; i += kLanes) store(space + i, load_bfloat16(p + i));
+    return space;
+  }
+  for (int64_t i = count; i < kTile; ++i) space[i] = 0.0f;
+  walk(plane, hw, sample, first, count,
+       [&](int64_t i, int64_t at) { space[i] = read_element(plane.data, dtype, at); });
+  return space;
+}
+
+// Where to write a float32 tile: in place, or in `space`, which write_back then scatters.
+IDDPM_INLINE float* write_target(const Plane& plane, int64_t hw, int64_t sample, int64_t first,
+                                 int64_t count, float* space) {
+  if (plane.dense(hw) && count == kTile)
+    return static_cast<float*>(plane.data) + sample * plane.sample + first;
+  return space;
+}
+
+IDDPM_INLINE void write_back(const Plane& plane, int64_t hw, int64_t sample, int64_t first,
+                             int64_t count, const float* written, const float* space) {
+  if (written != space) return;
+  walk(plane, hw, sample, first, count,
+       [&](int64_t i, int64_t at) { static_cast<float*>(plane.data)[at] = space[i]; });
+}
+
+}  // namespace IDDPM_ISA
+}  // namespace iddpm
