@@ -1,0 +1,17 @@
+"""The project's ops: each on several backends, all computing what its `reference.py` says."""
+
+from __future__ import annotations
+
+from iddpm_ext.ops.reverse_step import ReverseStep, reverse_step
+from iddpm_ext.ops.spec import REGISTRY, BadCase, Case, OpSpec, resolve_backend, unavailable
+
+__all__ = [
+    "REGISTRY",
+    "BadCase",
+    "Case",
+    "OpSpec",
+    "ReverseStep",
+    "resolve_backend",
+    "reverse_step",
+    "unavailable",
+]

@@ -1,0 +1,78 @@
+"""How tensors reach the compiled kernels: addresses and strides as integers."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from iddpm_ext import _native
+
+#: The codes of `csrc/common/dtype.h`.
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+#: The view of a tensor that is not there.
+NO_PLANE = (0, 0, 0, 0)
+
+
+class Plane(NamedTuple):
+    """An image batch as a kernel sees it; keeps the tensor alive while the kernel runs."""
+
+    view: tuple[
+        int, int, int, int
+    ]  # address, and the strides of sample, channel and pixel in elements
+    dtype_code: int
+    tensor: Tensor
+
+
+def _pixel_stride(x: Tensor) -> int | None:
+    """The one stride that walks all pixels of a channel in order, or None where there is none."""
+    height, width = x.shape[2], x.shape[3]
+    if width == 1:
+        return x.stride(2) if height > 1 else 1
+    if height == 1 or x.stride(2) == width * x.stride(3):
+        return x.stride(3)
+    return None
+
+
+def plane(x: Tensor) -> Plane:
+    """[N, C, H, W] of any strides; copies only where no single stride walks a channel's pixels."""
+    pixel = _pixel_stride(x)
+    if pixel is None:
+        x = x.contiguous()
+        pixel = 1
+    return Plane((x.data_ptr(), x.stride(0), x.stride(1), pixel), DTYPE_CODES[x.dtype], x)
+
+
+def empty_images(x: Tensor, channels: int | None = None) -> Tensor:
+    """Uninitialised [N, C, H, W]: channels_last where x is, else contiguous, as kernels write it."""
+    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    n, c, h, w = x.shape
+    return torch.empty(
+        (n, c if channels is None else channels, h, w),
+        dtype=x.dtype,
+        device=x.device,
+        memory_format=torch.channels_last if last else torch.contiguous_format,
+    )
+
+
+def noise_key(
+    samples: Tensor | None, steps: Tensor | None, seed: int, stream_draw: int
+) -> tuple[int, int, int, int]:
+    """A `NoiseKey` as kernels take it; null addresses draw nothing. Both tensors must be contiguous."""
+    if samples is None or steps is None:
+        return (0, 0, 0, 0)
+    return (seed % (1 << 64), stream_draw, samples.data_ptr(), steps.data_ptr())
+
+
+def stream(x: Tensor) -> int:
+    """The CUDA stream that PyTorch runs on now: asked at every launch, because it may change."""
+    return torch.cuda.current_stream(x.device).cuda_stream
+
+
+def check_launch(op: str, code: int) -> None:
+    """Raises RuntimeError for the CUDA error code that a launcher returned."""
+    if code != 0:
+        raise RuntimeError(f"{op}: the CUDA launch failed with {_native.native().cuda_error(code)}")

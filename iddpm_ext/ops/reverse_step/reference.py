@@ -1,0 +1,48 @@
+"""The reverse step in PyTorch, line by line."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from iddpm_ext.ops.columns import Column
+from iddpm_ext.ops.native import empty_images
+from iddpm_ext.ops.rows import Rows, compute_dtype, drawn_noise
+
+
+def reverse_step(
+    x_t: Tensor,
+    model_output: Tensor,
+    t: Tensor,
+    table: Tensor,
+    noise: Tensor | None,
+    samples: Tensor | None,
+    steps: Tensor | None,
+    seed: int,
+    stream_draw: int,
+    clip: bool,
+) -> tuple[Tensor, Tensor]:
+    """x_prev and x_0, both like x_t; halves are computed in float32 and rounded once."""
+    dtype = compute_dtype(x_t)
+    row = Rows(table, t, dtype)
+    channels = x_t.shape[1]
+    x = x_t.to(dtype)
+    out = model_output[:, :channels].to(dtype)
+
+    x_0 = row[Column.X0_FROM_XT] * x + row[Column.X0_FROM_OUT] * out
+    if clip:
+        x_0 = x_0.clamp(-1, 1)
+    x_prev = row[Column.MEAN_X0] * x_0 + row[Column.MEAN_XT] * x
+
+    if samples is not None and steps is not None:
+        noise = drawn_noise(x_t, samples, steps, seed, stream_draw)
+    if noise is not None:
+        log_variance = row[Column.LOG_VARIANCE_BIAS]
+        if model_output.shape[1] > channels:
+            v = model_output[:, channels:].to(dtype)
+            log_variance = log_variance + row[Column.LOG_VARIANCE_SCALE] * v
+        x_prev = x_prev + row[Column.NOISE_SCALE] * (0.5 * log_variance).exp() * noise.to(dtype)
+    return _like(x_prev, x_t), _like(x_0, x_t)
+
+
+def _like(value: Tensor, x_t: Tensor) -> Tensor:
+    return empty_images(x_t).copy_(value)

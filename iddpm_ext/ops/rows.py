@@ -1,0 +1,32 @@
+"""What the references share: rows of the coefficient table, and noise."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from iddpm_ext.ops.columns import Column
+from iddpm_ext.random import NoiseKey, normal
+
+
+class Rows:
+    """The rows of `table` at steps t [N], each column shaped [N, 1, 1, 1] to meet images [N, C, H, W]."""
+
+    def __init__(self, table: Tensor, t: Tensor, dtype: torch.dtype) -> None:
+        self._rows = table[t].to(dtype)
+
+    def __getitem__(self, column: Column) -> Tensor:
+        return self._rows[:, column, None, None, None]
+
+
+def compute_dtype(*tensors: Tensor) -> torch.dtype:
+    """float64 if any tensor is, else float32: half precision is never computed in."""
+    return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
+
+
+def drawn_noise(
+    like: Tensor, samples: Tensor, steps: Tensor, seed: int, stream_draw: int
+) -> Tensor:
+    """The noise that a kernel draws for these arguments of its operator, float32 of the shape of `like`."""
+    key = NoiseKey(seed % (1 << 64), stream_draw % 16, samples, steps, stream_draw // 16)
+    return normal(key, like.shape, like.device)

@@ -1,0 +1,149 @@
+"""What an op is, where it is listed, and which of its backends serves a call."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+
+from iddpm_ext import _native
+
+#: Backends in the order in which "auto" tries them, by device type.
+PREFERENCE: dict[str, tuple[str, ...]] = {
+    "cpu": ("cpu", "reference"),
+    "cuda": ("cuda", "triton", "reference"),
+}
+BACKENDS = ("reference", "cpu", "cuda", "triton")
+
+FLOAT32_ONLY = frozenset({torch.float32})
+FLOAT32_AND_HALVES = frozenset({torch.float32, torch.bfloat16, torch.float16})
+
+
+class Case(NamedTuple):
+    """Arguments of one call of an op, for tests and benchmarks."""
+
+    label: str
+    kwargs: dict[str, Any]
+
+
+class BadCase(NamedTuple):
+    """Arguments that an op must refuse, with the error's type and a part of its text."""
+
+    label: str
+    kwargs: dict[str, Any]
+    error: type[Exception]
+    match: str
+
+
+@dataclass(frozen=True)
+class OpSpec:
+    """One op: its public function, its backends and what they take.
+
+    `kernels` maps a backend's name to the function that computes it; all take the same arguments, those
+    of the registered operator without the trailing backend. `dtypes` says which dtypes of the first
+    tensor each kernel takes ("reference" takes every floating dtype). Cases for tests and benchmarks
+    live in `iddpm_ext/ops/<name>/cases.py` and are imported only when asked for.
+    """
+
+    name: str
+    summary: str
+    public: Callable[..., Any]
+    kernels: Mapping[str, Callable[..., Any]]
+    dtypes: Mapping[str, frozenset[torch.dtype]] = field(
+        default_factory=lambda: dict.fromkeys(("cpu", "cuda", "triton"), FLOAT32_ONLY)
+    )
+    differentiable: tuple[str, ...] = ()
+
+    def _cases(self) -> Any:
+        return importlib.import_module(f"iddpm_ext.ops.{self.name}.cases")
+
+    def sample_inputs(self, device: str, dtype: torch.dtype) -> Iterator[Case]:
+        """Calls that every backend must compute like the reference."""
+        return self._cases().sample_inputs(device, dtype)
+
+    def bad_inputs(self, device: str) -> Iterator[BadCase]:
+        """Calls that must be refused before any work."""
+        return self._cases().bad_inputs(device)
+
+    def benchmark_inputs(self, device: str) -> Iterator[Case]:
+        """Calls at the sizes of the field."""
+        return self._cases().benchmark_inputs(device)
+
+    def minimum_bytes(self, kwargs: dict[str, Any]) -> int:
+        """Bytes that any implementation must move: each input read once, each output written once."""
+        return self._cases().minimum_bytes(kwargs)
+
+
+REGISTRY: dict[str, OpSpec] = {}
+
+# Asked once: tracing sees constants, and a call costs nothing.
+_ABSENCE = {"cpu": _native.cpu_absence(), "cuda": _native.cuda_absence()}
+
+
+def register(spec: OpSpec) -> OpSpec:
+    """Lists an op; its name must be new and its backends known."""
+    assert spec.name not in REGISTRY, f"op {spec.name} is registered twice"
+    assert set(spec.kernels) <= set(BACKENDS) and "reference" in spec.kernels
+    REGISTRY[spec.name] = spec
+    return spec
+
+
+@functools.cache
+def _triton_missing() -> bool:
+    return importlib.util.find_spec("triton") is None
+
+
+def triton_interpreted() -> bool:
+    """Whether Triton kernels run in Triton's interpreter (TRITON_INTERPRET=1), which serves CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def unavailable(name: str, backend: str, device_type: str, dtype: torch.dtype) -> str | None:
+    """Why `backend` cannot serve op `name` there, or None if it can."""
+    spec = REGISTRY[name]
+    if backend not in spec.kernels:
+        return "this op has no such kernel"
+    if backend == "reference":
+        return None
+    if backend == "triton":
+        if _triton_missing():
+            return "the package triton is not installed"
+        if device_type != "cuda" and not triton_interpreted():
+            return f"it needs CUDA tensors (or TRITON_INTERPRET=1), not {device_type}"
+    elif device_type != backend:
+        return f"it needs {backend.upper()} tensors, not {device_type}"
+    else:
+        if _ABSENCE[backend] is not None:
+            return _ABSENCE[backend]
+    if dtype not in spec.dtypes[backend]:
+        names = ", ".join(sorted(str(d).removeprefix("torch.") for d in spec.dtypes[backend]))
+        return f"it takes {names}, not {str(dtype).removeprefix('torch.')}"
+    return None
+
+
+def resolve_backend(name: str, backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The backend that serves a call of op `name` on `device` with a first tensor of `dtype`.
+
+    "auto" takes the first of `PREFERENCE` that can; an explicit backend that cannot raises RuntimeError
+    with the reason and the backends that can, an unknown one raises ValueError.
+    """
+    device_type = device.type
+    if backend == "auto":
+        order = PREFERENCE.get(device_type, ("reference",))
+        return next(b for b in order if unavailable(name, b, device_type, dtype) is None)
+    if backend not in BACKENDS:
+        choices = ", ".join(("auto", *BACKENDS))
+        raise ValueError(f"{name}: backend must be one of {choices}, got {backend!r}")
+    reason = unavailable(name, backend, device_type, dtype)
+    if reason is None:
+        return backend
+    able = [b for b in BACKENDS if unavailable(name, b, device_type, dtype) is None]
+    raise RuntimeError(
+        f"{name}: backend {backend!r} cannot serve this call: {reason}; can: {', '.join(able)}"
+    )

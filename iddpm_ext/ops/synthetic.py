@@ -1,0 +1,113 @@
+"""Made-up arguments for the ops' tests and benchmarks: reproducible tensors, a table, odd memory layouts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from iddpm_ext.ops.columns import NUM_COLUMNS, Column
+
+NUM_TIMESTEPS = 50
+
+
+class Tensors:
+    """Random tensors of one dtype and device, the same for the same seed on every device."""
+
+    def __init__(self, seed: int, device: str, dtype: torch.dtype) -> None:
+        self._generator = torch.Generator().manual_seed(seed)
+        self._device, self._dtype = device, dtype
+
+    def normal(self, shape: Sequence[int], mean: float = 0.0, std: float = 1.0) -> Tensor:
+        """Normal numbers; drawn in float32, so that every dtype rounds the same ones."""
+        values = torch.randn(*shape, generator=self._generator) * std + mean
+        return values.to(self._device, self._dtype)
+
+    def timesteps(self, n: int) -> Tensor:
+        """Steps of `table`'s chain, the first and the last among them where n allows."""
+        t = torch.randint(0, NUM_TIMESTEPS, (n,), generator=self._generator)
+        t[:1], t[1:2] = NUM_TIMESTEPS - 1, 0
+        return t.to(self._device)
+
+
+def table(device: str, *, learned: bool = True, sampler: str = "ddpm", eta: float = 0.0) -> Tensor:
+    """A cosine chain's table, float32 [50, 16]; `Diffusion.table` is the real one, a layer above.
+
+    Written again from the equations, so that a slip in one of the two shows in the tests.
+    """
+    steps = torch.arange(NUM_TIMESTEPS + 1, dtype=torch.float64) / NUM_TIMESTEPS
+    curve = torch.cos((steps + 0.008) / 1.008 * torch.pi / 2) ** 2
+    betas = (1 - curve[1:] / curve[:-1]).clamp(max=0.999)
+    alpha_bar = (1 - betas).cumprod(0)
+    previous = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
+    posterior = betas * (1 - previous) / (1 - alpha_bar)
+    low = torch.cat([posterior[1:2], posterior[1:]]).log()
+
+    rows = torch.zeros(NUM_TIMESTEPS, NUM_COLUMNS, dtype=torch.float64)
+    rows[:, Column.X0_FROM_XT] = (1 / alpha_bar).sqrt()
+    rows[:, Column.X0_FROM_OUT] = -(1 / alpha_bar - 1).sqrt()
+    rows[1:, Column.NOISE_SCALE] = 1
+    if sampler == "ddim":
+        sigma = eta * ((1 - previous) / (1 - alpha_bar) * (1 - alpha_bar / previous)).sqrt()
+        direction = (1 - previous - sigma**2).clamp(min=0).sqrt() / (1 - alpha_bar).sqrt()
+        rows[:, Column.MEAN_X0] = previous.sqrt() - direction * alpha_bar.sqrt()
+        rows[:, Column.MEAN_XT] = direction
+        noisy = sigma > 0
+        rows[noisy, Column.LOG_VARIANCE_BIAS] = 2 * sigma[noisy].log()
+        rows[~noisy, Column.NOISE_SCALE] = 0
+    else:
+        rows[:, Column.MEAN_X0] = betas * previous.sqrt() / (1 - alpha_bar)
+        rows[:, Column.MEAN_XT] = (1 - previous) * (1 - betas).sqrt() / (1 - alpha_bar)
+        high = betas.log()
+        rows[:, Column.LOG_VARIANCE_BIAS] = (high + low) / 2 if learned else low
+        rows[:, Column.LOG_VARIANCE_SCALE] = (high - low) / 2 if learned else 0
+    rows[:, Column.POSTERIOR_LOG_VARIANCE] = low
+    rows[:, Column.SQRT_ALPHA_BAR] = alpha_bar.sqrt()
+    rows[:, Column.SQRT_ONE_MINUS_ALPHA_BAR] = (1 - alpha_bar).sqrt()
+    rows[:, Column.TARGET_NOISE] = 1
+    log_alpha_bar = alpha_bar.log()
+    rows[:, Column.LOG_ALPHA_BAR_HIGH] = log_alpha_bar.float().double()
+    rows[:, Column.LOG_ALPHA_BAR_LOW] = log_alpha_bar - log_alpha_bar.float().double()
+    rows[:, Column.STEP] = torch.arange(NUM_TIMESTEPS, dtype=torch.float64)
+    return rows.float().to(device)
+
+
+def _sliced(x: Tensor) -> Tensor:
+    """Every second row of a larger batch, from an odd offset of storage on."""
+    room = torch.full((2 * x.shape[0] + 1, *x.shape[1:]), float("nan"), dtype=x.dtype)
+    room = room.to(x.device)
+    view = room[1::2]
+    return view.copy_(x)
+
+
+def _pitched(x: Tensor) -> Tensor:
+    """channels_last with other channels between the pixels, as the gradient of a concatenation is."""
+    n, c, h, w = x.shape
+    room = torch.full((n, h, w, c + 3), float("nan"), dtype=x.dtype, device=x.device)
+    view = room[..., 1 : c + 1].permute(0, 3, 1, 2)
+    return view.copy_(x)
+
+
+def _cropped(x: Tensor) -> Tensor:
+    """A window of larger images: no single stride walks its pixels."""
+    n, c, h, w = x.shape
+    room = torch.full((n, c, h + 2, w + 3), float("nan"), dtype=x.dtype, device=x.device)
+    view = room[:, :, 1 : h + 1, 2 : w + 2]
+    return view.copy_(x)
+
+
+def _offset(x: Tensor) -> Tensor:
+    """Contiguous, one element past an aligned address."""
+    room = torch.empty(x.numel() + 1, dtype=x.dtype, device=x.device)
+    return room[1:].view(x.shape).copy_(x)
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "sliced": _sliced,
+    "pitched": _pitched,
+    "cropped": _cropped,
+    "storage offset": _offset,
+    "transposed": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+}

@@ -1,0 +1,247 @@
+"""Every op on every backend, against its reference in float64. A new op needs no line here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from iddpm_ext import ops
+from iddpm_ext.ops.spec import BACKENDS, REGISTRY, BadCase, Case, OpSpec, unavailable
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+KERNELS = [backend for backend in BACKENDS if backend != "reference"]
+DIFFERENTIABLE = [spec for spec in REGISTRY.values() if spec.differentiable]
+SMALL = 4000
+
+# A result may be this many times as far from float64 as PyTorch's own at the same dtype (root mean square
+# over the elements: where terms cancel, the largest error of a few is a matter of luck) ...
+ERROR_RATIO = 2.0
+# ... and is never asked to be closer than this many roundings of the largest value.
+ROUNDINGS = 2.0
+
+
+def kernel_cases(specs: Iterable[OpSpec]) -> list[Any]:
+    """(spec, backend, case) for every kernel that can run here, on every dtype it takes."""
+    found = []
+    for spec, device, backend, dtype in product(specs, DEVICES, KERNELS, DTYPES):
+        if unavailable(spec.name, backend, device, dtype) is None:
+            for case in spec.sample_inputs(device, dtype):
+                name = f"{spec.name}-{backend}-{device}-{str(dtype)[6:]}-{case.label}"
+                found.append(pytest.param(spec, backend, case, id=name))
+    return found
+
+
+def bad_cases() -> list[Any]:
+    return [
+        pytest.param(spec, case, id=f"{spec.name}-{device}-{case.label}")
+        for spec, device in product(REGISTRY.values(), DEVICES)
+        for case in spec.bad_inputs(device)
+    ]
+
+
+def tensors(value: Any) -> list[Tensor]:
+    """The tensors of a result, in order."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, (list, tuple)):
+        return [x for item in value for x in tensors(item)]
+    return []
+
+
+def convert(kwargs: dict[str, Any], change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    def visit(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return change(value)
+        if isinstance(value, list):
+            return [visit(v) for v in value]
+        return value
+
+    return {name: visit(value) for name, value in kwargs.items()}
+
+
+def to_double(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return convert(kwargs, lambda x: x.double() if x.is_floating_point() else x)
+
+
+def cloned(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Copies that keep strides, so that an op which works in place starts afresh."""
+
+    def copy(x: Tensor) -> Tensor:
+        if x.numel() == 0:
+            return x.clone()
+        room = torch.empty(x.untyped_storage().nbytes() // x.element_size(), dtype=x.dtype)
+        room = room.to(x.device)
+        room.copy_(torch.as_strided(x, room.shape, (1,), 0))
+        return torch.as_strided(room, x.shape, x.stride(), x.storage_offset())
+
+    return convert(kwargs, copy)
+
+
+def run(spec: OpSpec, backend: str, kwargs: dict[str, Any]) -> list[Tensor]:
+    """What the op returns, or for an op that works in place, the tensors it was given."""
+    result = spec.public(**kwargs, backend=backend)
+    return tensors(list(kwargs.values()) if result is None else result)
+
+
+def poison_fresh_memory() -> None:
+    """Makes it likely that an element nobody writes is NaN."""
+    for size in (64, 4096, 65536):
+        torch.full((size,), float("nan"))
+
+
+def error(result: Tensor, exact: Tensor) -> float:
+    return float((result.double() - exact).square().mean().sqrt()) if exact.numel() else 0.0
+
+
+def assert_close(result: Tensor, exact: Tensor, yardstick: Tensor, dtype: torch.dtype) -> None:
+    assert result.shape == exact.shape
+    assert torch.equal(result.isnan(), exact.isnan())
+    if not exact.is_floating_point():
+        assert torch.equal(result, exact)
+        return
+    finite = exact.isfinite()
+    result, exact, yardstick = result[finite], exact[finite], yardstick[finite]
+    scale = float(exact.abs().max()) if exact.numel() else 0.0
+    allowed = max(ERROR_RATIO * error(yardstick, exact), ROUNDINGS * torch.finfo(dtype).eps * scale)
+    assert error(result, exact) <= allowed
+
+
+@pytest.mark.parametrize(("spec", "backend", "case"), kernel_cases(REGISTRY.values()))
+def test_backend_agrees_with_the_reference_in_float64(spec: OpSpec, backend: str, case: Case):
+    poison_fresh_memory()
+    inputs = cloned(case.kwargs)
+    results = run(spec, backend, inputs)
+    exact = run(spec, "reference", to_double(cloned(case.kwargs)))
+    yardstick = run(spec, "reference", cloned(case.kwargs))
+    assert len(results) == len(exact) > 0
+    for result, target, measure in zip(results, exact, yardstick, strict=True):
+        assert result.dtype == measure.dtype and result.stride() == measure.stride()
+        assert_close(result, target, measure, result.dtype)
+
+
+@pytest.mark.parametrize(("spec", "backend", "case"), kernel_cases(REGISTRY.values()))
+def test_backend_repeats_itself_bit_for_bit(spec: OpSpec, backend: str, case: Case):
+    first = run(spec, backend, cloned(case.kwargs))
+    again = run(spec, backend, cloned(case.kwargs))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def differentiable(spec: OpSpec, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A copy whose differentiable tensors are leaves that require gradients, strides kept."""
+    copy = cloned(kwargs)
+    for name in spec.differentiable:
+        if isinstance(copy.get(name), Tensor):
+            copy[name].requires_grad_(True)
+    return copy
+
+
+def gradients(spec: OpSpec, backend: str, kwargs: dict[str, Any]) -> list[Tensor]:
+    """Gradients of a fixed weighted sum of every result that has one."""
+    total = torch.zeros((), dtype=torch.float64)
+    for i, result in enumerate(tensors(spec.public(**kwargs, backend=backend))):
+        if result.requires_grad and result.numel():
+            weights = torch.linspace(-1, 1, result.numel(), dtype=torch.float64).cos() + 0.1 * i
+            total = total + (result.double().cpu() * weights.view(result.shape)).sum()
+    leaves = [kwargs[k] for k in spec.differentiable if isinstance(kwargs.get(k), Tensor)]
+    if not total.requires_grad:
+        return [torch.zeros_like(x) for x in leaves]
+    found = torch.autograd.grad(total, leaves, allow_unused=True)
+    return [g if g is not None else torch.zeros_like(x) for g, x in zip(found, leaves, strict=True)]
+
+
+@pytest.mark.parametrize(("spec", "backend", "case"), kernel_cases(DIFFERENTIABLE))
+def test_gradients_agree_with_the_reference_in_float64(spec: OpSpec, backend: str, case: Case):
+    results = gradients(spec, backend, differentiable(spec, case.kwargs))
+    exact = gradients(spec, "reference", differentiable(spec, to_double(cloned(case.kwargs))))
+    yardstick = gradients(spec, "reference", differentiable(spec, case.kwargs))
+    for result, target, measure in zip(results, exact, yardstick, strict=True):
+        assert result.dtype == measure.dtype
+        assert_close(result, target, measure, result.dtype)
+
+
+def small_cases(specs: Iterable[OpSpec], dtype: torch.dtype) -> list[Any]:
+    """Cases small enough for numerical differentiation, which tracing takes too."""
+    return [
+        pytest.param(spec, case, id=f"{spec.name}-{case.label}")
+        for spec in specs
+        for case in spec.sample_inputs("cpu", dtype)
+        if sum(x.numel() for x in tensors(list(case.kwargs.values()))) < SMALL
+    ]
+
+
+@pytest.mark.parametrize(("spec", "case"), small_cases(DIFFERENTIABLE, torch.float64))
+def test_reference_passes_gradcheck(spec: OpSpec, case: Case):
+    leaves = [k for k in spec.differentiable if isinstance(case.kwargs.get(k), Tensor)]
+    if sum(case.kwargs[k].numel() for k in leaves) == 0:
+        pytest.skip("nothing to differentiate")
+    kwargs = cloned(to_double(case.kwargs))
+
+    def function(*values: Tensor) -> tuple[Tensor, ...]:
+        arguments = {**kwargs, **dict(zip(leaves, values, strict=True))}
+        found = tensors(spec.public(**arguments, backend="reference"))
+        return tuple(x for x in found if x.requires_grad)
+
+    inputs = tuple(kwargs[k].requires_grad_(True) for k in leaves)
+    assert torch.autograd.gradcheck(function, inputs, fast_mode=True)
+
+
+def operator_of(spec: OpSpec) -> Any:
+    return getattr(torch.ops.iddpm_ext, spec.name).default
+
+
+@pytest.mark.parametrize(("spec", "case"), small_cases(REGISTRY.values(), torch.float32))
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_operator_passes_opcheck(spec: OpSpec, case: Case, backend: str, monkeypatch):
+    if unavailable(spec.name, backend, "cpu", torch.float32):
+        pytest.skip("no such kernel here")
+    calls: list[tuple[Any, ...]] = []
+
+    class Recorder(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is operator_of(spec):
+                calls.append(args)
+            return func(*args, **(kwargs or {}))
+
+    with Recorder():
+        spec.public(**cloned(case.kwargs), backend=backend)
+    assert calls, "the public function does not go through its operator"
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(operator_of(spec), calls[0], test_utils=checks)
+
+
+@pytest.mark.parametrize("spec", REGISTRY.values(), ids=REGISTRY)
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_compiles_into_one_graph_with_the_same_result(spec: OpSpec, backend: str):
+    case = next(iter(spec.sample_inputs("cpu", torch.float32)))
+    if unavailable(spec.name, backend, "cpu", torch.float32):
+        pytest.skip("no such kernel here")
+
+    def call(kwargs: dict[str, Any]) -> list[Tensor]:
+        return run(spec, backend, kwargs)
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    results, expected = compiled(cloned(case.kwargs)), call(cloned(case.kwargs))
+    assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
+
+
+@pytest.mark.parametrize(("spec", "case"), bad_cases())
+def test_bad_input_is_refused_before_any_work(spec: OpSpec, case: BadCase):
+    with pytest.raises(case.error, match=case.match) as caught:
+        spec.public(**case.kwargs)
+    assert str(caught.value).startswith(f"{spec.name}: ")
+
+
+def test_an_explicit_backend_that_cannot_serve_says_why_and_which_can():
+    with pytest.raises(RuntimeError, match=r"'cuda' cannot serve this call: .*; can: .*reference"):
+        ops.resolve_backend("reverse_step", "cuda", torch.device("cpu"), torch.float32)
+
+
+def test_auto_takes_the_reference_where_no_kernel_takes_the_dtype():
+    chosen = ops.resolve_backend("reverse_step", "auto", torch.device("cpu"), torch.float64)
+    assert chosen == "reference"
