@@ -12,6 +12,7 @@
 
 #include "common/isa.h"
 #include "reverse_step/reverse_step.h"
+#include "unet_engine/unet_engine.h"
 #ifdef IDDPM_WITH_CUDA
 #include "common/device.h"
 #endif
@@ -151,6 +152,25 @@ void bind_cuda(py::module_& m, const char* name, Args (*make)(In...),
 #define IDDPM_BIND(m, op) IDDPM_BIND_CPU(m, op)
 #endif
 
+// See unet_engine/plan.h; pointers as integers.
+int64_t run_plan(intptr_t ops, int64_t count, int64_t n, int64_t threads, intptr_t input,
+                 intptr_t output, intptr_t embedding, intptr_t embedding_row, intptr_t shared,
+                 int64_t shared_floats, intptr_t scratch, int64_t scratch_floats) {
+  const iddpm::PlanRun run{reinterpret_cast<const int64_t*>(ops),
+                           count,
+                           n,
+                           threads,
+                           reinterpret_cast<const float*>(input),
+                           reinterpret_cast<float*>(output),
+                           reinterpret_cast<const float*>(embedding),
+                           reinterpret_cast<const int64_t*>(embedding_row),
+                           reinterpret_cast<float*>(shared),
+                           shared_floats,
+                           reinterpret_cast<float*>(scratch),
+                           scratch_floats};
+  return IDDPM_DISPATCH(unet_engine)(run);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
@@ -160,6 +180,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("set_isa", &set_isa, py::arg("name"),
         "Use the instruction set `name` from now on and return the previous one's name.");
   IDDPM_BIND(m, reverse_step);
+  m.def("unet_engine", &run_plan, nogil(), "Run a plan of csrc/unet_engine/plan.h.");
 #ifdef IDDPM_WITH_CUDA
   m.def("cuda_error", [](int code) {
     return std::string(iddpm::cuda_error_name(code)) + ": " + iddpm::cuda_error_text(code);

@@ -1,0 +1,67 @@
+// Convolutions that Winograd does not serve (stride 2, the first layer, the exact mode): rows of
+// the nine neighbours of a block of pixels are gathered into scratch and multiplied by the packed
+// weights.
+#if defined(__AVX2__)
+#include "team.h"
+#include "tile.h"
+
+namespace iddpm {
+namespace IDDPM_ISA {
+
+namespace {
+
+constexpr int64_t kBlockFloats = 96 * 1024;
+
+void gather(const ConvOp& op, int64_t pixel, int64_t out_height, int64_t out_width, float* row) {
+  const int64_t x = pixel % out_width, y = pixel / out_width % out_height;
+  const int64_t sample = pixel / (out_width * out_height);
+  const float* image = op.in + sample * op.height * op.width * op.in_stride;
+  const int64_t height = op.height << op.upscale, width = op.width << op.upscale;
+  for (int64_t dy = -1; dy <= 1; ++dy) {
+    for (int64_t dx = -1; dx <= 1; ++dx, row += op.channels) {
+      const int64_t sy = y * op.stride + dy, sx = x * op.stride + dx;
+      if (sy < 0 || sy >= height || sx < 0 || sx >= width) {
+        std::memset(row, 0, size_t(op.channels) * sizeof(float));
+      } else {
+        const int64_t source = (sy >> op.upscale) * op.width + (sx >> op.upscale);
+        std::memcpy(row, image + source * op.in_stride, size_t(op.channels) * sizeof(float));
+      }
+    }
+  }
+}
+
+}  // namespace
+
+int run_conv(const ConvOp& op, const Team& team) {
+  const int64_t out_height = ((op.height << op.upscale) + op.stride - 1) / op.stride;
+  const int64_t out_width = ((op.width << op.upscale) + op.stride - 1) / op.stride;
+  const int64_t pixels = out_height * out_width * team.n, depth = 9 * op.channels;
+  const int64_t panels = (op.columns + kPanel - 1) / kPanel;
+  const bool by_rows = pixels >= 2 * kTileRows * team.threads;
+  const Range rows =
+      by_rows ? share(pixels, kTileRows, team.thread, team.threads) : Range{0, pixels};
+  const Range columns = by_rows ? Range{0, panels} : share(panels, 1, team.thread, team.threads);
+  const int64_t pitch = depth + 16;  // not a power of two: rows would share cache sets
+  const int64_t fit = team.scratch_floats / pitch / kTileRows * kTileRows;
+  if (fit == 0) return 1;
+  const int64_t block = smaller(fit, larger(kBlockFloats / pitch / kTileRows, 1) * kTileRows);
+  for (int64_t row = rows.begin; row < rows.end; row += block) {
+    const int64_t count = smaller(block, rows.end - row);
+    for (int64_t i = 0; i < count; ++i)
+      gather(op, row + i, out_height, out_width, team.scratch + i * pitch);
+    for (int64_t panel = columns.begin; panel < columns.end; ++panel) {
+      const int64_t column = panel * kPanel;
+      Addends add{op.bias ? op.bias + column : nullptr,
+                  op.residual ? op.residual + row * op.residual_stride + column : nullptr,
+                  op.residual_stride};
+      multiply_panel(count, smaller(kPanel, op.columns - column), depth, team.scratch, pitch,
+                     op.w + column * depth, kPanel, op.out + row * op.out_stride + column,
+                     op.out_stride, add);
+    }
+  }
+  return 0;
+}
+
+}  // namespace IDDPM_ISA
+}  // namespace iddpm
+#endif

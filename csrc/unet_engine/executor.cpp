@@ -1,0 +1,82 @@
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+#include "team.h"
+#include "unet_engine.h"
+
+namespace iddpm {
+namespace IDDPM_ISA {
+
+#if defined(__AVX2__)
+
+namespace {
+
+template <class T>
+const T& as(const int64_t* words) {
+  return *reinterpret_cast<const T*>(words);
+}
+
+int run_op(const int64_t* words, const Team& team) {
+  switch (Kind(words[0])) {
+    case Kind::kInput:
+      return run_input(as<InputOp>(words), team);
+    case Kind::kOutput:
+      return run_output(as<OutputOp>(words), team);
+    case Kind::kGemm:
+      return run_gemm(as<GemmOp>(words), team);
+    case Kind::kConv:
+      return run_conv(as<ConvOp>(words), team);
+    case Kind::kWinograd:
+      return run_winograd(as<WinogradOp>(words), team);
+    case Kind::kGroupNorm:
+      return run_group_norm(as<GroupNormOp>(words), team);
+    case Kind::kAttention:
+      return run_attention(as<AttentionOp>(words), team);
+  }
+  return 1;
+}
+
+// Every thread sees the same sizes, so all of them stop at the same operation or none does.
+int64_t walk(const PlanRun& run, int64_t thread, int64_t threads) {
+  const Team team{thread,
+                  threads,
+                  run.n,
+                  &run,
+                  run.shared,
+                  run.shared_floats,
+                  run.scratch + thread * run.scratch_floats,
+                  run.scratch_floats};
+  for (int64_t i = 0; i < run.count; ++i) {
+    if (run_op(run.ops + i * kOpWords, team)) return i + 1;
+    barrier(team);
+  }
+  return 0;
+}
+
+}  // namespace
+
+int64_t unet_engine(const PlanRun& run) {
+  if (run.threads <= 1) return walk(run, 0, 1);
+  int64_t failed = 0;
+#pragma omp parallel num_threads(int(run.threads))
+  {
+#if defined(_OPENMP)
+    const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
+#else
+    const int64_t thread = 0, threads = 1;
+#endif
+    const int64_t code = walk(run, thread, threads);
+    if (thread == 0) failed = code;
+  }
+  return failed;
+}
+
+#else
+
+int64_t unet_engine(const PlanRun&) { return -1; }
+
+#endif
+
+}  // namespace IDDPM_ISA
+}  // namespace iddpm

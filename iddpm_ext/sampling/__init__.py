@@ -1,0 +1,1 @@
+"""Sampling: the reverse chain, and the engines that run a network fast."""

@@ -1,0 +1,57 @@
+"""Weights in the layouts that the CPU engine's kernels read (`csrc/unet_engine/plan.h`).
+
+A panel is 32 output columns wide; missing columns are zero. All of it happens once, in float64.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+PANEL = 32
+
+# Winograd's points besides infinity; F(4, 3) takes those whose powers stay closest to one.
+_POINTS = {2: (0.0, 1.0, -1.0), 4: (0.0, 0.5**0.5, -(0.5**0.5), 2.0**0.5, -(2.0**0.5))}
+
+
+def pack_matrix(weight: Tensor) -> Tensor:
+    """weight [K, C] -> float32 [ceil(K / 32), C, 32]."""
+    columns = weight.shape[0]
+    padded = F.pad(weight.detach(), (0, 0, 0, -columns % PANEL))
+    return padded.unflatten(0, (-1, PANEL)).transpose(1, 2).float().contiguous()
+
+
+def pack_vector(bias: Tensor | None) -> Tensor | None:
+    """bias [K] -> float32 [ceil(K / 32) * 32], zero-padded."""
+    if bias is None:
+        return None
+    return F.pad(bias.detach().float(), (0, -bias.shape[0] % PANEL)).contiguous()
+
+
+def pack_taps(weight: Tensor) -> Tensor:
+    """weight [K, C, 3, 3] -> float32 [ceil(K / 32), 9 * C, 32], for rows of gathered neighbours."""
+    return pack_matrix(weight.permute(0, 2, 3, 1).flatten(1))
+
+
+def filter_transform(tile: int) -> Tensor:
+    """G of F(tile, 3), float64 [tile + 2, 3]: row p is (1, p, p^2) / prod_{q != p} (p - q)."""
+    points = _POINTS[tile]
+    rows = []
+    for p in points:
+        norm = 1.0
+        for q in points:
+            norm *= p - q if q != p else 1.0
+        # The input transform's first row is normalised to a leading +1.
+        norm = abs(norm) if p == 0 else norm
+        rows.append([1 / norm, p / norm, p * p / norm])
+    rows.append([0.0, 0.0, 1.0])
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def pack_winograd(weight: Tensor, tile: int) -> Tensor:
+    """weight [K, C, 3, 3] -> G g G^T as float32 [ceil(K / 32), (tile + 2)^2, C, 32]."""
+    g = filter_transform(tile)
+    u = torch.einsum("ia,jb,kcab->ijkc", g, g, weight.detach().double()).flatten(0, 1)
+    padded = F.pad(u, (0, 0, 0, -weight.shape[0] % PANEL)).unflatten(1, (-1, PANEL))
+    return padded.permute(1, 0, 3, 2).float().contiguous()
