@@ -394,15 +394,20 @@ class UNet(nn.Module):
         dtype = self.input_blocks[0][0].weight.dtype
         h = x if low_res is None else torch.cat([x, _upsample_to(low_res, x)], dim=1)
         h, emb = h.to(dtype), emb.to(dtype)
-        skips = []
-        for block in self.input_blocks:
+        # The noise of the first steps is finer than bfloat16 can tell apart on pixels near -1 or 1,
+        # so the network's two ends, and with them the residual stream, keep their precision.
+        with torch.autocast(x.device.type, enabled=False):
+            h = self._run(self.input_blocks[0], h, emb)
+        skips = [h]
+        for block in self.input_blocks[1:]:
             h = self._run(block, h, emb)
             skips.append(h)
         h = self._run(self.middle_block, h, emb)
         for block in self.output_blocks:
             h = self._run(block, torch.cat([h, skips.pop()], dim=1), emb)
         norm, _, conv = self.out
-        return conv(_norm_silu(norm, h)).to(x.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            return conv(_norm_silu(norm, h).to(conv.weight.dtype)).to(x.dtype)
 
     def _run(self, block: nn.Module, h: Tensor, emb: Tensor) -> Tensor:
         if self.gradient_checkpointing and torch.is_grad_enabled():

@@ -1,0 +1,55 @@
+"""IDX files, the format of MNIST and its family, plain or gzipped."""
+
+from __future__ import annotations
+
+import gzip
+import math
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+_TYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
+_PREFIXES = {"train": "train-", "test": "t10k-"}
+
+
+def read_idx(path: str | Path) -> np.ndarray:
+    """The array of one IDX file, in native byte order.
+
+    Layout: two zero bytes, a type code, the number of dimensions, each size as a big-endian uint32,
+    then the values. Raises ValueError when the file is not that, or is shorter or longer than it says.
+    """
+    path = Path(path)
+    try:
+        raw = path.read_bytes()
+        raw = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"read_idx: {path} must be a complete gzip file, got {error}") from error
+    if len(raw) < 4 or raw[:2] != b"\0\0" or raw[2] not in _TYPES or raw[3] == 0:
+        raise ValueError(f"read_idx: {path} must begin with an IDX header, got {raw[:4]!r}")
+    dtype, header = np.dtype(_TYPES[raw[2]]), 4 + 4 * raw[3]
+    shape = tuple(int(size) for size in np.frombuffer(raw[4:header], ">u4"))
+    expected = header + math.prod(shape) * dtype.itemsize
+    if len(shape) != raw[3] or len(raw) != expected:
+        raise ValueError(
+            f"read_idx: {path} must hold {expected} bytes for shape {shape}, got {len(raw)}"
+        )
+    return np.frombuffer(raw, dtype, offset=header).reshape(shape).astype(dtype.newbyteorder("="))
+
+
+def find_idx(path: Path, split: str) -> tuple[Path, Path | None] | None:
+    """The (images, labels) files of `path`: a folder of the family's file names, or one file of images.
+
+    split is "train" or "test" and picks among a folder's files. The labels are None where no
+    file has the images' name with "images-idx3" as "labels-idx1". Returns None for anything else.
+    """
+    if path.is_dir():
+        stem = f"{_PREFIXES[split]}images-idx3-ubyte"
+        candidates = [path / stem, path / f"{stem}.gz"]
+    else:
+        candidates = [path] if "idx3" in path.name else []
+    for images in candidates:
+        if images.is_file():
+            labels = images.with_name(images.name.replace("images-idx3", "labels-idx1"))
+            return images, labels if labels != images and labels.is_file() else None
+    return None

@@ -1,0 +1,9 @@
+"""Training: one configuration, one loop, checkpoints that survive anything."""
+
+from __future__ import annotations
+
+from .checkpoints import newest_checkpoint
+from .config import TrainConfig
+from .loop import train
+
+__all__ = ["TrainConfig", "newest_checkpoint", "train"]
