@@ -27,29 +27,32 @@ class Plane(NamedTuple):
     tensor: Tensor
 
 
-def _pixel_stride(x: Tensor) -> int | None:
-    """The one stride that walks all pixels of a channel in order, or None where there is none."""
-    height, width = x.shape[2], x.shape[3]
-    if width == 1:
-        return x.stride(2) if height > 1 else 1
-    if height == 1 or x.stride(2) == width * x.stride(3):
-        return x.stride(3)
-    return None
+def _strides(x: Tensor) -> tuple[int, int, int] | None:
+    """Strides of sample, channel and pixel; None where no one stride walks a channel's pixels in order."""
+    _, _, height, width = x.shape
+    sample, channel, row, column = x.stride()
+    if row == width * column or height == 1:
+        return sample, channel, column if width > 1 or height == 1 else row
+    return (sample, channel, row) if width == 1 else None
 
 
 def plane(x: Tensor) -> Plane:
     """[N, C, H, W] of any strides; copies only where no single stride walks a channel's pixels."""
-    pixel = _pixel_stride(x)
-    if pixel is None:
+    strides = _strides(x)
+    if strides is None:
         x = x.contiguous()
-        pixel = 1
-    return Plane((x.data_ptr(), x.stride(0), x.stride(1), pixel), DTYPE_CODES[x.dtype], x)
+        _, c, h, w = x.shape
+        strides = (c * h * w, h * w, 1)
+    return Plane((x.data_ptr(), *strides), DTYPE_CODES[x.dtype], x)
 
 
 def empty_images(x: Tensor, channels: int | None = None) -> Tensor:
     """Uninitialised [N, C, H, W]: channels_last where x is, else contiguous, as kernels write it."""
-    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    contiguous = x.is_contiguous()
+    if channels is None and contiguous:
+        return torch.empty_like(x)
     n, c, h, w = x.shape
+    last = not contiguous and x.is_contiguous(memory_format=torch.channels_last)
     return torch.empty(
         (n, c if channels is None else channels, h, w),
         dtype=x.dtype,
