@@ -1,26 +1,28 @@
 // What every CUDA file of this project includes, and the only header it needs besides its own op's.
 //
 // A kernel is compiled twice: by nvcc, and by g++ against tests/cuda_emu/cuda_emu.h, which runs it
-// on the CPU with real barriers, shuffles and shared memory. So a kernel file <op>.cuh
-//   - holds kernels and device functions, a launcher file <op>.cu the launches; both include this
-//   header first;
-//   - launches by IDDPM_LAUNCH(kernel, grid, block, shared_bytes, stream, arguments...), never by
-//   <<< >>>
-//     (a template with several arguments in parentheses: IDDPM_LAUNCH((kernel<T, 8>), ...));
-//   - takes static shared memory by IDDPM_SMEM(T, name, n) and dynamic by IDDPM_SMEM_DYNAMIC(T,
-//   name), never by
-//     __shared__; both give a 16-byte aligned `T* const name`, so sizeof(name) is the size of a
-//     pointer;
-//   - has __syncthreads() reached by every thread of the block, none of which has returned before,
-//   and __*_sync reached by
-//     every lane of its mask: the emulator refuses anything else;
-//   - guards inline PTX by `#ifdef __CUDA_ARCH__` and gives a plain fallback after `#else`;
-//   - counts offsets in int64_t, and loads and stores 16 bytes by load_pack / store_pack below;
-//   - uses no cooperative groups, no clusters, no textures, no device malloc and no printf, and no
-//   atomic for a result that
-//     must repeat bit for bit.
+// on the CPU with real barriers, shuffles and shared memory. So, of a kernel file <op>.cuh and the
+// launcher file <op>.cu beside it:
+//
+// - Launches are IDDPM_LAUNCH(kernel, grid, block, shared_bytes, stream, arguments...), never
+//   <<< >>>; a template with several arguments stands in parentheses:
+//   IDDPM_LAUNCH((kernel<T, 8>), ...).
+//
+// - Static shared memory is IDDPM_SMEM(T, name, n), dynamic IDDPM_SMEM_DYNAMIC(T, name), never
+//   __shared__. Both give a 16-byte aligned `T* const name`: sizeof(name) is that of a pointer.
+//
+// - Every thread of the block reaches each __syncthreads(), none having returned before, and every
+//   lane of its mask each __shfl_*_sync: the emulator refuses anything else.
+//
+// - Inline PTX stands under `#ifdef __CUDA_ARCH__`, with a plain fallback after `#else`.
+//
+// - Offsets are int64_t; 16 bytes are loaded and stored by load_pack and store_pack below.
+//
+// - No cooperative groups, clusters, textures, device malloc or printf outside such a guard, and no
+//   atomics where a result must repeat bit for bit.
+//
 // A launcher is `int <op>_cuda(const <Op>Args&, void* stream)`: it returns 0 for empty input before
-// any launch, and `launch_status()` after it. Args are plain structs passed by value to the kernel.
+// any launch, and launch_status() after it. Args are plain structs passed by value to the kernel.
 #pragma once
 
 #include <cstdint>
@@ -51,7 +53,8 @@
 #define IDDPM_SMEM(T, name, n) T* const name = cuda_emu::static_shared<T>(n, __FILE__, __LINE__)
 #define IDDPM_SMEM_DYNAMIC(T, name) T* const name = cuda_emu::dynamic_shared<T>()
 #define IDDPM_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
-  cuda_emu::launch((grid), (block), (shared_bytes), [&] { kernel(__VA_ARGS__); })
+  (static_cast<void>(stream),                                        \
+   cuda_emu::launch((grid), (block), (shared_bytes), [&] { kernel(__VA_ARGS__); }))
 
 #endif
 
