@@ -2,7 +2,8 @@
 
 Environment:
     IDDPM_CPP=0           install without the compiled module (the reference backend alone)
-    IDDPM_CUDA=auto|0|1   build CUDA kernels if possible (default), never, or fail if impossible
+    IDDPM_CUDA=auto|0|1   build CUDA kernels if possible (default), never, or fail if impossible;
+                          "emulate" compiles them for the CPU (tests/cuda_emu), for tests
     IDDPM_CUDA_ARCHS      "80;90+PTX", or "native" for this machine's GPUs, the default of builds
                           that stay in the tree; wheels take tools/cuda_toolkit.py's list
     IDDPM_SANITIZE        "address,undefined": compile for these sanitizers
@@ -34,6 +35,7 @@ from cuda_toolkit import CudaUnavailable, Toolkit, choose_archs, find_toolkit, g
 from objects import CompileError, Unit, compile_all, compile_one
 
 CSRC = Path("csrc")
+EMULATOR = Path("tests/cuda_emu")
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 MODULE_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra")
 # Without these two, gcc leaves loops with exp or a comparison in them scalar.
@@ -126,10 +128,13 @@ class BuildKernels(build_ext):
             "cuda": asdict(cuda),
             "sanitize": os.environ.get("IDDPM_SANITIZE", ""),
         }
-        units = [self.bindings_unit(toolkit), self.record_unit(record), *self.common_units()]
+        units = [self.bindings_unit(cuda.built), self.record_unit(record), *self.common_units()]
         units += [unit for isa in ISAS for unit in self.kernel_units(isa)]
+        cuda_sources = sorted(CSRC.glob("*/*.cu"))
         if toolkit:
-            units += [self.cuda_unit(toolkit, cuda.archs, s) for s in sorted(CSRC.glob("*/*.cu"))]
+            units += [self.cuda_unit(toolkit, cuda.archs, source) for source in cuda_sources]
+        elif cuda.built:
+            units += [self.emulated_unit(source) for source in cuda_sources]
         say(f"C++ for {', '.join(ISAS)} with {self.compiler}; {openmp_reason or 'OpenMP'}")
         say(f"CUDA for {cuda.archs} ({cuda.reason})" if cuda.built else f"no CUDA: {cuda.reason}")
         try:
@@ -155,10 +160,12 @@ class BuildKernels(build_ext):
     def decide_cuda(self) -> tuple[Cuda, Toolkit | None]:
         """Whether CUDA is built, for what, and why; a toolkit counts only if a probe compiles."""
         mode = os.environ.get("IDDPM_CUDA", "auto")
-        if mode not in ("auto", "0", "1"):
-            raise SystemExit(f"iddpm_ext: IDDPM_CUDA must be auto, 0 or 1, got {mode!r}")
+        if mode not in ("auto", "0", "1", "emulate"):
+            raise SystemExit(f"iddpm_ext: IDDPM_CUDA must be auto, 0, 1 or emulate, got {mode!r}")
         if mode == "0":
             return Cuda(False, "IDDPM_CUDA=0"), None
+        if mode == "emulate":
+            return Cuda(True, "IDDPM_CUDA=emulate", "the CPU"), None
         try:
             toolkit = find_toolkit()
             archs, remark = choose_archs(toolkit, self.archs)
@@ -177,12 +184,12 @@ class BuildKernels(build_ext):
         command = (self.cxx, *MODULE_FLAGS, *self.openmp, f"-I{CSRC}", *flags, "-c")
         return Unit(name, source, (*command, *sanitizer_flags()), self.compiler)
 
-    def bindings_unit(self, toolkit: Toolkit | None) -> Unit:
+    def bindings_unit(self, with_cuda: bool) -> Unit:
         """bindings.cpp: the one file that sees Python; the slowest, so compiled first."""
         import pybind11
 
         headers = pybind11.get_include()
-        flags = ["-DIDDPM_WITH_CUDA"] if toolkit else []
+        flags = ["-DIDDPM_WITH_CUDA"] if with_cuda else []
         flags += ["-isystem", sysconfig.get_path("include"), "-isystem", headers]
         unit = self.unit("bindings", CSRC / "bindings.cpp", *flags)
         identity = f"{unit.identity} pybind11 {pybind11.__version__}"
@@ -217,6 +224,11 @@ class BuildKernels(build_ext):
             "-c",
         )
         return Unit(f"{source.stem}-cuda", source, command, f"{toolkit.release} {self.compiler}")
+
+    def emulated_unit(self, source: Path) -> Unit:
+        """A CUDA file as C++: its kernels run on the CPU, under the tests' emulator."""
+        flags = ("-x", "c++", f"-I{EMULATOR}", "-O1", "-g", "-ffp-contract=off")
+        return self.unit(f"{source.stem}-emulated", source, *flags, "-Wno-unknown-pragmas")
 
     def link(self, objects: list[Path], toolkit: Toolkit | None, target: Path) -> None:
         """Link next to ``target`` and rename, so that a process that has it loaded lives on."""

@@ -73,7 +73,7 @@ inline void report(int code, const std::string& message) {
 
 inline std::string site(const char* file, int line) {
   const char* slash = strrchr(file, '/');
-  return std::string(slash ? slash + 1 : file) + ":" + std::to_string(line);
+  return (slash ? slash + 1 : file) + (line ? ":" + std::to_string(line) : "");
 }
 
 inline std::string name(int thread) {

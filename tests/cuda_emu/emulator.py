@@ -1,0 +1,64 @@
+"""CUDA kernels on the CPU: the extension built against the emulator, and a switch to use it.
+
+`IDDPM_CUDA=emulate` makes setup.py compile every `csrc/*/*.cu` with the C++ compiler and
+`cuda_emu.h`. Inside `emulated_cuda()` an op called with `backend="cuda"` on CPU tensors runs those
+kernels, through the same Python code that serves a GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from types import ModuleType, SimpleNamespace
+from unittest import mock
+
+import torch
+from cuda_emu.toolchain import BUILD, ROOT
+from iddpm_ext.ops import spec
+
+from iddpm_ext import _native
+
+
+@functools.cache
+def module() -> ModuleType:
+    """`_C` with emulated CUDA kernels, up to date; raises with the compiler's words."""
+    sanitize = _native.native().build_info()["sanitize"]
+    target = BUILD / ("emulated" + ("-sanitized" if sanitize else ""))
+    environment = {**os.environ, "IDDPM_CUDA": "emulate", "IDDPM_SANITIZE": sanitize}
+    environment.pop("LD_PRELOAD", None)
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(target)]
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    if done.returncode:
+        raise RuntimeError(f"the emulated build failed:\n{done.stdout[-8000:]}")
+    library = next((target / "iddpm_ext").glob("_C*.so"))
+    found = importlib.util.spec_from_file_location("iddpm_ext._C", library)
+    assert found is not None and found.loader is not None
+    loaded = importlib.util.module_from_spec(found)
+    found.loader.exec_module(loaded)
+    return loaded
+
+
+@contextlib.contextmanager
+def emulated_cuda(seed: int = 0) -> Iterator[None]:
+    """`backend="cuda"` means the emulator; `seed` draws the order in which warps run."""
+    stream = SimpleNamespace(cuda_stream=0)
+    with (
+        mock.patch.object(_native, "_module", module()),
+        mock.patch.object(spec, "_resolve", lambda name, backend, device, dtype: backend),
+        mock.patch.object(torch.cuda, "device", lambda device: contextlib.nullcontext()),
+        mock.patch.object(torch.cuda, "current_stream", lambda device=None: stream),
+        mock.patch.dict(os.environ, CUDA_EMU_SEED=str(seed)),
+    ):
+        yield
