@@ -19,9 +19,9 @@ from unittest import mock
 
 import torch
 from cuda_emu.toolchain import BUILD, ROOT
-from iddpm_ext.ops import spec
 
 from iddpm_ext import _native
+from iddpm_ext.ops import spec
 
 
 @functools.cache
@@ -43,7 +43,7 @@ def module() -> ModuleType:
     if done.returncode:
         raise RuntimeError(f"the emulated build failed:\n{done.stdout[-8000:]}")
     library = next((target / "iddpm_ext").glob("_C*.so"))
-    found = importlib.util.spec_from_file_location("iddpm_ext._C", library)
+    found = importlib.util.spec_from_file_location("emulated._C", library)
     assert found is not None and found.loader is not None
     loaded = importlib.util.module_from_spec(found)
     found.loader.exec_module(loaded)
@@ -54,9 +54,15 @@ def module() -> ModuleType:
 def emulated_cuda(seed: int = 0) -> Iterator[None]:
     """`backend="cuda"` means the emulator; `seed` draws the order in which warps run."""
     stream = SimpleNamespace(cuda_stream=0)
+    unavailable = spec.unavailable
+
+    def with_emulator(name: str, backend: str, device: str, dtype: torch.dtype) -> str | None:
+        return unavailable(name, backend, "cuda" if backend == "cuda" else device, dtype)
+
     with (
         mock.patch.object(_native, "_module", module()),
-        mock.patch.object(spec, "_resolve", lambda name, backend, device, dtype: backend),
+        mock.patch.object(spec, "unavailable", with_emulator),
+        mock.patch.dict(spec._ABSENCE, cuda=None),
         mock.patch.object(torch.cuda, "device", lambda device: contextlib.nullcontext()),
         mock.patch.object(torch.cuda, "current_stream", lambda device=None: stream),
         mock.patch.dict(os.environ, CUDA_EMU_SEED=str(seed)),

@@ -1,0 +1,68 @@
+"""The CUDA kernels of every op, run on the CPU by the emulator, against the reference in float64.
+
+Loops over the registry like test_ops.py: a new op needs no line here.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from cuda_emu import toolchain
+from test_ops import DTYPES, assert_close, cloned, differentiable, gradients, run, to_double
+
+from iddpm_ext import _native
+from iddpm_ext.ops.spec import REGISTRY, Case, OpSpec
+
+REASON = toolchain.absence() or _native.cpu_absence()
+pytestmark = pytest.mark.skipif(REASON is not None, reason=f"no emulator: {REASON}")
+SEEDS = (1, 2)
+
+
+def cuda_cases(differentiable_only: bool = False) -> list[Any]:
+    """(spec, case) for every op with a CUDA kernel, on every dtype it takes."""
+    return [
+        pytest.param(spec, case, id=f"{spec.name}-{str(dtype)[6:]}-{case.label}")
+        for spec, dtype in product(REGISTRY.values(), DTYPES)
+        if "cuda" in spec.kernels and dtype in spec.dtypes["cuda"]
+        if spec.differentiable or not differentiable_only
+        for case in spec.sample_inputs("cpu", dtype)
+    ]
+
+
+@pytest.fixture(scope="module")
+def emulated_cuda():
+    from cuda_emu import emulator
+
+    emulator.module()
+    return emulator.emulated_cuda
+
+
+@pytest.mark.parametrize(("spec", "case"), cuda_cases())
+def test_kernel_agrees_with_the_reference_in_float64_in_any_order_of_its_warps(
+    spec: OpSpec, case: Case, emulated_cuda
+):
+    exact = run(spec, "reference", to_double(cloned(case.kwargs)))
+    yardstick = run(spec, "reference", cloned(case.kwargs))
+    results = []
+    for seed in SEEDS:
+        with emulated_cuda(seed):
+            results.append(run(spec, "cuda", cloned(case.kwargs)))
+    for result, target, measure in zip(results[0], exact, yardstick, strict=True):
+        assert result.dtype == measure.dtype and result.stride() == measure.stride()
+        assert_close(result, target, measure, result.dtype)
+    for result, other in zip(*results, strict=True):
+        assert torch.equal(result.nan_to_num(), other.nan_to_num())
+
+
+@pytest.mark.parametrize(("spec", "case"), cuda_cases(differentiable_only=True))
+def test_gradients_agree_with_the_reference_in_float64(spec: OpSpec, case: Case, emulated_cuda):
+    exact = gradients(spec, "reference", differentiable(spec, to_double(cloned(case.kwargs))))
+    yardstick = gradients(spec, "reference", differentiable(spec, case.kwargs))
+    with emulated_cuda(SEEDS[0]):
+        results = gradients(spec, "cuda", differentiable(spec, case.kwargs))
+    for result, target, measure in zip(results, exact, yardstick, strict=True):
+        assert result.dtype == measure.dtype
+        assert_close(result, target, measure, result.dtype)
