@@ -11,6 +11,14 @@ from .process import OBJECTIVES, Diffusion, MeanVariance, ReverseStep
 from .respace import space_timesteps
 from .schedule import SCHEDULES, betas_for_alpha_bar, cosine_beta_schedule, linear_beta_schedule
 from .table import COLUMN, COLUMNS, PREDICTIONS, SAMPLERS, VARIANCES
+from .timestep_samplers import (
+    TIMESTEP_SAMPLERS,
+    LossSecondMomentSampler,
+    TimestepSampler,
+    UniformTimestepSampler,
+    WeightedTimesteps,
+    make_timestep_sampler,
+)
 
 __all__ = [
     "COLUMN",
@@ -19,15 +27,21 @@ __all__ = [
     "PREDICTIONS",
     "SAMPLERS",
     "SCHEDULES",
+    "TIMESTEP_SAMPLERS",
     "VARIANCES",
     "Diffusion",
+    "LossSecondMomentSampler",
     "MeanVariance",
     "ReverseStep",
+    "TimestepSampler",
+    "UniformTimestepSampler",
+    "WeightedTimesteps",
     "approx_standard_normal_cdf",
     "betas_for_alpha_bar",
     "cosine_beta_schedule",
     "discretized_gaussian_log_likelihood",
     "linear_beta_schedule",
+    "make_timestep_sampler",
     "normal_kl",
     "space_timesteps",
 ]

@@ -22,11 +22,11 @@ def normal_kl(
     Returns:
         the broadcast shape. Differentiable in all four.
     """
+    difference = log_variance_1 - log_variance_2
+    # expm1(d) - d, not exp(d) - d - 1: nearly equal variances are the usual case.
     return 0.5 * (
-        log_variance_2
-        - log_variance_1
-        - 1
-        + torch.exp(log_variance_1 - log_variance_2)
+        torch.expm1(difference)
+        - difference
         + (mean_1 - mean_2).square() * torch.exp(-log_variance_2)
     )
 

@@ -90,17 +90,19 @@ class Chain:
         return torch.where(small, torch.log1p(-self.one_minus_alpha_bar), self.alpha_bar.log())
 
     @property
-    def posterior_log_variance(self) -> Tensor:
-        """log beta~_t, beta~_t = beta_t (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t) (equation 10).
+    def log_variance_range(self) -> Tensor:
+        """log beta_t - log beta~_t, beta~_t = beta_t (1 - ab_{t-1}) / (1 - ab_t) (equation 10).
 
         beta~_0 is 0; its logarithm is replaced by that of the step after it, as in the original.
         """
-        log_variance = (
-            self.log_beta
-            + _log_one_minus(self.alpha_bar_previous, self.one_minus_alpha_bar_previous)
-            - _log_one_minus(self.alpha_bar, self.one_minus_alpha_bar)
-        )
-        return torch.cat([log_variance[1:2], log_variance[1:]])
+        excess = self.beta * self.alpha_bar_previous / self.one_minus_alpha_bar_previous
+        excess[0] = self.alpha[1] * self.one_minus_alpha_bar_previous[1] / self.beta[1]
+        return excess.log1p()
+
+    @property
+    def posterior_log_variance(self) -> Tensor:
+        """log beta~_t, at t = 0 that of the step after it."""
+        return self.log_beta - self.log_variance_range
 
     def mean_coefficients(self, eta: float) -> tuple[Tensor, Tensor]:
         """(c1, c2) with mean of x_{t-1} = c1 x_0 + c2 x_t, for DDIM's eta; 1 gives the posterior.
@@ -187,18 +189,13 @@ def build_table(
 def _log_variance(chain: Chain, variance: str) -> tuple[Tensor, Tensor]:
     """(u, w) with log_variance = u + w v (equation 15 for ``learned_range``)."""
     zero, one = torch.zeros_like(chain.beta), torch.ones_like(chain.beta)
-    lower, upper = chain.posterior_log_variance, chain.log_beta
     if variance == "learned_range":
-        return (upper + lower) / 2, (upper - lower) / 2
+        half_range = chain.log_variance_range / 2
+        return chain.log_beta - half_range, half_range
     if variance == "learned":
         return zero, one
+    small = chain.posterior_log_variance
     if variance == "fixed_small":
-        return lower, zero
+        return small, zero
     # The decoder's likelihood is better with the smaller variance at the first step.
-    return torch.cat([lower[:1], upper[1:]]), zero
-
-
-def _log_one_minus(alpha_bar: Tensor, one_minus_alpha_bar: Tensor) -> Tensor:
-    """log(1 - alpha_bar), accurate at both ends."""
-    near_one = alpha_bar < 0.5
-    return torch.where(near_one, torch.log1p(-alpha_bar), one_minus_alpha_bar.log())
+    return torch.cat([small[:1], chain.log_beta[1:]]), zero
