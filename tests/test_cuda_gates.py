@@ -1,0 +1,120 @@
+"""What nvcc makes of every CUDA kernel, for each architecture: the facts that a GPU would punish.
+
+A kernel needs no entry here unless it breaks a default or claims wide memory access.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import sass
+
+sys.path.insert(0, str(sass.ROOT / "tools"))
+
+from cuda_toolkit import CudaUnavailable, Toolkit, find_toolkit
+from objects import Unit, compile_one
+
+ARCHS = ("80", "90a", "100")
+SOURCES = sorted(p for p in sass.ROOT.glob("csrc/*/*.cu") if p.parent.name != "common")
+
+# 64 registers let 1024 threads live on a multiprocessor.
+REGISTERS = 64
+# Kernels (regular expressions on their C++ names) that may use more, and why.
+MORE_REGISTERS: dict[str, int] = {}
+# Kernels that move 16 bytes at a time, and where.
+WIDE_LOADS = (r"reverse_step_kernel<float, true>",)
+WIDE_STORES = (r"reverse_step_kernel<\w+, true>",)
+
+
+def toolkit() -> Toolkit | str:
+    """The toolkit, or why there is nothing to test."""
+    if not SOURCES:
+        return "no source tree"
+    if sass.cuobjdump() is None:
+        return "no cuobjdump (pip install nvidia-cuda-cuobjdump)"
+    try:
+        return find_toolkit()
+    except CudaUnavailable as error:
+        return str(error)
+
+
+TOOLKIT = toolkit()
+pytestmark = pytest.mark.skipif(isinstance(TOOLKIT, str), reason=f"no nvcc: {TOOLKIT}")
+
+
+def compile_cubin(source: Path, arch: str) -> Path:
+    """A cubin, from the cache if neither the source nor a header changed."""
+    assert isinstance(TOOLKIT, Toolkit)
+    cache = sass.ROOT / "build" / "gates"
+    cache.mkdir(parents=True, exist_ok=True)
+    command = (
+        TOOLKIT.nvcc,
+        "-std=c++17",
+        "-O3",
+        f"-I{sass.ROOT}/csrc",
+        "-cubin",
+        f"-arch=sm_{arch}",
+    )
+    unit = Unit(f"{source.stem}-sm{arch}", source, command, TOOLKIT.release)
+    return compile_one(unit, cache)[0]
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[tuple[str, str], list[sass.Kernel]]:
+    """The kernels of each (file, architecture)."""
+    pairs = [(source, arch) for source in SOURCES for arch in ARCHS]
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda pair: sass.kernels(compile_cubin(*pair)), pairs))
+    return {(source.stem, arch): k for (source, arch), k in zip(pairs, found, strict=True)}
+
+
+each_file = pytest.mark.parametrize("arch", ARCHS)
+each_source = pytest.mark.parametrize("op", [source.stem for source in SOURCES])
+
+
+def allowed_registers(name: str) -> int:
+    return max(
+        [n for pattern, n in MORE_REGISTERS.items() if re.search(pattern, name)] or [REGISTERS]
+    )
+
+
+@each_file
+@each_source
+def test_no_kernel_spills_or_keeps_arrays_in_local_memory(compiled, op: str, arch: str):
+    assert compiled[op, arch]
+    for kernel in compiled[op, arch]:
+        assert kernel.stack_bytes == 0, kernel
+        assert kernel.count(r"(LDL|STL)\b") == 0, kernel
+
+
+@each_file
+@each_source
+def test_registers_leave_room_for_the_threads_that_hide_latency(compiled, op: str, arch: str):
+    for kernel in compiled[op, arch]:
+        assert kernel.registers <= allowed_registers(kernel.name), kernel
+
+
+@each_file
+@each_source
+def test_no_kernel_computes_in_float64_or_uses_atomics(compiled, op: str, arch: str):
+    for kernel in compiled[op, arch]:
+        assert kernel.count(r"D(ADD|MUL|FMA|SETP|MNMX)\b|F2F\.F64|MUFU\.RCP64H") == 0, kernel
+        assert kernel.count(r"(ATOM|ATOMG|ATOMS|RED)\b") == 0, kernel
+
+
+@each_file
+def test_kernels_that_claim_it_move_sixteen_bytes_at_a_time(compiled, arch: str):
+    named = {k.name: k for (_, a), found in compiled.items() if a == arch for k in found}
+    for patterns, instruction in (
+        (WIDE_LOADS, r"LDG\.E\S*\.128"),
+        (WIDE_STORES, r"STG\.E\S*\.128"),
+    ):
+        for pattern in patterns:
+            claimed = [k for name, k in named.items() if re.search(pattern, name)]
+            assert claimed, f"no kernel matches {pattern}"
+            for kernel in claimed:
+                assert kernel.count(instruction) > 0, kernel
