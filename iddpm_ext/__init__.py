@@ -11,12 +11,16 @@ __version__ = "0.1.0"
 # first use: importing iddpm_ext is quick and asks for no optional library.
 _LAZY: dict[str, str] = {
     "Diffusion": "iddpm_ext.diffusion",
+    "UNet": "iddpm_ext.unet",
+    "UNetConfig": "iddpm_ext.unet_config",
     "metrics": "iddpm_ext.metrics",
     "ops": "iddpm_ext.ops",
 }
 
 if TYPE_CHECKING:
     from iddpm_ext.diffusion import Diffusion as Diffusion
+    from iddpm_ext.unet import UNet as UNet
+    from iddpm_ext.unet_config import UNetConfig as UNetConfig
 
 __all__ = ["__version__", *_LAZY]
 

@@ -1,0 +1,140 @@
+"""The configuration of the U-Net: what determines its tensors and what it computes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+NUM_GROUPS = 32
+_COUNTS = (
+    "image_size",
+    "in_channels",
+    "model_channels",
+    "out_channels",
+    "num_res_blocks",
+    "num_heads",
+)
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """What determines the tensors of a `UNet` and what it computes. Raises ValueError or TypeError.
+
+    image_size: the side that `attention_resolutions` are counted from; `forward` takes other sizes.
+    in_channels, out_channels: of image and output (2 * in_channels for a learned variance).
+    model_channels: level i has model_channels * channel_mult[i] channels.
+    num_res_blocks: residual blocks of a level on the way down; one more on the way up.
+    attention_resolutions: the feature-map sides, image_size / 2^level, whose levels get attention.
+    num_heads, num_heads_upsample: attention heads on the way down and up (None: the same).
+    dropout: probability, in every residual block.
+    num_classes: rows of the label embedding; None for an unconditional network.
+    use_scale_shift_norm: the time embedding scales and shifts a normalised map, else is added.
+    conv_resample: resample by a learned convolution, else by average pooling and repetition.
+    super_resolution: the network takes `low_res`, upsampled and concatenated to its input.
+    """
+
+    image_size: int = 32
+    in_channels: int = 3
+    model_channels: int = 128
+    out_channels: int = 6
+    num_res_blocks: int = 3
+    channel_mult: tuple[int, ...] = (1, 2, 2, 2)
+    attention_resolutions: tuple[int, ...] = (16, 8)
+    num_heads: int = 4
+    num_heads_upsample: int | None = None
+    dropout: float = 0.0
+    num_classes: int | None = None
+    use_scale_shift_norm: bool = True
+    conv_resample: bool = True
+    super_resolution: bool = False
+
+    def __post_init__(self) -> None:
+        for name in _COUNTS:
+            _require_count(name, getattr(self, name))
+        for name in ("num_heads_upsample", "num_classes"):
+            if getattr(self, name) is not None:
+                _require_count(name, getattr(self, name))
+        for name in ("channel_mult", "attention_resolutions"):
+            object.__setattr__(self, name, _count_tuple(name, getattr(self, name)))
+        for name in ("use_scale_shift_norm", "conv_resample", "super_resolution"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"UNetConfig: {name} must be a bool, got {getattr(self, name)!r}")
+        if isinstance(self.dropout, bool) or not isinstance(self.dropout, (int, float)):
+            raise TypeError(f"UNetConfig: dropout must be a number, got {self.dropout!r}")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"UNetConfig: dropout must lie in [0, 1), got {self.dropout}")
+        if not self.channel_mult:
+            raise ValueError("UNetConfig: channel_mult must have at least one level, got ()")
+        if self.model_channels % NUM_GROUPS:
+            raise ValueError(
+                f"UNetConfig: model_channels must be a multiple of {NUM_GROUPS} "
+                f"(the groups of every normalisation), got {self.model_channels}"
+            )
+        if self.image_size % self.size_multiple:
+            raise ValueError(
+                f"UNetConfig: image_size must be a multiple of {self.size_multiple} "
+                f"(2^(levels - 1) for {len(self.channel_mult)} levels), got {self.image_size}"
+            )
+        levels = range(len(self.channel_mult))
+        attended = {self.channels(level) for level in levels if self.has_attention(level)}
+        _require_heads("num_heads", self.num_heads, attended | {self.channels(levels[-1])})
+        _require_heads("num_heads_upsample", self.heads_up, attended)
+
+    @property
+    def size_multiple(self) -> int:
+        """Image heights and widths must be multiples of this: 2^(levels - 1)."""
+        return 2 ** (len(self.channel_mult) - 1)
+
+    @property
+    def heads_up(self) -> int:
+        """Attention heads of the decoder."""
+        return self.num_heads if self.num_heads_upsample is None else self.num_heads_upsample
+
+    def channels(self, level: int) -> int:
+        """Channels of `level`, where 0 is the full image size."""
+        return self.model_channels * self.channel_mult[level]
+
+    def has_attention(self, level: int) -> bool:
+        """Whether the blocks of `level` carry attention."""
+        return self.image_size // 2**level in self.attention_resolutions
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dict, with lists for tuples; `from_dict` is its inverse."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> UNetConfig:
+        """The configuration of a dict; a missing key takes its default, an unknown one raises."""
+        if not isinstance(values, Mapping):
+            raise TypeError(f"UNetConfig.from_dict: values must be a mapping, got {values!r}")
+        unknown = sorted(set(values) - {f.name for f in fields(cls)})
+        if unknown:
+            raise ValueError(
+                f"UNetConfig.from_dict: keys must be fields of UNetConfig, got {unknown}"
+            )
+        return cls(**values)
+
+
+def _require_count(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"UNetConfig: {name} must be an integer, got {value!r}")
+    if value < 1:
+        raise ValueError(f"UNetConfig: {name} must be at least 1, got {value}")
+
+
+def _count_tuple(name: str, value: object) -> tuple[int, ...]:
+    if not isinstance(value, (tuple, list)):
+        raise TypeError(f"UNetConfig: {name} must be a tuple of integers, got {value!r}")
+    for entry in value:
+        _require_count(name, entry)
+    return tuple(value)
+
+
+def _require_heads(name: str, heads: int, widths: set[int]) -> None:
+    for width in sorted(widths):
+        if width % heads:
+            raise ValueError(
+                f"UNetConfig: {name} must divide the {width} channels of an attention block, "
+                f"got {heads}"
+            )
