@@ -11,6 +11,7 @@
 #include <string>
 
 #include "common/isa.h"
+#include "q_sample/q_sample.h"
 #include "reverse_step/reverse_step.h"
 #include "unet_engine/unet_engine.h"
 #ifdef IDDPM_WITH_CUDA
@@ -98,6 +99,21 @@ iddpm::NoiseKey noise_key(const KeyArgument& k) {
           address<const int64_t>(static_cast<int64_t>(k[3]))};
 }
 
+iddpm::QSampleArgs q_sample_args(const SizeArgument& size, const PlaneArgument& x_0, int64_t t,
+                                 int64_t table, const PlaneArgument& noise, const KeyArgument& key,
+                                 const PlaneArgument& x_t) {
+  return {size[0],
+          size[1],
+          size[2],
+          size[3],
+          plane(x_0),
+          address<const int64_t>(t),
+          address<const float>(table),
+          plane(noise),
+          noise_key(key),
+          plane(x_t)};
+}
+
 iddpm::ReverseStepArgs reverse_step_args(const SizeArgument& size, const PlaneArgument& x_t,
                                          const PlaneArgument& model_output, int dtype, bool learned,
                                          int64_t t, int64_t table, const PlaneArgument& noise,
@@ -179,6 +195,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         "What the build decided and why, and what this machine offers, as a dict.");
   m.def("set_isa", &set_isa, py::arg("name"),
         "Use the instruction set `name` from now on and return the previous one's name.");
+  IDDPM_BIND(m, q_sample);
   IDDPM_BIND(m, reverse_step);
   m.def("unet_engine", &run_plan, nogil(), "Run a plan of csrc/unet_engine/plan.h.");
 #ifdef IDDPM_WITH_CUDA

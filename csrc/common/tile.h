@@ -6,6 +6,7 @@
 // float32.
 #pragma once
 
+#include "common/columns.h"
 #include "common/dtype.h"
 #include "common/simd.h"
 
@@ -14,8 +15,23 @@ namespace IDDPM_ISA {
 
 constexpr int64_t kTile = 64;
 
+// Elements that one thread takes at a time: large enough to hide the hand-over.
+constexpr int64_t kChunk = 64 * kTile;
+
 // Below this many elements a team of threads costs more than it brings.
 constexpr int64_t kSerialBelow = 32768;
+
+static const float kNanRow[kNumColumns] = {
+    __builtin_nanf(""), __builtin_nanf(""), __builtin_nanf(""), __builtin_nanf(""),
+    __builtin_nanf(""), __builtin_nanf(""), __builtin_nanf(""), __builtin_nanf(""),
+    __builtin_nanf(""), __builtin_nanf(""), __builtin_nanf(""), __builtin_nanf(""),
+    __builtin_nanf(""), __builtin_nanf(""), __builtin_nanf(""), __builtin_nanf("")};
+
+// Row t of the coefficient table; a row of NaN for a step that it does not have.
+IDDPM_INLINE const float* table_row(const float* table, int64_t t, int64_t num_timesteps) {
+  const float* row = find_row(table, t, num_timesteps);
+  return row ? row : kNanRow;
+}
 
 IDDPM_INLINE float read_element(const void* data, DType dtype, int64_t at) {
   if (dtype == DType::kFloat32) return static_cast<const float*>(data)[at];

@@ -27,8 +27,7 @@ __global__ void __launch_bounds__(kReverseStepThreads)
   const float* row = a.table + (known ? t : 0) * kNumColumns;
   const float poison = known ? 0.0f : NAN;
   const float noise_scale = row[kNoiseScale] + poison;
-  const bool drawn = a.key.samples != nullptr;
-  const bool noisy = (drawn || a.noise.data != nullptr) && noise_scale != 0.0f;
+  const bool noisy = (a.key.samples || a.noise.data) && noise_scale != 0.0f;
 
   float x[4], out[4], v[4] = {}, x_0[4], prev[4];
   read4<float, kDense>(a.x_t, a.hw, sample, at, all, x);
@@ -44,14 +43,7 @@ __global__ void __launch_bounds__(kReverseStepThreads)
   }
   if (noisy) {
     float z[4];
-    if (drawn) {
-      const Normal4 normal = normal4(a.key.seed, uint32_t(at / 4), uint32_t(a.key.samples[sample]),
-                                     uint32_t(a.key.steps[sample]), a.key.stream_draw);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) z[i] = normal.z[i];
-    } else {
-      read4<float, kDense>(a.noise, a.hw, sample, at, all, z);
-    }
+    noise4<kDense>(a.noise, a.key, a.hw, sample, at, all, z);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const float log_variance = row[kLogVarianceBias] + row[kLogVarianceScale] * v[i];

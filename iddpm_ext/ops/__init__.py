@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from iddpm_ext.ops.q_sample import q_sample
 from iddpm_ext.ops.reverse_step import ReverseStep, reverse_step
 from iddpm_ext.ops.spec import REGISTRY, BadCase, Case, OpSpec, resolve_backend, unavailable
 
@@ -11,6 +12,7 @@ __all__ = [
     "Case",
     "OpSpec",
     "ReverseStep",
+    "q_sample",
     "resolve_backend",
     "reverse_step",
     "unavailable",

@@ -32,3 +32,16 @@ def define(
         LIBRARY.impl(name, dispatch, key)
     torch.library.register_fake(f"iddpm_ext::{name}", fake, lib=LIBRARY)
     return getattr(torch.ops.iddpm_ext, name).default
+
+
+def differentiate(
+    name: str, setup: Callable[..., None], backward: Callable[..., tuple[Any, ...]]
+) -> None:
+    """Gives `iddpm_ext::<name>` a gradient: `setup(ctx, inputs, output)` saves, `backward(ctx, *grads)` computes.
+
+    One registration serves every backend and compiled code; `backward` returns one value an argument
+    of the schema, the backend included.
+    """
+    torch.library.register_autograd(
+        f"iddpm_ext::{name}", backward, setup_context=setup, lib=LIBRARY
+    )

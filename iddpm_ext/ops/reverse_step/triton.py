@@ -8,18 +8,9 @@ from torch import Tensor
 
 from iddpm_ext.ops.native import empty_images, plane
 from iddpm_ext.ops.noise_triton import normals
+from iddpm_ext.ops.plane_triton import offset
 
 BLOCK = 256
-
-
-@triton.jit
-def _offset(at, hw, channel_stride, pixel_stride, DENSE: tl.constexpr):
-    # A dense sample is one run of memory: no division, and vector loads.
-    if DENSE:
-        return at
-    else:
-        channel = at // hw
-        return channel * channel_stride + (at - channel * hw) * pixel_stride
 
 
 @triton.jit
@@ -45,9 +36,9 @@ def _kernel(
     row = table + tl.where(known, step, 0) * 16
     poison = tl.where(known, 0.0, float("nan"))
 
-    x = tl.load(x_t + sample * x_n + _offset(at, hw, x_c, x_p, DENSE), mask=inside, other=0.0)
+    x = tl.load(x_t + sample * x_n + offset(at, hw, x_c, x_p, DENSE), mask=inside, other=0.0)
     eps = tl.load(
-        out + sample * out_n + _offset(at, hw, out_c, out_p, DENSE), mask=inside, other=0.0
+        out + sample * out_n + offset(at, hw, out_c, out_p, DENSE), mask=inside, other=0.0
     )
     x_0 = (tl.load(row) + poison) * x + tl.load(row + 1) * eps.to(tl.float32)
     if CLIP:
@@ -57,12 +48,12 @@ def _kernel(
     if NOISE != 0:
         log_variance = tl.load(row + 4) + tl.zeros_like(x)
         if LEARNED:
-            v_at = _offset(at + count, hw, out_c, out_p, DENSE)
+            v_at = offset(at + count, hw, out_c, out_p, DENSE)
             v = tl.load(out + sample * out_n + v_at, mask=inside, other=0.0)
             log_variance += tl.load(row + 5) * v.to(tl.float32)
         if NOISE == 1:
             z = tl.load(
-                noise + sample * z_n + _offset(at, hw, z_c, z_p, DENSE), mask=inside, other=0.0
+                noise + sample * z_n + offset(at, hw, z_c, z_p, DENSE), mask=inside, other=0.0
             )
         else:
             z = normals(
@@ -71,7 +62,7 @@ def _kernel(
         scale = tl.load(row + 6)
         # A product with 0 would turn an infinite deviation into NaN.
         prev += tl.where(scale != 0.0, scale * tl.exp(0.5 * log_variance) * z, 0.0)
-    target = sample * r_n + _offset(at, hw, r_c, r_p, DENSE)
+    target = sample * r_n + offset(at, hw, r_c, r_p, DENSE)
     tl.store(result_prev + target, prev, mask=inside)
     tl.store(result_x_0 + target, x_0, mask=inside)
 

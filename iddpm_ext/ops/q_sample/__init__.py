@@ -1,0 +1,150 @@
+"""The forward process in one step, fused with its noise."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from iddpm_ext import _native
+from iddpm_ext.ops import checks
+from iddpm_ext.ops.columns import Column
+from iddpm_ext.ops.library import define, differentiate
+from iddpm_ext.ops.native import (
+    NO_PLANE,
+    check_launch,
+    empty_images,
+    noise_key,
+    plane,
+    stream,
+)
+from iddpm_ext.ops.q_sample import reference
+from iddpm_ext.ops.spec import OpSpec, register, resolve_backend
+from iddpm_ext.random import NoiseKey
+
+
+def q_sample(
+    x_0: Tensor, t: Tensor, table: Tensor, noise: Tensor | NoiseKey, *, backend: str = "auto"
+) -> Tensor:
+    """Draws x_t given x_0: x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) noise.
+
+    Equation (8) of Improved DDPM (equation (4) of DDPM).
+
+    Args:
+        x_0: [N, C, H, W], any strides. float32 for the kernels; any floating dtype for the reference.
+        t: int64 [N], steps of the table's chain, 0-based.
+        table: float32 [T, 16], as `Diffusion.table` gives it.
+        noise: a tensor of x_0's shape, or a `NoiseKey`, from which it is drawn inside the kernel.
+        backend: "auto", "reference", "cpu", "cuda" or "triton".
+
+    Returns:
+        x_t, with the shape, the dtype and the memory format of x_0.
+
+    Raises:
+        TypeError, ValueError: for an argument of a wrong type, shape, device or value.
+        RuntimeError: if an explicit backend cannot serve the call.
+
+    Differentiable in x_0.
+    """
+    checks.image_batch("q_sample", "x_0", x_0)
+    checks.table("q_sample", table, x_0.device)
+    checks.timesteps("q_sample", t, x_0.shape[0], table.shape[0], x_0.device)
+    if noise is None:
+        raise TypeError("q_sample: noise must be a tensor or a NoiseKey, got None")
+    drawn = checks.noise_arguments("q_sample", noise, x_0)
+    chosen = resolve_backend("q_sample", backend, x_0.device, x_0.dtype)
+    return _op(x_0, t, table, *drawn, chosen)
+
+
+def _launch_arguments(
+    x_0: Tensor,
+    t: Tensor,
+    table: Tensor,
+    noise: Tensor | None,
+    samples: Tensor | None,
+    steps: Tensor | None,
+    seed: int,
+    stream_draw: int,
+) -> tuple[Tensor, tuple[object, ...], tuple[object, ...]]:
+    """The result to fill, the launcher's arguments, and what must outlive the launch."""
+    result = empty_images(x_0)
+    n, c, h, w = x_0.shape
+    x = plane(x_0)
+    z = plane(noise.float()) if noise is not None else None
+    t, table = t.contiguous(), table.float().contiguous()
+    samples = samples.contiguous() if samples is not None else None
+    steps = steps.contiguous() if steps is not None else None
+    arguments = (
+        (n, c, h * w, table.shape[0]),
+        x.view,
+        t.data_ptr(),
+        table.data_ptr(),
+        z.view if z is not None else NO_PLANE,
+        noise_key(samples, steps, seed, stream_draw),
+        plane(result).view,
+    )
+    return result, arguments, (x, z, t, table, samples, steps)
+
+
+def _cpu(*inputs: Any) -> Tensor:
+    x_t, arguments, _alive = _launch_arguments(*inputs)
+    if x_t.numel():
+        _native.native().q_sample_cpu(*arguments, torch.get_num_threads())
+    return x_t
+
+
+def _cuda(*inputs: Any) -> Tensor:
+    x_t, arguments, _alive = _launch_arguments(*inputs)
+    if x_t.numel():
+        with torch.cuda.device(x_t.device):
+            code = _native.native().q_sample_cuda(*arguments, stream(x_t))
+        check_launch("q_sample", code)
+    return x_t
+
+
+def _triton(*inputs: Any) -> Tensor:
+    from iddpm_ext.ops.q_sample import triton
+
+    return triton.q_sample(*inputs)
+
+
+def _fake(x_0: Tensor, *_: Any) -> Tensor:
+    return empty_images(x_0)
+
+
+SPEC = register(
+    OpSpec(
+        name="q_sample",
+        summary="x_t given x_0, its noise drawn in the same pass",
+        public=q_sample,
+        kernels={
+            "reference": reference.q_sample,
+            "cpu": _cpu,
+            "cuda": _cuda,
+            "triton": _triton,
+        },
+        differentiable=("x_0",),
+    )
+)
+
+_op = define(
+    "q_sample(Tensor x_0, Tensor t, Tensor table, Tensor? noise, Tensor? samples, Tensor? steps, "
+    "int seed, int stream_draw, str backend) -> Tensor",
+    SPEC.kernels,
+    _fake,
+)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, t, table, *_ = inputs
+    ctx.save_for_backward(t, table)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    t, table = ctx.saved_tensors
+    signal = table[t, Column.SQRT_ALPHA_BAR].to(grad.dtype)[:, None, None, None]
+    return (grad * signal, *[None] * 8)
+
+
+differentiate("q_sample", _setup, _backward)
