@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from .gaussian import (
+from iddpm_ext.gaussian import (
     approx_standard_normal_cdf,
     discretized_gaussian_log_likelihood,
     normal_kl,
 )
+
 from .process import OBJECTIVES, Diffusion, MeanVariance, ReverseStep
 from .respace import space_timesteps
 from .schedule import SCHEDULES, betas_for_alpha_bar, cosine_beta_schedule, linear_beta_schedule

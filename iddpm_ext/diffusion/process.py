@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from iddpm_ext.gaussian import discretized_gaussian_log_likelihood, normal_kl
+
 from ..random import NoiseKey, normal
-from .gaussian import discretized_gaussian_log_likelihood, normal_kl
 from .respace import space_timesteps
 from .schedule import named_betas
 from .table import (
