@@ -1,30 +1,16 @@
-"""The diffusion process agrees with the original code, with exact arithmetic and with itself."""
+"""The diffusion process agrees with the original code and with itself."""
 
 from __future__ import annotations
 
 import copy
 import json
-import math
 import pickle
 from pathlib import Path
 
-import mpmath
 import pytest
 import torch
 
-from iddpm_ext.diffusion import (
-    COLUMN,
-    COLUMNS,
-    PREDICTIONS,
-    VARIANCES,
-    Diffusion,
-    approx_standard_normal_cdf,
-    betas_for_alpha_bar,
-    cosine_beta_schedule,
-    discretized_gaussian_log_likelihood,
-    linear_beta_schedule,
-    normal_kl,
-)
+from iddpm_ext.diffusion import PREDICTIONS, VARIANCES, Diffusion
 from iddpm_ext.random import NoiseKey, normal
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "diffusion.json").read_text())
@@ -64,186 +50,6 @@ def inputs(dtype, learned):
 def agrees(actual, expected, rtol=1e-9, atol=1e-9):
     expected = torch.tensor(expected, dtype=torch.float64).view(actual.shape)
     torch.testing.assert_close(actual.double(), expected, rtol=rtol, atol=atol)
-
-
-@pytest.mark.parametrize("name", GOLDEN["schedules"])
-def test_named_schedules_have_the_original_betas(name):
-    schedule, steps = name.split()
-    expected = GOLDEN["schedules"][name]
-    diffusion = Diffusion(schedule, int(steps))
-    t = torch.tensor(expected["t"])
-    agrees(diffusion.betas[t], expected["betas"], rtol=1e-12, atol=0)
-    agrees(diffusion.alphas_cumprod[t], expected["alphas_cumprod"], rtol=1e-12, atol=0)
-
-
-def test_cosine_4000_has_the_published_extremes():
-    diffusion = Diffusion()
-    assert diffusion.betas[0].item() == pytest.approx(9.866e-6, rel=1e-4)
-    assert int((diffusion.betas > 0.998999).sum()) == 1
-    assert diffusion.alphas_cumprod[-1].item() == pytest.approx(1.518e-10, rel=1e-3)
-    assert diffusion.alphas_cumprod[-1].rsqrt().item() == pytest.approx(81165, abs=1)
-    row = diffusion.table()[0]
-    ends = row[COLUMN["log_variance_bias"]] + row[COLUMN["log_variance_scale"]] * torch.tensor(
-        [-1.0, 1.0]
-    )
-    assert ends.tolist() == pytest.approx([-12.2045, -11.5264], abs=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("schedule", "steps", "share"),
-    [
-        ("linear", 4000, (0.325, 0.327)),
-        ("linear", 1000, (0.325, 0.327)),
-        ("cosine", 4000, (0.064, 0.066)),
-    ],
-)
-def test_share_of_nearly_pure_noise_steps_is_the_known_one(schedule, steps, share):
-    noisy = (Diffusion(schedule, steps).alphas_cumprod < 1e-2).double().mean().item()
-    assert share[0] <= noisy <= share[1]
-
-
-def test_own_alpha_bar_gives_betas_that_multiply_back_to_it():
-    betas = betas_for_alpha_bar(10, lambda u: 1 - 0.9 * u, max_beta=0.999)
-    expected = 1 - 0.9 * torch.arange(1, 11, dtype=torch.float64) / 10
-    torch.testing.assert_close((1 - betas).cumprod(0), expected, rtol=1e-14, atol=0)
-
-
-def test_max_beta_caps_the_cosine_schedule():
-    assert cosine_beta_schedule(100, max_beta=0.5).max() == 0.5
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: linear_beta_schedule(19), "num_timesteps must be at least 20.*got 19"),
-        (
-            lambda: Diffusion("linear", 20),
-            "every beta must be above 0 and below 1, got 1.0 at t=19",
-        ),
-        (lambda: Diffusion("cosine", 1), "at least 2, got 1"),
-        (lambda: Diffusion("cosine", 0), "at least 1, got 0"),
-        (lambda: Diffusion("cosine", 10.0), "must be an int, got 10.0"),
-        (lambda: Diffusion("quadratic"), "schedule must be one of cosine, linear, got 'quadratic'"),
-        (lambda: Diffusion(variance="big"), "variance must be one of .* got 'big'"),
-        (lambda: Diffusion(prediction="v"), "prediction must be one of .* got 'v'"),
-        (lambda: Diffusion(betas=[0.1, 0.0]), "above 0 and below 1, got 0.0 at t=1"),
-        (lambda: Diffusion(betas=[0.1, math.nan]), "above 0 and below 1, got nan at t=1"),
-        (lambda: Diffusion(betas=[[0.1]]), r"betas must be \[T\], got \(1, 1\)"),
-        (lambda: Diffusion(num_timesteps=3, betas=[0.1, 0.2]), "number of betas 2, got 3"),
-        (lambda: Diffusion(betas=[0.99] * 40), "keep alpha_bar above 1e-75"),
-        (
-            lambda: Diffusion().table(sampler="heun"),
-            "sampler must be one of ddpm, ddim, got 'heun'",
-        ),
-        (lambda: Diffusion().table(sampler="ddim", eta=1.5), "eta must be from 0 to 1, got 1.5"),
-        (
-            lambda: cosine_beta_schedule(10, max_beta=1.0),
-            "max_beta must be between 0 and 1, got 1.0",
-        ),
-        (lambda: cosine_beta_schedule(10, s=-1), "s must be at least 0, got -1"),
-        (lambda: betas_for_alpha_bar(4, lambda u: 1.0), "alpha_bar must fall"),
-    ],
-)
-def test_impossible_processes_are_refused_with_the_rule_and_the_value(make, message):
-    with pytest.raises((ValueError, TypeError), match=message):
-        make()
-
-
-def exact_columns(betas, kept, eta):
-    """The textbook formulas with 50 digits: what each column must round to."""
-    with mpmath.workdps(60):
-        product, alpha_bars = mpmath.mpf(1), []
-        for beta in betas:
-            product *= 1 - mpmath.mpf(beta)
-            alpha_bars.append(product)
-        visited = [alpha_bars[i] for i in kept]
-        before = [mpmath.mpf(1), *visited[:-1]]
-        variances, rows = [], []
-        for now, previous in zip(visited, before, strict=True):
-            variances.append((1 - now / previous) * (1 - previous) / (1 - now))
-        clipped = [mpmath.log(v) for v in [variances[1], *variances[1:]]]
-        for i, (now, previous) in enumerate(zip(visited, before, strict=True)):
-            beta, alpha = 1 - now / previous, now / previous
-            c1 = beta * mpmath.sqrt(previous) / (1 - now)
-            c2 = (1 - previous) * mpmath.sqrt(alpha) / (1 - now)
-            away = mpmath.sqrt((1 - previous - eta**2 * variances[i]) / (1 - now))
-            rows.append(
-                {
-                    "x0_from_xt": 1 / mpmath.sqrt(now),
-                    "x0_from_out": -mpmath.sqrt(1 / now - 1),
-                    "mean_x0": c1,
-                    "mean_xt": c2,
-                    "ddim_mean_x0": mpmath.sqrt(previous) - away * mpmath.sqrt(now),
-                    "ddim_mean_xt": away,
-                    "log_variance_bias": (mpmath.log(beta) + clipped[i]) / 2,
-                    "log_variance_scale": (mpmath.log(beta) - clipped[i]) / 2,
-                    "posterior_log_variance": clipped[i],
-                    "sqrt_alpha_bar": mpmath.sqrt(now),
-                    "sqrt_one_minus_alpha_bar": mpmath.sqrt(1 - now),
-                    "log_alpha_bar": mpmath.log(now),
-                }
-            )
-        return rows
-
-
-@pytest.mark.parametrize("name", ["cosine-4000", "cosine-4000-50", "linear-1000-ddim25"])
-def test_table_is_within_1e_15_of_fifty_digit_arithmetic(name):
-    schedule, steps, _ = CHAINS[name]
-    diffusion, eta = chain(name), 0.25
-    table = diffusion.table(dtype=torch.float64)
-    ddim = diffusion.table(sampler="ddim", eta=eta, dtype=torch.float64)
-    betas = Diffusion(schedule, steps).betas.tolist()
-    worst = {}
-    for i, row in enumerate(exact_columns(betas, diffusion.timesteps.tolist(), mpmath.mpf(eta))):
-        for column, expected in row.items():
-            source, base = (ddim, column[5:]) if column.startswith("ddim") else (table, column)
-            if column == "log_alpha_bar":
-                hi, lo = table[i, COLUMN["log_alpha_bar_hi"]], table[i, COLUMN["log_alpha_bar_lo"]]
-                actual = mpmath.mpf(hi.item()) + mpmath.mpf(lo.item())
-            else:
-                actual = mpmath.mpf(source[i, COLUMN[base]].item())
-            # Relative to 1 for logarithms, in which an absolute error is a factor's.
-            scale = max(abs(expected), 1) if "log" in column else abs(expected)
-            error = abs(actual - expected) / scale if scale else abs(actual - expected)
-            worst[column] = max(worst.get(column, 0), float(error))
-    assert max(worst.values()) < 1e-15, worst
-
-
-def test_table_rows_are_rounded_once_from_float64():
-    diffusion = chain("cosine-4000-50")
-    table, double = diffusion.table(), diffusion.table(dtype=torch.float64)
-    assert table.shape == (50, 16) and table.dtype == torch.float32 and table.is_contiguous()
-    assert len(COLUMNS) == 16
-    assert torch.equal(table, double.float())
-
-
-def test_log_alpha_bar_pair_keeps_more_digits_than_one_float():
-    table = Diffusion().table().double()
-    pair = table[:, COLUMN["log_alpha_bar_hi"]] + table[:, COLUMN["log_alpha_bar_lo"]]
-    torch.testing.assert_close(pair, Diffusion().alphas_cumprod.log(), rtol=1e-11, atol=1e-15)
-
-
-def test_ddim_with_eta_1_has_the_posterior_mean_and_small_variance():
-    small = Diffusion(variance="fixed_small").table(dtype=torch.float64)
-    ddim = Diffusion().table(sampler="ddim", eta=1.0, dtype=torch.float64)
-    keep = [COLUMN[c] for c in ("mean_x0", "mean_xt", "noise_scale")]
-    torch.testing.assert_close(ddim[:, keep], small[:, keep], rtol=1e-15, atol=0)
-    bias = COLUMN["log_variance_bias"]
-    torch.testing.assert_close(ddim[1:, bias], small[1:, bias], rtol=1e-15, atol=0)
-
-
-def test_ddim_without_noise_has_no_variance_columns():
-    table = Diffusion().table(sampler="ddim")
-    for column in ("log_variance_bias", "log_variance_scale", "noise_scale"):
-        assert not table[:, COLUMN[column]].any()
-
-
-def test_tables_are_kept_and_usable_for_training_after_inference():
-    diffusion = Diffusion(num_timesteps=100)
-    with torch.inference_mode():
-        table = diffusion.table()
-    assert diffusion.table("cpu") is table
-    assert not table.is_inference()
 
 
 @pytest.mark.parametrize(("name", "variance", "prediction"), CONFIGURATIONS)
@@ -441,20 +247,29 @@ def test_gradients_of_the_losses_are_right_in_float64(objective):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda d, x: d.q_sample(x, torch.tensor([0, 100]), x), "t must be from 0 to 99, got 100"),
-        (lambda d, x: d.q_sample(x, torch.tensor([-1, 0]), x), "t must be from 0 to 99, got -1"),
-        (lambda d, x: d.q_sample(x, torch.tensor([0]), x), r"t must be int64 \[2\], got .*\(1,\)"),
+        (
+            lambda d, x: d.q_sample(x, torch.tensor([0, 100]), x),
+            r"q_sample: t must lie in \[0, 99\] .*got 100 at index 1",
+        ),
+        (
+            lambda d, x: d.q_sample(x, torch.tensor([-1, 0]), x),
+            r"t must lie in \[0, 99\] .*got -1 at index 0",
+        ),
+        (
+            lambda d, x: d.q_sample(x, torch.tensor([0]), x),
+            r"t must be \[N\] with N = 2, got shape \[1\]",
+        ),
         (
             lambda d, x: d.q_sample(x, torch.tensor([0.0, 1]), x),
-            r"t must be int64 \[2\], got torch.float32",
+            "t must be int64, got torch.float32",
         ),
         (
             lambda d, x: d.q_sample(x, torch.tensor([0, 1]), x[:1]),
-            r"noise must be \(2, 1, 2, 2\), got \(1,",
+            r"noise must be .* \[2, 1, 2, 2\], got shape \[1,",
         ),
         (
             lambda d, x: d.p_mean_variance(x, x, torch.tensor([0, 1])),
-            r"model_output must be \(2, 2, 2, 2\)",
+            "model_output must have 2C = 2 channels .* got 1",
         ),
         (
             lambda d, x: d.reverse_step(torch.cat([x, x], 1), x, torch.tensor([0, 1])),
@@ -477,7 +292,7 @@ def test_gradients_of_the_losses_are_right_in_float64(objective):
     ],
 )
 def test_bad_arguments_are_refused_with_the_rule_and_the_value(call, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         call(Diffusion(num_timesteps=100), torch.zeros(2, 1, 2, 2))
 
 
@@ -509,60 +324,3 @@ def test_description_in_json_rebuilds_the_process(diffusion):
 def test_description_with_unknown_keys_is_refused():
     with pytest.raises(ValueError, match=r"must have the keys .* got .*'zeal'"):
         Diffusion.from_dict({**Diffusion().to_dict(), "zeal": 1})
-
-
-def test_normal_kl_is_zero_for_equal_gaussians_and_matches_torch_otherwise():
-    a, b, c, d = (torch.randn(7, dtype=torch.float64) for _ in range(4))
-    assert not normal_kl(a, b, a, b).any()
-    p, q = (torch.distributions.Normal(m, (0.5 * v).exp()) for m, v in ((a, b), (c, d)))
-    torch.testing.assert_close(normal_kl(a, b, c, d), torch.distributions.kl_divergence(p, q))
-
-
-def test_tanh_cdf_is_within_3e_4_of_the_normal_distribution_function():
-    x = torch.linspace(-8, 8, 2001, dtype=torch.float64)
-    assert (approx_standard_normal_cdf(x) - torch.special.ndtr(x)).abs().max() < 3e-4
-
-
-@pytest.mark.parametrize("log_scale", [-4.0, -2.0, 0.5])
-@pytest.mark.parametrize("exact", [False, True])
-def test_probabilities_of_all_256_levels_sum_to_one(log_scale, exact):
-    x = torch.arange(256, dtype=torch.float64) / 127.5 - 1
-    scale = torch.full_like(x, log_scale)
-    log_p = discretized_gaussian_log_likelihood(x, scale * 0 + 0.3, scale, exact=exact)
-    assert log_p.exp().sum().item() == pytest.approx(1, abs=1e-9)
-
-
-@pytest.mark.parametrize("log_scale", [-6.0, -5.0, -4.0, -3.0])
-def test_tanh_likelihood_is_within_5e_4_nats_of_the_exact_one_near_the_mean(log_scale):
-    x = torch.arange(1, 255, dtype=torch.float64) / 127.5 - 1
-    scale = torch.full_like(x, log_scale)
-    close, exact = (
-        discretized_gaussian_log_likelihood(x, x + 0.003, scale, exact=e) for e in (False, True)
-    )
-    assert (close - exact).abs().max() < 5e-4
-
-
-@pytest.mark.parametrize("level", [0, 1, 127, 254, 255])
-@pytest.mark.parametrize("mean", [-1.3, 0.0, 0.9])
-@pytest.mark.parametrize("log_scale", [-7.0, -3.0, 2.0])
-def test_exact_likelihood_agrees_with_fifty_digits_far_into_the_tails(level, mean, log_scale):
-    x = torch.tensor(level / 127.5 - 1, dtype=torch.float64)
-    actual = discretized_gaussian_log_likelihood(
-        x, torch.tensor(mean).double(), torch.tensor(log_scale).double(), exact=True
-    )
-    with mpmath.workdps(50):
-        centred, scale = mpmath.mpf(x.item()) - float(torch.tensor(mean)), mpmath.exp(log_scale)
-        lower = -mpmath.inf if level == 0 else (centred - 1 / mpmath.mpf(255)) / scale
-        upper = mpmath.inf if level == 255 else (centred + 1 / mpmath.mpf(255)) / scale
-        root = mpmath.sqrt(2)
-        expected = mpmath.log((mpmath.erfc(lower / root) - mpmath.erfc(upper / root)) / 2)
-        if not mpmath.isfinite(expected):
-            expected = mpmath.log((mpmath.erfc(-upper / root) - mpmath.erfc(-lower / root)) / 2)
-    assert actual.item() == pytest.approx(float(expected), rel=1e-10)
-
-
-def test_tanh_likelihood_is_floored_at_1e_12_without_gradient():
-    mean = torch.tensor([0.9], requires_grad=True)
-    log_p = discretized_gaussian_log_likelihood(torch.tensor([-0.5]), mean, torch.full((1,), -6.0))
-    assert log_p.item() == pytest.approx(math.log(1e-12), abs=1e-5)
-    assert torch.autograd.grad(log_p, mean)[0] == 0

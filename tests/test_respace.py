@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from iddpm_ext.diffusion import COLUMN, Diffusion, space_timesteps
+from iddpm_ext.diffusion import Diffusion, space_timesteps
+from iddpm_ext.ops.columns import Column
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "diffusion.json").read_text())
 
@@ -87,7 +88,7 @@ def test_respaced_chain_keeps_alpha_bar_exactly(spec):
     whole = Diffusion()
     short = whole.respace(spec)
     assert torch.equal(short.alphas_cumprod, whole.alphas_cumprod[short.timesteps])
-    columns = [COLUMN[c] for c in ("x0_from_xt", "x0_from_out", "sqrt_alpha_bar")]
+    columns = [Column.X0_FROM_XT, Column.X0_FROM_OUT, Column.SQRT_ALPHA_BAR]
     assert torch.equal(short.table()[:, columns], whole.table()[short.timesteps][:, columns])
     torch.testing.assert_close(
         (1 - short.betas).cumprod(0), short.alphas_cumprod, rtol=1e-6, atol=0
@@ -100,7 +101,7 @@ def test_respacing_again_indexes_the_shorter_chain_and_reports_the_training_chai
     assert again.timesteps.tolist() == short.timesteps[[0, 100, 249]].tolist()
     assert again == Diffusion().respace(again.timesteps.tolist())
     assert again.num_train_timesteps == 4000 and again.num_timesteps == 3
-    assert again.table()[:, COLUMN["step"]].tolist() == again.timesteps.tolist()
+    assert again.table()[:, Column.STEP].tolist() == again.timesteps.tolist()
 
 
 def test_respacing_to_every_step_changes_nothing():

@@ -8,10 +8,10 @@ from iddpm_ext.gaussian import (
     normal_kl,
 )
 
-from .process import OBJECTIVES, Diffusion, MeanVariance, ReverseStep
+from .process import OBJECTIVES, Diffusion, MeanVariance
 from .respace import space_timesteps
 from .schedule import SCHEDULES, betas_for_alpha_bar, cosine_beta_schedule, linear_beta_schedule
-from .table import COLUMN, COLUMNS, PREDICTIONS, SAMPLERS, VARIANCES
+from .table import PREDICTIONS, SAMPLERS, VARIANCES
 from .timestep_samplers import (
     TIMESTEP_SAMPLERS,
     LossSecondMomentSampler,
@@ -22,8 +22,6 @@ from .timestep_samplers import (
 )
 
 __all__ = [
-    "COLUMN",
-    "COLUMNS",
     "OBJECTIVES",
     "PREDICTIONS",
     "SAMPLERS",
@@ -33,7 +31,6 @@ __all__ = [
     "Diffusion",
     "LossSecondMomentSampler",
     "MeanVariance",
-    "ReverseStep",
     "TimestepSampler",
     "UniformTimestepSampler",
     "WeightedTimesteps",

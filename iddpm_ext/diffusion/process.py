@@ -9,13 +9,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from iddpm_ext import ops
 from iddpm_ext.gaussian import discretized_gaussian_log_likelihood, normal_kl
+from iddpm_ext.ops import ReverseStep, checks
+from iddpm_ext.ops.columns import Column
+from iddpm_ext.ops.rows import Rows, compute_dtype
+from iddpm_ext.random import NoiseKey, normal
 
-from ..random import NoiseKey, normal
 from .respace import space_timesteps
-from .schedule import named_betas
+from .schedule import check_betas, named_betas
 from .table import (
-    COLUMN,
     PREDICTIONS,
     SAMPLERS,
     VARIANCES,
@@ -35,19 +38,12 @@ class MeanVariance(NamedTuple):
     x_0: Tensor
 
 
-class ReverseStep(NamedTuple):
-    """One step of the reverse chain: x_{t-1} and the x_0 predicted on the way, [N, C, H, W]."""
-
-    x_prev: Tensor
-    x_0: Tensor
-
-
 class Diffusion:
     """A Gaussian diffusion process over T steps, and what a network's output means in it.
 
     Frozen: every method is a pure function. t counts the steps of this chain from 0, int64 [N].
-    Images are floating [N, C, H, W] in [-1, 1]; methods compute in the widest floating type of
-    their arguments and at least float32, from coefficients computed in float64.
+    Images are floating [N, C, H, W] in [-1, 1]; float64 images are computed with in float64, all
+    others in float32.
 
     Args:
         schedule: ``"cosine"`` or ``"linear"``; ignored where betas are given.
@@ -89,12 +85,17 @@ class Diffusion:
         betas: Tensor | Sequence[float] | None = None,
     ) -> None:
         if betas is None:
-            train_betas = named_betas(schedule, num_timesteps).tolist()
+            train_betas = check_betas(named_betas(schedule, num_timesteps))
         else:
-            schedule, train_betas = "custom", _check_betas(betas, num_timesteps)
+            schedule, train_betas = "custom", check_betas(betas)
+            if num_timesteps not in (4000, len(train_betas)):
+                raise ValueError(
+                    f"Diffusion: num_timesteps must be the number of betas {len(train_betas)}, "
+                    f"got {num_timesteps}"
+                )
         _check_name("variance", variance, VARIANCES)
         _check_name("prediction", prediction, PREDICTIONS)
-        alpha_bars = fixed_point_alpha_bars(_check_chain(train_betas))
+        alpha_bars = fixed_point_alpha_bars(train_betas)
         self._set(
             schedule=schedule,
             num_train_timesteps=len(train_betas),
@@ -116,6 +117,11 @@ class Diffusion:
             _chain=chain,
             _tables={},
         )
+
+    @property
+    def learns_variance(self) -> bool:
+        """Whether the network has channels for the variance."""
+        return self.variance in ("learned_range", "learned")
 
     def respace(self, spec: int | str | Sequence[int]) -> Diffusion:
         """The chain that visits only some of this one's steps, with the same alpha_bar at each.
@@ -178,25 +184,24 @@ class Diffusion:
         Returns:
             float32 [N]: timesteps[t], times 1000/T of the training chain if ``rescale_timesteps``.
         """
-        self._check_t(t)
+        checks.timesteps("model_timesteps", t, len(t), self.num_timesteps, t.device)
         steps = self.timesteps.to(t.device)[t].float()
         return steps * (1000.0 / self.num_train_timesteps) if self.rescale_timesteps else steps
 
     def q_sample(self, x_0: Tensor, t: Tensor, noise: Tensor | NoiseKey) -> Tensor:
-        """x_t ~ q(x_t | x_0) = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) noise (equation 8).
+        """x_t ~ q(x_t | x_0) = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) noise (equation 8): one ``ops.q_sample``.
 
         Args:
-            x_0: floating [N, ...].
+            x_0: floating [N, C, H, W].
             t: int64 [N].
             noise: like x_0, or the key of the noise to draw.
 
         Returns:
-            like x_0. Differentiable in x_0 and noise.
+            like x_0. Differentiable in x_0.
         """
-        self._check_t(t, x_0)
-        row = self._rows(t, x_0)
-        noise = _materialise(noise, x_0)
-        return row["sqrt_alpha_bar"] * x_0 + row["sqrt_one_minus_alpha_bar"] * noise
+        checks.image_batch("q_sample", "x_0", x_0)
+        table = self.table(x_0.device, dtype=compute_dtype(x_0))
+        return ops.q_sample(x_0, t, table, noise)
 
     def p_mean_variance(
         self, model_output: Tensor, x_t: Tensor, t: Tensor, clip: bool = True
@@ -211,10 +216,20 @@ class Diffusion:
             clip: clamp x_0 to [-1, 1] before the mean is formed from it.
 
         Returns:
-            mean, log_variance and x_0, like x_t. Differentiable in model_output and x_t.
+            mean, log_variance and x_0, like x_t, at least float32. Differentiable in model_output
+            and x_t.
         """
-        out, v = self._split(model_output, x_t, t, self.variance.startswith("learned"))
-        return _mean_variance(self._rows(t, x_t), out, v, x_t, clip)
+        row = self._rows("p_mean_variance", t, x_t)
+        checks.model_output("p_mean_variance", model_output, x_t, self.table())
+        channels = x_t.shape[1]
+        x_0 = row[Column.X0_FROM_XT] * x_t + row[Column.X0_FROM_OUT] * model_output[:, :channels]
+        x_0 = x_0.clamp(-1, 1) if clip else x_0
+        mean = row[Column.MEAN_X0] * x_0 + row[Column.MEAN_XT] * x_t
+        log_variance = row[Column.LOG_VARIANCE_BIAS]
+        if self.learns_variance:
+            v = model_output[:, channels:]
+            log_variance = log_variance + row[Column.LOG_VARIANCE_SCALE] * v
+        return MeanVariance(mean, log_variance.expand_as(mean), x_0)
 
     def reverse_step(
         self,
@@ -225,8 +240,9 @@ class Diffusion:
         sampler: str = "ddpm",
         eta: float = 0.0,
         clip: bool = True,
+        backend: str = "auto",
     ) -> ReverseStep:
-        """x_{t-1} from x_t and the network's output, ancestral or by DDIM.
+        """x_{t-1} from x_t and the network's output, ancestral or DDIM: one ``ops.reverse_step``.
 
         Args:
             model_output: as in ``p_mean_variance``; DDIM has no use for a variance.
@@ -236,24 +252,23 @@ class Diffusion:
             sampler: ``"ddpm"`` or ``"ddim"``.
             eta: noise of DDIM, 0 <= eta <= 1.
             clip: clamp x_0 to [-1, 1] before x_{t-1} is formed from it.
+            backend: of the op.
 
         Returns:
-            x_prev and x_0, like x_t.
+            x_prev and x_0, like x_t. Not differentiable.
 
         Source: Ho et al. 2020, algorithm 2; Song et al. 2021, equation 12.
         """
-        learned = sampler == "ddpm" and self.variance.startswith("learned")
-        out, v = self._split(model_output, x_t, t, learned)
-        row = self._rows(t, x_t, sampler, eta)
-        mean, log_variance, x_0 = _mean_variance(row, out, v, x_t, clip)
-        if noise is None:
-            if sampler == "ddpm" or eta > 0:
-                raise ValueError(
-                    "reverse_step: noise must be given, except to DDIM with eta=0, got None"
-                )
-            return ReverseStep(mean, x_0)
-        scale = row["noise_scale"] * torch.exp(0.5 * log_variance)
-        return ReverseStep(mean + scale * _materialise(noise, x_t), x_0)
+        # The table on the CPU: looking at its values makes no device wait.
+        cpu_table = self.table(sampler=sampler, eta=eta)
+        if noise is None and (sampler == "ddpm" or eta > 0):
+            raise ValueError(
+                "reverse_step: noise must be given, except to DDIM with eta=0, got None"
+            )
+        checks.image_batch("reverse_step", "x_t", x_t)
+        checks.model_output("reverse_step", model_output, x_t, cpu_table)
+        table = self.table(x_t.device, sampler=sampler, eta=eta, dtype=compute_dtype(x_t))
+        return ops.reverse_step(x_t, model_output, t, table, noise, clip=clip, backend=backend)
 
     def vlb_terms_bpd(
         self,
@@ -279,29 +294,30 @@ class Diffusion:
         Returns:
             [N]. Differentiable in model_output.
         """
-        _check_like("vlb_terms_bpd", "x_0", x_0, x_t)
+        row = self._rows("vlb_terms_bpd", t, x_t)
+        checks.shape("vlb_terms_bpd", "x_0", x_0, tuple(x_t.shape), "of the shape of x_t")
         predicted = self.p_mean_variance(model_output, x_t, t, clip)
-        row = self._rows(t, x_t)
-        true_mean = row["mean_x0"] * x_0 + row["mean_xt"] * x_t
+        true_mean = row[Column.MEAN_X0] * x_0 + row[Column.MEAN_XT] * x_t
         kl = normal_kl(
-            true_mean, row["posterior_log_variance"], predicted.mean, predicted.log_variance
+            true_mean, row[Column.POSTERIOR_LOG_VARIANCE], predicted.mean, predicted.log_variance
         )
         log_likelihood = discretized_gaussian_log_likelihood(
             x_0, predicted.mean, 0.5 * predicted.log_variance, exact=exact
         )
-        nats = torch.where(_per_example(t == 0, kl), -log_likelihood, kl)
+        nats = torch.where((t == 0)[:, None, None, None], -log_likelihood, kl)
         return nats.flatten(1).mean(1) / math.log(2)
 
     def prior_bpd(self, x_0: Tensor) -> Tensor:
         """L_T = KL(q(x_T | x_0) || N(0, 1)) in bits per dimension (equation 7), [N].
 
         Args:
-            x_0: floating [N, ...].
+            x_0: floating [N, C, H, W].
         """
+        checks.image_batch("prior_bpd", "x_0", x_0)
         alpha_bar = float(self.alphas_cumprod[-1])
         # Apart and in double: these terms of the divergence cancel almost entirely.
         constant = -alpha_bar - math.log1p(-alpha_bar)
-        square = _widened(x_0).square().flatten(1).mean(1)
+        square = x_0.to(compute_dtype(x_0)).square().flatten(1).mean(1)
         return (alpha_bar * square + constant) / (2 * math.log(2))
 
     def training_losses(
@@ -334,22 +350,31 @@ class Diffusion:
             two parts, only those that the objective trains carry gradients.
         """
         _check_name("objective", objective, OBJECTIVES)
-        if objective == "hybrid" and not self.variance.startswith("learned"):
+        if objective == "hybrid" and not self.learns_variance:
             raise ValueError(
                 "training_losses: objective must be 'simple' or 'vlb' where the variance is "
                 f"{self.variance}, got 'hybrid'"
             )
-        noise = _materialise(noise, x_0)
+        row = self._rows("training_losses", t, x_0)
+        checks.noise_arguments("training_losses", noise, x_0)
+        if isinstance(noise, NoiseKey):
+            noise = normal(noise, x_0.shape, x_0.device)
         x_t = self.q_sample(x_0, t, noise)
         model_output = model(x_t, self.model_timesteps(t), **(model_kwargs or {}))
-        out, _ = self._split(model_output, x_t, t, self.variance.startswith("learned"))
+        checks.model_output("training_losses", model_output, x_t, self.table())
+        channels = x_0.shape[1]
+        out, v = model_output[:, :channels], model_output[:, channels:]
 
-        mse = (self._target(x_0, x_t, t, noise) - out).square().flatten(1).mean(1)
-        for_vlb = {
-            "simple": model_output.detach(),
-            "hybrid": torch.cat([out.detach(), model_output[:, out.shape[1] :]], dim=1),
-            "vlb": model_output,
-        }[objective]
+        target = (
+            row[Column.TARGET_X0] * x_0
+            + row[Column.TARGET_XT] * x_t
+            + row[Column.TARGET_NOISE] * noise
+        )
+        mse = (target - out).square().flatten(1).mean(1)
+        if objective == "hybrid":
+            for_vlb = torch.cat([out.detach(), v], dim=1)
+        else:
+            for_vlb = model_output if objective == "vlb" else model_output.detach()
         vlb = self.vlb_terms_bpd(for_vlb, x_0, x_t, t, clip=False)
         loss = {
             "simple": mse,
@@ -405,113 +430,14 @@ class Diffusion:
         for name, value in attributes.items():
             object.__setattr__(self, name, value)
 
-    def _rows(
-        self, t: Tensor, like: Tensor, sampler: str = "ddpm", eta: float = 0.0
-    ) -> dict[str, Tensor]:
-        """The table's rows for t, column by column, each shaped to broadcast against ``like``."""
-        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-        rows = self.table(t.device, sampler=sampler, eta=eta, dtype=dtype)[t]
-        return {name: _per_example(rows[:, i], like) for name, i in COLUMN.items()}
-
-    def _target(self, x_0: Tensor, x_t: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        if self.prediction == "epsilon":
-            return noise
-        row = self._rows(t, x_t)
-        return row["target_x0"] * x_0 + row["target_xt"] * x_t
-
-    def _split(
-        self, model_output: Tensor, x_t: Tensor, t: Tensor, learned: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """The network's output as what it predicts and, where learned, its variance channels."""
-        self._check_t(t, x_t)
-        n, c, *size = x_t.shape
-        allowed = [(n, 2 * c, *size)] if learned else [(n, c, *size), (n, 2 * c, *size)]
-        if tuple(model_output.shape) not in allowed:
-            raise ValueError(
-                f"Diffusion: model_output must be {' or '.join(map(str, allowed))} for "
-                f"variance={self.variance!r}, got {tuple(model_output.shape)}"
-            )
-        return model_output[:, :c], model_output[:, c:] if learned else None
-
-    def _check_t(self, t: Tensor, x: Tensor | None = None) -> None:
-        if t.dtype != torch.int64 or t.dim() != 1 or (x is not None and len(t) != len(x)):
-            n = "N" if x is None else len(x)
-            raise ValueError(f"Diffusion: t must be int64 [{n}], got {t.dtype} {tuple(t.shape)}")
-        # Only where looking does not make the host wait for a device.
-        if t.device.type == "cpu" and t.numel() and not torch.compiler.is_compiling():
-            low, high = int(t.min()), int(t.max())
-            if low < 0 or high >= self.num_timesteps:
-                raise ValueError(
-                    f"Diffusion: t must be from 0 to {self.num_timesteps - 1}, "
-                    f"got {low if low < 0 else high}"
-                )
-
-
-def _mean_variance(
-    row: dict[str, Tensor], out: Tensor, v: Tensor | None, x_t: Tensor, clip: bool
-) -> MeanVariance:
-    x_0 = row["x0_from_xt"] * x_t + row["x0_from_out"] * out
-    x_0 = x_0.clamp(-1, 1) if clip else x_0
-    mean = row["mean_x0"] * x_0 + row["mean_xt"] * x_t
-    log_variance = row["log_variance_bias"]
-    if v is not None:
-        log_variance = log_variance + row["log_variance_scale"] * v
-    return MeanVariance(mean, log_variance.expand_as(mean), x_0)
-
-
-def _materialise(noise: Tensor | NoiseKey, like: Tensor) -> Tensor:
-    if isinstance(noise, NoiseKey):
-        return normal(noise, like.shape, like.device).to(_widened(like).dtype)
-    _check_like("Diffusion", "noise", noise, like)
-    return noise
-
-
-def _widened(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def _per_example(values: Tensor, like: Tensor) -> Tensor:
-    return values.view(-1, *[1] * (like.dim() - 1))
-
-
-def _check_like(function: str, name: str, tensor: Tensor, like: Tensor) -> None:
-    if tensor.shape != like.shape:
-        raise ValueError(
-            f"{function}: {name} must be {tuple(like.shape)}, got {tuple(tensor.shape)}"
-        )
+    def _rows(self, method: str, t: Tensor, x: Tensor) -> Rows:
+        """The checked rows of the ancestral table for images x at steps t."""
+        checks.image_batch(method, "x", x)
+        checks.timesteps(method, t, len(x), self.num_timesteps, x.device)
+        dtype = compute_dtype(x)
+        return Rows(self.table(x.device, dtype=dtype), t, dtype)
 
 
 def _check_name(argument: str, name: str, names: Sequence[str]) -> None:
     if name not in names:
         raise ValueError(f"Diffusion: {argument} must be one of {', '.join(names)}, got {name!r}")
-
-
-def _check_betas(betas: Tensor | Sequence[float], num_timesteps: int) -> list[float]:
-    values = torch.as_tensor(betas, dtype=torch.float64)
-    if values.dim() != 1:
-        raise ValueError(f"Diffusion: betas must be [T], got {tuple(values.shape)}")
-    if num_timesteps not in (4000, len(values)):
-        raise ValueError(
-            f"Diffusion: num_timesteps must be the number of betas {len(values)}, "
-            f"got {num_timesteps}"
-        )
-    return values.tolist()
-
-
-def _check_chain(betas: list[float]) -> list[float]:
-    if len(betas) < 2:
-        raise ValueError(f"Diffusion: num_timesteps must be at least 2, got {len(betas)}")
-    outside = [(i, beta) for i, beta in enumerate(betas) if not 0 < beta < 1]
-    if outside:
-        raise ValueError(
-            f"Diffusion: every beta must be above 0 and below 1, got {outside[0][1]} "
-            f"at t={outside[0][0]}"
-        )
-    # 1/sqrt(alpha_bar) must fit into float32.
-    log_alpha_bar = math.fsum(map(math.log1p, (-beta for beta in betas)))
-    if log_alpha_bar < math.log(1e-75):
-        raise ValueError(
-            f"Diffusion: betas must keep alpha_bar above 1e-75, got exp({log_alpha_bar:.1f}) "
-            "at the last step"
-        )
-    return betas

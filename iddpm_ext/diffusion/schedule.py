@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -107,6 +107,28 @@ def named_betas(schedule: str, num_timesteps: int) -> Tensor:
     if schedule == "linear":
         return linear_beta_schedule(num_timesteps)
     raise ValueError(f"Diffusion: schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
+
+
+def check_betas(betas: Tensor | Sequence[float]) -> list[float]:
+    """Betas [T] fit for a chain: T >= 2, all in (0, 1), alpha_bar large enough for float32."""
+    values = torch.as_tensor(betas, dtype=torch.float64)
+    if values.dim() != 1:
+        raise ValueError(f"Diffusion: betas must be [T], got {tuple(values.shape)}")
+    if len(values) < 2:
+        raise ValueError(f"Diffusion: num_timesteps must be at least 2, got {len(values)}")
+    outside = ~((values > 0) & (values < 1))
+    if outside.any():
+        t = int(outside.nonzero()[0])
+        raise ValueError(
+            f"Diffusion: every beta must be above 0 and below 1, got {values[t]} at t={t}"
+        )
+    log_alpha_bar = float(torch.log1p(-values).sum())
+    if log_alpha_bar < math.log(1e-75):
+        raise ValueError(
+            f"Diffusion: betas must keep alpha_bar above 1e-75, got exp({log_alpha_bar:.1f}) "
+            "at the last step"
+        )
+    return values.tolist()
 
 
 def _check_num_timesteps(function: str, num_timesteps: int) -> None:

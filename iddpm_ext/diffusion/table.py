@@ -7,31 +7,14 @@ differences of nearly equal numbers. The formulas below then add and multiply po
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-COLUMNS = (
-    "x0_from_xt",
-    "x0_from_out",
-    "mean_x0",
-    "mean_xt",
-    "log_variance_bias",
-    "log_variance_scale",
-    "noise_scale",
-    "posterior_log_variance",
-    "sqrt_alpha_bar",
-    "sqrt_one_minus_alpha_bar",
-    "target_x0",
-    "target_xt",
-    "target_noise",
-    "log_alpha_bar_hi",
-    "log_alpha_bar_lo",
-    "step",
-)
-COLUMN = {name: i for i, name in enumerate(COLUMNS)}
+from iddpm_ext.ops.columns import NUM_COLUMNS, Column
 
 VARIANCES = ("learned_range", "learned", "fixed_large", "fixed_small")
 PREDICTIONS = ("epsilon", "x_0", "x_prev")
@@ -128,62 +111,51 @@ class Chain:
 def build_table(
     chain: Chain, steps: Tensor, variance: str, prediction: str, sampler: str, eta: float
 ) -> Tensor:
-    """The coefficients of a chain, float64 [T, 16] in the order of ``COLUMNS``.
+    """The coefficients of a chain, float64 [T, 16]; ``Column`` says what each means.
 
-    x_0 = x0_from_xt x_t + x0_from_out out, out the network's first C channels;
-    mean = mean_x0 x_0 + mean_xt x_t;
-    log_variance = log_variance_bias + log_variance_scale v, v its other C channels;
-    x_{t-1} = mean + noise_scale exp(log_variance / 2) z;
-    target = target_x0 x_0 + target_xt x_t + target_noise eps, what the network learns.
-
-    log_alpha_bar is the pair hi + lo of which each is a float32 number.
+    The pair of log_alpha_bar is a float32 number and what that leaves of the float64 one.
     """
-    one, zero = torch.ones_like(chain.beta), torch.zeros_like(chain.beta)
+    table = torch.zeros(len(steps), NUM_COLUMNS, dtype=torch.float64)
     posterior_c1, posterior_c2 = chain.mean_coefficients(1.0)
-    if prediction == "epsilon":
-        x0_from_xt = chain.alpha_bar.rsqrt()
-        x0_from_out = -(chain.one_minus_alpha_bar / chain.alpha_bar).sqrt()
-        target = (zero, zero, one)
-    elif prediction == "x_0":
-        x0_from_xt, x0_from_out = zero, one
-        target = (one, zero, zero)
-    else:
-        x0_from_xt, x0_from_out = -posterior_c2 / posterior_c1, 1 / posterior_c1
-        target = (posterior_c1, posterior_c2, zero)
 
-    noise_scale = one.clone()
-    noise_scale[0] = 0
+    if prediction == "epsilon":
+        table[:, Column.X0_FROM_XT] = chain.alpha_bar.rsqrt()
+        table[:, Column.X0_FROM_OUT] = -(chain.one_minus_alpha_bar / chain.alpha_bar).sqrt()
+        table[:, Column.TARGET_NOISE] = 1
+    elif prediction == "x_0":
+        table[:, Column.X0_FROM_OUT] = 1
+        table[:, Column.TARGET_X0] = 1
+    else:
+        table[:, Column.X0_FROM_XT] = -posterior_c2 / posterior_c1
+        table[:, Column.X0_FROM_OUT] = 1 / posterior_c1
+        table[:, Column.TARGET_X0] = posterior_c1
+        table[:, Column.TARGET_XT] = posterior_c2
+
     if sampler == "ddpm":
-        c1, c2 = posterior_c1, posterior_c2
+        table[:, Column.MEAN_X0] = posterior_c1
+        table[:, Column.MEAN_XT] = posterior_c2
         bias, scale = _log_variance(chain, variance)
+        table[:, Column.LOG_VARIANCE_BIAS] = bias
+        table[:, Column.LOG_VARIANCE_SCALE] = scale
+        table[1:, Column.NOISE_SCALE] = 1
     else:
         c1, c2 = chain.mean_coefficients(eta)
-        noise_scale *= eta > 0
-        sigma = torch.tensor(eta if eta > 0 else 1.0, dtype=torch.float64)
-        bias = noise_scale * (2 * sigma.log() + chain.posterior_log_variance)
-        scale = zero
+        table[:, Column.MEAN_X0] = c1
+        table[:, Column.MEAN_XT] = c2
+        if eta > 0:
+            log_variance = 2 * math.log(eta) + chain.posterior_log_variance
+            table[1:, Column.LOG_VARIANCE_BIAS] = log_variance[1:]
+            table[1:, Column.NOISE_SCALE] = 1
 
     log_alpha_bar = chain.log_alpha_bar
-    hi = log_alpha_bar.float().double()
-    return torch.stack(
-        [
-            x0_from_xt,
-            x0_from_out,
-            c1,
-            c2,
-            bias,
-            scale,
-            noise_scale,
-            chain.posterior_log_variance,
-            chain.alpha_bar.sqrt(),
-            chain.one_minus_alpha_bar.sqrt(),
-            *target,
-            hi,
-            log_alpha_bar - hi,
-            steps.double(),
-        ],
-        dim=1,
-    )
+    high = log_alpha_bar.float().double()
+    table[:, Column.POSTERIOR_LOG_VARIANCE] = chain.posterior_log_variance
+    table[:, Column.SQRT_ALPHA_BAR] = chain.alpha_bar.sqrt()
+    table[:, Column.SQRT_ONE_MINUS_ALPHA_BAR] = chain.one_minus_alpha_bar.sqrt()
+    table[:, Column.LOG_ALPHA_BAR_HIGH] = high
+    table[:, Column.LOG_ALPHA_BAR_LOW] = log_alpha_bar - high
+    table[:, Column.STEP] = steps.double()
+    return table
 
 
 def _log_variance(chain: Chain, variance: str) -> tuple[Tensor, Tensor]:

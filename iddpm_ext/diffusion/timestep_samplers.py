@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..random import STREAM_CHOICE, NoiseKey, integers, uniform
+from iddpm_ext.random import STREAM_CHOICE, NoiseKey, integers, uniform
 
 TIMESTEP_SAMPLERS = ("uniform", "loss-second-moment")
 
