@@ -189,7 +189,7 @@ class Diffusion:
         return steps * (1000.0 / self.num_train_timesteps) if self.rescale_timesteps else steps
 
     def q_sample(self, x_0: Tensor, t: Tensor, noise: Tensor | NoiseKey) -> Tensor:
-        """x_t ~ q(x_t | x_0) = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) noise (equation 8): one ``ops.q_sample``.
+        """x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) noise (equation 8): ``ops.q_sample``.
 
         Args:
             x_0: floating [N, C, H, W].
