@@ -185,7 +185,7 @@ class Diffusion:
             float32 [N]: timesteps[t], times 1000/T of the training chain if ``rescale_timesteps``.
         """
         checks.timesteps("model_timesteps", t, len(t), self.num_timesteps, t.device)
-        steps = self.timesteps.to(t.device)[t].float()
+        steps = self.table(t.device)[t, Column.STEP]
         return steps * (1000.0 / self.num_train_timesteps) if self.rescale_timesteps else steps
 
     def q_sample(self, x_0: Tensor, t: Tensor, noise: Tensor | NoiseKey) -> Tensor:
@@ -213,7 +213,8 @@ class Diffusion:
                 (or [N, 2C, H, W], the second half unused).
             x_t: floating [N, C, H, W].
             t: int64 [N].
-            clip: clamp x_0 to [-1, 1] before the mean is formed from it.
+            clip: clamp x_0 to [-1, 1] before the mean is formed from it (of an x_prev network
+                too; the original clamps only the x_0 that it reports of one).
 
         Returns:
             mean, log_variance and x_0, like x_t, at least float32. Differentiable in model_output
