@@ -7,7 +7,15 @@ import math
 import pytest
 import torch
 
-from iddpm_ext.random import NoiseKey, integers, normal, philox_4x32, uniform, words
+from iddpm_ext.random import (
+    NoiseKey,
+    _float32_uniforms,
+    integers,
+    normal,
+    philox_4x32,
+    uniform,
+    words,
+)
 
 FULL = 0xFFFFFFFF
 
@@ -95,11 +103,15 @@ def test_normals_have_the_moments_and_tails_of_a_gaussian():
 
 
 def test_extreme_words_give_finite_normals():
-    from iddpm_ext.random import _float32_uniforms
-
     u = _float32_uniforms(torch.tensor([0, FULL]))
     assert 0 < u[0] and u[1] <= 1
     assert (-2 * u.double().log()).sqrt().isfinite().all()
+
+
+def test_word_is_rounded_to_float32_before_the_half_is_added():
+    # Halfway between two float32 numbers: the word alone rounds down, with the half it would round up.
+    word = torch.tensor([2**25 + 2])
+    assert _float32_uniforms(word).item() == 2.0**25 / 2**32
 
 
 def test_uniforms_lie_strictly_between_0_and_1_and_are_exact():

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from iddpm_ext.diffusion import (
     LossSecondMomentSampler,
@@ -33,6 +34,15 @@ def test_steps_of_an_example_depend_on_its_global_position_alone(name):
     assert not torch.equal(
         whole.t, make_timestep_sampler(name, 1000, seed=4).sample(torch.arange(64)).t
     )
+
+
+@pytest.mark.parametrize("name", ["uniform", "loss-second-moment"])
+def test_host_never_waits_for_a_value(name):
+    with FakeTensorMode():  # tensors without values: reading one raises
+        sampler = make_timestep_sampler(name, 100)
+        t, weights = sampler.sample(torch.arange(8))
+        sampler.update(t, weights)
+        assert sampler.sample(torch.arange(8)).t.shape == (8,)
 
 
 def test_uniform_sampler_covers_every_step_with_weight_one():
