@@ -9,8 +9,10 @@
 #include <cstdint>
 #include <cstdlib>
 #include <string>
+#include <tuple>
 
 #include "common/isa.h"
+#include "group_norm_silu/group_norm_silu.h"
 #include "q_sample/q_sample.h"
 #include "reverse_step/reverse_step.h"
 #include "unet_engine/unet_engine.h"
@@ -136,6 +138,62 @@ iddpm::ReverseStepArgs reverse_step_args(const SizeArgument& size, const PlaneAr
           plane(x_0)};
 }
 
+// `_Call.input` of iddpm_ext/ops/group_norm_silu/native.py: N, C, C1, HW, groups; dtype,
+// channels_last, silu; x, x2; channel_bias with its row stride, weight, bias, scale and shift with
+// theirs, mean, rstd.
+using GroupNormArgument = std::tuple<std::array<int64_t, 5>, int, bool, bool, PlaneArgument,
+                                     PlaneArgument, std::array<int64_t, 10>>;
+
+iddpm::GroupNormInput group_norm_input(const GroupNormArgument& argument) {
+  const auto& [size, dtype, channels_last, silu, x, x2, p] = argument;
+  return {size[0],
+          size[1],
+          size[2],
+          size[3],
+          size[4],
+          static_cast<iddpm::DType>(dtype),
+          channels_last,
+          silu,
+          plane(x),
+          plane(x2),
+          address<const float>(p[0]),
+          p[1],
+          address<const float>(p[2]),
+          address<const float>(p[3]),
+          address<const float>(p[4]),
+          address<const float>(p[6]),
+          p[5],
+          p[7],
+          address<float>(p[8]),
+          address<float>(p[9])};
+}
+
+iddpm::GroupNormSiluArgs group_norm_silu_args(const GroupNormArgument& in, float eps,
+                                              const PlaneArgument& residual,
+                                              const PlaneArgument& sum, const PlaneArgument& y,
+                                              int64_t workspace) {
+  return {group_norm_input(in), eps,      plane(residual),
+          plane(sum),           plane(y), address<float>(workspace)};
+}
+
+iddpm::GroupNormSiluBwdArgs group_norm_silu_bwd_args(
+    const GroupNormArgument& in, const PlaneArgument& dy, const PlaneArgument& dsum,
+    const PlaneArgument& dx, const PlaneArgument& dx2, const std::array<int64_t, 5>& gradients,
+    int64_t workspace) {
+  const auto gradient = [&](int i) { return address<float>(gradients[i]); };
+  return {group_norm_input(in),
+          plane(dy),
+          plane(dsum),
+          plane(dx),
+          plane(dx2),
+          gradient(0),
+          gradient(1),
+          gradient(2),
+          gradient(3),
+          gradient(4),
+          address<float>(workspace)};
+}
+
 // Binds `<op>_cpu(arguments..., num_threads)`; `make` turns the Python arguments into the
 // launcher's struct, and `choose` gives the kernel for the instruction set in use.
 template <typename Args, typename... In>
@@ -195,6 +253,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         "What the build decided and why, and what this machine offers, as a dict.");
   m.def("set_isa", &set_isa, py::arg("name"),
         "Use the instruction set `name` from now on and return the previous one's name.");
+  IDDPM_BIND_CPU(m, group_norm_silu);
+  IDDPM_BIND_CPU(m, group_norm_silu_bwd);
   IDDPM_BIND(m, q_sample);
   IDDPM_BIND(m, reverse_step);
   m.def("unet_engine", &run_plan, nogil(), "Run a plan of csrc/unet_engine/plan.h.");

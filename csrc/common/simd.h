@@ -11,7 +11,7 @@
 
 #include "common/isa.h"
 
-#if defined(__AVX512F__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -19,6 +19,11 @@ namespace iddpm {
 namespace IDDPM_ISA {
 
 constexpr int64_t kLanes = 16;
+
+#if defined(__AVX512F__)
+// The mask of all lanes: without one, gcc 12 warns about uninitialised variables of its own header.
+constexpr __mmask16 kAllLanes = 0xffff;
+#endif
 
 typedef float vf __attribute__((vector_size(64)));
 typedef int32_t vi __attribute__((vector_size(64)));
@@ -55,10 +60,25 @@ IDDPM_INLINE vf as_float(vi v) { return (vf)v; }
 // mask lanes are all ones or all zeros, as a comparison gives them.
 IDDPM_INLINE vf select(vi mask, vf yes, vf no) { return (vf)((mask & (vi)yes) | (~mask & (vi)no)); }
 
-// NaN in x stays NaN.
+// NaN in x stays NaN. In instructions, because gcc 12 compares vectors that are wider than the
+// machine's lane by lane.
 IDDPM_INLINE vf clamp(vf x, float low, float high) {
 #if defined(__AVX512F__)
-  return (vf)_mm512_min_ps(_mm512_set1_ps(high), _mm512_max_ps(_mm512_set1_ps(low), (__m512)x));
+  const __m512 above = _mm512_maskz_max_ps(kAllLanes, _mm512_set1_ps(low), (__m512)x);
+  return (vf)_mm512_maskz_min_ps(kAllLanes, _mm512_set1_ps(high), above);
+#elif defined(__AVX2__)
+  __m256 part[2];
+  std::memcpy(part, &x, sizeof x);
+  for (__m256& v : part)
+    v = _mm256_min_ps(_mm256_set1_ps(high), _mm256_max_ps(_mm256_set1_ps(low), v));
+  std::memcpy(&x, part, sizeof x);
+  return x;
+#elif defined(__SSE2__)
+  __m128 part[4];
+  std::memcpy(part, &x, sizeof x);
+  for (__m128& v : part) v = _mm_min_ps(_mm_set1_ps(high), _mm_max_ps(_mm_set1_ps(low), v));
+  std::memcpy(&x, part, sizeof x);
+  return x;
 #else
   x = select(x < splat(low), splat(low), x);
   return select(x > splat(high), splat(high), x);
@@ -91,7 +111,7 @@ IDDPM_INLINE vf round_small(vf x) {
 // instruction.
 IDDPM_INLINE vf scale_by_power(vf p, vf n) {
 #if defined(__AVX512F__)
-  return (vf)_mm512_scalef_ps((__m512)p, (__m512)n);
+  return (vf)_mm512_maskz_scalef_ps(kAllLanes, (__m512)p, (__m512)n);
 #else
   const vi whole = __builtin_convertvector(n, vi);
   const vi half = whole >> 1;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from iddpm_ext.ops.group_norm_silu import GroupNormSilu, group_norm_silu
 from iddpm_ext.ops.q_sample import q_sample
 from iddpm_ext.ops.reverse_step import ReverseStep, reverse_step
 from iddpm_ext.ops.spec import REGISTRY, BadCase, Case, OpSpec, resolve_backend, unavailable
@@ -10,8 +11,10 @@ __all__ = [
     "REGISTRY",
     "BadCase",
     "Case",
+    "GroupNormSilu",
     "OpSpec",
     "ReverseStep",
+    "group_norm_silu",
     "q_sample",
     "resolve_backend",
     "reverse_step",

@@ -1,0 +1,94 @@
+// What the CPU's forward and backward pass share: where channels lie, and the affine map of each.
+#pragma once
+
+#include "common/lanes.h"
+#include "common/silu.h"
+#include "group_norm_silu/group_norm_silu.h"
+
+namespace iddpm {
+namespace IDDPM_ISA {
+
+// Below this many elements a team of threads costs more than it brings.
+constexpr int64_t kGroupNormSerialBelow = 32768;
+
+template <typename T>
+IDDPM_INLINE T* at(const Plane& plane, int64_t n, int64_t channel, int64_t pixel) {
+  return static_cast<T*>(plane.data) + n * plane.sample + channel * plane.channel +
+         pixel * plane.pixel;
+}
+
+// Channel c of x and x2 side by side.
+template <typename T>
+IDDPM_INLINE T* at(const Plane& x, const Plane& x2, int64_t c1, int64_t n, int64_t c,
+                   int64_t pixel) {
+  return c < c1 ? at<T>(x, n, c, pixel) : at<T>(x2, n, c - c1, pixel);
+}
+
+IDDPM_INLINE float channel_bias(const GroupNormInput& in, int64_t n, int64_t c) {
+  return in.channel_bias && c < in.c1 ? in.channel_bias[n * in.channel_bias_stride + c] : 0.0f;
+}
+
+// y = (x - centre) * gain + offset, before SiLU. x is centred first: with a mean of a thousand
+// deviations, x * gain + offset would lose three digits.
+struct Affine {
+  float centre, gain, offset;
+};
+
+IDDPM_INLINE Affine affine(const GroupNormInput& in, int64_t n, int64_t c, double mean, double rstd,
+                           float channel_bias) {
+  const double scale = in.scale ? 1.0 + double(in.scale[n * in.scale_stride + c]) : 1.0;
+  const double shift = in.shift ? double(in.shift[n * in.shift_stride + c]) : 0.0;
+  const double gain = in.weight[c] * scale * rstd, target = mean - double(channel_bias);
+  const float centre = float(target);
+  const double offset = in.bias[c] * scale + shift - gain * (target - double(centre));
+  return {centre, float(gain), float(offset)};
+}
+
+// The pixels of slab number s.
+struct Span {
+  int64_t first, count;
+};
+
+IDDPM_INLINE Span slab_span(const GroupNormInput& in, int64_t s) {
+  const int64_t first = s * kGroupNormSlab, rest = in.hw - first;
+  return {first, rest < kGroupNormSlab ? rest : kGroupNormSlab};
+}
+
+template <int k>
+struct Vectors {
+  static constexpr int kVectors = k;
+};
+
+// Calls f(vectors, first channel, lanes) for channels [first, end): kWide vectors, one, and a rest.
+template <int kWide, typename F>
+IDDPM_INLINE void for_columns(int64_t first, int64_t end, F f) {
+  int64_t c = first;
+  for (; c + kWide * kLanes <= end; c += kWide * kLanes) f(Vectors<kWide>{}, c, kLanes);
+  for (; c < end; c += kLanes) f(Vectors<1>{}, c, end - c < kLanes ? end - c : kLanes);
+}
+
+// Runs f(n, slab) in three steps over a batch: first, all slabs of a sample; then once a sample;
+// then all slabs again. With a sample a thread, a sample stays in the cache from step to step.
+template <typename First, typename Once, typename Last>
+IDDPM_INLINE void for_slabs(const GroupNormInput& in, int num_threads, First first, Once once,
+                            Last last) {
+  const int64_t slabs = group_norm_slabs(in);
+  const bool parallel = num_threads > 1 && in.n * in.c * in.hw >= kGroupNormSerialBelow;
+  if (!parallel || in.n >= num_threads) {
+#pragma omp parallel for schedule(static) num_threads(num_threads) if (parallel)
+    for (int64_t n = 0; n < in.n; ++n) {
+      for (int64_t s = 0; s < slabs; ++s) first(n, s);
+      once(n);
+      for (int64_t s = 0; s < slabs; ++s) last(n, s);
+    }
+    return;
+  }
+#pragma omp parallel for schedule(static) num_threads(num_threads)
+  for (int64_t job = 0; job < in.n * slabs; ++job) first(job / slabs, job % slabs);
+  for (int64_t n = 0; n < in.n; ++n) once(n);
+#pragma omp parallel for schedule(static) num_threads(num_threads)
+  for (int64_t job = 0; job < in.n * slabs; ++job) last(job / slabs, job % slabs);
+}
+
+}  // namespace IDDPM_ISA
+}  // namespace iddpm

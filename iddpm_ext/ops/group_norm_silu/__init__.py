@@ -1,0 +1,305 @@
+"""GroupNorm fused with what surrounds it in the network: sums before it, scale-shift and SiLU after it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, NamedTuple, overload
+
+import torch
+from torch import Tensor
+
+from iddpm_ext.ops import checks
+from iddpm_ext.ops.group_norm_silu import native, reference
+from iddpm_ext.ops.group_norm_silu.layout import empty_like_images, optional
+from iddpm_ext.ops.library import define, differentiate
+from iddpm_ext.ops.rows import compute_dtype
+from iddpm_ext.ops.spec import FLOAT32_AND_HALVES, OpSpec, register, resolve_backend
+
+NAME = "group_norm_silu"
+
+
+class GroupNormSilu(NamedTuple):
+    """Both [N, C, H, W] with the dtype and the memory format of x; `sum` has x's channels alone."""
+
+    y: Tensor
+    sum: Tensor
+
+
+@overload
+def group_norm_silu(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    eps: float = ...,
+    scale: Tensor | None = ...,
+    shift: Tensor | None = ...,
+    silu: bool = ...,
+    x2: Tensor | None = ...,
+    residual: Tensor | None = ...,
+    channel_bias: Tensor | None = ...,
+    return_sum: Literal[False] = ...,
+    backend: str = ...,
+) -> Tensor: ...
+
+
+@overload
+def group_norm_silu(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    eps: float = ...,
+    scale: Tensor | None = ...,
+    shift: Tensor | None = ...,
+    silu: bool = ...,
+    x2: Tensor | None = ...,
+    residual: Tensor | None = ...,
+    channel_bias: Tensor | None = ...,
+    return_sum: Literal[True],
+    backend: str = ...,
+) -> GroupNormSilu: ...
+
+
+def group_norm_silu(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    eps: float = 1e-5,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    silu: bool = True,
+    x2: Tensor | None = None,
+    residual: Tensor | None = None,
+    channel_bias: Tensor | None = None,
+    return_sum: bool = False,
+    backend: str = "auto",
+) -> Tensor | GroupNormSilu:
+    """Normalises groups of channels, after optional sums and before optional scale-shift and SiLU.
+
+        sum = x + residual + channel_bias
+        h   = concat(sum, x2), along the channels
+        z   = ((h - mean_g(h)) / sqrt(var_g(h) + eps) * weight + bias) * (1 + scale) + shift
+        y   = z sigmoid(z) if `silu`, else z
+
+    Wu & He, *Group Normalization*, equation (1); scale and shift are the time embedding's, section
+    "Improvements to the architecture" of Improved DDPM. `channel_bias` takes the bias of the convolution
+    before (or an embedding), `residual` and `x2` take the skip connections: neither sum nor concatenation
+    costs a pass of its own. Mean and variance are computed in float32 about the mean (never as a
+    difference of squares) in an order that depends on neither the batch nor the threads.
+
+    Args:
+        x: [N, C1, H, W], contiguous or channels_last with any pitch; other strides are copied.
+            float32, bfloat16 or float16; any floating dtype for the reference.
+        num_groups: divides the channels of h.
+        weight, bias: [C], C the channels of h, any floating dtype.
+        eps: positive.
+        scale, shift: [N, C], any floating dtype.
+        silu: whether SiLU follows.
+        x2: [N, C - C1, H, W] of x's dtype, channels that follow x's.
+        residual: [N, C1, H, W] of x's dtype. The sum is then rounded to that dtype before it is normalised.
+        channel_bias: [C1] or [N, C1], any floating dtype.
+        return_sum: also return the sum; needs `residual` or `channel_bias`.
+        backend: "auto", "reference", "cpu", "cuda" or "triton".
+
+    Returns:
+        y [N, C, H, W] with the dtype and the memory format of x, or with `return_sum` (y, sum [N, C1, H, W]).
+
+    Raises:
+        TypeError, ValueError: for an argument of a wrong type, shape, device or value.
+        RuntimeError: if an explicit backend cannot serve the call.
+
+    Differentiable (once) in every tensor.
+    """
+    _check(x, num_groups, weight, bias, eps, scale, shift, x2, residual, channel_bias)
+    if return_sum and residual is None and channel_bias is None:
+        raise ValueError(f"{NAME}: return_sum must be False without residual and channel_bias")
+    chosen = resolve_backend(NAME, backend, x.device, x.dtype)
+    write_sum = return_sum or residual is not None
+    y, total, _, _ = _op(
+        x, x2, residual, channel_bias, weight, bias, scale, shift,
+        num_groups, float(eps), bool(silu), write_sum, chosen,
+    )  # fmt: skip
+    return GroupNormSilu(y, total) if return_sum else y
+
+
+def _check(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    x2: Tensor | None,
+    residual: Tensor | None,
+    channel_bias: Tensor | None,
+) -> None:
+    checks.image_batch(NAME, "x", x)
+    n, c1, h, w = x.shape
+    c = c1
+    if x2 is not None:
+        checks.image_batch(NAME, "x2", x2)
+        c = c1 + x2.shape[1]
+        checks.shape(NAME, "x2", x2, (n, x2.shape[1], h, w), "like x but for the channels")
+    if isinstance(num_groups, bool) or not isinstance(num_groups, int):
+        raise TypeError(f"{NAME}: num_groups must be an integer, got {num_groups!r}")
+    if num_groups < 1 or c % num_groups:
+        raise ValueError(f"{NAME}: num_groups must divide the {c} channels, got {num_groups}")
+    if not isinstance(eps, (int, float)) or not 0 < eps < math.inf:
+        raise ValueError(f"{NAME}: eps must be positive and finite, got {eps!r}")
+    for name, value in (("weight", weight), ("bias", bias)):
+        checks.floating(NAME, name, value)
+        checks.shape(NAME, name, value, (c,), "[C] =")
+    for name, modulation in (("scale", scale), ("shift", shift)):
+        if modulation is not None:
+            checks.floating(NAME, name, modulation)
+            checks.shape(NAME, name, modulation, (n, c), "[N, C] =")
+    if residual is not None:
+        checks.floating(NAME, "residual", residual)
+        checks.shape(NAME, "residual", residual, (n, c1, h, w), "of x's shape")
+    if channel_bias is not None:
+        checks.floating(NAME, "channel_bias", channel_bias)
+        if tuple(channel_bias.shape) not in ((c1,), (n, c1)):
+            raise ValueError(
+                f"{NAME}: channel_bias must be [{c1}] or [{n}, {c1}], got shape "
+                f"{list(channel_bias.shape)}"
+            )
+    for name, image in (("x2", x2), ("residual", residual)):
+        if image is not None and image.dtype != x.dtype:
+            raise TypeError(f"{NAME}: {name} must have x's dtype {x.dtype}, got {image.dtype}")
+    checks.same_device(
+        NAME, x, x2=x2, residual=residual, channel_bias=channel_bias,
+        weight=weight, bias=bias, scale=scale, shift=shift,
+    )  # fmt: skip
+
+
+def _fake(x: Tensor, x2: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    num_groups, write_sum = rest[6], rest[9]
+    channels = x.shape[1] + (x2.shape[1] if x2 is not None else 0)
+    y = empty_like_images(x, channels)
+    total = empty_like_images(x) if write_sum else optional(x)
+    shape, dtype = (x.shape[0], num_groups), compute_dtype(x)
+    mean = torch.empty(shape, dtype=dtype, device=x.device)
+    return y, total, mean, torch.empty_like(mean)
+
+
+def _fake_bwd(
+    dy: Tensor, dsum: Tensor | None, x: Tensor, x2: Tensor | None, *rest: Any
+) -> tuple[Tensor, ...]:
+    _, _, _, scale, shift, _, _, _, channel_bias_grad, _ = rest
+    n, c1, _, _ = x.shape
+    c = dy.shape[1]
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=compute_dtype(x), device=x.device)
+
+    return (
+        empty_like_images(x),
+        empty_like_images(x, x2.shape[1]) if x2 is not None else optional(x),
+        empty(c),
+        empty(c),
+        empty(n, c) if scale is not None else empty(0),
+        empty(n, c) if shift is not None else empty(0),
+        empty(n, c1) if channel_bias_grad else empty(0),
+    )
+
+
+SPEC = register(
+    OpSpec(
+        name=NAME,
+        summary="GroupNorm with sums before it, scale-shift and SiLU after it",
+        public=group_norm_silu,
+        kernels={
+            "reference": reference.group_norm_silu,
+            "cpu": native.cpu,
+        },
+        dtypes=dict.fromkeys(("cpu", "cuda", "triton"), FLOAT32_AND_HALVES),
+        differentiable=(
+            "x",
+            "x2",
+            "residual",
+            "channel_bias",
+            "weight",
+            "bias",
+            "scale",
+            "shift",
+        ),
+    )
+)
+
+_op = define(
+    "group_norm_silu(Tensor x, Tensor? x2, Tensor? residual, Tensor? channel_bias, Tensor weight, "
+    "Tensor bias, Tensor? scale, Tensor? shift, int num_groups, float eps, bool silu, bool write_sum, "
+    "str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    SPEC.kernels,
+    _fake,
+)
+
+_op_bwd = define(
+    "group_norm_silu_bwd(Tensor dy, Tensor? dsum, Tensor x, Tensor? x2, Tensor? channel_bias, "
+    "Tensor weight, Tensor bias, Tensor? scale, Tensor? shift, Tensor mean, Tensor rstd, bool silu, "
+    "bool channel_bias_grad, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    {
+        "reference": reference.group_norm_silu_bwd,
+        "cpu": native.cpu_bwd,
+    },
+    _fake_bwd,
+)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, x2, residual, channel_bias, weight, bias, scale, shift, *options = inputs
+    _, total, mean, rstd = output
+    _, _, ctx.silu, write_sum, ctx.backend = options
+    ctx.has_residual = residual is not None
+    ctx.bias_rank = None if channel_bias is None else channel_bias.ndim
+    ctx.dtypes = tuple(
+        None if p is None else p.dtype for p in (weight, bias, scale, shift, channel_bias)
+    )
+    ctx.set_materialize_grads(False)
+    # What was normalised: the written sum has the bias in it.
+    folded = None if write_sum else channel_bias
+    ctx.save_for_backward(
+        total if write_sum else x, x2, folded, weight, bias, scale, shift, mean, rstd
+    )
+
+
+def _backward(
+    ctx: Any, dy: Tensor | None, dsum: Tensor | None, dmean: Tensor | None, drstd: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    x, x2, folded, weight, bias, scale, shift, mean, rstd = ctx.saved_tensors
+    if dsum is not None and dsum.numel() == 0:
+        dsum = None
+    if dy is None:
+        channels = x.shape[1] + (x2.shape[1] if x2 is not None else 0)
+        dy = empty_like_images(x, channels).zero_()
+    wants_bias = ctx.bias_rank is not None
+    dx, dx2, dweight, dbias, dscale, dshift, dchannel = _op_bwd(
+        dy, dsum, x, x2, folded, weight, bias, scale, shift, mean, rstd,
+        ctx.silu, wants_bias, ctx.backend,
+    )  # fmt: skip
+    if wants_bias:
+        if dsum is not None:
+            dchannel = dchannel + dsum.sum(dim=(2, 3), dtype=dchannel.dtype)
+        if ctx.bias_rank == 1:
+            dchannel = dchannel.sum(dim=0)
+
+    found = (dweight, dbias, dscale, dshift, dchannel)
+    grads = [None if d is None else g.to(d) for g, d in zip(found, ctx.dtypes, strict=True)]
+    return (
+        dx,
+        dx2 if x2 is not None else None,
+        dx if ctx.has_residual else None,
+        grads[4],
+        *grads[:4],
+        *[None] * 5,
+    )
+
+
+differentiate(NAME, _setup, _backward)

@@ -1,0 +1,47 @@
+"""The two memory layouts of this op: a channel's pixels side by side, or a pixel's channels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from iddpm_ext.ops.native import Plane, plane
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether a pixel's channels lie side by side, be there others between the pixels or not."""
+    if x.is_contiguous():
+        return False
+    _, c, _, w = x.shape
+    return c > 1 and x.stride(1) == 1 and (w == 1 or x.stride(3) >= c)
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    """What results take over from x."""
+    return torch.channels_last if is_channels_last(x) else torch.contiguous_format
+
+
+def empty_like_images(x: Tensor, channels: int | None = None) -> Tensor:
+    """Uninitialised and dense, [N, C, H, W] like x or with another number of channels."""
+    n, c, h, w = x.shape
+    shape = (n, c if channels is None else channels, h, w)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
+
+
+def optional(x: Tensor) -> Tensor:
+    """What stands for a result that there is not: no elements."""
+    return x.new_empty(0)
+
+
+def laid_out(x: Tensor, channels_last: bool) -> Plane:
+    """x in the asked layout with any pitch; copied where it lies otherwise."""
+    found = plane(x)
+    _, _, channel, pixel = found.view
+    _, c, h, w = x.shape
+    if channel == 1 or c == 1 if channels_last else pixel == 1 or h * w == 1:
+        return found
+    return plane(
+        x.contiguous(
+            memory_format=torch.channels_last if channels_last else torch.contiguous_format
+        )
+    )
