@@ -15,10 +15,14 @@ _LAZY: dict[str, str] = {
     "UNetConfig": "iddpm_ext.unet_config",
     "metrics": "iddpm_ext.metrics",
     "ops": "iddpm_ext.ops",
+    "sample": "iddpm_ext.sampling",
+    "sample_progressive": "iddpm_ext.sampling",
 }
 
 if TYPE_CHECKING:
     from iddpm_ext.diffusion import Diffusion as Diffusion
+    from iddpm_ext.sampling import sample as sample
+    from iddpm_ext.sampling import sample_progressive as sample_progressive
     from iddpm_ext.unet import UNet as UNet
     from iddpm_ext.unet_config import UNetConfig as UNetConfig
 

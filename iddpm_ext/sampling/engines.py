@@ -1,0 +1,179 @@
+"""Which engine evaluates a network, and where it is kept.
+
+An engine is told the chain's timesteps and the labels once, then called with a step's number.
+Engines pack the weights, which takes longer than a step, so they are kept with the model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from iddpm_ext.sampling.request import Request
+from iddpm_ext.unet import UNet
+
+_KEPT = 2
+
+
+class Engine(Protocol):
+    """Evaluates one network on batches of up to a fixed size."""
+
+    def set_schedule(self, timesteps: Tensor, labels: Tensor | None) -> None:
+        """timesteps: float32 [T], what the network is told; labels: int64 [n] of the next calls."""
+
+    def __call__(self, x: Tensor, step: int) -> Tensor:
+        """x: [n, C, H, W] -> the network's output at `timesteps[step]`."""
+
+
+class Network(Protocol):
+    """The network as the chain sees it."""
+
+    name: str
+
+    def begin(self, timesteps: Tensor, labels: Tensor | None, low_res: Tensor | None) -> None:
+        """Says what belongs to the calls to come."""
+
+    def __call__(self, x: Tensor, step: int) -> Tensor:
+        """The output for x [n, C, H, W] at `timesteps[step]`."""
+
+
+class EngineNetwork:
+    """A network run by an engine, which takes the upsampled low-resolution image as channels."""
+
+    def __init__(self, engine: Engine, name: str) -> None:
+        self.engine, self.name = engine, name
+        self._low_res: Tensor | None = None
+
+    def begin(self, timesteps: Tensor, labels: Tensor | None, low_res: Tensor | None) -> None:
+        self.engine.set_schedule(timesteps, labels)
+        self._low_res = low_res
+
+    def __call__(self, x: Tensor, step: int) -> Tensor:
+        if self._low_res is not None:
+            low_res = F.interpolate(self._low_res.to(x.dtype), x.shape[2:], mode="bilinear")
+            x = torch.cat([x, low_res], dim=1)
+        return self.engine(x, step)
+
+
+class PlainNetwork:
+    """Any callable, evaluated as it is: a module in evaluation mode, under autocast for a dtype."""
+
+    name = "plain"
+
+    def __init__(self, request: Request) -> None:
+        self.model, self.device, self.dtype = request.model, request.device, request.dtype
+        self.plain_ops = request.backend == "reference"
+        self._timesteps = torch.empty(0)
+        self._kwargs: dict[str, Tensor] = {}
+
+    def begin(self, timesteps: Tensor, labels: Tensor | None, low_res: Tensor | None) -> None:
+        self._timesteps = timesteps
+        named = {"y": labels, "low_res": low_res}
+        self._kwargs = {name: value for name, value in named.items() if value is not None}
+
+    def __call__(self, x: Tensor, step: int) -> Tensor:
+        timesteps = self._timesteps[step].expand(len(x))
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_evaluating(self.model))
+            if self.plain_ops:
+                stack.enter_context(_plain_backend(self.model))
+            if self.dtype is not None:
+                half = self.dtype != torch.float32
+                stack.enter_context(
+                    torch.autocast(self.device.type, self.dtype if half else None, half)
+                )
+            out = self.model(x, timesteps, **self._kwargs)
+        if not isinstance(out, Tensor):
+            raise TypeError(f"sample: model must return a tensor, got {type(out).__name__}")
+        # The kernels read halves and float32 beside a float32 state.
+        return out.to(x.dtype) if out.dtype == torch.float64 else out
+
+
+@contextlib.contextmanager
+def _evaluating(model: object) -> Iterator[None]:
+    training = isinstance(model, nn.Module) and model.training
+    modes = [(m, m.training) for m in model.modules()] if training else []  # type: ignore[attr-defined]
+    for module, _ in modes:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextlib.contextmanager
+def _plain_backend(model: object) -> Iterator[None]:
+    if not isinstance(model, UNet):
+        yield
+        return
+    before, model.backend = model.backend, "plain"
+    try:
+        yield
+    finally:
+        model.backend = before
+
+
+def choose_network(request: Request, batch_size: int) -> Network:
+    """The fastest network that serves the request, on batches of up to `batch_size` images."""
+    if request.engine:
+        for build in _BUILDERS:
+            network = build(request, batch_size)
+            if network is not None:
+                return network
+    return PlainNetwork(request)
+
+
+def _cpu_network(request: Request, batch_size: int) -> Network | None:
+    model, dtype = request.model, request.dtype or torch.float32
+    state = torch.float32 if request.x_T is None else request.x_T.dtype
+    if request.device.type != "cpu" or not isinstance(model, UNet) or state != torch.float32:
+        return None
+    if model.dtype != torch.float32 and request.dtype is None:
+        return None
+    try:
+        from iddpm_ext.sampling.cpu_engine import CPUEngine, NotServed
+    except ImportError:
+        return None
+    size = request.image_shape[1:]
+    threads = torch.get_num_threads()
+    key = ("cpu", batch_size, size, dtype, request.exact, threads)
+    try:
+        engine = _kept(
+            model,
+            key,
+            lambda: CPUEngine(
+                model, batch_size, dtype=dtype, exact=request.exact, num_threads=threads, size=size
+            ),
+        )
+    except NotServed:
+        return None
+    return EngineNetwork(engine, "cpu engine")
+
+
+_BUILDERS: tuple[Callable[[Request, int], Network | None], ...] = (_cpu_network,)
+
+
+class _Engines(dict[tuple[object, ...], Engine]):
+    """A model's engines. They hold addresses: no copy of the model takes them along."""
+
+    def __deepcopy__(self, memo: object) -> _Engines:
+        return _Engines()
+
+    def __reduce__(self) -> tuple[type[_Engines], tuple[()]]:
+        return (_Engines, ())
+
+
+def _kept(model: nn.Module, key: tuple[object, ...], build: Callable[[], Engine]) -> Engine:
+    """The model's engine for these settings; the engine itself notices when weights change."""
+    engines: _Engines = model.__dict__.setdefault("_engines", _Engines())
+    engine = engines.pop(key, None) or build()
+    engines[key] = engine
+    while len(engines) > _KEPT:
+        del engines[next(iter(engines))]
+    return engine
