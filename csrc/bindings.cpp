@@ -13,9 +13,11 @@
 
 #include "common/isa.h"
 #include "group_norm_silu/group_norm_silu.h"
+#include "hybrid_loss/hybrid_loss.h"
 #include "q_sample/q_sample.h"
 #include "reverse_step/reverse_step.h"
 #include "unet_engine/unet_engine.h"
+#include "vlb_terms/vlb_terms.h"
 #ifdef IDDPM_WITH_CUDA
 #include "common/device.h"
 #endif
@@ -99,6 +101,49 @@ iddpm::Plane plane(const PlaneArgument& p) { return {address<void>(p[0]), p[1], 
 iddpm::NoiseKey noise_key(const KeyArgument& k) {
   return {k[0], static_cast<uint32_t>(k[1]), address<const int64_t>(static_cast<int64_t>(k[2])),
           address<const int64_t>(static_cast<int64_t>(k[3]))};
+}
+
+iddpm::HybridLossArgs hybrid_loss_args(const SizeArgument& size, const PlaneArgument& model_output,
+                                       int dtype, const PlaneArgument& x_0,
+                                       const PlaneArgument& x_t, const PlaneArgument& noise,
+                                       const KeyArgument& key, int64_t t, int64_t table,
+                                       int64_t mse, int64_t vlb, const PlaneArgument& gradient) {
+  return {size[0],
+          size[1],
+          size[2],
+          size[3],
+          plane(model_output),
+          static_cast<iddpm::DType>(dtype),
+          plane(x_0),
+          plane(x_t),
+          plane(noise),
+          noise_key(key),
+          address<const int64_t>(t),
+          address<const float>(table),
+          address<float>(mse),
+          address<float>(vlb),
+          plane(gradient)};
+}
+
+iddpm::VlbTermsArgs vlb_terms_args(const SizeArgument& size, const PlaneArgument& model_output,
+                                   int dtype, bool learned, const PlaneArgument& x_0,
+                                   const PlaneArgument& x_t, int64_t t, int64_t table, bool clip,
+                                   bool exact, int64_t terms, const PlaneArgument& gradient) {
+  return {size[0],
+          size[1],
+          size[2],
+          size[3],
+          plane(model_output),
+          static_cast<iddpm::DType>(dtype),
+          learned,
+          plane(x_0),
+          plane(x_t),
+          address<const int64_t>(t),
+          address<const float>(table),
+          clip,
+          exact,
+          address<float>(terms),
+          plane(gradient)};
 }
 
 iddpm::QSampleArgs q_sample_args(const SizeArgument& size, const PlaneArgument& x_0, int64_t t,
@@ -255,8 +300,10 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         "Use the instruction set `name` from now on and return the previous one's name.");
   IDDPM_BIND_CPU(m, group_norm_silu);
   IDDPM_BIND_CPU(m, group_norm_silu_bwd);
+  IDDPM_BIND(m, hybrid_loss);
   IDDPM_BIND(m, q_sample);
   IDDPM_BIND(m, reverse_step);
+  IDDPM_BIND(m, vlb_terms);
   m.def("unet_engine", &run_plan, nogil(), "Run a plan of csrc/unet_engine/plan.h.");
 #ifdef IDDPM_WITH_CUDA
   m.def("cuda_error", [](int code) {

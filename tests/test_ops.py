@@ -196,10 +196,10 @@ def operator_of(spec: OpSpec) -> Any:
 
 
 @pytest.mark.parametrize(("spec", "case"), small_cases(REGISTRY.values(), torch.float32))
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
-def test_operator_passes_opcheck(spec: OpSpec, case: Case, backend: str, monkeypatch):
+def test_operator_passes_opcheck(spec: OpSpec, case: Case):
+    backend = "cpu"
     if unavailable(spec.name, backend, "cpu", torch.float32):
-        pytest.skip("no such kernel here")
+        pytest.skip("no C++ kernels here")
     calls: list[tuple[Any, ...]] = []
 
     class Recorder(torch.utils._python_dispatch.TorchDispatchMode):

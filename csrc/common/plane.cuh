@@ -28,16 +28,16 @@ IDDPM_DEVICE void read4(const Plane& plane, int64_t hw, int64_t sample, int64_t 
   }
 }
 
-template <bool kDense>
+template <bool kDense, typename T = float>
 IDDPM_DEVICE void write4(const Plane& plane, int64_t hw, int64_t sample, int64_t at, int64_t end,
                          const float (&values)[4]) {
-  float* data = static_cast<float*>(plane.data);
+  T* data = static_cast<T*>(plane.data);
   if constexpr (kDense) {
-    store_floats<float, 4>(data + sample * plane.sample + at, values);
+    store_floats<T, 4>(data + sample * plane.sample + at, values);
   } else {
 #pragma unroll
     for (int i = 0; i < 4; ++i)
-      if (at + i < end) data[plane_offset(plane, hw, sample, at + i)] = values[i];
+      if (at + i < end) data[plane_offset(plane, hw, sample, at + i)] = from_float<T>(values[i]);
   }
 }
 

@@ -60,6 +60,8 @@ IDDPM_INLINE vf as_float(vi v) { return (vf)v; }
 // mask lanes are all ones or all zeros, as a comparison gives them.
 IDDPM_INLINE vf select(vi mask, vf yes, vf no) { return (vf)((mask & (vi)yes) | (~mask & (vi)no)); }
 
+IDDPM_INLINE vi select_mask(vi mask, vi yes, vi no) { return (mask & yes) | (~mask & no); }
+
 // NaN in x stays NaN. In instructions, because gcc 12 compares vectors that are wider than the
 // machine's lane by lane.
 IDDPM_INLINE vf clamp(vf x, float low, float high) {
@@ -83,6 +85,16 @@ IDDPM_INLINE vf clamp(vf x, float low, float high) {
   x = select(x < splat(low), splat(low), x);
   return select(x > splat(high), splat(high), x);
 #endif
+}
+
+// The first `count` lanes (all, if it is 16 or more; none, if it is not positive), zero in the
+// others.
+IDDPM_INLINE vf first_lanes(vf v, int64_t count) {
+  if (count >= kLanes) return v;
+  float lane[kLanes];
+  store(lane, v);
+  for (int64_t i = count > 0 ? count : 0; i < kLanes; ++i) lane[i] = 0.0f;
+  return load(lane);
 }
 
 // Pairwise, so the order does not depend on the instruction set.

@@ -82,5 +82,25 @@ IDDPM_INLINE void write_back(const Plane& plane, int64_t hw, int64_t sample, int
        [&](int64_t i, int64_t at) { static_cast<float*>(plane.data)[at] = space[i]; });
 }
 
+IDDPM_INLINE void write_element(void* data, DType dtype, int64_t at, float value) {
+  if (dtype == DType::kFloat32)
+    static_cast<float*>(data)[at] = value;
+  else
+    static_cast<uint16_t*>(data)[at] =
+        dtype == DType::kBFloat16 ? to_bfloat16(value) : to_float16(value);
+}
+
+// A tile of any dtype, from 64 floats.
+IDDPM_INLINE void write_tile(const Plane& plane, DType dtype, int64_t hw, int64_t sample,
+                             int64_t first, int64_t count, const float* values) {
+  if (plane.dense(hw) && count == kTile && dtype == DType::kFloat32) {
+    float* p = static_cast<float*>(plane.data) + sample * plane.sample + first;
+    for (int64_t i = 0; i < kTile; i += kLanes) store(p + i, load(values + i));
+    return;
+  }
+  walk(plane, hw, sample, first, count,
+       [&](int64_t i, int64_t at) { write_element(plane.data, dtype, at, values[i]); });
+}
+
 }  // namespace IDDPM_ISA
 }  // namespace iddpm

@@ -6,6 +6,7 @@ from iddpm_ext.ops.group_norm_silu import GroupNormSilu, group_norm_silu
 from iddpm_ext.ops.q_sample import q_sample
 from iddpm_ext.ops.reverse_step import ReverseStep, reverse_step
 from iddpm_ext.ops.spec import REGISTRY, BadCase, Case, OpSpec, resolve_backend, unavailable
+from iddpm_ext.ops.vlb_terms import vlb_terms
 
 __all__ = [
     "REGISTRY",
@@ -19,4 +20,5 @@ __all__ = [
     "resolve_backend",
     "reverse_step",
     "unavailable",
+    "vlb_terms",
 ]

@@ -1,7 +1,9 @@
 """Registration with `torch.library`: one path for eager and compiled code.
 
-Operators are defined and implemented from Python, which costs 2-3 microseconds a call. The backend is
-their last argument, so the choice that the public function made is part of a compiled graph too.
+Operators of kernels are defined and implemented from Python, which costs 2-3 microseconds a call. The
+backend is their last argument, so the choice that the public function made is part of a compiled graph
+too. The reference never comes here: it is called as the PyTorch that it is, so that autograd and
+compilers see through it.
 """
 
 from __future__ import annotations
@@ -37,8 +39,9 @@ def define(
 def differentiate(
     name: str, setup: Callable[..., None], backward: Callable[..., tuple[Any, ...]]
 ) -> None:
-    """Gives `iddpm_ext::<name>` a gradient: `setup(ctx, inputs, output)` saves, `backward(ctx, *grads)` computes.
+    """Gives `iddpm_ext::<name>` a gradient.
 
+    `setup(ctx, inputs, output)` saves, `backward(ctx, *gradients)` computes.
     One registration serves every backend and compiled code; `backward` returns one value an argument
     of the schema, the backend included.
     """

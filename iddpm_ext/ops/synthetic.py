@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -111,3 +112,53 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "storage offset": _offset,
     "transposed": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
 }
+
+
+def bound_call(
+    shape: tuple[int, int, int, int],
+    device: str,
+    dtype: torch.dtype,
+    *,
+    learned: bool = True,
+    spread: float = 1.0,
+) -> dict[str, Any]:
+    """What `vlb_terms` takes: 8-bit images, x_t drawn from them, and a network that nearly knows its noise.
+
+    `spread` scales the network's error; x_0 holds both edge levels.
+    """
+    draw = Tensors(1, device, torch.float32)
+    levels = (draw.normal(shape) * 60 + 128).clamp(0, 255).round()
+    levels.flatten()[:1], levels.flatten()[1:2] = 0, 255
+    x_0 = levels / 127.5 - 1
+    rows = table(device, learned=learned)
+    t, noise = draw.timesteps(shape[0]), draw.normal(shape)
+    signal = rows[t, Column.SQRT_ALPHA_BAR][:, None, None, None]
+    deviation = rows[t, Column.SQRT_ONE_MINUS_ALPHA_BAR][:, None, None, None]
+    out = noise + 0.1 * spread * draw.normal(shape)
+    if learned:
+        out = torch.cat([out, spread * draw.normal(shape)], dim=1)
+    return {
+        "model_output": out.to(dtype),
+        "x_0": x_0,
+        "x_t": signal * x_0 + deviation * noise,
+        "t": t,
+        "table": rows,
+    }
+
+
+def bad_bound_calls(bad: Callable[..., Any], good: dict[str, Any]) -> Iterator[Any]:
+    """Bad arguments that `vlb_terms` and its kin refuse alike; `bad(label, error, match, **change)`."""
+    t, out = good["t"], good["model_output"]
+    yield bad("x_t not a tensor", TypeError, "x_t must be a tensor", x_t=[1.0])
+    yield bad("x_t rank", ValueError, r"x_t must be \[N, C, H, W\]", x_t=good["x_t"][0])
+    yield bad("x_0 integer", TypeError, "x_0 must be float", x_0=good["x_0"].long())
+    yield bad("x_0 shape", ValueError, "x_0 must be of the shape of x_t", x_0=good["x_0"][:1])
+    yield bad("output channels", ValueError, r"2C, H, W\] for x_t", model_output=out[:, :5])
+    yield bad("no variance head", ValueError, "must have 2C = 6", model_output=out[:, :3])
+    yield bad("output integer", TypeError, "model_output must be", model_output=out.long())
+    yield bad("t float", TypeError, "t must be int64", t=t.float())
+    yield bad("t shape", ValueError, r"t must be \[N\] with N = 2", t=t[:1])
+    for value in (-1, NUM_TIMESTEPS, 2**40):
+        yield bad(f"t {value}", ValueError, f"t must lie in .* got {value} at", t=t * 0 + value)
+    yield bad("table shape", ValueError, r"table must be \[T, 16\]", table=good["table"][:, :4])
+    yield bad("backend", ValueError, "backend must be one of", backend="opencl")

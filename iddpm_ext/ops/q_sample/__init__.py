@@ -54,6 +54,8 @@ def q_sample(
         raise TypeError("q_sample: noise must be a tensor or a NoiseKey, got None")
     drawn = checks.noise_arguments("q_sample", noise, x_0)
     chosen = resolve_backend("q_sample", backend, x_0.device, x_0.dtype)
+    if chosen == "reference":
+        return reference.q_sample(x_0, t, table, *drawn)
     return _op(x_0, t, table, *drawn, chosen)
 
 
@@ -113,17 +115,14 @@ def _fake(x_0: Tensor, *_: Any) -> Tensor:
     return empty_images(x_0)
 
 
+_KERNELS = {"cpu": _cpu, "cuda": _cuda, "triton": _triton}
+
 SPEC = register(
     OpSpec(
         name="q_sample",
         summary="x_t given x_0, its noise drawn in the same pass",
         public=q_sample,
-        kernels={
-            "reference": reference.q_sample,
-            "cpu": _cpu,
-            "cuda": _cuda,
-            "triton": _triton,
-        },
+        kernels={"reference": reference.q_sample, **_KERNELS},
         differentiable=("x_0",),
     )
 )
@@ -131,7 +130,7 @@ SPEC = register(
 _op = define(
     "q_sample(Tensor x_0, Tensor t, Tensor table, Tensor? noise, Tensor? samples, Tensor? steps, "
     "int seed, int stream_draw, str backend) -> Tensor",
-    SPEC.kernels,
+    _KERNELS,
     _fake,
 )
 

@@ -69,6 +69,9 @@ def reverse_step(
     checks.timesteps("reverse_step", t, x_t.shape[0], table.shape[0], x_t.device)
     drawn = checks.noise_arguments("reverse_step", noise, x_t)
     chosen = resolve_backend("reverse_step", backend, x_t.device, x_t.dtype)
+    if chosen == "reference":
+        with torch.no_grad():
+            return ReverseStep(*reference.reverse_step(x_t, model_output, t, table, *drawn, clip))
     with torch.no_grad():
         return ReverseStep(*_op(x_t, model_output, t, table, *drawn, clip, chosen))
 
@@ -136,17 +139,14 @@ def _fake(x_t: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return empty_images(x_t), empty_images(x_t)
 
 
+_KERNELS = {"cpu": _cpu, "cuda": _cuda, "triton": _triton}
+
 SPEC = register(
     OpSpec(
         name="reverse_step",
         summary="one step of the reverse chain, ancestral or DDIM",
         public=reverse_step,
-        kernels={
-            "reference": reference.reverse_step,
-            "cpu": _cpu,
-            "cuda": _cuda,
-            "triton": _triton,
-        },
+        kernels={"reference": reference.reverse_step, **_KERNELS},
     )
 )
 
@@ -154,6 +154,6 @@ _op = define(
     "reverse_step(Tensor x_t, Tensor model_output, Tensor t, Tensor table, Tensor? noise, "
     "Tensor? samples, Tensor? steps, int seed, int stream_draw, bool clip, str backend) "
     "-> (Tensor, Tensor)",
-    SPEC.kernels,
+    _KERNELS,
     _fake,
 )

@@ -1,0 +1,87 @@
+#include "vlb_terms/vlb_terms.h"
+
+#include "common/gaussian.h"
+#include "common/gaussian_exact.h"
+#include "common/tile.h"
+
+namespace iddpm {
+namespace IDDPM_ISA {
+namespace {
+
+Term exact_decoder_terms(vf x, vf mean, vf lv) {
+  float value[kLanes], d_mean[kLanes], d_lv[kLanes];
+  for (int64_t i = 0; i < kLanes; ++i) {
+    const ExactTerm term = exact_decoder_term(x[i], mean[i], lv[i]);
+    value[i] = float(term.value), d_mean[i] = float(term.d_mean), d_lv[i] = float(term.d_lv);
+  }
+  return {load(value), load(d_mean), load(d_lv)};
+}
+
+// The sum of a tile's terms in nats; writes its gradients, in bits per dimension.
+double run_tile(const VlbTermsArgs& a, const float* row, int64_t sample, int64_t first,
+                int64_t count) {
+  float out_space[kTile], v_space[kTile], x_0_space[kTile], x_t_space[kTile];
+  const int64_t all = a.c * a.hw;
+  const float* out =
+      read_tile(a.model_output, a.output_dtype, a.hw, sample, first, count, out_space);
+  const float* x_0 = read_tile(a.x_0, DType::kFloat32, a.hw, sample, first, count, x_0_space);
+  const float* x_t = read_tile(a.x_t, DType::kFloat32, a.hw, sample, first, count, x_t_space);
+  const float* v = nullptr;
+  if (a.learned_variance)
+    v = read_tile(a.model_output, a.output_dtype, a.hw, sample, all + first, count, v_space);
+
+  const vf x0_from_xt = splat(row[kX0FromXt]), x0_from_out = splat(row[kX0FromOut]);
+  const vf mean_x0 = splat(row[kMeanX0]), mean_xt = splat(row[kMeanXt]);
+  const vf bias = splat(row[kLogVarianceBias]), scale = splat(row[kLogVarianceScale]);
+  const vf true_lv = splat(row[kPosteriorLogVariance]);
+  const vf inverse_true = exp(-true_lv);
+  const float weight = float(kInverseLn2) / float(all);
+  const vf out_weight = mean_x0 * x0_from_out * weight, v_weight = scale * weight;
+  const bool last = a.t[sample] == 0;
+
+  float d_out[kTile], d_v[kTile];
+  vf total = splat(0.0f);
+  for (int64_t i = 0; i < kTile; i += kLanes) {
+    const vf xt = load(x_t + i), x0 = load(x_0 + i);
+    const vf raw = x0_from_xt * xt + x0_from_out * load(out + i);
+    const vf predicted = a.clip ? clamp(raw, -1.0f, 1.0f) : raw;
+    const vf lv = v ? bias + scale * load(v + i) : bias;
+    Term term;
+    if (!last)
+      term = kl_term(mean_x0 * (x0 - predicted), true_lv, inverse_true, lv);
+    else if (a.exact)
+      term = exact_decoder_terms(x0, mean_x0 * predicted + mean_xt * xt, lv);
+    else
+      term = decoder_term(x0, mean_x0 * predicted + mean_xt * xt, lv);
+    total += first_lanes(term.value, count - i);
+    const vf through = term.d_mean * out_weight;
+    const vi inside = (raw >= splat(-1.0f)) & (raw <= splat(1.0f));
+    store(d_out + i, a.clip ? select(inside, through, splat(0.0f)) : through);
+    store(d_v + i, term.d_log_variance * v_weight);
+  }
+  if (a.gradient.data) {
+    write_tile(a.gradient, a.output_dtype, a.hw, sample, first, count, d_out);
+    if (v) write_tile(a.gradient, a.output_dtype, a.hw, sample, all + first, count, d_v);
+  }
+  return sum(total);
+}
+
+}  // namespace
+
+// A sample belongs to one thread and its tiles are added in order, so that neither the number of
+// threads nor the batch changes a bit.
+void vlb_terms(const VlbTermsArgs& a, int num_threads) {
+  const int64_t all = a.c * a.hw;
+  const bool parallel = num_threads > 1 && a.n * all >= kSerialBelow;
+#pragma omp parallel for schedule(static) num_threads(num_threads) if (parallel)
+  for (int64_t sample = 0; sample < a.n; ++sample) {
+    const float* row = table_row(a.table, a.t[sample], a.num_timesteps);
+    double nats = 0.0;
+    for (int64_t first = 0; first < all; first += kTile)
+      nats += run_tile(a, row, sample, first, all - first < kTile ? all - first : kTile);
+    a.terms[sample] = float(nats / double(all) * kInverseLn2);
+  }
+}
+
+}  // namespace IDDPM_ISA
+}  // namespace iddpm

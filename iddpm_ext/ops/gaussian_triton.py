@@ -1,0 +1,94 @@
+"""One element's term of the variational bound in Triton; csrc/common/gaussian.h explains the forms."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def kl_term(difference, true_lv, lv):
+    """KL(N(mean + difference, e^true_lv) || N(mean, e^lv)) in nats; value, by the mean, by lv."""
+    gap = true_lv - lv
+    ratio = tl.exp(gap)
+    pull = difference * tl.exp(-lv)
+    square = difference * pull
+    series = 1.0 / 5040.0 + gap * (1.0 / 40320.0)
+    series = 1.0 / 720.0 + gap * series
+    series = 1.0 / 120.0 + gap * series
+    series = 1.0 / 24.0 + gap * series
+    series = 1.0 / 6.0 + gap * series
+    series = 0.5 + gap * series
+    remainder = tl.where(tl.abs(gap) < 0.5, series * gap * gap, ratio - 1.0 - gap)
+    return 0.5 * (remainder + square), -pull, 0.5 * (1.0 - ratio - square)
+
+
+@triton.jit
+def _cdf(x):
+    x = tl.where(x < -1e6, -1e6, x)
+    x = tl.where(x > 1e6, 1e6, x)
+    k = 0.7978845608028654
+    square = x * x
+    value = 1.0 / (1.0 + tl.exp(-2.0 * k * x * (1.0 + 0.044715 * square)))
+    return value, 2.0 * k * value * (1.0 - value) * (1.0 + 0.134145 * square)
+
+
+@triton.jit
+def decoder_term(x, mean, lv):
+    """-log of the probability of x's bin by the tanh approximation, floored at 1e-12."""
+    inverse = tl.exp(-0.5 * lv)
+    centred = x - mean
+    edge = (x < -0.999) | (x > 0.999)
+    side = tl.where(tl.where(edge, x > 0.0, centred > 0.0), -1.0, 1.0)
+    upper = inverse * (side * centred + 0.00392156862745098)
+    lower = inverse * (side * centred - 0.00392156862745098)
+    right, right_density = _cdf(upper)
+    left, left_density = _cdf(lower)
+    left = tl.where(edge, 0.0, left)
+    left_density = tl.where(edge, 0.0, left_density)
+    probability = right - left
+    floored = probability < 1e-12
+    bounded = tl.where(floored, 1e-12, probability)
+    d_mean = side * inverse * (right_density - left_density) / bounded
+    d_lv = 0.5 * (right_density * upper - left_density * lower) / bounded
+    return -tl.log(bounded), tl.where(floored, 0.0, d_mean), tl.where(floored, 0.0, d_lv)
+
+
+@triton.jit
+def _log_normal_cdf(x):
+    # erf by itself where it keeps digits, else the asymptotic series of the left tail.
+    near = 0.5 * (1.0 + tl.math.erf(tl.where(x < -3.0, 0.0, x) * 0.7071067811865476))
+    far = tl.where(x < -3.0, x, -3.0)
+    # Lentz's continued fraction of Mills' ratio, from the inside out.
+    fraction = -far + 0.0 * far
+    for k in tl.static_range(60):
+        fraction = -far + (60 - k) / fraction
+    tail = -0.5 * far * far - 0.9189385332046727 - tl.log(fraction)
+    return tl.where(x < -3.0, tail, tl.log(near))
+
+
+@triton.jit
+def _expm1(x):
+    series = x * (1.0 + x * (0.5 + x * (1.0 / 6.0 + x * (1.0 / 24.0 + x * (1.0 / 120.0)))))
+    return tl.where(tl.abs(x) < 0.02, series, tl.exp(x) - 1.0)
+
+
+@triton.jit
+def exact_decoder_term(x, mean, lv):
+    """-log of the probability of x's bin by the normal distribution function itself, in float64."""
+    x, mean, lv = x.to(tl.float64), mean.to(tl.float64), lv.to(tl.float64)
+    inverse = tl.exp(-0.5 * lv)
+    centred = x - mean
+    edge = (x < -0.999) | (x > 0.999)
+    side = tl.where(tl.where(edge, x > 0.0, centred > 0.0), -1.0, 1.0)
+    upper = inverse * (side * centred + 0.00392156862745098)
+    lower = inverse * (side * centred - 0.00392156862745098)
+    log_right = _log_normal_cdf(upper)
+    inner = log_right + tl.log(-_expm1(_log_normal_cdf(lower) - log_right))
+    log_probability = tl.where(edge, log_right, inner)
+    right_density = tl.exp(-0.5 * upper * upper - 0.9189385332046727 - log_probability)
+    left_density = tl.exp(-0.5 * lower * lower - 0.9189385332046727 - log_probability)
+    left_density = tl.where(edge, 0.0, left_density)
+    d_mean = side * inverse * (right_density - left_density)
+    d_lv = 0.5 * (right_density * upper - left_density * lower)
+    return (-log_probability).to(tl.float32), d_mean.to(tl.float32), d_lv.to(tl.float32)
