@@ -121,10 +121,11 @@ def bound_call(
     *,
     learned: bool = True,
     spread: float = 1.0,
+    last: bool = False,
 ) -> dict[str, Any]:
     """What `vlb_terms` takes: 8-bit images, x_t drawn from them, and a network that nearly knows its noise.
 
-    `spread` scales the network's error; x_0 holds both edge levels.
+    `spread` scales the network's error; x_0 holds both edge levels; `last` puts every example at t = 0.
     """
     draw = Tensors(1, device, torch.float32)
     levels = (draw.normal(shape) * 60 + 128).clamp(0, 255).round()
@@ -132,6 +133,8 @@ def bound_call(
     x_0 = levels / 127.5 - 1
     rows = table(device, learned=learned)
     t, noise = draw.timesteps(shape[0]), draw.normal(shape)
+    if last:
+        t = torch.zeros_like(t)
     signal = rows[t, Column.SQRT_ALPHA_BAR][:, None, None, None]
     deviation = rows[t, Column.SQRT_ONE_MINUS_ALPHA_BAR][:, None, None, None]
     out = noise + 0.1 * spread * draw.normal(shape)
