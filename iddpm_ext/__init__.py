@@ -17,10 +17,14 @@ _LAZY: dict[str, str] = {
     "ops": "iddpm_ext.ops",
     "sample": "iddpm_ext.sampling",
     "sample_progressive": "iddpm_ext.sampling",
+    "save_animation": "iddpm_ext.images",
+    "save_images": "iddpm_ext.images",
 }
 
 if TYPE_CHECKING:
     from iddpm_ext.diffusion import Diffusion as Diffusion
+    from iddpm_ext.images import save_animation as save_animation
+    from iddpm_ext.images import save_images as save_images
     from iddpm_ext.sampling import sample as sample
     from iddpm_ext.sampling import sample_progressive as sample_progressive
     from iddpm_ext.unet import UNet as UNet
