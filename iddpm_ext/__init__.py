@@ -13,6 +13,8 @@ _LAZY: dict[str, str] = {
     "Diffusion": "iddpm_ext.diffusion",
     "UNet": "iddpm_ext.unet",
     "UNetConfig": "iddpm_ext.unet_config",
+    "load": "iddpm_ext.checkpoint",
+    "save": "iddpm_ext.checkpoint",
     "metrics": "iddpm_ext.metrics",
     "ops": "iddpm_ext.ops",
     "sample": "iddpm_ext.sampling",
@@ -22,6 +24,8 @@ _LAZY: dict[str, str] = {
 }
 
 if TYPE_CHECKING:
+    from iddpm_ext.checkpoint import load as load
+    from iddpm_ext.checkpoint import save as save
     from iddpm_ext.diffusion import Diffusion as Diffusion
     from iddpm_ext.images import save_animation as save_animation
     from iddpm_ext.images import save_images as save_images

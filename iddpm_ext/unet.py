@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -213,6 +213,7 @@ class UNet(nn.Module):
     config: a `UNetConfig`. The state dict has the keys and shapes of openai/improved-diffusion.
     Attributes that change how, not what, it computes: `gradient_checkpointing` (False) recomputes
     each block in the backward pass instead of keeping its activations; `backend` ("auto").
+    `extra` holds JSON-ready facts that travel in the checkpoint, such as step schedules.
     """
 
     def __init__(self, config: UNetConfig):
@@ -223,6 +224,7 @@ class UNet(nn.Module):
         self.gradient_checkpointing = False
         self._backend = "auto"
         self._diffusion: Diffusion | None = None
+        self.extra: dict[str, Any] = {}
 
         c = config
         emb_channels = 4 * c.model_channels

@@ -1,0 +1,108 @@
+"""Saving a network: complete under its name, or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save as to_bytes
+
+from iddpm_ext.unet import UNet
+
+FORMAT_VERSION = 1
+STORED_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def save(
+    model: UNet,
+    path: str | os.PathLike[str],
+    extra: Mapping[str, Any] | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Writes the network with its configuration and diffusion process to one safetensors file.
+
+    The file appears under its name when it is whole and on disk; until then, and after any failure,
+    a file that was there before stays as it was.
+
+    model: a UNet; its `diffusion`, where set, travels along.
+    path: in an existing folder. extra: JSON-ready facts (None: `model.extra`).
+    dtype: of the stored weights: float32, bfloat16, float16 or float64 (None: as they are).
+    Raises TypeError or ValueError for a wrong argument, OSError if the file cannot be written.
+    """
+    if not isinstance(model, UNet):
+        raise TypeError(f"save: model must be a UNet, got {type(model).__name__}")
+    if dtype is not None and dtype not in STORED_DTYPES:
+        names = ", ".join(str(d) for d in STORED_DTYPES)
+        raise ValueError(f"save: dtype must be one of {names}, got {dtype}")
+    metadata = metadata_of(model, extra)
+    target = _require_target(path)
+    tensors = {
+        name: value.detach().to("cpu", dtype or value.dtype).contiguous()
+        for name, value in model.state_dict().items()
+    }
+    write_whole(target, to_bytes(tensors, metadata))
+
+
+def metadata_of(model: UNet, extra: Mapping[str, Any] | None = None) -> dict[str, str]:
+    """What a checkpoint says of its network, each value JSON text. extra: None for `model.extra`."""
+    extra = model.extra if extra is None else extra
+    if not isinstance(extra, Mapping):
+        raise TypeError(f"save: extra must be a mapping, got {type(extra).__name__}")
+    metadata = {
+        "format_version": str(FORMAT_VERSION),
+        "unet": json.dumps(model.config.to_dict()),
+    }
+    if model.diffusion is not None:
+        metadata["diffusion"] = json.dumps(model.diffusion.to_dict())
+    try:
+        metadata["extra"] = json.dumps(dict(extra), allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"save: extra must be JSON-ready, got {error}") from error
+    return metadata
+
+
+def write_whole(target: Path, data: bytes) -> None:
+    """Writes `data` to a temporary name beside `target`, flushes it to disk and renames it.
+
+    The mode is what the umask leaves of 0666. Raises OSError; the temporary file is removed then.
+    """
+    temporary = target.with_name(f".{target.name[:200]}.{secrets.token_hex(4)}.tmp")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    flush_folder(target.parent)
+
+
+def flush_folder(folder: Path) -> None:
+    """Makes a rename in `folder` outlive a power cut, where the system can open folders."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _require_target(path: str | os.PathLike[str]) -> Path:
+    # Resolved, so that a symbolic link keeps pointing at what is written.
+    target = Path(path).resolve()
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"save: path must be in an existing folder, got {str(path)!r}")
+    if target.is_dir():
+        raise IsADirectoryError(f"save: path must name a file, got the folder {str(path)!r}")
+    if target.exists() and not target.is_file():
+        raise ValueError(f"save: path must name a regular file, got {str(path)!r}")
+    return target
