@@ -77,6 +77,7 @@ struct WinogradOp {
   int64_t out_stride;
   int64_t tile;     // m: 2 or 4
   int64_t upscale;  // 0 or 1
+  int64_t block;    // tiles that are transformed at a time
 };
 
 // out = act(GroupNorm(x (+ e)) * weight + bias (then * (1 + scale) + shift)).

@@ -151,10 +151,9 @@ int run(const WinogradOp& op, const Team& team) {
                       share(panels, 1, team.thread, team.threads));
     return 0;
   }
-  const int64_t fit = team.scratch_floats / (E * (pitch + kPanel));
-  if (fit == 0) return 1;
+  const int64_t fit = smaller(op.block, grid.count);
+  if (E * fit * (pitch + kPanel) > team.scratch_floats) return 1;
   const Range mine = share(grid.count, 1, team.thread, team.threads);
-  // Even blocks, no larger than what fits.
   const int64_t total = mine.end - mine.begin;
   const int64_t blocks = (total + fit - 1) / fit;
   for (int64_t block = 0; block < blocks; ++block) {

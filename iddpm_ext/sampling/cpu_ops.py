@@ -98,12 +98,13 @@ def winograd_row(
     *,
     tile: int,
     upscale: int = 0,
+    block: int = 24,
 ) -> Row:
-    """A 3x3 convolution by Winograd's F(tile, 3); size is the output's."""
+    """A 3x3 convolution by Winograd's F(tile, 3), `block` tiles at a time; size is the output's."""
     return _row(
         *(4, *size, source.address, source.pitch, channels, columns),
         *(_address(weight), _address(bias), *_residual(residual), out.address, out.pitch),
-        *(tile, upscale),
+        *(tile, upscale, block),
     )
 
 

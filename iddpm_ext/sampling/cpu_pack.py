@@ -22,11 +22,11 @@ def pack_matrix(weight: Tensor) -> Tensor:
     return padded.unflatten(0, (-1, PANEL)).transpose(1, 2).float().contiguous()
 
 
-def pack_vector(bias: Tensor | None) -> Tensor | None:
-    """bias [K] -> float32 [ceil(K / 32) * 32], zero-padded."""
-    if bias is None:
-        return None
-    return F.pad(bias.detach().float(), (0, -bias.shape[0] % PANEL)).contiguous()
+def pack_vector(vector: Tensor) -> Tensor:
+    """vector [K] -> a float32 copy [ceil(K / 32) * 32], zero-padded."""
+    packed = torch.zeros(vector.shape[0] + -vector.shape[0] % PANEL)
+    packed[: vector.shape[0]] = vector.detach()
+    return packed
 
 
 def pack_taps(weight: Tensor) -> Tensor:

@@ -1,0 +1,227 @@
+"""The CPU engine as a whole network: accuracy on every kind of configuration, and its contract."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from iddpm_ext import _native
+from iddpm_ext.sampling.cpu_engine import CPUEngine, NotServed, why_not_served
+from iddpm_ext.unet import UNet, UNetConfig
+
+pytestmark = [
+    pytest.mark.skipif(_native.cpu_absence() is not None, reason="needs iddpm_ext._C"),
+    pytest.mark.skipif(
+        _native.cpu_absence() is None and _native.native().build_info()["isa"] == "base",
+        reason="the engine needs AVX2",
+    ),
+]
+
+SMALL = {"image_size": 16, "model_channels": 32, "num_res_blocks": 1, "channel_mult": (1, 2)}
+CONFIGS = {
+    "bundled": {
+        **{"image_size": 28, "in_channels": 1, "out_channels": 2, "model_channels": 32},
+        **{"num_res_blocks": 2, "channel_mult": (1, 2, 3), "attention_resolutions": (14, 7)},
+        "num_classes": 10,
+    },
+    "four levels": {"image_size": 32, "model_channels": 32, "num_res_blocks": 1},
+    "widths of 64x64": {
+        **{"image_size": 16, "model_channels": 32, "num_res_blocks": 3},
+        **{"channel_mult": (1, 2, 3, 4), "attention_resolutions": (4, 2)},
+    },
+    "one head, shift only": {
+        **{"image_size": 32, "model_channels": 32, "num_res_blocks": 1, "num_heads": 1},
+        **{"channel_mult": (1, 1, 2, 2, 4), "attention_resolutions": (4,)},
+        "use_scale_shift_norm": False,
+    },
+    "fixed variance, heads differ": {**SMALL, "out_channels": 3, "num_heads_upsample": 2},
+    "super-resolution": {**SMALL, "super_resolution": True, "num_classes": 4},
+    "single level": {**SMALL, "channel_mult": (2,), "in_channels": 4, "out_channels": 8},
+}
+
+
+def make(**config) -> UNet:
+    """A network whose weights keep activations near one, without the zeroed last layers."""
+    model = UNet(UNetConfig(**config)).eval().requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+    for p in model.parameters():
+        noise = torch.randn(p.shape, generator=generator)
+        p.copy_(noise / p[0].numel() ** 0.5 if p.dim() > 1 else p + 0.1 * noise)
+    return model
+
+
+def inputs(model, n, seed=1):
+    c = model.config
+    torch.manual_seed(seed)
+    channels = c.in_channels * (2 if c.super_resolution else 1)
+    x = torch.randn(n, channels, c.image_size, c.image_size)
+    y = None if c.num_classes is None else torch.arange(n) % (c.num_classes + 1) - 1
+    return x, y
+
+
+def reference(model, x, timesteps, y):
+    """float64; the engine's x holds an up-sampled image already, so `low_res` is its second half."""
+    x, low_res = x.double(), None
+    if model.config.super_resolution:
+        x, low_res = x.chunk(2, dim=1)
+    return copy.deepcopy(model).double()(x, timesteps.double(), y, low_res)
+
+
+def error(ours, truth) -> float:
+    """max over max."""
+    return ((ours - truth).abs().max() / truth.abs().max()).item()
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_engine_is_the_network_at_every_t(name, exact):
+    model = make(**CONFIGS[name])
+    timesteps = torch.tensor([0.0, 12.5, 500.0, 999.75])
+    x, y = inputs(model, 4)
+    engine = CPUEngine(model, 4, exact=exact, num_threads=2 if exact else 1)
+    out, truth = engine.forward(x, timesteps, y), reference(model, x, timesteps, y)
+    for ours, expected in zip(out, truth, strict=True):
+        assert error(ours, expected) < (3e-6 if exact else 1e-5)
+
+
+def test_cifar_configuration_is_served_within_1e_5():
+    model = make(image_size=32, model_channels=128, num_res_blocks=3)
+    x, _ = inputs(model, 1)
+    engine = CPUEngine(model, 1)
+    timesteps = torch.tensor([321.0])
+    assert error(engine.forward(x, timesteps), reference(model, x, timesteps, None)) < 1e-5
+
+
+@pytest.mark.parametrize("isa", ["avx2", "avx512"])
+def test_each_instruction_set_serves(isa):
+    native = _native.native()
+    if isa not in native.build_info()["isa_available"]:
+        pytest.skip(f"this CPU has no {isa}")
+    model = make(**SMALL)
+    x, _ = inputs(model, 2)
+    previous = native.set_isa(isa)
+    try:
+        out = CPUEngine(model, 2).forward(x, torch.tensor([3.0, 700.0]))
+    finally:
+        native.set_isa(previous)
+    assert error(out, reference(model, x, torch.tensor([3.0, 700.0]), None)) < 1e-5
+
+
+def test_schedule_gives_what_forward_gives():
+    model = make(**CONFIGS["bundled"])
+    x, y = inputs(model, 4)
+    engine = CPUEngine(model, 4)
+    timesteps = torch.tensor([0.0, 250.25, 999.75])
+    engine.set_schedule(timesteps, y)
+    for step, t in enumerate(timesteps):
+        expected = engine.forward(x, t.expand(4), y)
+        assert error(engine(x, step), expected) < 1e-6
+    part = engine(x[:2], 1)
+    torch.testing.assert_close(part, engine.forward(x[:2], timesteps[1].expand(2), y[:2]))
+
+
+def test_a_schedule_too_large_for_a_table_is_computed_step_by_step(monkeypatch):
+    model = make(**SMALL, num_classes=3)
+    x, y = inputs(model, 4)
+    engine = CPUEngine(model, 4)
+    timesteps = torch.tensor([5.0, 600.0])
+    engine.set_schedule(timesteps, y)
+    whole = [engine(x, step) for step in (0, 1, 0)]
+    monkeypatch.setattr("iddpm_ext.sampling.cpu_embedding._TABLE_BYTES", 0)
+    engine = CPUEngine(model, 4)
+    engine.set_schedule(timesteps, y)
+    for step, expected in zip((0, 1, 0), whole, strict=True):
+        torch.testing.assert_close(engine(x, step), expected)
+
+
+def test_out_is_written_in_place_and_fewer_samples_are_served():
+    model = make(**SMALL)
+    x, _ = inputs(model, 4)
+    engine = CPUEngine(model, 4)
+    engine.set_schedule(torch.tensor([100.0]))
+    out = torch.empty(3, 6, 16, 16)
+    assert engine(x[:3], 0, out) is out
+    assert error(out, reference(model, x[:3], torch.full((3,), 100.0), None)) < 1e-5
+    assert engine(x[:0], 0).shape == (0, 6, 16, 16)
+
+
+def test_result_repeats_and_does_not_depend_on_threads():
+    model = make(**CONFIGS["four levels"])
+    x, _ = inputs(model, 8)
+    timesteps = torch.full((8,), 321.0)
+    one = CPUEngine(model, 8, num_threads=1)
+    first = one.forward(x, timesteps)
+    assert torch.equal(one.forward(x, timesteps), first)
+    assert torch.equal(CPUEngine(model, 8, num_threads=2).forward(x, timesteps), first)
+
+
+def test_other_sizes_and_strided_inputs_are_served():
+    model = make(**SMALL)
+    engine = CPUEngine(model, 2, size=(6, 10))
+    x = torch.randn(2, 10, 6, 3).permute(0, 3, 2, 1)
+    timesteps = torch.tensor([1.0, 2.0])
+    out = engine.forward(x, timesteps)
+    assert error(out, reference(model, x, timesteps, None)) < 1e-5
+
+
+@pytest.mark.parametrize("change", ["written", "replaced"])
+def test_changed_weights_are_noticed(change):
+    model = make(**SMALL)
+    x, _ = inputs(model, 1)
+    engine = CPUEngine(model, 1)
+    engine.set_schedule(torch.tensor([50.0]))
+    before = engine(x, 0)
+    weight = model.middle_block[0].in_layers[2].weight
+    if change == "written":
+        weight.mul_(-1)
+    else:
+        weight.data = -weight.data
+    after = engine(x, 0)
+    assert not torch.equal(before, after)
+    assert error(after, reference(model, x, torch.tensor([50.0]), None)) < 1e-5
+
+
+def test_what_cannot_be_served_is_refused_with_its_reason():
+    with pytest.raises(NotServed, match="conv_resample=False"):
+        CPUEngine(make(**SMALL, conv_resample=False), 1)
+    with pytest.raises(NotServed, match=r"float32, got torch\.float16"):
+        CPUEngine(make(**SMALL), 1, dtype=torch.float16)
+    with pytest.raises(NotServed, match="UNet, got Linear"):
+        CPUEngine(torch.nn.Linear(1, 1), 1)
+    with torch.device("meta"):
+        absent = UNet(UNetConfig(**SMALL))
+    with pytest.raises(NotServed, match=r"needs weights on the CPU, and \S+ is on meta"):
+        CPUEngine(absent, 1)
+    native = _native.native()
+    previous = native.set_isa("base")
+    try:
+        assert "AVX2" in (why_not_served(make(**SMALL)) or "")
+    finally:
+        native.set_isa(previous)
+
+
+def test_bad_arguments_name_themselves():
+    model = make(**SMALL, num_classes=3)
+    x, y = inputs(model, 2)
+    engine = CPUEngine(model, 2)
+    with pytest.raises(RuntimeError, match="set_schedule must be called"):
+        engine(x, 0)
+    engine.set_schedule(torch.tensor([1.0, 2.0]), y)
+    with pytest.raises(ValueError, match=r"step_index must lie in \[0, 1\], got 2"):
+        engine(x, 2)
+    with pytest.raises(ValueError, match=r"x must be \[at most 2, 3, 16, 16\]"):
+        engine(torch.randn(3, 3, 16, 16), 0)
+    with pytest.raises(TypeError, match="x must be float32"):
+        engine(x.double(), 0)
+    with pytest.raises(ValueError, match="out must be contiguous float32"):
+        engine(x, 0, torch.empty(2, 3, 16, 16))
+    with pytest.raises(ValueError, match="labels must be given, as the network has 3 classes"):
+        engine.set_schedule(torch.tensor([1.0]))
+    with pytest.raises(ValueError, match=r"labels must lie in \[-1, 2\], got -1 .. 3"):
+        engine.set_schedule(torch.tensor([1.0]), torch.tensor([3, -1]))
+    with pytest.raises(ValueError, match="batch_size must be at least 1"):
+        CPUEngine(model, 0)
+    with pytest.raises(ValueError, match="size must be multiples of 2"):
+        CPUEngine(model, 1, size=(15, 16))
