@@ -24,7 +24,13 @@ SOURCES = sorted(p for p in sass.ROOT.glob("csrc/*/*.cu") if p.parent.name != "c
 # 64 registers let 1024 threads live on a multiprocessor.
 REGISTERS = 64
 # Kernels (regular expressions on their C++ names) that may use more, and why.
-MORE_REGISTERS: dict[str, int] = {}
+MORE_REGISTERS: dict[str, int] = {
+    "ExactLikelihood": 128,  # double precision, by choice and at the last step only
+    "vlb_terms_kernel": 80,  # value and gradient of either kind of term in one pass
+    "hybrid_loss_kernel": 80,  # noise, two losses and two gradients in one pass
+}
+# Kernels that compute in float64 on purpose.
+IN_DOUBLE = "ExactLikelihood"
 # Kernels that move 16 bytes at a time, and where.
 WIDE_LOADS = (r"reverse_step_kernel<float, true>",)
 WIDE_STORES = (r"reverse_step_kernel<\w+, true>",)
@@ -102,7 +108,9 @@ def test_registers_leave_room_for_the_threads_that_hide_latency(compiled, op: st
 @each_source
 def test_no_kernel_computes_in_float64_or_uses_atomics(compiled, op: str, arch: str):
     for kernel in compiled[op, arch]:
-        assert kernel.count(r"D(ADD|MUL|FMA|SETP|MNMX)\b|F2F\.F64|MUFU\.RCP64H") == 0, kernel
+        if IN_DOUBLE not in kernel.name:
+            doubles = r"D(ADD|MUL|FMA|SETP|MNMX)\b|F2F\.F64|MUFU\.RCP64H"
+            assert kernel.count(doubles) == 0, kernel
         assert kernel.count(r"(ATOM|ATOMG|ATOMS|RED)\b") == 0, kernel
 
 

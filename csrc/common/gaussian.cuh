@@ -46,24 +46,34 @@ IDDPM_DEVICE DeviceCdf device_cdf(float x) {
 }
 
 // -log of the probability of x's bin, by the tanh approximation with its floor at 1e-12.
-IDDPM_DEVICE DeviceTerm device_decoder_term(float x, float mean, float lv) {
-  const float half_bin = 1.0f / 255.0f, least = 1e-12f;
-  const float inverse = expf(-0.5f * lv), centred = x - mean;
-  const bool edge = x < -0.999f || x > 0.999f;
-  const float side = (edge ? x > 0.0f : centred > 0.0f) ? -1.0f : 1.0f;
-  const float upper = inverse * (side * centred + half_bin);
-  const float lower = inverse * (side * centred - half_bin);
-  const DeviceCdf right = device_cdf(upper);
-  const DeviceCdf left = edge ? DeviceCdf{0.0f, 0.0f} : device_cdf(lower);
-  const float probability = right.value - left.value;
-  if (probability < least) return {-logf(least), 0.0f, 0.0f};
-  return {-logf(probability), side * inverse * (right.density - left.density) / probability,
-          0.5f * (right.density * upper - (edge ? 0.0f : left.density * lower)) / probability};
-}
+struct ApproximateLikelihood {
+  static constexpr int kBlocks = 3;  // of 256 threads on a multiprocessor, so that nothing spills
 
-IDDPM_DEVICE DeviceTerm device_exact_decoder_term(float x, float mean, float lv) {
-  const ExactTerm term = exact_decoder_term(x, mean, lv);
-  return {float(term.value), float(term.d_mean), float(term.d_lv)};
-}
+  static IDDPM_DEVICE DeviceTerm term(float x, float mean, float lv) {
+    const float half_bin = 1.0f / 255.0f, least = 1e-12f;
+    const float inverse = expf(-0.5f * lv), centred = x - mean;
+    const bool edge = x < -0.999f || x > 0.999f;
+    const float side = (edge ? x > 0.0f : centred > 0.0f) ? -1.0f : 1.0f;
+    const float upper = inverse * (side * centred + half_bin);
+    const float lower = inverse * (side * centred - half_bin);
+    const DeviceCdf right = device_cdf(upper);
+    const DeviceCdf left = edge ? DeviceCdf{0.0f, 0.0f} : device_cdf(lower);
+    const float probability = right.value - left.value;
+    if (probability < least) return {-logf(least), 0.0f, 0.0f};
+    return {-logf(probability), side * inverse * (right.density - left.density) / probability,
+            0.5f * (right.density * upper - (edge ? 0.0f : left.density * lower)) / probability};
+  }
+};
+
+// By the normal distribution function itself, in double: a kernel of its own, because few ask for
+// it.
+struct ExactLikelihood {
+  static constexpr int kBlocks = 2;
+
+  static IDDPM_DEVICE DeviceTerm term(float x, float mean, float lv) {
+    const ExactTerm term = exact_decoder_term(x, mean, lv);
+    return {float(term.value), float(term.d_mean), float(term.d_lv)};
+  }
+};
 
 }  // namespace iddpm

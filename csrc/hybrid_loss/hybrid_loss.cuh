@@ -12,7 +12,7 @@ namespace iddpm {
 constexpr int kHybridLossThreads = 256;
 
 template <typename T, bool kDense>
-__global__ void __launch_bounds__(kHybridLossThreads) hybrid_loss_kernel(const HybridLossArgs a) {
+__global__ void __launch_bounds__(kHybridLossThreads, 3) hybrid_loss_kernel(const HybridLossArgs a) {
   IDDPM_SMEM(float, scratch, 32);
   const int64_t sample = blockIdx.x;
   const int64_t all = a.c * a.hw;
@@ -40,7 +40,8 @@ __global__ void __launch_bounds__(kHybridLossThreads) hybrid_loss_kernel(const H
       const DeviceTerm term =
           t != 0
               ? device_kl_term(row[kMeanX0] * (x_0[i] - predicted), row[kPosteriorLogVariance], lv)
-              : device_decoder_term(x_0[i], row[kMeanX0] * predicted + row[kMeanXt] * x_t[i], lv);
+              : ApproximateLikelihood::term(x_0[i],
+                                            row[kMeanX0] * predicted + row[kMeanXt] * x_t[i], lv);
       if (at + i < all) {
         squares += error * error;
         nats += term.value;

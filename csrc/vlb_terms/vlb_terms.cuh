@@ -12,8 +12,9 @@ namespace iddpm {
 
 constexpr int kVlbTermsThreads = 256;
 
-template <typename T, bool kDense>
-__global__ void __launch_bounds__(kVlbTermsThreads) vlb_terms_kernel(const VlbTermsArgs a) {
+template <typename T, bool kDense, typename Likelihood>
+__global__ void __launch_bounds__(kVlbTermsThreads, Likelihood::kBlocks)
+    vlb_terms_kernel(const VlbTermsArgs a) {
   IDDPM_SMEM(float, scratch, 32);
   const int64_t sample = blockIdx.x;
   const int64_t all = a.c * a.hw;
@@ -40,8 +41,7 @@ __global__ void __launch_bounds__(kVlbTermsThreads) vlb_terms_kernel(const VlbTe
       const float mean = row[kMeanX0] * predicted + row[kMeanXt] * x_t[i];
       const DeviceTerm term = t != 0 ? device_kl_term(row[kMeanX0] * (x_0[i] - predicted),
                                                       row[kPosteriorLogVariance], lv)
-                                     : (a.exact ? device_exact_decoder_term(x_0[i], mean, lv)
-                                                : device_decoder_term(x_0[i], mean, lv));
+                                     : Likelihood::term(x_0[i], mean, lv);
       if (at + i < all) nats += term.value;
       d_out[i] =
           a.clip && !inside ? 0.0f : term.d_mean * row[kMeanX0] * row[kX0FromOut] * weight + poison;
@@ -63,10 +63,13 @@ void vlb_terms_launch(const VlbTermsArgs& a, void* stream) {
                      moves_in_vectors(a.model_output, a.hw, 4 * sizeof(T)) &&
                      moves_in_vectors(a.gradient, a.hw, 4 * sizeof(T)) &&
                      moves_in_vectors(a.x_0, a.hw, 16) && moves_in_vectors(a.x_t, a.hw, 16);
-  if (dense)
-    IDDPM_LAUNCH((vlb_terms_kernel<T, true>), grid, block, 0, stream, a);
+  // Double precision outweighs the memory traffic: one variant of the exact kernel is enough.
+  if (a.exact)
+    IDDPM_LAUNCH((vlb_terms_kernel<T, false, ExactLikelihood>), grid, block, 0, stream, a);
+  else if (dense)
+    IDDPM_LAUNCH((vlb_terms_kernel<T, true, ApproximateLikelihood>), grid, block, 0, stream, a);
   else
-    IDDPM_LAUNCH((vlb_terms_kernel<T, false>), grid, block, 0, stream, a);
+    IDDPM_LAUNCH((vlb_terms_kernel<T, false, ApproximateLikelihood>), grid, block, 0, stream, a);
 }
 
 }  // namespace iddpm
