@@ -265,7 +265,7 @@ def test_callback_sees_every_step_of_every_batch():
 
 def test_a_model_walks_the_step_schedule_of_its_checkpoint():
     model = tiny()
-    model.step_schedules = {3: [0, 17, 99]}
+    model.extra = {"step_schedules": {"3": [0, 17, 99]}}
     seen = [step.timestep for step in sample_progressive(model, "optimal-3", n=1, progress=False)]
     assert seen == [99, 17, 0]
     visiting = model.diffusion.respace([0, 5, 17, 99])

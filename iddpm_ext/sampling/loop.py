@@ -104,7 +104,7 @@ def sample(
         image_shape=image_shape, dtype=dtype, engine=engine, exact=exact, backend=backend,
         progress=progress,
     )  # fmt: skip
-    return run(request, range(request.n), callback)
+    return run(request, batches(request), callback)
 
 
 def sample_progressive(
@@ -140,31 +140,37 @@ def sample_progressive(
         image_shape=image_shape, dtype=dtype, engine=engine, exact=exact, backend=backend,
         progress=progress,
     )  # fmt: skip
-    return _progressive(request, callback)
+    return walk(request, callback)
+
+
+def batches(request: Request) -> list[range]:
+    """The numbers of the images that are computed together."""
+    size = request.batch_size
+    return [range(i, min(i + size, request.n)) for i in range(0, request.n, size)]
 
 
 def run(
-    request: Request, images: range, callback: Callable[[SampleStep], Any] | None = None
+    request: Request, chosen: list[range], callback: Callable[[SampleStep], Any] | None = None
 ) -> Tensor:
-    """The images of a request with these indices, float32 [len(images), C, H, W]."""
-    results = []
-    batches = _batches(request, images)
+    """The images of some of a request's batches, one batch after the other, float32 [N, C, H, W]."""
+    results = [torch.empty(0, *request.image_shape, device=request.device)]
     network = choose_network(request, _evaluated(request))
-    with _bar(request, len(batches)) as bar:
-        for batch in batches:
-            for step in _walk(request, network, batch):
+    with _bar(request, len(chosen)) as bar:
+        for images in chosen:
+            for step in _walk_batch(request, network, images):
                 if callback is not None:
                     callback(step)
                 bar.update()
-            results.append(step.x)
-    return torch.cat(results).float() if results else torch.empty(0, *request.image_shape)
+            results.append(step.x.float())
+    return torch.cat(results)
 
 
-def _progressive(
-    request: Request, callback: Callable[[SampleStep], Any] | None
+def walk(
+    request: Request, callback: Callable[[SampleStep], Any] | None = None
 ) -> Iterator[SampleStep]:
+    """All images of a request after every step: its batches advance in turn."""
     network = choose_network(request, _evaluated(request))
-    walks = [_walk(request, network, batch) for batch in _batches(request, range(request.n))]
+    walks = [_walk_batch(request, network, images) for images in batches(request)]
     with _bar(request, 1) as bar:
         for parts in zip(*walks, strict=True):
             step = SampleStep(
@@ -178,10 +184,10 @@ def _progressive(
             yield step
 
 
-def _walk(request: Request, network: Network, images: range) -> Iterator[SampleStep]:
+def _walk_batch(request: Request, network: Network, images: range) -> Iterator[SampleStep]:
     """The chain of one batch. Walks that share a network may be advanced in turn."""
     chain, device = request.diffusion, request.device
-    samples = torch.arange(images.start, images.stop, images.step, device=device)
+    samples = torch.arange(images.start, images.stop, device=device)
     x = _initial(request, samples)
     labels = None if request.labels is None else request.labels[samples]
     low_res = None if request.low_res is None else request.low_res[samples]
@@ -231,14 +237,10 @@ def _evaluated(request: Request) -> int:
     return request.batch_size * (1 if request.guidance_scale == 1.0 else 2)
 
 
-def _batches(request: Request, images: range) -> list[range]:
-    return [images[i : i + request.batch_size] for i in range(0, len(images), request.batch_size)]
-
-
-def _bar(request: Request, batches: int) -> Any:
+def _bar(request: Request, chains: int) -> Any:
     from tqdm import tqdm
 
-    total = batches * request.diffusion.num_timesteps
+    total = chains * request.diffusion.num_timesteps
     # None: shown where stderr is a terminal.
     disable = None if request.progress else True
     return tqdm(total=total, desc="sampling", unit="step", leave=False, disable=disable)

@@ -183,8 +183,8 @@ def _respaced(diffusion: Diffusion, steps: Steps, model: object) -> Diffusion:
 
 
 def _optimal(diffusion: Diffusion, steps: str, model: object) -> list[int]:
-    """The schedule of the model's `step_schedules`, K -> K indices in the training chain."""
-    schedules = getattr(model, "step_schedules", None) or {}
+    """What the checkpoint's `extra["step_schedules"]` says, K -> K indices in the training chain."""
+    schedules = (getattr(model, "extra", None) or {}).get("step_schedules", {})
     found = {f"optimal-{count}": indices for count, indices in schedules.items()}
     if steps not in found:
         have = ", ".join(found) if found else "the checkpoint has none"

@@ -1,0 +1,31 @@
+"""Say what was built, which backend each op takes and why, and what a checkpoint holds."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import tyro
+
+
+def run(checkpoint: Annotated[str | None, tyro.conf.Positional] = None) -> None:
+    """Prints the report.
+
+    Args:
+        checkpoint: a bundled name or a file: what network and process it holds, instead.
+    """
+    if checkpoint is None:
+        from iddpm_ext.info import report
+
+        print(report())
+        return
+    import iddpm_ext
+
+    model = iddpm_ext.load(checkpoint)
+    parameters = sum(p.numel() for p in model.parameters())
+    rows = [("checkpoint", checkpoint), ("parameters", f"{parameters:,}")]
+    rows += [(name, str(value)) for name, value in model.config.to_dict().items()]
+    rows.append(("diffusion", repr(model.diffusion)))
+    names = model.extra.get("class_names")
+    rows += [("classes", ", ".join(names))] if names else []
+    width = max(len(name) for name, _ in rows)
+    print("\n".join(f"{name:<{width}}  {value}" for name, value in rows))

@@ -1,0 +1,169 @@
+"""Draw images from a checkpoint into a grid, a folder, an array or an animation."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+import tyro
+from torch import Tensor
+
+
+def run(
+    checkpoint: Annotated[str, tyro.conf.Positional] = "fashion-mnist",
+    *,
+    n: int | None = None,
+    steps: str = "50",
+    labels: tuple[str, ...] | None = None,
+    sampler: Literal["ddpm", "ddim"] = "ddpm",
+    eta: float = 0.0,
+    guidance_scale: float = 1.0,
+    seed: int = 0,
+    out: Path = Path("samples.png"),
+    animate: Path | None = None,
+    low_res: Path | None = None,
+    columns: int | None = None,
+    scale: int | None = None,
+    batch_size: int | None = None,
+    clip: bool = True,
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    engine: bool = True,
+    exact: bool = False,
+    backend: str = "auto",
+    device: str = "auto",
+) -> None:
+    """Draws images and writes them.
+
+    Under torchrun, the batches are shared out among the processes; the first one writes.
+
+    Args:
+        checkpoint: a bundled name, one of our .safetensors files or an OpenAI .pt.
+        n: how many images; 16, or one a label.
+        steps: 50; ddim50; 10,15,20 for sections; optimal-8 for a schedule of the checkpoint.
+        labels: class numbers or names, 0,1,boot; -1 for none; "all" for every class, n images in all.
+        sampler: ancestral (ddpm) or DDIM.
+        eta: the noise of DDIM, from 0 to 1.
+        guidance_scale: of classifier-free guidance; 1 is without.
+        seed: names all noise.
+        out: a .png for a grid, an .npz for arrays, no suffix for a folder of PNGs.
+        animate: a .webp or .gif file for the chain.
+        low_res: an .npz of uint8 images [N, h, w, C], for a super-resolution checkpoint.
+        columns: of the grid.
+        scale: pixels a pixel in the grid.
+        batch_size: most images at once.
+        clip: clamp every predicted image to [-1, 1].
+        dtype: precision of the network.
+        engine: use an engine where one serves the network.
+        exact: engines take only algorithms that round like direct convolution.
+        backend: of the op reverse_step: auto, reference, cpu, cuda or triton.
+        device: auto, cpu, cuda or cuda:1.
+    """
+    import iddpm_ext
+    from iddpm_ext.images import check_writable, save_animation, save_images
+    from iddpm_ext.sampling import distributed, loop
+    from iddpm_ext.sampling.engines import choose_network
+    from iddpm_ext.sampling.request import make_request
+
+    check_writable(out)
+    if animate is not None:
+        check_writable(animate, suffixes=(".webp", ".gif"))
+        if distributed.world_size() > 1:
+            raise ValueError(f"animate must be left out under torchrun, got {str(animate)!r}")
+    model = iddpm_ext.load(checkpoint).to(_device(device))
+    class_names = model.extra.get("class_names")
+    request = make_request(
+        model, int(steps) if steps.isdigit() else steps, n=n, sampler=sampler, eta=eta,
+        labels=_labels(labels, n, model.config.num_classes, class_names),
+        guidance_scale=guidance_scale, low_res=_read_low_res(low_res, _device(device)), seed=seed,
+        x_T=None, clip=clip, batch_size=batch_size, diffusion=None, image_shape=None,
+        dtype=None if dtype is None else getattr(torch, dtype), engine=engine, exact=exact,
+        backend=backend, progress=distributed.rank() == 0,
+    )  # fmt: skip
+
+    began = time.perf_counter()
+    frames: list[Tensor] = []
+    if animate is not None:
+        # A hundred frames show the chain as well as thousands.
+        every = -(-request.diffusion.num_timesteps // 100)
+        frames = [step.x for step in loop.walk(request) if step.t % every == 0]
+        x: Tensor | None = frames[-1]
+    elif distributed.world_size() > 1:
+        x = distributed.run_shared(request)
+    else:
+        x = loop.run(request, loop.batches(request))
+    seconds = time.perf_counter() - began
+    if x is None:
+        return
+
+    recipe: dict[str, Any] = {
+        "checkpoint": checkpoint, "seed": seed, "steps": steps, "sampler": sampler, "eta": eta,
+        "guidance_scale": guidance_scale,
+    }  # fmt: skip
+    written = save_images(
+        x, out, recipe=recipe, labels=request.labels, class_names=class_names, columns=columns,
+        scale=scale,
+    )  # fmt: skip
+    places = [written]
+    if animate is not None:
+        places += [save_animation(frames, animate, recipe=recipe, columns=columns, scale=scale)]
+    engine_name = choose_network(request, request.batch_size).name
+    print(
+        f"{', '.join(str(path.resolve()) for path in places)}: {len(x)} images of {checkpoint} in "
+        f"{seconds:.1f} s ({request.diffusion.num_timesteps} steps, {engine_name}, {request.device})"
+    )
+
+
+def _device(name: str) -> torch.device:
+    if name != "auto":
+        return torch.device(name)
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+
+
+def _labels(
+    given: tuple[str, ...] | None,
+    n: int | None,
+    num_classes: int | None,
+    class_names: Sequence[str] | None,
+) -> list[int] | None:
+    """Class numbers of numbers, names and the word "all"."""
+    if given is None:
+        return None
+    if num_classes is None:
+        raise ValueError(f"labels must be left out for an unconditional model, got {given}")
+    if given == ("all",):
+        n = n or num_classes
+        return [i * num_classes // n for i in range(n)]
+    names = {name.casefold(): i for i, name in enumerate(class_names or ())}
+    labels = []
+    for word in given:
+        if word.casefold() in names:
+            labels.append(names[word.casefold()])
+        elif word.lstrip("-").isdigit():
+            labels.append(int(word))
+        else:
+            known = ", ".join(class_names or ()) or "none"
+            raise ValueError(
+                f"labels must be class numbers, names (the checkpoint has {known}) or all, "
+                f"got {word!r}"
+            )
+    return labels
+
+
+def _read_low_res(path: Path | None, device: torch.device) -> Tensor | None:
+    """uint8 [N, h, w, C] of an .npz -> float32 [N, C, h, w] in [-1, 1]."""
+    if path is None:
+        return None
+    with np.load(path) as arrays:
+        levels = arrays[arrays.files[0]]
+    if levels.dtype != np.uint8 or levels.ndim != 4:
+        raise ValueError(
+            f"low_res must be an .npz of uint8 [N, h, w, C], got {levels.dtype} {levels.shape}"
+        )
+    return torch.from_numpy(levels).permute(0, 3, 1, 2).to(device).float() / 127.5 - 1
