@@ -23,10 +23,10 @@ _KEPT = 2
 class Engine(Protocol):
     """Evaluates one network on batches of up to a fixed size."""
 
-    def set_schedule(self, timesteps: Tensor, labels: Tensor | None) -> None:
+    def set_schedule(self, timesteps: Tensor, labels: Tensor | None, /) -> None:
         """timesteps: float32 [T], what the network is told; labels: int64 [n] of the next calls."""
 
-    def __call__(self, x: Tensor, step: int) -> Tensor:
+    def __call__(self, x: Tensor, step: int, /) -> Tensor:
         """x: [n, C, H, W] -> the network's output at `timesteps[step]`."""
 
 
@@ -136,10 +136,8 @@ def _cpu_network(request: Request, batch_size: int) -> Network | None:
         return None
     if model.dtype != torch.float32 and request.dtype is None:
         return None
-    try:
-        from iddpm_ext.sampling.cpu_engine import CPUEngine, NotServed
-    except ImportError:
-        return None
+    from iddpm_ext.sampling.cpu_engine import CPUEngine, NotServed
+
     size = request.image_shape[1:]
     threads = torch.get_num_threads()
     key = ("cpu", batch_size, size, dtype, request.exact, threads)
