@@ -1,0 +1,1 @@
+"""Benchmarks: programs of the repository, not of the wheel."""
