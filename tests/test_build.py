@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -63,3 +65,21 @@ def test_an_unknown_instruction_set_in_the_environment_is_refused_at_import():
     result = run_python(PRINT_ISA, IDDPM_ISA="mmx")
     assert result.returncode != 0
     assert "got 'mmx'" in result.stderr
+
+
+OBJECTS = Path(__file__).resolve().parent.parent / "build"
+
+
+@pytest.mark.skipif(shutil.which("nm") is None, reason="no nm")
+@pytest.mark.parametrize("isa", ["avx2", "avx512"])
+def test_kernel_objects_share_no_symbol_that_the_linker_could_take_for_another_cpu(isa):
+    newest: dict[str, Path] = {}
+    for path in sorted(OBJECTS.glob(f"*/*-{isa}.*.o"), key=lambda path: path.stat().st_mtime):
+        newest[path.name.partition(".")[0]] = path
+    if not newest:
+        pytest.skip("no object files here: the module was not built in this tree")
+    symbols = subprocess.run(
+        ["nm", "-C", "--defined-only", *newest.values()], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    weak = [line for line in symbols if line[17:19] in ("W ", "V ", "u ")]
+    assert [line for line in weak if f"iddpm::{isa}::" not in line] == []

@@ -51,11 +51,13 @@ def compile_one(unit: Unit, cache: Path) -> tuple[Path, bool]:
     record = obj.with_suffix(".json")
     if obj.exists() and _up_to_date(record):
         return obj, False
-    depfile, fresh = obj.with_suffix(".d"), obj.with_suffix(f".{os.getpid()}.tmp.o")
+    fresh = obj.with_suffix(f".{os.getpid()}.tmp.o")
+    depfile = fresh.with_suffix(".d")
     command = [*unit.command, str(unit.source), "-MMD", "-MF", str(depfile), "-o", str(fresh)]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
         fresh.unlink(missing_ok=True)
+        depfile.unlink(missing_ok=True)
         raise CompileError(f"{unit.source} does not compile\n$ {' '.join(command)}\n{done.stdout}")
     if done.stdout.strip():
         print(done.stdout.rstrip())

@@ -1,0 +1,161 @@
+"""What the package promises about itself: light to import, layered, and every public name there."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import iddpm_ext
+
+PACKAGE = Path(iddpm_ext.__file__).parent
+
+# From the ground up; a part not named here belongs to MIDDLE. A part imports its own floor and
+# those below it.
+FLOORS = [
+    {"_C", "_native", "random"},
+    {"ops"},
+    {"diffusion", "unet"},
+    {"..."},
+    {"training"},
+    {"cli", "info"},
+    {"__main__"},
+]
+MIDDLE = FLOORS.index({"..."})
+OPTIONAL = "matplotlib tyro diffusers tensorboard datasets webdataset torch_fidelity torchvision"
+
+
+def floor(part: str) -> int:
+    return next((i for i, parts in enumerate(FLOORS) if part in parts), MIDDLE)
+
+
+def sources() -> Iterator[tuple[str, Path]]:
+    """(part, file) of every module but the package's own __init__."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        part = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        if part != "__init__":
+            yield part, path
+
+
+def type_only(tree: ast.Module) -> set[ast.AST]:
+    """The nodes under ``if TYPE_CHECKING:``."""
+    guards = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
+    ]
+    return {inner for guard in guards for statement in guard.body for inner in ast.walk(statement)}
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Dotted names under iddpm_ext that ``path`` imports when it runs, at its top or later."""
+    package = ["iddpm_ext", *path.relative_to(PACKAGE).parent.parts]
+    tree = ast.parse(path.read_text())
+    ignored = type_only(tree)
+    for node in ast.walk(tree):
+        if node in ignored:
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            if module == "iddpm_ext":
+                names = [alias.name for alias in node.names]
+                yield from (iddpm_ext._LAZY.get(name, f"iddpm_ext.{name}") for name in names)
+            else:
+                yield module
+
+
+def edges() -> dict[str, set[str]]:
+    """Part -> the other parts that it imports."""
+    graph: dict[str, set[str]] = {}
+    for part, path in sources():
+        for name in imports(path):
+            root, _, rest = name.partition(".")
+            target = rest.partition(".")[0]
+            if root == "iddpm_ext" and target not in ("", "__version__", part):
+                graph.setdefault(part, set()).add(target)
+    return graph
+
+
+def test_imports_point_down_only():
+    upward = [
+        f"{part} imports {target}"
+        for part, targets in edges().items()
+        for target in targets
+        if floor(target) > floor(part)
+    ]
+    assert upward == []
+
+
+def test_parts_of_one_floor_do_not_import_each_other_in_a_circle():
+    graph = edges()
+
+    def reachable(part: str) -> set[str]:
+        seen: set[str] = set()
+        waiting = [part]
+        while waiting:
+            new = graph.get(waiting.pop(), set()) - seen
+            seen |= new
+            waiting.extend(new)
+        return seen
+
+    assert [part for part in graph if part in reachable(part)] == []
+
+
+def test_the_package_never_imports_the_programs_beside_it():
+    programs = {"python", "benchmarks", "tests", "tools"}
+    found = {name for _, path in sources() for name in imports(path)}
+    assert not {name for name in found if name.partition(".")[0] in programs}
+
+
+def test_importing_the_package_imports_no_optional_library():
+    code = (
+        "import sys, iddpm_ext; "
+        f"print([m for m in '{OPTIONAL}'.split() + ['torch', 'triton'] if m in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.strip() == "[]", result.stderr
+
+
+def test_using_the_api_imports_no_optional_library():
+    code = (
+        "import sys, iddpm_ext\n"
+        "for name in ('UNet', 'Diffusion', 'load', 'sample', 'save_images', 'ops'):\n"
+        "    getattr(iddpm_ext, name)\n"
+        f"print([m for m in '{OPTIONAL}'.split() if m in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.strip() == "[]", result.stderr
+
+
+@pytest.mark.parametrize("name", iddpm_ext.__all__)
+def test_every_public_name_resolves(name):
+    try:
+        assert getattr(iddpm_ext, name) is not None
+    except ImportError as error:
+        assert "pip install" in str(error), "only a missing extra may hide a name, and says so"
+
+
+def test_the_names_for_type_checkers_are_the_lazy_names():
+    tree = ast.parse((PACKAGE / "__init__.py").read_text())
+    shown = {
+        alias.asname or alias.name: node.module
+        for node in type_only(tree)
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    functions = {
+        name: module for name, module in iddpm_ext._LAZY.items() if module != f"iddpm_ext.{name}"
+    }
+    assert {name: shown.get(name) for name in functions} == functions
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'smaple'"):
+        iddpm_ext.smaple  # noqa: B018
