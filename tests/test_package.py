@@ -19,7 +19,7 @@ PACKAGE = Path(iddpm_ext.__file__).parent
 FLOORS = [
     {"_C", "_native", "random", "gaussian"},
     {"ops"},
-    {"diffusion", "unet"},
+    {"diffusion", "unet", "unet_config"},
     {"..."},
     {"training"},
     {"cli", "info"},
@@ -126,7 +126,7 @@ def test_importing_the_package_imports_no_optional_library():
 def test_using_the_api_imports_no_optional_library():
     code = (
         "import sys, iddpm_ext\n"
-        "for name in ('UNet', 'Diffusion', 'ops'):\n"
+        "for name in ('UNet', 'Diffusion', 'sample', 'save_images', 'ops'):\n"
         "    getattr(iddpm_ext, name)\n"
         f"print([m for m in '{OPTIONAL}'.split() if m in sys.modules])"
     )
