@@ -15,7 +15,6 @@ _LAZY: dict[str, str] = {
     "UNetConfig": "iddpm_ext.unet_config",
     "load": "iddpm_ext.checkpoint",
     "save": "iddpm_ext.checkpoint",
-    "metrics": "iddpm_ext.metrics",
     "ops": "iddpm_ext.ops",
     "sample": "iddpm_ext.sampling",
     "sample_progressive": "iddpm_ext.sampling",
