@@ -35,7 +35,7 @@ class Order:
     def _pass(self, number: int) -> Tensor:
         if number not in self._passes:
             key = NoiseKey(self.seed, STREAM_CHOICE, torch.arange(self.count), number, _ORDER_DRAW)
-            # Sorting 64-bit keys, so that ties, which a stable sort would break by index, do not occur in practice.
+            # 63 bits, so that ties, which would fall to the lower index, do not occur in practice.
             pair = words(key, (self.count, 2))
             keys = (pair[:, 0] << 31) ^ pair[:, 1]
             kept = {n: p for n, p in self._passes.items() if n == number - 1}

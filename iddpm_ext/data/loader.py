@@ -1,0 +1,60 @@
+"""Batches of a run, decoded by worker processes ahead of time where that pays."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from .order import Order
+from .source import ImageData
+
+
+class Batch(NamedTuple):
+    """positions: int64 [N] in the run; images: float32 [N, C, H, W] in [-1, 1]; labels: int64 [N] or None;
+
+    complaints: a line for every image that could not be read and was replaced.
+    """
+
+    positions: Tensor
+    images: Tensor
+    labels: Tensor | None
+    complaints: list[str]
+
+
+def batches(
+    data: ImageData, order: Order, positions: Iterable[list[int]], workers: int = 0
+) -> Iterator[Batch]:
+    """The batches at these lists of positions, in this order whatever the number of workers.
+
+    workers: processes that read and decode; 0 does it in this one.
+    """
+    loader = DataLoader(
+        _Positions(data, order),
+        batch_sampler=positions,
+        num_workers=workers,
+        collate_fn=_only,
+        # Its own generator: the loader would otherwise advance the global one.
+        generator=torch.Generator(),
+    )
+    return iter(loader)
+
+
+class _Positions(Dataset):
+    def __init__(self, data: ImageData, order: Order):
+        self._data, self._order = data, order
+
+    def __getitems__(self, positions: list[int]) -> list[Batch]:
+        at = torch.tensor(positions)
+        images, used, complaints = self._data.images(self._order.at(at))
+        return [Batch(at, images, self._data.labels(used), complaints)]
+
+    def __getitem__(self, position: int) -> Batch:
+        return self.__getitems__([position])[0]
+
+
+def _only(batch: list[Batch]) -> Batch:
+    return batch[0]
