@@ -34,16 +34,21 @@ def write_checkpoint(
     """Writes `folder/step-N` and deletes all but the newest `keep`.
 
     tensors: file name -> (tensors by name, text metadata or None). state: JSON-ready.
-    Returns the checkpoint's path. Raises OSError, in which case the older checkpoints stand as they were.
+    What a killed process left half-written is removed first. Returns the checkpoint's path. Raises
+    OSError, in which case the older checkpoints stand as they were.
     """
     folder.mkdir(parents=True, exist_ok=True)
     final, temporary = folder / f"step-{step}", folder / f".step-{step}.tmp-{os.getpid()}"
-    shutil.rmtree(temporary, ignore_errors=True)
+    for leftover in folder.glob(".step-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
     temporary.mkdir()
     try:
         manifest = {}
         for name, (values, metadata) in tensors.items():
-            data = save({k: v.contiguous() for k, v in values.items()}, metadata and dict(metadata))
+            data = save(
+                {k: v.contiguous() for k, v in values.items()},
+                None if metadata is None else dict(metadata),
+            )
             manifest[name] = _write(temporary / name, data)
         manifest["state.json"] = _write(temporary / "state.json", _json(state))
         _write(temporary / _MANIFEST, _json(manifest))
@@ -75,7 +80,7 @@ def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
 
 def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint of `folder` that verifies, and a line for each newer one that does not."""
-    skipped = []
+    skipped: list[str] = []
     for _, path in list_checkpoints(folder):
         problem = verify_checkpoint(path)
         if problem is None:

@@ -2,37 +2,85 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 _POSITIVE = (
     "steps", "batch_size", "accumulate", "model_channels", "num_res_blocks", "num_heads",
-    "diffusion_steps", "save_every", "log_every", "keep", "lr",
+    "diffusion_steps", "save_every", "log_every", "keep", "lr", "sample_steps", "sample_count",
 )  # fmt: skip
-_NOT_NEGATIVE = ("lr_warmup", "sample_every", "weight_decay", "vlb_weight", "seed")
+_NOT_NEGATIVE = ("lr_warmup", "sample_every", "weight_decay", "vlb_weight", "seed", "workers")
+_CHOICES = {
+    "dtype": ("float32", "bfloat16", "float16"),
+    "resume": ("auto", "never"),
+    "objective": ("simple", "hybrid", "vlb"),
+    "timestep_sampler": ("uniform", "loss-second-moment"),
+    "bad_images": ("skip", "stop"),
+    "schedule": ("cosine", "linear"),
+    "variance": ("learned_range", "learned", "fixed_large", "fixed_small"),
+    "prediction": ("epsilon", "x_0", "x_prev"),
+}
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """What `train` does: the data, the network, the objective, the optimiser, and what is written when.
+    """What `train` does: data, network, objective, optimiser, and what is written when.
 
-    data: what `iddpm_ext.data.open_data` reads. out: the run's folder.
-    steps: optimiser steps in all; a resumed run counts those already made.
-    batch_size: images a step, over all processes and accumulated parts.
-    accumulate: parts that a step's batch is computed in, one after the other.
-    image_size: side that images are brought to; None keeps the data's.
-    class_cond: give the network the class. label_dropout: chance that an image's class is withheld.
-    channel_mult, attention_resolutions, num_heads, dropout, scale_shift: see `UNetConfig`.
-    schedule, diffusion_steps, variance, prediction: see `Diffusion`.
-    objective: simple, hybrid (with vlb_weight) or vlb, as in `Diffusion.training_losses`.
-    lr, lr_warmup, lr_decay: the rate rises linearly over lr_warmup steps and, with lr_decay, falls
-        linearly to zero at the last step.
-    ema: decays of the averaged weights. ema_warmup: at update n use no more than (1 + n) / (10 + n).
-    grad_clip: largest norm of the gradient; None for no limit.
-    dtype: float32, or bfloat16 for autocast with float32 weights.
-    save_every, keep: steps between checkpoints, and how many stay. sample_every: steps between grids
-        of samples, 0 for none. log_every: steps between records in metrics.jsonl.
-    resume: "auto" continues from the newest sound checkpoint in out, "never" refuses a folder with any.
+    Attributes:
+        data: what `iddpm_ext.data.open_data` reads.
+        out: the run's folder.
+        steps: optimiser steps in all; a resumed run counts those already made.
+        batch_size: images a step, over all processes and accumulated parts.
+        accumulate: parts that each process computes its share of a batch in, one after the other.
+        image_size: side that images are resized and cropped to; None keeps the data's.
+        channels: 1 or 3; None for what the data has.
+        flip: mirror half of the images.
+        workers: processes that decode images; 0 does it in the training process.
+        bad_images: skip (and count) or stop at unreadable images.
+        class_cond: give the network the class.
+        label_dropout: chance that an image's class is withheld, for guidance.
+        model_channels: width of the first level.
+        num_res_blocks: residual blocks a level.
+        channel_mult: width of each level, in model_channels.
+        attention_resolutions: feature-map sides with attention.
+        num_heads: attention heads.
+        dropout: chance of dropping a feature.
+        scale_shift: let the time embedding scale and shift, not only shift.
+        schedule: noise schedule.
+        diffusion_steps: T.
+        variance: of the reverse process.
+        prediction: what the network predicts.
+        rescale_timesteps: tell the network t * 1000/T.
+        objective: simple, hybrid (simple + vlb_weight T vlb) or vlb.
+        vlb_weight: see objective.
+        timestep_sampler: uniform, or loss-second-moment, the importance sampler.
+        lr: peak learning rate.
+        lr_warmup: steps over which it rises linearly.
+        lr_decay: let it fall linearly to zero at the last step.
+        weight_decay: of AdamW.
+        ema: decays of the averaged weights; the first is what samples are drawn with.
+        ema_warmup: at update n use no decay above (1 + n) / (10 + n).
+        grad_clip: largest norm of the gradient; None for no limit.
+        dtype: float32, or the type of autocast over float32 weights; float16 scales the loss.
+        gradient_checkpointing: trade computation for memory.
+        channels_last: keep features in that memory format.
+        compile: run the network through torch.compile.
+        fsdp: split weights and optimiser over the processes of torchrun.
+        noise_scale: log the gradient-noise scale; needs accumulate of at least 2.
+        save_every: steps between checkpoints.
+        keep: checkpoints that stay.
+        sample_every: steps between grids of samples; 0 for none.
+        sample_steps: sampling steps of a grid.
+        sample_count: images of a grid.
+        log_every: steps between records in metrics.jsonl.
+        tensorboard: log for TensorBoard too.
+        progress: show a progress bar.
+        seed: of everything random.
+        device: auto, cpu or cuda.
+        resume: auto continues from the newest sound checkpoint in out; never refuses a folder with any.
     """
 
     data: str
@@ -41,21 +89,27 @@ class TrainConfig:
     batch_size: int = 128
     accumulate: int = 1
     image_size: int | None = None
+    channels: int | None = None
+    flip: bool = False
+    workers: int = 0
+    bad_images: Literal["skip", "stop"] = "skip"
     class_cond: bool = False
     label_dropout: float = 0.0
-    model_channels: int = 128
+    model_channels: int = 64
     num_res_blocks: int = 2
     channel_mult: tuple[int, ...] = (1, 2, 2)
-    attention_resolutions: tuple[int, ...] = (16, 8)
+    attention_resolutions: tuple[int, ...] = (8,)
     num_heads: int = 4
     dropout: float = 0.0
     scale_shift: bool = True
-    schedule: str = "cosine"
+    schedule: Literal["cosine", "linear"] = "cosine"
     diffusion_steps: int = 4000
-    variance: str = "learned_range"
-    prediction: str = "epsilon"
-    objective: str = "hybrid"
+    variance: Literal["learned_range", "learned", "fixed_large", "fixed_small"] = "learned_range"
+    prediction: Literal["epsilon", "x_0", "x_prev"] = "epsilon"
+    rescale_timesteps: bool = True
+    objective: Literal["simple", "hybrid", "vlb"] = "hybrid"
     vlb_weight: float = 1e-3
+    timestep_sampler: Literal["uniform", "loss-second-moment"] = "uniform"
     lr: float = 1e-4
     lr_warmup: int = 0
     lr_decay: bool = False
@@ -63,44 +117,77 @@ class TrainConfig:
     ema: tuple[float, ...] = (0.9999,)
     ema_warmup: bool = True
     grad_clip: float | None = None
-    dtype: str = "float32"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    gradient_checkpointing: bool = False
+    channels_last: bool = False
+    compile: bool = False
+    fsdp: bool = False
+    noise_scale: bool = False
     save_every: int = 1000
     keep: int = 3
     sample_every: int = 0
+    sample_steps: int = 50
+    sample_count: int = 16
     log_every: int = 50
+    tensorboard: bool = False
+    progress: bool = True
     seed: int = 0
     device: str = "auto"
-    resume: str = "auto"
+    resume: Literal["auto", "never"] = "auto"
 
     def __post_init__(self) -> None:
         for name in ("channel_mult", "attention_resolutions", "ema"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         for name in _POSITIVE:
-            if getattr(self, name) <= 0:
+            if not getattr(self, name) > 0:
                 raise ValueError(f"train: {name} must be above 0, got {getattr(self, name)}")
         for name in _NOT_NEGATIVE:
-            if getattr(self, name) < 0:
+            if not getattr(self, name) >= 0:
                 raise ValueError(f"train: {name} must be at least 0, got {getattr(self, name)}")
         for name, value in (("label_dropout", self.label_dropout), *(("ema", e) for e in self.ema)):
             if not 0 <= value < 1:
                 raise ValueError(f"train: {name} must lie in [0, 1), got {value}")
-        if self.batch_size % self.accumulate:
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"train: {name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}"
+                )
+        if not self.ema or len(set(self.ema)) < len(self.ema):
+            raise ValueError(f"train: ema must be different decays, at least one, got {self.ema}")
+        if self.grad_clip is not None and not self.grad_clip > 0:
+            raise ValueError(f"train: grad_clip must be above 0, got {self.grad_clip}")
+        if self.noise_scale and self.accumulate < 2:
             raise ValueError(
-                f"train: accumulate must divide batch_size {self.batch_size}, got {self.accumulate}"
+                f"train: accumulate must be at least 2 for noise_scale, got {self.accumulate}"
             )
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"train: dtype must be float32 or bfloat16, got {self.dtype!r}")
-        if self.resume not in ("auto", "never"):
-            raise ValueError(f"train: resume must be 'auto' or 'never', got {self.resume!r}")
+        if self.objective == "hybrid" and not self.variance.startswith("learned"):
+            raise ValueError(
+                f"train: objective must be simple or vlb for variance {self.variance}, got hybrid"
+            )
+        if self.label_dropout and not self.class_cond:
+            raise ValueError(
+                f"train: label_dropout must be 0 without class_cond, got {self.label_dropout}"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dict, with lists for tuples; `from_dict` is its inverse."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
+    def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
         """The configuration of a dict; an unknown key raises ValueError."""
         unknown = sorted(set(values) - {field.name for field in fields(cls)})
         if unknown:
             raise ValueError(f"TrainConfig: keys must be fields of it, got {unknown}")
         return cls(**values)
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> TrainConfig:
+        """The configuration in a JSON file, such as the config.json of a run."""
+        try:
+            values = json.loads(Path(path).read_bytes())
+        except ValueError as error:
+            raise ValueError(f"TrainConfig: {path} must be a JSON file, got {error}") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"TrainConfig: {path} must hold a JSON object, got {values!r}")
+        return cls.from_dict(values)

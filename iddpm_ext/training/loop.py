@@ -3,123 +3,226 @@
 from __future__ import annotations
 
 import json
+import os
 import time
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from iddpm_ext.data import ArrayData, Order, open_data
-from iddpm_ext.random import STREAM_CHOICE, STREAM_FORWARD, NoiseKey, uniform
+import iddpm_ext
+from iddpm_ext.data import ImageData, Order, batches, open_data
 
-from .checkpoints import newest_checkpoint
 from .config import TrainConfig
-from .rates import learning_rate
+from .log import RunLog
+from .parallel import Parallel
+from .resume import find_resume
+from .signals import StopSignals
 from .state import TrainState, new_state
+from .step import positions_of, summarise, train_step
+
+# Steps in a row without a finite gradient that end a run; float16 needs a few to find its scale.
+_MAX_SKIPPED = 20
+# The processes agree on a wish to stop only so often, since they wait for one another to do it.
+_AGREE_EVERY = 5
 
 
 def train(config: TrainConfig) -> Path:
-    """Trains a network as `config` says, resuming what its folder holds; returns the last checkpoint's path."""
-    data = open_data(config.data)
-    channels, height, width = data.image_shape
-    classes = len(data.class_names) if data.class_names is not None else None
-    if config.class_cond and classes is None:
-        raise ValueError(
-            f"train: class_cond must be off for data without classes, got {config.data}"
-        )
-    state = new_state(config, channels, max(height, width), classes)
-    out = Path(config.out)
-    folder = out / "ckpt"
-    newest, skipped = newest_checkpoint(folder)
-    for line in skipped:
-        print(f"skipped a damaged checkpoint: {line}", flush=True)
-    if newest is not None:
-        if config.resume == "never":
+    """Trains a network as `config` says and returns the path of the last checkpoint.
+
+    A folder that holds a run is resumed: weights, optimiser, averages, loss scale, the sampler's history
+    and the place in the data are taken from the newest checkpoint that verifies. On the CPU with a fixed
+    number of threads a run that was stopped and resumed ends with the same bits as one that was not.
+    SIGTERM, SIGINT and SIGUSR1 save and return early. Under torchrun all processes train one network.
+
+    Raises:
+        ValueError, FileNotFoundError: the data or the configuration cannot be used; see the message.
+        RuntimeError: 20 steps in a row had no finite gradient.
+    """
+    with Parallel(config.device, sharded=config.fsdp) as parallel, StopSignals() as stop:
+        if config.batch_size % (config.accumulate * parallel.size):
             raise ValueError(
-                f"train: out must hold no checkpoint with resume='never', got {newest}"
+                f"train: batch_size must be a multiple of accumulate {config.accumulate} times "
+                f"{parallel.size} processes, got {config.batch_size}"
             )
-        state.restore(newest)
-        print(f"resumed from {newest}", flush=True)
-    folder.mkdir(parents=True, exist_ok=True)
-
-    order = Order(len(data), config.seed)
-    started, images_at_start, seconds_before = time.monotonic(), state.images, state.seconds
-    log: list[Tensor] = []
-    with open(out / "metrics.jsonl", "a") as metrics:
-        while state.step < config.steps:
-            log.append(_step(config, state, data, order))
-            elapsed = time.monotonic() - started
-            state.seconds = seconds_before + elapsed
-            if state.step % config.log_every == 0 or state.step == config.steps:
-                loss, mse, vlb, norm = torch.stack(log).mean(0).tolist()
-                log.clear()
-                record = {
-                    "step": state.step,
-                    "images": state.images,
-                    "seconds": round(state.seconds, 1),
-                    "images_per_second": round((state.images - images_at_start) / elapsed, 2),
-                    "lr": state.optimizer.param_groups[0]["lr"],
-                    "loss": loss,
-                    "mse": mse,
-                    "vlb_bpd": vlb,
-                    "grad_norm": norm,
-                }
-                metrics.write(json.dumps(record) + "\n")
-                metrics.flush()
-            if state.step % config.save_every == 0 or state.step == config.steps:
-                newest = state.save(folder, config)
-    assert newest is not None
-    return newest
+        data = _open(config)
+        out, folder = Path(config.out), Path(config.out) / "ckpt"
+        newest, notes = find_resume(folder, config, parallel.size)
+        state = new_state(config, data.image_shape, data.class_names, parallel)
+        if newest is not None:
+            notes += state.restore(newest)
+        if parallel.rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            _write_json(out / "config.json", config)
+        parallel.barrier()
+        log = RunLog(
+            out, state.step, config.steps,
+            main=parallel.rank == 0, tensorboard=config.tensorboard, progress=config.progress,
+        )  # fmt: skip
+        with log, _own_generator():
+            for note in (*notes, *_notes_on(data, config)):
+                log.say(note)
+            if newest is not None and state.step >= config.steps:
+                log.say(f"nothing to do: {newest} has all of the {config.steps} steps")
+                return newest
+            return _run(config, state, data, parallel, log, stop)
 
 
-def _step(config: TrainConfig, state: TrainState, data: ArrayData, order: Order) -> Tensor:
-    """One optimiser step; returns the means of loss, mse and vlb and the gradient's norm, [4]."""
-    model, optimizer = state.model, state.optimizer
-    rate = learning_rate(
-        state.step,
-        peak=config.lr,
-        warmup=config.lr_warmup,
-        decay_to=config.steps if config.lr_decay else None,
-    )
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    means = torch.zeros(3)
-    part = config.batch_size // config.accumulate
-    for first in range(state.images, state.images + config.batch_size, part):
-        losses = _losses(config, state, data, order, torch.arange(first, first + part))
-        loss = losses["loss"].mean() / config.accumulate
-        loss.backward()
-        means += torch.stack([losses[k].detach().mean() for k in ("loss", "mse", "vlb")])
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or float("inf"))
-    optimizer.step()
-    optimizer.zero_grad()
-    state.update_averages(config.ema_warmup)
-    state.step += 1
-    state.images += config.batch_size
-    return torch.cat([means / config.accumulate, norm[None]])
+def _run(
+    config: TrainConfig,
+    state: TrainState,
+    data: ImageData,
+    parallel: Parallel,
+    log: RunLog,
+    stop: StopSignals,
+) -> Path:
+    folder = Path(config.out) / "ckpt"
+    positions = positions_of(config, state.images, parallel.rank, parallel.size)
+    source = batches(data, Order(len(data), config.seed), positions, config.workers)
+    meter = _Meter(config, state, parallel)
+    bad_images = 0
+    while True:
+        measures, complaints = train_step(config, state, source, parallel)
+        bad_images += len(complaints)
+        for complaint in complaints:
+            log.say(f"skipped an image: {complaint}")
+        log.step()
+        meter.add(measures)
+        done = state.step >= config.steps
+        stopping = _agreed(stop.received is not None, state.step, parallel)
+        save = done or stopping or state.step % config.save_every == 0
+        if save or state.step % config.log_every == 0:
+            _require_finite(state, folder)
+        if state.step % config.log_every == 0 or done or stopping:
+            log.record({**meter.record(), "bad_images": bad_images})
+        if save:
+            path = state.save(folder, config, parallel)
+        if config.sample_every and state.step % config.sample_every == 0:
+            _draw_samples(config, state, parallel)
+        if stopping and not done:
+            log.say(f"stopped by {stop.received or 'another process'}; saved {path}")
+        if done or stopping:
+            return path
 
 
-def _losses(
-    config: TrainConfig, state: TrainState, data: ArrayData, order: Order, positions: Tensor
-) -> dict[str, Tensor]:
-    """The losses of the images at these positions of the run; all randomness comes from the position."""
-    diffusion = state.model.diffusion
-    assert diffusion is not None
-    indices = order.at(positions)
-    choice = uniform(NoiseKey(config.seed, STREAM_CHOICE, positions, 0), (len(positions), 2))
-    t = (choice[:, 0] * diffusion.num_timesteps).long()
-    kwargs = {}
-    if config.class_cond:
-        labels = data.labels(indices)
-        assert labels is not None
-        kwargs["y"] = torch.where(choice[:, 1] < config.label_dropout, -1, labels)
-    with torch.autocast("cpu", torch.bfloat16, enabled=config.dtype == "bfloat16"):
-        return diffusion.training_losses(
-            state.model,
-            data.images(indices),
-            t,
-            NoiseKey(config.seed, STREAM_FORWARD, positions, t),
-            objective=config.objective,
-            vlb_weight=config.vlb_weight,
-            model_kwargs=kwargs,
+class _Meter:
+    """Sums the measures between two records, and keeps the time."""
+
+    def __init__(self, config: TrainConfig, state: TrainState, parallel: Parallel):
+        self._config, self._state, self._parallel = config, state, parallel
+        self._started, self._seconds_before = time.monotonic(), state.seconds
+        self._last = (self._started, state.images)
+        self._sum: Tensor | None = None
+        self._count = 0
+
+    def add(self, measures: Tensor) -> None:
+        self._sum = measures if self._sum is None else self._sum + measures
+        self._count += 1
+        self._state.seconds = self._seconds_before + time.monotonic() - self._started
+
+    def record(self) -> dict[str, float | int]:
+        """One record of the steps since the last one; every process must call it."""
+        assert self._sum is not None
+        state, now = self._state, time.monotonic()
+        mean = self._parallel.mean(self._sum / self._count)
+        self._sum, self._count = None, 0
+        then, images = self._last
+        self._last = (now, state.images)
+        rate = (state.images - images) / max(now - then, 1e-9)
+        left = (self._config.steps - state.step) * self._config.batch_size
+        return {
+            "step": state.step,
+            "images": state.images,
+            "seconds": round(state.seconds, 1),
+            "images_per_second": round(rate, 2),
+            "eta_seconds": round(left / rate),
+            "lr": state.optimizer.param_groups[0]["lr"],
+            **summarise(self._config, mean, self._parallel.size),
+            "loss_scale": state.scaler.get_scale(),
+        }
+
+
+def _agreed(wish: bool, step: int, parallel: Parallel) -> bool:
+    """Whether any process wants to stop, known to all at the same step."""
+    if parallel.size == 1:
+        return wish
+    return step % _AGREE_EVERY == 0 and parallel.any(wish)
+
+
+def _require_finite(state: TrainState, folder: Path) -> None:
+    skipped = int(state.skipped)
+    if skipped >= _MAX_SKIPPED:
+        raise RuntimeError(
+            f"train: gradients must be finite, got {skipped} steps in a row without, up to step "
+            f"{state.step}; the last checkpoint in {folder} is from before. Try a lower lr, a longer "
+            "lr_warmup, grad_clip, or bfloat16 instead of float16"
         )
+
+
+def _draw_samples(config: TrainConfig, state: TrainState, parallel: Parallel) -> None:
+    """A grid of samples with the averaged weights in out/samples, always from the same noise."""
+    model = state.averaged_model(parallel)
+    if model is not None:
+        classes = model.config.num_classes
+        labels = None if classes is None else torch.arange(config.sample_count) % classes
+        images = iddpm_ext.sample(
+            model,
+            steps=min(config.sample_steps, config.diffusion_steps),
+            n=config.sample_count,
+            labels=labels,
+            seed=config.seed,
+            progress=False,
+        )
+        folder = Path(config.out) / "samples"
+        folder.mkdir(exist_ok=True)
+        iddpm_ext.save_images(
+            images,
+            folder / f"step-{state.step}.png",
+            recipe={"step": state.step, "seed": config.seed, "steps": config.sample_steps},
+            labels=labels,
+            class_names=state.class_names,
+        )
+    parallel.barrier()
+
+
+def _open(config: TrainConfig) -> ImageData:
+    data = open_data(
+        config.data,
+        image_size=config.image_size,
+        channels=config.channels,
+        bad_images=config.bad_images,
+    )
+    if config.class_cond and data.class_names is None:
+        raise ValueError(
+            f"train: class_cond must be off for data without classes, got on for {config.data}"
+        )
+    _, height, width = data.image_shape
+    if height != width:
+        raise ValueError(
+            f"train: image_size must be given for images that are not square, got {width}x{height}"
+        )
+    return data
+
+
+def _notes_on(data: ImageData, config: TrainConfig) -> list[str]:
+    channels, height, width = data.image_shape
+    classes = f", {len(data.class_names)} classes" if data.class_names else ""
+    notes = [f"{config.data}: {len(data)} images of {channels}x{height}x{width}{classes}"]
+    if len(data) < config.batch_size:
+        notes.append(
+            f"there are fewer images than the {config.batch_size} of a batch: batches repeat them"
+        )
+    return notes
+
+
+def _own_generator() -> AbstractContextManager[None]:
+    """Within it, the global generators may be seeded: they are put back afterwards."""
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    return torch.random.fork_rng(devices=devices)
+
+
+def _write_json(path: Path, config: TrainConfig) -> None:
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    temporary.write_text(json.dumps(config.to_dict(), indent=1) + "\n")
+    temporary.replace(path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,29 +11,39 @@ import torch
 from torch import Tensor, nn
 
 from iddpm_ext.diffusion import Diffusion
-from iddpm_ext.unet import UNet, UNetConfig
+from iddpm_ext.diffusion.timestep_samplers import TimestepSampler, make_timestep_sampler
+from iddpm_ext.unet import UNet
+from iddpm_ext.unet_config import UNetConfig
 
 from .checkpoints import read_state, read_tensors, write_checkpoint
 from .config import TrainConfig
+from .parallel import Parallel, copy_whole, whole
 from .rates import ema_decay
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_SCHEMA = 1
 
 
 @dataclass
 class TrainState:
-    """model, optimizer and averages after `step` steps and `images` images.
+    """The run after `step` steps and `images` images.
 
-    emas: decay -> averaged parameters by name. seconds: spent training so far, over all processes' lives.
+    model: the network itself. module: what is called in training, `model` or its wrapper.
+    emas: decay -> averaged parameters by name. seconds: spent in training, over all lives of the run.
+    skipped: steps in a row whose gradient was not finite, a tensor on the run's device.
     """
 
     model: UNet
+    module: nn.Module
     optimizer: torch.optim.AdamW
+    scaler: torch.amp.GradScaler
+    timestep_sampler: TimestepSampler
     emas: dict[float, dict[str, Tensor]]
+    class_names: tuple[str, ...] | None
+    skipped: Tensor
     step: int = 0
     images: int = 0
     seconds: float = 0.0
-    extra: dict[str, Any] = field(default_factory=dict)
 
     def update_averages(self, warmup: bool) -> None:
         """Moves every average towards the model's parameters; `step` counts the updates before."""
@@ -42,66 +52,110 @@ class TrainState:
             weight = 1 - ema_decay(self.step, decay, warmup=warmup)
             torch._foreach_lerp_(list(average.values()), parameters, weight)
 
-    def save(self, folder: Path, config: TrainConfig) -> Path:
-        """Writes the checkpoint of this step into `folder`; returns its path."""
-        parameters = dict(self.model.named_parameters())
-        metadata = describe(self.model)
-        tensors = {"model.safetensors": (dict(self.model.state_dict()), metadata)}
-        for decay, average in self.emas.items():
-            tensors[f"ema_{decay}.safetensors"] = (average, metadata)
-        moments = {
-            f"{moment}.{name}": self.optimizer.state[parameter][moment]
-            for name, parameter in parameters.items()
-            for moment in _MOMENTS
-            if self.optimizer.state[parameter]
+    def save(self, folder: Path, config: TrainConfig, parallel: Parallel) -> Path:
+        """Writes the checkpoint of this step into `folder`, by one process; every process must call it."""
+        metadata = self.describe()
+        weights = {name: _on_cpu(value) for name, value in self.model.state_dict().items()}
+        tensors: dict[str, tuple[dict[str, Tensor], dict[str, str] | None]] = {
+            "model.safetensors": (weights, metadata)
         }
-        state = {
-            "step": self.step,
-            "images": self.images,
-            "seconds": self.seconds,
-            "config": config.to_dict(),
-            "schema": 1,
+        for decay, average in self.emas.items():
+            values = {name: _on_cpu(value) for name, value in average.items()}
+            tensors[ema_file(decay)] = (values, metadata)
+        moments = {
+            f"{moment}.{name}": _on_cpu(self.optimizer.state[parameter][moment])
+            for name, parameter in self.model.named_parameters()
+            for moment in _MOMENTS
         }
         tensors["optim.safetensors"] = (moments, None)
-        return write_checkpoint(folder, self.step, tensors, state, config.keep)
+        history = self.timestep_sampler.state_dict()
+        if history:
+            values = {name: _on_cpu(value) for name, value in history.items()}
+            tensors["timesteps.safetensors"] = (values, None)
+        state = {
+            "schema": _SCHEMA,
+            "step": self.step,
+            "images": self.images,
+            "seconds": round(self.seconds, 3),
+            "updates": self._updates(),
+            "scaler": self.scaler.state_dict(),
+            "processes": parallel.size,
+            "config": config.to_dict(),
+        }
+        path = folder / f"step-{self.step}"
+        if parallel.rank == 0:
+            write_checkpoint(folder, self.step, tensors, state, config.keep)
+        parallel.barrier()
+        return path
 
-    def restore(self, path: Path) -> None:
-        """Takes everything from the checkpoint directory `path`."""
+    def restore(self, path: Path) -> list[str]:
+        """Takes everything from the checkpoint directory `path`; returns notes on what it did not hold."""
         state = read_state(path)
         self.step, self.images, self.seconds = state["step"], state["images"], state["seconds"]
-        self.model.load_state_dict(read_tensors(path, "model.safetensors"))
-        for decay, average in self.emas.items():
-            saved = read_tensors(path, f"ema_{decay}.safetensors")
-            for name, value in average.items():
-                value.copy_(saved[name])
-        moments = read_tensors(path, "optim.safetensors")
-        for name, parameter in self.model.named_parameters():
-            values = {m: moments[f"{m}.{name}"].to(parameter.device) for m in _MOMENTS}
-            self.optimizer.state[parameter] = {"step": torch.tensor(float(self.step)), **values}
+        notes = []
+        weights = read_tensors(path, "model.safetensors")
+        with torch.no_grad():
+            for name, value in self.model.state_dict().items():
+                copy_whole(value, weights[name])
+            for decay, average in self.emas.items():
+                if (path / ema_file(decay)).exists():
+                    saved = read_tensors(path, ema_file(decay))
+                else:
+                    saved = weights
+                    notes.append(f"the average with decay {decay} is new: it starts at the weights")
+                for name, value in average.items():
+                    copy_whole(value, saved[name])
+            moments = read_tensors(path, "optim.safetensors")
+            for name, parameter in self.model.named_parameters():
+                entry = self.optimizer.state[parameter]
+                entry["step"].fill_(state["updates"])
+                for moment in _MOMENTS:
+                    copy_whole(entry[moment], moments[f"{moment}.{name}"])
+        if self.scaler.is_enabled() and state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+        if (path / "timesteps.safetensors").exists() and self.timestep_sampler.state_dict():
+            self.timestep_sampler.load_state_dict(read_tensors(path, "timesteps.safetensors"))
+        return notes
 
+    def describe(self) -> dict[str, str]:
+        """The metadata of a weights file: network, diffusion process and class names, as JSON."""
+        assert self.model.diffusion is not None
+        described: dict[str, Any] = {
+            "unet": self.model.config.to_dict(),
+            "diffusion": self.model.diffusion.to_dict(),
+        }
+        if self.model.config.num_classes is not None and self.class_names is not None:
+            described["class_names"] = list(self.class_names)
+        return {key: json.dumps(value) for key, value in described.items()}
 
-def describe(model: UNet) -> dict[str, str]:
-    """The metadata of a weights file: the network's configuration and its diffusion's, as JSON."""
-    assert model.diffusion is not None
-    return {
-        "unet": json.dumps(model.config.to_dict()),
-        "diffusion": json.dumps(model.diffusion.to_dict()),
-    }
+    def averaged_model(self, parallel: Parallel) -> UNet | None:
+        """A copy of the network with the first average's weights, on process 0 (None on the others)."""
+        values = {k: whole(v) for k, v in next(iter(self.emas.values())).items()}
+        if parallel.rank != 0:
+            return None
+        model = UNet(self.model.config).to(parallel.device)
+        model.load_state_dict(values)
+        model.diffusion = self.model.diffusion
+        return model.eval()
+
+    def _updates(self) -> int:
+        """Optimiser steps really made: a step with a gradient that is not finite is none."""
+        entry = next(iter(self.optimizer.state.values()))
+        return int(entry["step"])
 
 
 def new_state(
-    config: TrainConfig, channels: int, image_size: int, num_classes: int | None
-) -> TrainState:
-    """The state before the first step, initialised from the seed."""
-    diffusion = Diffusion(
-        config.schedule, config.diffusion_steps, config.variance, config.prediction
-    )
+    config: TrainConfig, image_shape: tuple[int, int, int], class_names: tuple[str, ...] | None,
+    parallel: Parallel,
+) -> TrainState:  # fmt: skip
+    """The state before the first step, initialised from the seed, alike on every process."""
+    channels, height, width = image_shape
     learned = config.variance.startswith("learned")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         model = UNet(
             UNetConfig(
-                image_size=image_size,
+                image_size=max(height, width),
                 in_channels=channels,
                 model_channels=config.model_channels,
                 out_channels=2 * channels if learned else channels,
@@ -110,17 +164,51 @@ def new_state(
                 attention_resolutions=config.attention_resolutions,
                 num_heads=config.num_heads,
                 dropout=config.dropout,
-                num_classes=num_classes if config.class_cond else None,
+                num_classes=len(class_names) if config.class_cond and class_names else None,
                 use_scale_shift_norm=config.scale_shift,
             )
         )
-    model.diffusion = diffusion
+    model.diffusion = Diffusion(
+        config.schedule,
+        config.diffusion_steps,
+        config.variance,
+        config.prediction,
+        config.rescale_timesteps,
+    )
+    model.gradient_checkpointing = config.gradient_checkpointing
+    memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
+    model.to(parallel.device, memory_format=memory_format)  # type: ignore[call-overload]
+    parallel.shard(model)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True
     )
-    emas = {decay: {name: p.detach().clone() for name, p in _named(model)} for decay in config.ema}
-    return TrainState(model, optimizer, emas)
+    for parameter in model.parameters():
+        optimizer.state[parameter] = {
+            "step": torch.zeros((), device=parallel.device),
+            **{moment: torch.zeros_like(parameter.detach()) for moment in _MOMENTS},
+        }
+    module = parallel.wrap(model)
+    return TrainState(
+        model=model,
+        module=torch.compile(module) if config.compile else module,  # type: ignore[arg-type]
+        optimizer=optimizer,
+        scaler=torch.amp.GradScaler(parallel.device.type, enabled=config.dtype == "float16"),
+        timestep_sampler=make_timestep_sampler(
+            config.timestep_sampler,
+            config.diffusion_steps,
+            seed=config.seed,
+            device=parallel.device,
+        ),
+        emas={d: {n: p.detach().clone() for n, p in model.named_parameters()} for d in config.ema},
+        class_names=class_names,
+        skipped=torch.zeros((), device=parallel.device),
+    )
 
 
-def _named(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    return list(model.named_parameters())
+def ema_file(decay: float) -> str:
+    """The file of the average with this decay in a checkpoint directory."""
+    return f"ema_{decay}.safetensors"
+
+
+def _on_cpu(value: Tensor) -> Tensor:
+    return whole(value.detach()).cpu().contiguous()

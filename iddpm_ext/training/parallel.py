@@ -1,0 +1,140 @@
+"""One process or many: what differs between them, in one place.
+
+Processes are started by `torchrun`; DistributedDataParallel and FSDP2 are PyTorch's own.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from iddpm_ext.unet import UNet
+
+# A rank whose peer has died must not wait for ever.
+_TIMEOUT = timedelta(seconds=float(os.environ.get("IDDPM_DIST_TIMEOUT", "600")))
+
+
+class Parallel:
+    """The processes of a run, and this one's place among them.
+
+    device: "auto", "cpu", "cuda" or "cuda:N"; under torchrun "cuda" means the local rank's.
+    sharded: FSDP2 instead of DistributedDataParallel.
+    Leaves the process group as it found it when used as a context manager.
+    """
+
+    def __init__(self, device: str, *, sharded: bool = False):
+        launched = "WORLD_SIZE" in os.environ and "RANK" in os.environ
+        self.sharded = sharded
+        self.device = _resolve_device(device)
+        self._owns_group = launched and not dist.is_initialized()
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        if self._owns_group:
+            backend = "nccl" if self.device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=_TIMEOUT)
+        active = dist.is_initialized()
+        self.rank = dist.get_rank() if active else 0
+        self.size = dist.get_world_size() if active else 1
+        if sharded and not active:
+            raise ValueError("train: fsdp must be off without torchrun, got on in a single process")
+
+    def __enter__(self) -> Parallel:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._owns_group:
+            dist.destroy_process_group()
+
+    def wrap(self, model: UNet) -> nn.Module:
+        """The module to call in training: `model` itself, or with gradients averaged over the processes."""
+        if self.size == 1 and not self.sharded:
+            return model
+        if self.sharded:
+            return model  # its parameters have been sharded in place
+        devices = [self.device] if self.device.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(
+            model, device_ids=devices, broadcast_buffers=False
+        )
+
+    def shard(self, model: UNet) -> None:
+        """Splits the parameters of `model` over the processes, in place, if this run is sharded."""
+        if not self.sharded:
+            return
+        from torch.distributed.fsdp import fully_shard
+
+        for block in (*model.input_blocks, model.middle_block, *model.output_blocks):
+            fully_shard(block)
+        fully_shard(model)
+
+    @contextmanager
+    def accumulating(self, module: nn.Module, last: bool) -> Iterator[None]:
+        """Within it, backward exchanges gradients only for the `last` part of a step."""
+        if isinstance(module, nn.parallel.DistributedDataParallel) and not last:
+            with module.no_sync():
+                yield
+        else:
+            if self.sharded:
+                module.set_requires_gradient_sync(last)  # type: ignore[operator]
+            with nullcontext():
+                yield
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean over the processes."""
+        return self.sum(values) / self.size
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over the processes."""
+        if self.size > 1:
+            values = values.clone()
+            dist.all_reduce(values)
+        return values
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is set on any process; the host waits."""
+        return bool(self.sum(torch.tensor(float(flag), device=self.device)) > 0)
+
+    def barrier(self) -> None:
+        """Waits for every process."""
+        if self.size > 1:
+            dist.barrier()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor put together, on every process; any other tensor itself."""
+    full: Any = getattr(tensor, "full_tensor", None)
+    return tensor if full is None else full()
+
+
+def copy_whole(target: Tensor, source: Tensor) -> None:
+    """Copies the whole tensor `source` into `target`, which may be sharded."""
+    if hasattr(target, "device_mesh"):
+        from torch.distributed.tensor import DTensor, distribute_tensor
+
+        assert isinstance(target, DTensor)
+        source = distribute_tensor(source.to(target.device), target.device_mesh, target.placements)
+    target.copy_(source)
+
+
+def _resolve_device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"train: device must be auto, cpu or cuda, got {name!r}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"train: device must be auto, cpu or cuda, got {name!r}")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError(
+            f"train: device must exist, got {name!r} where torch finds no CUDA device"
+        )
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return device

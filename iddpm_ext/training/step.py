@@ -1,0 +1,173 @@
+"""One optimiser step. All its randomness is a function of the seed and the images' positions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from iddpm_ext.data import Batch
+from iddpm_ext.random import STREAM_CHOICE, STREAM_FORWARD, NoiseKey, uniform
+
+from .config import TrainConfig
+from .parallel import Parallel, whole
+from .rates import learning_rate
+from .state import TrainState
+
+_CHOICE_DRAW = 2
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_QUARTILES = 4
+
+# What a step returns, in this order, after which come the sums and counts of the loss by quartile of t.
+MEASURES = ("loss", "mse", "vlb_bpd", "grad_norm", "noise_small", "noise_big")
+
+
+def positions_of(config: TrainConfig, images: int, rank: int, size: int) -> Iterator[list[int]]:
+    """Endlessly, the positions of each part that process `rank` of `size` computes, from `images` on.
+
+    Every process takes one contiguous share of a batch, so that the ranks in their order have it in order.
+    """
+    share = config.batch_size // size
+    part = share // config.accumulate
+    while True:
+        first = images + rank * share
+        for start in range(first, first + share, part):
+            yield list(range(start, start + part))
+        images += config.batch_size
+
+
+def train_step(
+    config: TrainConfig, state: TrainState, batches: Iterator[Batch], parallel: Parallel
+) -> tuple[Tensor, list[str]]:
+    """One step over the next `accumulate` batches.
+
+    Returns this process's measures (`MEASURES` and the loss by quartile of t) and complaints about images.
+    A gradient that is not finite leaves weights and optimiser alone; nothing here makes the host wait.
+    """
+    optimizer = state.optimizer
+    rate = learning_rate(
+        state.step,
+        peak=config.lr,
+        warmup=config.lr_warmup,
+        decay_to=config.steps if config.lr_decay else None,
+    )
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    parts, complaints = [], []
+    small = torch.zeros((), device=parallel.device)
+    for number in range(config.accumulate):
+        batch = next(batches)
+        complaints += batch.complaints
+        if config.dropout:
+            # Dropout draws from the global generator: seeded by what it belongs to, it needs no saving.
+            torch.manual_seed((config.seed << 40) + int(batch.positions[0]))
+        last = number == config.accumulate - 1
+        with parallel.accumulating(state.module, last):
+            losses = _losses(config, state, batch, parallel.device)
+            mean = (losses["loss"] * losses["weight"]).mean() / config.accumulate
+            state.scaler.scale(mean).backward()
+        parts.append({name: value.detach() for name, value in losses.items()})
+        if number == 0 and config.noise_scale:
+            # A single part's gradient, of which the accumulated one holds 1 / accumulate.
+            small = (_gradient_norm(state) * config.accumulate) ** 2
+
+    state.scaler.unscale_(optimizer)
+    norm = whole(
+        torch.nn.utils.clip_grad_norm_(
+            state.model.parameters(), config.grad_clip or float("inf"), foreach=True
+        )
+    )
+    bad = (~norm.isfinite()).float()
+    if not state.scaler.is_enabled():
+        # The fused optimiser leaves everything as it is where this is 1.
+        optimizer.found_inf = bad  # type: ignore[attr-defined]
+    state.scaler.step(optimizer)
+    state.scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    state.skipped = (state.skipped + 1) * bad
+    whole_step = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    state.timestep_sampler.update(
+        whole_step["t"], whole_step["loss"], capacity=config.batch_size // parallel.size
+    )
+    state.update_averages(config.ema_warmup)
+    state.step += 1
+    state.images += config.batch_size
+    return _measures(config, state, whole_step, norm, small), complaints
+
+
+def _losses(
+    config: TrainConfig, state: TrainState, batch: Batch, device: torch.device
+) -> dict[str, Tensor]:
+    """loss, mse, vlb, weight and t of each image, [N]."""
+    diffusion = state.model.diffusion
+    assert diffusion is not None
+    positions = batch.positions.to(device)
+    x_0 = batch.images.to(device, non_blocking=True)
+    t, weight = state.timestep_sampler.sample(positions)
+    key = NoiseKey(config.seed, STREAM_CHOICE, positions, 0, _CHOICE_DRAW)
+    choice = uniform(key, (len(positions), 2))
+    if config.flip:
+        x_0 = torch.where((choice[:, 0] < 0.5)[:, None, None, None], x_0.flip(3), x_0)
+    if config.channels_last:
+        x_0 = x_0.contiguous(memory_format=torch.channels_last)
+    kwargs = {}
+    if config.class_cond:
+        assert batch.labels is not None
+        labels = batch.labels.to(device, non_blocking=True)
+        kwargs["y"] = torch.where(choice[:, 1] < config.label_dropout, -1, labels)
+
+    def network(x_t: Tensor, timesteps: Tensor, **kwargs: Tensor) -> Tensor:
+        dtype = _DTYPES[config.dtype]
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            return state.module(x_t, timesteps, **kwargs)
+
+    losses = diffusion.training_losses(
+        network,
+        x_0,
+        t,
+        NoiseKey(config.seed, STREAM_FORWARD, positions, t),
+        objective=config.objective,
+        vlb_weight=config.vlb_weight,
+        model_kwargs=kwargs,
+    )
+    return {**losses, "weight": weight, "t": t}
+
+
+def _gradient_norm(state: TrainState) -> Tensor:
+    """The norm of the gradient so far, without the loss's scale."""
+    gradients = [p.grad for p in state.model.parameters() if p.grad is not None]
+    norm = whole(torch.nn.utils.get_total_norm(gradients))
+    return norm / state.scaler.get_scale()
+
+
+def _measures(
+    config: TrainConfig, state: TrainState, losses: dict[str, Tensor], norm: Tensor, small: Tensor
+) -> Tensor:
+    quartile = losses["t"] * _QUARTILES // config.diffusion_steps
+    zeros = torch.zeros(_QUARTILES, device=norm.device)
+    sums = zeros.index_add(0, quartile, losses["loss"].float())
+    counts = zeros.index_add(0, quartile, torch.ones_like(losses["loss"], dtype=torch.float32))
+    means = [losses[name].float().mean() for name in ("loss", "mse", "vlb")]
+    return torch.cat([torch.stack([*means, norm, small, norm**2]), sums, counts])
+
+
+def summarise(config: TrainConfig, measures: Tensor, size: int) -> dict[str, float]:
+    """What to log of the measures' mean over steps and processes: the losses, and their split by t.
+
+    `loss_q0` .. `loss_q3` are the mean losses in the quarters of the chain, `grad_noise_scale` the
+    simple noise scale tr(S) / |G|^2 in images (McCandlish et al. 2018, appendix A.1).
+    """
+    values = measures.tolist()
+    named = dict(zip(MEASURES, values, strict=False))
+    small, big = named.pop("noise_small"), named.pop("noise_big")
+    sums, counts = values[len(MEASURES) : -_QUARTILES], values[-_QUARTILES:]
+    for i, (total, count) in enumerate(zip(sums, counts, strict=True)):
+        if count:
+            named[f"loss_q{i}"] = total / count
+    if config.noise_scale:
+        n_big, n_small = config.batch_size, config.batch_size // (config.accumulate * size)
+        signal = (n_big * big - n_small * small) / (n_big - n_small)
+        noise = (small - big) / (1 / n_small - 1 / n_big)
+        named["grad_noise_scale"] = noise / signal if signal > 0 else float("inf")
+    return named
