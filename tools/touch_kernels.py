@@ -1,0 +1,41 @@
+"""Call every op once per test case on one backend: what a memory checker has to watch, and no more.
+
+compute-sanitizer --error-exitcode 1 python tools/touch_kernels.py --backend cuda
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+from iddpm_ext.ops.spec import BACKENDS, REGISTRY, unavailable
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def main() -> None:
+    """Runs the cases and prints how many calls each op took; a backend that can serve none raises."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--backend", choices=BACKENDS, default="cuda")
+    backend = parser.parse_args().backend
+    device = "cpu" if backend in ("cpu", "reference") else "cuda"
+    total = 0
+    for name, spec in REGISTRY.items():
+        calls = 0
+        for dtype in DTYPES:
+            if unavailable(name, backend, device, dtype) is None:
+                for case in spec.sample_inputs(device, dtype):
+                    spec.public(**case.kwargs, backend=backend)
+                    calls += 1
+        print(f"{name}: {calls} calls", flush=True)
+        total += calls
+    if device == "cuda":
+        torch.cuda.synchronize()
+    if total == 0:
+        reasons = {unavailable(name, backend, device, torch.float32) for name in REGISTRY}
+        raise SystemExit(f"touch_kernels: no op can run on {backend}: {reasons}")
+
+
+if __name__ == "__main__":
+    main()
