@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,12 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from iddpm_ext import unet_plain
+from iddpm_ext.ops import group_norm_silu, spec
 from iddpm_ext.unet_config import NUM_GROUPS, UNetConfig
 
 if TYPE_CHECKING:
     from iddpm_ext.diffusion import Diffusion
 
-BACKENDS = ("auto", "plain")
+BACKENDS = ("auto", "plain", *spec.BACKENDS)
 
 
 def timestep_embedding(timesteps: Tensor, dim: int) -> Tensor:
@@ -35,40 +38,8 @@ def timestep_embedding(timesteps: Tensor, dim: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
-def _group_norm_silu(
-    x: Tensor,
-    num_groups: int,
-    weight: Tensor,
-    bias: Tensor,
-    *,
-    eps: float = 1e-5,
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
-    silu: bool = True,
-) -> Tensor:
-    # Half-precision statistics lose digits, so everything up to the result is at least float32.
-    work = torch.promote_types(x.dtype, torch.float32)
-    h = torch.group_norm(x.to(work), num_groups, weight.to(work), bias.to(work), eps)
-    if scale is not None and shift is not None:
-        per_channel = (*scale.shape, *[1] * (x.dim() - 2))
-        h = h * (1 + scale.to(work).view(per_channel)) + shift.to(work).view(per_channel)
-    return (F.silu(h) if silu else h).to(x.dtype)
-
-
-def _qkv_attention(qkv: Tensor, num_heads: int) -> Tensor:
-    # Legacy order: heads are split first, then each head's channels into q, k and v.
-    n, width, length = qkv.shape
-    q, k, v = qkv.reshape(n * num_heads, width // num_heads, length).chunk(3, dim=1)
-    # Scaling q and k by the fourth root each keeps the product in range for half precision.
-    root = 1 / math.sqrt(math.sqrt(q.shape[1]))
-    logits = torch.einsum("bct,bcs->bts", q * root, k * root)
-    work = torch.promote_types(qkv.dtype, torch.float32)
-    attention = torch.softmax(logits.to(work), dim=-1).to(v.dtype)
-    return torch.einsum("bts,bcs->bct", attention, v).reshape(n, width // 3, length)
-
-
 class GroupNormSiLU(nn.GroupNorm):
-    """SiLU(GroupNorm(x) * (1 + scale) + shift) in 32 groups; without the SiLU if `silu` is False.
+    """SiLU(GroupNorm(x + channel_bias) * (1 + scale) + shift), or without the SiLU, in 32 groups.
 
     Statistics are at least float32. In the checkpoints' numbering the SiLU has a place of its own,
     which an `nn.Identity` holds.
@@ -80,10 +51,18 @@ class GroupNormSiLU(nn.GroupNorm):
         self.backend = "auto"
 
     def forward(
-        self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None
+        self,
+        x: Tensor,
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
+        channel_bias: Tensor | None = None,
     ) -> Tensor:
-        """x [N, C, *], scale and shift [N, C] -> like x."""
-        return _group_norm_silu(
+        """x [N, C, H, W]; scale, shift and channel_bias, which is added to x, [N, C] -> like x."""
+        if self.backend == "plain":
+            compute = unet_plain.group_norm_silu
+        else:
+            compute = partial(group_norm_silu, backend=self.backend)
+        return compute(
             x,
             self.num_groups,
             self.weight,
@@ -92,6 +71,7 @@ class GroupNormSiLU(nn.GroupNorm):
             scale=scale,
             shift=shift,
             silu=self.silu,
+            channel_bias=channel_bias,
         )
 
 
@@ -148,7 +128,7 @@ class ResBlock(nn.Module):
         if self.scale_shift:
             h = norm(h, *emb.chunk(2, dim=1))
         else:
-            h = norm(h + emb[:, :, None, None])
+            h = norm(h, channel_bias=emb)
         for layer in rest:
             h = layer(h)
         return self.skip_connection(x) + h
@@ -168,7 +148,7 @@ class AttentionBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [N, C, H, W] -> [N, C, H, W]."""
         qkv = self.qkv(self.norm(x).flatten(2))
-        return x + self.proj_out(_qkv_attention(qkv, self.num_heads)).view(x.shape)
+        return x + self.proj_out(unet_plain.qkv_attention(qkv, self.num_heads)).view(x.shape)
 
 
 class Upsample(nn.Module):

@@ -19,6 +19,7 @@ SMALL = UNetConfig(
     channel_mult=(1, 2),
     attention_resolutions=(4,),
 )
+TINY = replace(SMALL, channel_mult=(1,))
 GOLDENS = json.loads(GOLDEN.read_text())["cases"]
 
 
@@ -234,12 +235,63 @@ def test_labels_of_an_unconditional_network_are_refused():
         UNet(SMALL)(x, t, torch.tensor([0, 1]))
 
 
-def test_plain_backend_runs_without_registered_operators():
+def output_and_gradients(config: UNetConfig, backend: str, dtype: torch.dtype):
+    model = filled(config).to(dtype)
+    model.backend = backend
+    x, t = small_inputs()
+    x = x.to(dtype).requires_grad_()
+    output = model(x, t)
+    output.square().mean().backward()
+    gradients = torch.cat([g.grad.flatten() for g in (x, *model.parameters())])
+    return output.detach().double(), gradients.double()
+
+
+@pytest.mark.parametrize("scale_shift", [True, False])
+def test_fused_operators_are_as_exact_as_plain_ones(scale_shift):
+    config = replace(SMALL, use_scale_shift_norm=scale_shift)
+    exact = output_and_gradients(config, "plain", torch.float64)
+    yardstick = output_and_gradients(config, "plain", torch.float32)
+    fused = output_and_gradients(config, "auto", torch.float32)
+    reference = output_and_gradients(config, "auto", torch.float64)
+    for e, y, f, r in zip(exact, yardstick, fused, reference, strict=True):
+        assert (f - e).norm() <= 2 * (y - e).norm()
+        assert (r - e).norm() <= 1e-13 * e.norm()
+
+
+def operators_called(model, x, t) -> set[str]:
+    with torch.no_grad(), torch.profiler.profile() as profile:
+        model(x, t)
+    return {event.name for event in profile.events() if event.name.startswith("iddpm_ext::")}
+
+
+def test_plain_backend_calls_no_registered_operator():
     model = filled(SMALL)
     x, t = small_inputs()
-    with torch.no_grad():
-        expected = model(x, t)
-        model.backend = "plain"
-        torch.testing.assert_close(model(x, t), expected, rtol=1e-4, atol=1e-4)
-    with pytest.raises(ValueError, match=r"UNet: backend must be one of .*got 'fast'"):
-        model.backend = "fast"
+    assert "iddpm_ext::group_norm_silu" in operators_called(model, x, t)
+    model.backend = "plain"
+    assert operators_called(model, x, t) == set()
+
+
+def test_unknown_backend_is_refused():
+    with pytest.raises(ValueError, match=r"UNet: backend must be one of auto, plain.*got 'fast'"):
+        UNet(SMALL).backend = "fast"
+
+
+def test_network_traces_as_one_graph():
+    model = filled(replace(TINY, num_classes=4))
+    x, t = small_inputs()
+    y = torch.tensor([3, -1])
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x, t, y), model(x, t, y))
+
+
+def test_plain_network_exports_with_a_free_batch_size():
+    model = filled(TINY)
+    model.backend = "plain"
+    x, t = small_inputs()
+    batch = torch.export.Dim("batch")
+    exported = torch.export.export(
+        model, (x, t), dynamic_shapes={"x": {0: batch}, "timesteps": {0: batch}}
+    )
+    x, t = small_inputs(5)
+    torch.testing.assert_close(exported.module()(x, t), model(x, t))
