@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from iddpm_ext import ops
-from iddpm_ext.gaussian import discretized_gaussian_log_likelihood, normal_kl
 from iddpm_ext.ops import ReverseStep, checks
 from iddpm_ext.ops.columns import Column
 from iddpm_ext.ops.rows import Rows, compute_dtype
@@ -295,18 +294,10 @@ class Diffusion:
         Returns:
             [N]. Differentiable in model_output.
         """
-        row = self._rows("vlb_terms_bpd", t, x_t)
-        checks.shape("vlb_terms_bpd", "x_0", x_0, tuple(x_t.shape), "of the shape of x_t")
-        predicted = self.p_mean_variance(model_output, x_t, t, clip)
-        true_mean = row[Column.MEAN_X0] * x_0 + row[Column.MEAN_XT] * x_t
-        kl = normal_kl(
-            true_mean, row[Column.POSTERIOR_LOG_VARIANCE], predicted.mean, predicted.log_variance
-        )
-        log_likelihood = discretized_gaussian_log_likelihood(
-            x_0, predicted.mean, 0.5 * predicted.log_variance, exact=exact
-        )
-        nats = torch.where((t == 0)[:, None, None, None], -log_likelihood, kl)
-        return nats.flatten(1).mean(1) / math.log(2)
+        checks.image_batch("vlb_terms_bpd", "x_t", x_t)
+        checks.model_output("vlb_terms_bpd", model_output, x_t, self.table())
+        table = self.table(x_t.device, dtype=compute_dtype(model_output, x_t))
+        return ops.vlb_terms(model_output, x_0, x_t, t, table, clip=clip, exact=exact)
 
     def prior_bpd(self, x_0: Tensor) -> Tensor:
         """L_T = KL(q(x_T | x_0) || N(0, 1)) in bits per dimension (equation 7), [N].
@@ -356,33 +347,34 @@ class Diffusion:
                 "training_losses: objective must be 'simple' or 'vlb' where the variance is "
                 f"{self.variance}, got 'hybrid'"
             )
-        row = self._rows("training_losses", t, x_0)
+        checks.image_batch("training_losses", "x_0", x_0)
         checks.noise_arguments("training_losses", noise, x_0)
-        if isinstance(noise, NoiseKey):
-            noise = normal(noise, x_0.shape, x_0.device)
         x_t = self.q_sample(x_0, t, noise)
         model_output = model(x_t, self.model_timesteps(t), **(model_kwargs or {}))
         checks.model_output("training_losses", model_output, x_t, self.table())
-        channels = x_0.shape[1]
-        out, v = model_output[:, :channels], model_output[:, channels:]
+        table = self.table(x_0.device, dtype=compute_dtype(model_output, x_0))
+        if self.learns_variance and objective != "vlb":
+            parts = ops.hybrid_loss(model_output, x_0, x_t, noise, t, table, vlb_weight=vlb_weight)
+            if objective == "hybrid":
+                return {"loss": parts.loss, "mse": parts.mse, "vlb": parts.vlb}
+            return {"loss": parts.mse, "mse": parts.mse, "vlb": parts.vlb.detach()}
+        mse = self._mean_squared_error(model_output[:, : x_0.shape[1]], x_0, x_t, noise, t)
+        if objective == "simple":
+            vlb = self.vlb_terms_bpd(model_output.detach(), x_0, x_t, t, clip=False)
+            return {"loss": mse, "mse": mse, "vlb": vlb}
+        vlb = self.vlb_terms_bpd(model_output, x_0, x_t, t, clip=False)
+        return {"loss": self.num_timesteps * vlb, "mse": mse.detach(), "vlb": vlb}
 
-        target = (
-            row[Column.TARGET_X0] * x_0
-            + row[Column.TARGET_XT] * x_t
-            + row[Column.TARGET_NOISE] * noise
-        )
-        mse = (target - out).square().flatten(1).mean(1)
-        if objective == "hybrid":
-            for_vlb = torch.cat([out.detach(), v], dim=1)
-        else:
-            for_vlb = model_output if objective == "vlb" else model_output.detach()
-        vlb = self.vlb_terms_bpd(for_vlb, x_0, x_t, t, clip=False)
-        loss = {
-            "simple": mse,
-            "hybrid": mse + vlb_weight * self.num_timesteps * vlb,
-            "vlb": self.num_timesteps * vlb,
-        }[objective]
-        return {"loss": loss, "mse": mse.detach() if objective == "vlb" else mse, "vlb": vlb}
+    def _mean_squared_error(
+        self, out: Tensor, x_0: Tensor, x_t: Tensor, noise: Tensor | NoiseKey, t: Tensor
+    ) -> Tensor:
+        """mean (target - out)^2 of each example, [N]."""
+        if isinstance(noise, NoiseKey):
+            noise = normal(noise, x_0.shape, x_0.device)
+        row = self._rows("training_losses", t, x_0)
+        target = row[Column.TARGET_X0] * x_0 + row[Column.TARGET_XT] * x_t
+        target = target + row[Column.TARGET_NOISE] * noise
+        return (target - out).square().flatten(1).mean(1)
 
     def to_dict(self) -> dict[str, Any]:
         """What ``from_dict`` rebuilds this process from, in JSON's types."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from iddpm_ext.ops.group_norm_silu import GroupNormSilu, group_norm_silu
+from iddpm_ext.ops.hybrid_loss import HybridLoss, hybrid_loss
 from iddpm_ext.ops.q_sample import q_sample
 from iddpm_ext.ops.reverse_step import ReverseStep, reverse_step
 from iddpm_ext.ops.spec import REGISTRY, BadCase, Case, OpSpec, resolve_backend, unavailable
@@ -13,9 +14,11 @@ __all__ = [
     "BadCase",
     "Case",
     "GroupNormSilu",
+    "HybridLoss",
     "OpSpec",
     "ReverseStep",
     "group_norm_silu",
+    "hybrid_loss",
     "q_sample",
     "resolve_backend",
     "reverse_step",

@@ -47,8 +47,9 @@ class OpSpec:
 
     `kernels` maps a backend's name to the function that computes it; all take the same arguments, those
     of the registered operator without the trailing backend. `dtypes` says which dtypes of the first
-    tensor each kernel takes ("reference" takes every floating dtype). Cases for tests and benchmarks
-    live in `iddpm_ext/ops/<name>/cases.py` and are imported only when asked for.
+    tensor each kernel takes ("reference" takes every floating dtype). `stops_gradient` is true where
+    a part of the gradient is left out on purpose, so that numerical differentiation must differ. Cases
+    for tests and benchmarks live in `iddpm_ext/ops/<name>/cases.py` and are imported only when asked for.
     """
 
     name: str
@@ -59,6 +60,7 @@ class OpSpec:
         default_factory=lambda: dict.fromkeys(("cpu", "cuda", "triton"), FLOAT32_ONLY)
     )
     differentiable: tuple[str, ...] = ()
+    stops_gradient: bool = False
 
     def _cases(self) -> Any:
         return importlib.import_module(f"iddpm_ext.ops.{self.name}.cases")
