@@ -39,8 +39,10 @@ EMULATOR = Path("tests/cuda_emu")
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 MODULE_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra")
 # Without these two, gcc leaves loops with exp or a comparison in them scalar.
-KERNEL_FLAGS: tuple[str, ...] = ("-fno-trapping-math", "-fno-math-errno", "-Wno-psabi", "-Wno-unknown-pragmas")
-KERNEL_FLAGS += ("-Wno-maybe-uninitialized",)  # the AVX-512 intrinsics of gcc 12
+KERNEL_FLAGS = (
+    *("-fno-trapping-math", "-fno-math-errno", "-Wno-psabi", "-Wno-unknown-pragmas"),
+    "-Wno-maybe-uninitialized",  # the AVX-512 intrinsics of gcc 12
+)
 ISA_FLAGS = {
     "base": ("-msse4.2", "-mpopcnt") if X86 else (),
     "avx2": ("-mavx2", "-mfma", "-mf16c", "-mpopcnt"),

@@ -12,7 +12,8 @@ namespace iddpm {
 constexpr int kHybridLossThreads = 256;
 
 template <typename T, bool kDense>
-__global__ void __launch_bounds__(kHybridLossThreads, 3) hybrid_loss_kernel(const HybridLossArgs a) {
+__global__ void __launch_bounds__(kHybridLossThreads, 3)
+    hybrid_loss_kernel(const HybridLossArgs a) {
   IDDPM_SMEM(float, scratch, 32);
   const int64_t sample = blockIdx.x;
   const int64_t all = a.c * a.hw;
