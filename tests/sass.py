@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+#: Arithmetic that has a 64th of float32's throughput on many GPUs; nothing here needs it.
+FLOAT64 = r"D(ADD|MUL|FMA|SETP|MNMX)\b|F2F\.F64|MUFU\.RCP64H"
 
 
 @dataclass(frozen=True)

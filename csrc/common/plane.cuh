@@ -9,11 +9,30 @@
 
 namespace iddpm {
 
-// Element `at` (NCHW order) of a sample; `channel` counts past C for the variance head.
-IDDPM_DEVICE int64_t plane_offset(const Plane& plane, int64_t hw, int64_t sample, int64_t at) {
-  const int64_t channel = at / hw;
-  return sample * plane.sample + channel * plane.channel + (at - channel * hw) * plane.pixel;
-}
+// Consecutive elements of a sample from `at` on; `channel` counts past C for the variance head. One
+// division serves them all, and every plane that starts at the same element. Channels and pixels of
+// one sample fit 32 bits, which spares registers; offsets do not.
+class Walk {
+ public:
+  IDDPM_DEVICE Walk(const Plane& plane, int64_t hw, int64_t sample, int64_t at)
+      : plane_(plane),
+        base_(sample * plane.sample),
+        hw_(static_cast<int>(hw)),
+        channel_(static_cast<int>(at / hw)),
+        pixel_(static_cast<int>(at - at / hw * hw)) {}
+  IDDPM_DEVICE int64_t offset() const {
+    return base_ + int64_t(channel_) * plane_.channel + int64_t(pixel_) * plane_.pixel;
+  }
+  IDDPM_DEVICE void next() {
+    if (++pixel_ == hw_) pixel_ = 0, ++channel_;
+  }
+
+ private:
+  const Plane& plane_;
+  const int64_t base_;
+  const int hw_;
+  int channel_, pixel_;
+};
 
 template <typename T, bool kDense>
 IDDPM_DEVICE void read4(const Plane& plane, int64_t hw, int64_t sample, int64_t at, int64_t end,
@@ -22,9 +41,10 @@ IDDPM_DEVICE void read4(const Plane& plane, int64_t hw, int64_t sample, int64_t 
   if constexpr (kDense) {
     load_floats<T, 4>(data + sample * plane.sample + at, values);
   } else {
+    Walk walk(plane, hw, sample, at);
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
-      values[i] = at + i < end ? to_float(data[plane_offset(plane, hw, sample, at + i)]) : 0.0f;
+    for (int i = 0; i < 4; ++i, walk.next())
+      values[i] = at + i < end ? to_float(data[walk.offset()]) : 0.0f;
   }
 }
 
@@ -35,9 +55,10 @@ IDDPM_DEVICE void write4(const Plane& plane, int64_t hw, int64_t sample, int64_t
   if constexpr (kDense) {
     store_floats<T, 4>(data + sample * plane.sample + at, values);
   } else {
+    Walk walk(plane, hw, sample, at);
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
-      if (at + i < end) data[plane_offset(plane, hw, sample, at + i)] = from_float<T>(values[i]);
+    for (int i = 0; i < 4; ++i, walk.next())
+      if (at + i < end) data[walk.offset()] = from_float<T>(values[i]);
   }
 }
 

@@ -12,10 +12,25 @@ def _uniform(word):
 
 
 @triton.jit
+def _sincos_turn(u):
+    """sin and cos of 2 pi u for u in [0, 1]: tl.sin would bring a float64 path for huge arguments."""
+    quarter = tl.floor(4.0 * u + 0.5)
+    x = (u - 0.25 * quarter) * 6.283185307179586
+    y = x * x
+    sine = x + x * y * (-1.6666654611e-1 + y * (8.3321608736e-3 - 1.9515295891e-4 * y))
+    cosine = 4.166664568298827e-2 + y * (-1.388731625493765e-3 + 2.443315711809948e-5 * y)
+    cosine = 1.0 - 0.5 * y + y * y * cosine
+    turns = quarter.to(tl.int32)
+    odd = (turns & 1) == 1
+    s, c = tl.where(odd, cosine, sine), tl.where(odd, sine, cosine)
+    return tl.where((turns & 2) != 0, -s, s), tl.where(((turns + 1) & 2) != 0, -c, c)
+
+
+@triton.jit
 def _pair(word_radius, word_angle):
     radius = tl.sqrt(-2.0 * tl.log(_uniform(word_radius)))
-    angle = 6.283185307179586 * _uniform(word_angle)
-    return radius * tl.cos(angle), radius * tl.sin(angle)
+    sine, cosine = _sincos_turn(_uniform(word_angle))
+    return radius * cosine, radius * sine
 
 
 @triton.jit
