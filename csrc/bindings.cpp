@@ -298,8 +298,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         "What the build decided and why, and what this machine offers, as a dict.");
   m.def("set_isa", &set_isa, py::arg("name"),
         "Use the instruction set `name` from now on and return the previous one's name.");
-  IDDPM_BIND_CPU(m, group_norm_silu);
-  IDDPM_BIND_CPU(m, group_norm_silu_bwd);
+  IDDPM_BIND(m, group_norm_silu);
+  IDDPM_BIND(m, group_norm_silu_bwd);
   IDDPM_BIND(m, hybrid_loss);
   IDDPM_BIND(m, q_sample);
   IDDPM_BIND(m, reverse_step);

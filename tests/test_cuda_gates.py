@@ -27,13 +27,21 @@ REGISTERS = 64
 MORE_REGISTERS: dict[str, int] = {
     "ExactLikelihood": 128,  # double precision, by choice and at the last step only
     "vlb_terms_kernel": 80,  # value and gradient of either kind of term in one pass
+    "group_norm_columns_kernel": 80,  # a thread keeps eight channels' maps; three blocks still fit
+    "group_norm_rows_kernel": 80,
+    # Staged tiles leave room for two blocks anyway.
+    "group_norm_bwd_(rows|columns)_kernel": 128,
     "hybrid_loss_kernel": 80,  # noise, two losses and two gradients in one pass
 }
 # Kernels that compute in float64 on purpose.
 IN_DOUBLE = "ExactLikelihood"
 # Kernels that move 16 bytes at a time, and where.
-WIDE_LOADS = (r"reverse_step_kernel<float, true>",)
-WIDE_STORES = (r"reverse_step_kernel<\w+, true>",)
+WIDE_LOADS = (
+    r"reverse_step_kernel<float, true>",
+    r"group_norm_columns_kernel<\w+, (\(int\))?[48],",
+    r"group_norm_rows_kernel<\w+, (\(int\))?[48],",
+)
+WIDE_STORES = (r"reverse_step_kernel<\w+, true>", *WIDE_LOADS[1:])
 
 
 def toolkit() -> Toolkit | str:

@@ -209,6 +209,18 @@ def _fake_bwd(
     )
 
 
+def _triton(*inputs: Any) -> Any:
+    from iddpm_ext.ops.group_norm_silu import triton
+
+    return triton.group_norm_silu(*inputs)
+
+
+def _triton_bwd(*inputs: Any) -> Any:
+    from iddpm_ext.ops.group_norm_silu import triton
+
+    return triton.group_norm_silu_bwd(*inputs)
+
+
 SPEC = register(
     OpSpec(
         name=NAME,
@@ -217,6 +229,8 @@ SPEC = register(
         kernels={
             "reference": reference.group_norm_silu,
             "cpu": native.cpu,
+            "cuda": native.cuda,
+            "triton": _triton,
         },
         dtypes=dict.fromkeys(("cpu", "cuda", "triton"), FLOAT32_AND_HALVES),
         differentiable=(
@@ -248,6 +262,8 @@ _op_bwd = define(
     {
         "reference": reference.group_norm_silu_bwd,
         "cpu": native.cpu_bwd,
+        "cuda": native.cuda_bwd,
+        "triton": _triton_bwd,
     },
     _fake_bwd,
 )
