@@ -35,7 +35,14 @@ IDDPM_NATIVE nv nload(const float* p) {
 
 IDDPM_NATIVE void nstore(float* p, nv v) { std::memcpy(p, &v, sizeof v); }
 
-IDDPM_NATIVE nv nsplat(float a) { return nv{} + a; }
+// Not nv{} + a, which adds a to zero before it broadcasts the sum: that is no identity for a = -0.
+IDDPM_NATIVE nv nsplat(float a) {
+#if defined(__AVX512F__)
+  return (nv)_mm512_set1_ps(a);
+#else
+  return (nv)_mm256_set1_ps(a);
+#endif
+}
 
 // 2^f for f in [-1/2, 1/2], relative error 8e-8.
 IDDPM_NATIVE nv exp2_fraction(nv f) {

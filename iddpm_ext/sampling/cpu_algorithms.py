@@ -33,7 +33,7 @@ def choose_tile(shape: ConvShape, family: str, exact: bool) -> int:
 def choose_block(shape: ConvShape, family: str, tile: int) -> int:
     """How many tiles are transformed at a time, so that they stay in the second cache level."""
     per_tile = (tile + 2) ** 2 * (shape.channels + 48)
-    return max(12, 160 * 1024 // per_tile // 12 * 12)
+    return max(12, 96 * 1024 // per_tile // 12 * 12)
 
 
 @lru_cache(maxsize=1)

@@ -209,6 +209,8 @@ class CPUEngine:
             *(self._shared.data_ptr(), self._shared.numel()),
             *(self._scratch.data_ptr(), self._scratch.shape[1]),
         )
+        if code < 0:
+            raise RuntimeError("CPUEngine: the instruction set in use has no engine any more")
         if code:
             raise RuntimeError(f"CPUEngine: operation {code - 1} of the plan could not run")
         return out
