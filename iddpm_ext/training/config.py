@@ -30,8 +30,8 @@ class TrainConfig:
     """What `train` does: data, network, objective, optimiser, and what is written when.
 
     Attributes:
-        data: what `iddpm_ext.data.open_data` reads.
-        out: the run's folder.
+        data: what `iddpm_ext.data.open_data` reads; must be given.
+        out: the run's folder; must be given.
         steps: optimiser steps in all; a resumed run counts those already made.
         batch_size: images a step, over all processes and accumulated parts.
         accumulate: parts that each process computes its share of a batch in, one after the other.
@@ -83,8 +83,8 @@ class TrainConfig:
         resume: auto continues from the newest sound checkpoint in out; never refuses a folder with any.
     """
 
-    data: str
-    out: str
+    data: str = ""
+    out: str = ""
     steps: int = 100_000
     batch_size: int = 128
     accumulate: int = 1

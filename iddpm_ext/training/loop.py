@@ -40,6 +40,9 @@ def train(config: TrainConfig) -> Path:
         ValueError, FileNotFoundError: the data or the configuration cannot be used; see the message.
         RuntimeError: 20 steps in a row had no finite gradient.
     """
+    for name in ("data", "out"):
+        if not getattr(config, name):
+            raise ValueError(f"train: {name} must be given, got an empty string")
     with Parallel(config.device, sharded=config.fsdp) as parallel, StopSignals() as stop:
         if config.batch_size % (config.accumulate * parallel.size):
             raise ValueError(

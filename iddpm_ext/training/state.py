@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from iddpm_ext.checkpoint import metadata_of
 from iddpm_ext.diffusion import Diffusion
 from iddpm_ext.diffusion.timestep_samplers import TimestepSampler, make_timestep_sampler
 from iddpm_ext.unet import UNet
@@ -118,15 +118,11 @@ class TrainState:
         return notes
 
     def describe(self) -> dict[str, str]:
-        """The metadata of a weights file: network, diffusion process and class names, as JSON."""
-        assert self.model.diffusion is not None
-        described: dict[str, Any] = {
-            "unet": self.model.config.to_dict(),
-            "diffusion": self.model.diffusion.to_dict(),
-        }
+        """The metadata of a weights file, as `iddpm_ext.load` wants it."""
+        extra: dict[str, Any] = {"step": self.step, "images": self.images}
         if self.model.config.num_classes is not None and self.class_names is not None:
-            described["class_names"] = list(self.class_names)
-        return {key: json.dumps(value) for key, value in described.items()}
+            extra["class_names"] = list(self.class_names)
+        return metadata_of(self.model, extra)
 
     def averaged_model(self, parallel: Parallel) -> UNet | None:
         """A copy of the network with the first average's weights, on process 0 (None on the others)."""

@@ -1,0 +1,62 @@
+"""`iddpm train` and `iddpm data check`: the flags reach the run, and errors are one line."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from iddpm_ext.cli import main
+
+_SMALL = [
+    "--steps", "2", "--batch-size", "2", "--image-size", "8", "--model-channels", "32",
+    "--num-res-blocks", "1", "--channel-mult", "1,2", "--attention-resolutions", "4",
+    "--diffusion-steps", "20", "--device", "cpu", "--no-progress",
+]  # fmt: skip
+
+
+@pytest.fixture
+def data(tmp_path) -> str:
+    images = np.random.default_rng(0).integers(0, 256, (6, 10, 10, 3), np.uint8)
+    np.savez(tmp_path / "d.npz", images=images, labels=np.array([0, 1, 2, 0, 1, 2]))
+    return str(tmp_path / "d.npz")
+
+
+def test_the_documented_flags_make_a_run_and_a_file_repeats_it(data, tmp_path, capsys):
+    out = tmp_path / "run"
+    flags = [
+        "--data", data, "--out", str(out), *_SMALL, "--class-cond", "--objective", "vlb",
+        "--timestep-sampler", "loss-second-moment", "--lr", "1e-3", "--dtype", "bfloat16",
+        "--save-every", "1", "--sample-every", "0", "--seed", "3", "--resume", "auto",
+    ]  # fmt: skip
+    assert main(["train", *flags]) == 0
+    assert capsys.readouterr().out.strip() == str(out / "ckpt" / "step-2")
+    config = json.loads((out / "config.json").read_text())
+    assert config["channel_mult"] == [1, 2] and config["objective"] == "vlb" and config["seed"] == 3
+    again = ["--config-file", str(out / "config.json"), "--out", str(tmp_path / "again")]
+    assert main(["train", *again]) == 0
+    repeated = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert repeated == {**config, "out": str(tmp_path / "again")}
+    first, second = (
+        load_file(folder / "ckpt" / "step-2" / "model.safetensors")
+        for folder in (out, tmp_path / "again")
+    )
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_wrong_setting_is_one_line_and_status_1(data, tmp_path, capsys):
+    assert main(["train", "--data", data, "--out", str(tmp_path / "x"), "--lr", "0"]) == 1
+    assert capsys.readouterr().err == "iddpm train: train: lr must be above 0, got 0.0\n"
+    assert main(["train", "--out", str(tmp_path / "x")]) == 1
+    assert "data must be given" in capsys.readouterr().err
+
+
+def test_data_check_tells_and_its_status_says_whether_all_is_well(data, tmp_path, capsys):
+    assert main(["data", "check", data]) == 0
+    assert "6 images, 0 unreadable" in capsys.readouterr().out
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "x.png").write_bytes(b"")
+    assert main(["data", "check", str(tmp_path / "folder")]) == 1
