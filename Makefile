@@ -6,6 +6,9 @@ VENV ?= .venv
 #   make sample TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
 TORCH ?= torch==2.13.0
 TESTS ?= tests
+# Of `make train`: a folder with the four IDX files (Debian package dataset-fashion-mnist), and how long.
+DATA ?= /usr/share/datasets/fashion-mnist
+STEPS ?= 8000
 
 PY = $(VENV)/bin/python
 INSTALL = $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
@@ -14,7 +17,7 @@ CPP_FILES = $(shell find csrc tests benchmarks -name '*.cpp' -o -name '*.h' -o -
 BUILD_INPUTS = setup.py $(wildcard tools/*.py) $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help build sample test check sanitize gpu-check soak clean
+.PHONY: help build sample test train bench check sanitize gpu-check soak clean
 
 help: ## print this list
 	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' Makefile | expand -t 14
@@ -34,6 +37,15 @@ check: $(VENV)/.dev $(VENV)/.built ## ruff, mypy and clang-format
 build: $(VENV)/.ok ## compile the module in place and say what was built
 	$(BUILD)
 	@touch $(VENV)/.built
+
+train: $(VENV)/.ok $(VENV)/.built ## train the bundled model's network on Fashion-MNIST (DATA=..., STEPS=...) into runs/
+	$(PY) -m iddpm_ext train --data $(DATA) --out runs/fashion-mnist --steps $(STEPS) --batch-size 32 --class-cond \
+	  --label-dropout 0.1 --model-channels 64 --num-res-blocks 1 --channel-mult 1,1,1 --attention-resolutions 7 \
+	  --lr 1e-3 --resume auto
+
+bench: $(VENV)/.ok $(VENV)/.built ## the CPU engine against other runtimes (those that are installed)
+	$(INSTALL) --no-build-isolation -e '.[bench]'
+	$(PY) -m benchmarks.end_to_end --device cpu
 
 sanitize: $(VENV)/.dev ## run the test suite with the C++ code under AddressSanitizer and UBSan
 	CXX=g++ tools/sanitize.sh $(PY) $(TESTS)
