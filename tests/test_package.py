@@ -19,6 +19,7 @@ PACKAGE = Path(iddpm_ext.__file__).parent
 FLOORS = [
     {"_C", "_native", "random", "gaussian"},
     {"ops"},
+    {"unet_plain"},
     {"diffusion", "unet", "unet_config"},
     {"..."},
     {"training"},

@@ -11,7 +11,7 @@ from iddpm_ext.ops.group_norm_silu.layout import empty_like_images, optional
 from iddpm_ext.ops.native import Plane, plane
 
 #: Elements of a tile.
-TILE = 2048
+TILE = 1024
 
 
 @triton.jit
@@ -330,5 +330,5 @@ def aot_cases() -> list[tuple[object, dict[str, str], dict[str, object]]]:
             for name in kernel.arg_names
         }  # fmt: skip
         constants = {name: True for name in kernel.arg_names if name.isupper()}
-        found.append((kernel, signature, {**constants, "CHANNELS": 8, "PIXELS": 256}))
+        found.append((kernel, signature, {**constants, "CHANNELS": 8, "PIXELS": TILE // 8}))
     return found
