@@ -11,6 +11,7 @@
 #include <string>
 #include <tuple>
 
+#include "ceilings/ceilings.h"
 #include "common/isa.h"
 #include "group_norm_silu/group_norm_silu.h"
 #include "hybrid_loss/hybrid_loss.h"
@@ -304,6 +305,10 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   IDDPM_BIND(m, q_sample);
   IDDPM_BIND(m, reverse_step);
   IDDPM_BIND(m, vlb_terms);
+  m.def(
+      "multiply_add_burst",
+      [](int64_t rounds) { return IDDPM_DISPATCH(multiply_add_burst)(rounds); }, nogil(),
+      "Spend `rounds` rounds of multiply-adds in registers; returns their FLOPs.");
   m.def("unet_engine", &run_plan, nogil(), "Run a plan of csrc/unet_engine/plan.h.");
 #ifdef IDDPM_WITH_CUDA
   m.def("cuda_error", [](int code) {

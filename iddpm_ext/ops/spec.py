@@ -81,6 +81,11 @@ class OpSpec:
         """Bytes that any implementation must move: each input read once, each output written once."""
         return self._cases().minimum_bytes(kwargs)
 
+    def flops(self, kwargs: dict[str, Any]) -> int | None:
+        """Floating-point operations of the forward pass, where they and not the bytes are its floor."""
+        count = getattr(self._cases(), "flops", None)
+        return None if count is None else count(kwargs)
+
 
 REGISTRY: dict[str, OpSpec] = {}
 
