@@ -16,6 +16,7 @@
 #include "group_norm_silu/group_norm_silu.h"
 #include "hybrid_loss/hybrid_loss.h"
 #include "q_sample/q_sample.h"
+#include "qkv_attention/qkv_attention.h"
 #include "reverse_step/reverse_step.h"
 #include "unet_engine/unet_engine.h"
 #include "vlb_terms/vlb_terms.h"
@@ -267,6 +268,35 @@ iddpm::GroupNormSiluBwdArgs group_norm_silu_bwd_args(
           address<float>(workspace)};
 }
 
+// `_input` of iddpm_ext/ops/qkv_attention/native.py: N, T, heads, d, head step, part step; dtype;
+// qkv; statistics.
+using AttentionArgument = std::tuple<std::array<int64_t, 6>, int, PlaneArgument, int64_t>;
+
+iddpm::QkvAttentionInput attention_input(const AttentionArgument& argument) {
+  const auto& [size, dtype, qkv, statistics] = argument;
+  return {size[0],
+          size[1],
+          size[2],
+          size[3],
+          size[4],
+          size[5],
+          static_cast<iddpm::DType>(dtype),
+          plane(qkv),
+          address<float>(statistics)};
+}
+
+iddpm::QkvAttentionArgs qkv_attention_args(const AttentionArgument& in, const PlaneArgument& out,
+                                           int64_t workspace) {
+  return {attention_input(in), plane(out), address<float>(workspace)};
+}
+
+iddpm::QkvAttentionBwdArgs qkv_attention_bwd_args(const AttentionArgument& in,
+                                                  const PlaneArgument& out,
+                                                  const PlaneArgument& dout,
+                                                  const PlaneArgument& dqkv, int64_t workspace) {
+  return {attention_input(in), plane(out), plane(dout), plane(dqkv), address<float>(workspace)};
+}
+
 // Binds `<op>_cpu(arguments..., num_threads)`; `make` turns the Python arguments into the
 // launcher's struct, and `choose` gives the kernel for the instruction set in use.
 template <typename Args, typename... In>
@@ -330,6 +360,10 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   IDDPM_BIND(m, group_norm_silu_bwd);
   IDDPM_BIND(m, hybrid_loss);
   IDDPM_BIND(m, q_sample);
+  IDDPM_BIND_CPU(m, qkv_attention);
+  IDDPM_BIND_CPU(m, qkv_attention_bwd);
+  m.def("attention_workspace", &iddpm::attention_workspace, "Floats a thread; see its header.");
+  m.def("attention_bwd_workspace", &iddpm::attention_bwd_workspace);
   IDDPM_BIND(m, reverse_step);
   IDDPM_BIND(m, vlb_terms);
   IDDPM_BIND(m, vlb_to_all);

@@ -1,6 +1,7 @@
 // A thread's view of a running plan.
 #pragma once
 
+#include "native.h"
 #include "plan.h"
 
 namespace iddpm {
@@ -34,9 +35,6 @@ static inline Range share(int64_t count, int64_t grain, int64_t thread, int64_t 
   const int64_t end = pieces * (thread + 1) / threads * grain;
   return Range{begin < count ? begin : count, end < count ? end : count};
 }
-
-static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-static inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // Each returns 0, or 1 when the scratch is too small for it.
 int run_input(const InputOp& op, const Team& team);

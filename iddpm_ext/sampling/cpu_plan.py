@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from iddpm_ext import _native
 from iddpm_ext.sampling import cpu_ops as ops
 from iddpm_ext.sampling import cpu_pack as pack
 from iddpm_ext.sampling.cpu_algorithms import ConvShape, choose_block, choose_tile
@@ -192,7 +193,7 @@ class Planner:
         self.rows.append(
             ops.attention_row(tokens, layer.num_heads, width, qkv.buffer, normed.buffer)
         )
-        self._need_scratch(2 * (tokens + 32) * (width + 16) + 12 * (tokens + width + 64))
+        self._need_scratch(_native.native().attention_workspace(tokens, width))
         self._linear(layer.proj_out, normed, out, source)
         self._free(normed, qkv)
 
