@@ -16,6 +16,7 @@ _LAZY: dict[str, str] = {
     "UNet": "iddpm_ext.unet",
     "UNetConfig": "iddpm_ext.unet_config",
     "load": "iddpm_ext.checkpoint",
+    "load_classifier": "iddpm_ext.checkpoint",
     "save": "iddpm_ext.checkpoint",
     "ops": "iddpm_ext.ops",
     "sample": "iddpm_ext.sampling",
@@ -26,6 +27,7 @@ _LAZY: dict[str, str] = {
 
 if TYPE_CHECKING:
     from iddpm_ext.checkpoint import load as load
+    from iddpm_ext.checkpoint import load_classifier as load_classifier
     from iddpm_ext.checkpoint import save as save
     from iddpm_ext.classifier import Classifier as Classifier
     from iddpm_ext.classifier import ClassifierConfig as ClassifierConfig
