@@ -10,10 +10,13 @@ __version__ = "0.1.0"
 # Public name -> the module that defines it; a module itself where the two are equal. Loaded at
 # first use: importing iddpm_ext is quick and asks for no optional library.
 _LAZY: dict[str, str] = {
+    "Classifier": "iddpm_ext.classifier",
+    "ClassifierConfig": "iddpm_ext.classifier",
     "Diffusion": "iddpm_ext.diffusion",
     "UNet": "iddpm_ext.unet",
     "UNetConfig": "iddpm_ext.unet_config",
     "load": "iddpm_ext.checkpoint",
+    "load_classifier": "iddpm_ext.checkpoint",
     "save": "iddpm_ext.checkpoint",
     "ops": "iddpm_ext.ops",
     "sample": "iddpm_ext.sampling",
@@ -24,7 +27,10 @@ _LAZY: dict[str, str] = {
 
 if TYPE_CHECKING:
     from iddpm_ext.checkpoint import load as load
+    from iddpm_ext.checkpoint import load_classifier as load_classifier
     from iddpm_ext.checkpoint import save as save
+    from iddpm_ext.classifier import Classifier as Classifier
+    from iddpm_ext.classifier import ClassifierConfig as ClassifierConfig
     from iddpm_ext.diffusion import Diffusion as Diffusion
     from iddpm_ext.images import save_animation as save_animation
     from iddpm_ext.images import save_images as save_images

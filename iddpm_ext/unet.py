@@ -95,13 +95,24 @@ def _zeroed(conv: nn.Module) -> nn.Module:
 
 
 class ResBlock(nn.Module):
-    """Two normalised 3x3 convolutions around the time embedding, and a skip connection."""
+    """Two normalised 3x3 convolutions around the time embedding, and a skip connection.
+
+    resample: "up" or "down" doubles or halves height and width before the first convolution and in
+        the skip connection, by repetition or by average pooling.
+    """
 
     def __init__(
-        self, channels: int, emb_channels: int, out_channels: int, dropout: float, scale_shift: bool
+        self,
+        channels: int,
+        emb_channels: int,
+        out_channels: int,
+        dropout: float,
+        scale_shift: bool,
+        resample: str | None = None,
     ):
         super().__init__()
         self.scale_shift = scale_shift
+        self.resample = resample
         self.in_layers = nn.Sequential(
             GroupNormSiLU(channels),
             nn.Identity(),
@@ -121,8 +132,13 @@ class ResBlock(nn.Module):
         )
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        """x [N, C, H, W], emb [N, emb_channels] -> [N, out_channels, H, W]."""
-        h = self.in_layers(x)
+        """x [N, C, H, W], emb [N, emb_channels] -> [N, out_channels, H, W], or resampled."""
+        if self.resample is None:
+            h = self.in_layers(x)
+        else:
+            norm, act, conv = self.in_layers
+            h = conv(_resampled(act(norm(x)), self.resample))
+            x = _resampled(x, self.resample)
         emb = self.emb_layers(emb)
         norm, *rest = self.out_layers
         if self.scale_shift:
@@ -134,12 +150,22 @@ class ResBlock(nn.Module):
         return self.skip_connection(x) + h
 
 
-class AttentionBlock(nn.Module):
-    """Self-attention over all positions of a feature map, with a skip connection."""
+def _resampled(x: Tensor, how: str) -> Tensor:
+    if how == "down":
+        return F.avg_pool2d(x, 2)
+    return F.interpolate(x, scale_factor=2, mode="nearest")
 
-    def __init__(self, channels: int, num_heads: int):
+
+class AttentionBlock(nn.Module):
+    """Self-attention over all positions of a feature map, with a skip connection.
+
+    order: how the rows of `qkv` are arranged, "legacy" or "new".
+    """
+
+    def __init__(self, channels: int, num_heads: int, order: str = "legacy"):
         super().__init__()
         self.num_heads = num_heads
+        self.order = order
         self.backend = "auto"
         self.norm = GroupNormSiLU(channels, silu=False)
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
@@ -148,7 +174,8 @@ class AttentionBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [N, C, H, W] -> [N, C, H, W]."""
         qkv = self.qkv(self.norm(x).flatten(2))
-        return x + self.proj_out(unet_plain.qkv_attention(qkv, self.num_heads)).view(x.shape)
+        h = unet_plain.qkv_attention(qkv, self.num_heads, self.order)
+        return x + self.proj_out(h).view(x.shape)
 
 
 class Upsample(nn.Module):
@@ -187,10 +214,60 @@ class Block(nn.Sequential):
         return x
 
 
+def res_block_of(
+    c: UNetConfig, channels: int, out_channels: int, resample: str | None = None
+) -> ResBlock:
+    """A residual block as the configuration wants them."""
+    emb_channels = 4 * c.model_channels
+    scale_shift = c.use_scale_shift_norm
+    return ResBlock(channels, emb_channels, out_channels, c.dropout, scale_shift, resample)
+
+
+def time_embed_of(c: UNetConfig) -> nn.Sequential:
+    """The layers between the sinusoids of a timestep and its embedding."""
+    width, emb_channels = c.model_channels, 4 * c.model_channels
+    return nn.Sequential(
+        nn.Linear(width, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels)
+    )
+
+
+def encoder_of(c: UNetConfig) -> tuple[nn.ModuleList, Block, list[int]]:
+    """The blocks on the way down, the middle block, and the width of each block on the way down."""
+    width = c.channels(0)
+    first_in = 2 * c.in_channels if c.super_resolution else c.in_channels
+    blocks = nn.ModuleList([Block(nn.Conv2d(first_in, width, 3, padding=1))])
+    widths = [width]
+    last = len(c.channel_mult) - 1
+    for level in range(len(c.channel_mult)):
+        for _ in range(c.num_res_blocks):
+            layers: list[nn.Module] = [res_block_of(c, width, c.channels(level))]
+            width = c.channels(level)
+            if c.has_attention(level):
+                layers.append(AttentionBlock(width, c.heads(width), c.attention_order))
+            blocks.append(Block(*layers))
+            widths.append(width)
+        if level != last:
+            blocks.append(
+                Block(
+                    res_block_of(c, width, width, "down")
+                    if c.resblock_updown
+                    else Downsample(width, c.conv_resample)
+                )
+            )
+            widths.append(width)
+    middle = Block(
+        res_block_of(c, width, width),
+        AttentionBlock(width, c.heads(width), c.attention_order),
+        res_block_of(c, width, width),
+    )
+    return blocks, middle, widths
+
+
 class UNet(nn.Module):
     """The network of Improved DDPM (Nichol & Dhariwal 2021, appendix A).
 
-    config: a `UNetConfig`. The state dict has the keys and shapes of openai/improved-diffusion.
+    config: a `UNetConfig`. The state dict has the keys and shapes of openai/improved-diffusion, and
+        with its options those of openai/guided-diffusion.
     Attributes that change how, not what, it computes: `gradient_checkpointing` (False) recomputes
     each block in the backward pass instead of keeping its activations; `backend` ("auto").
     `extra` holds JSON-ready facts that travel in the checkpoint, such as step schedules.
@@ -207,48 +284,28 @@ class UNet(nn.Module):
         self.extra: dict[str, Any] = {}
 
         c = config
-        emb_channels = 4 * c.model_channels
-        self.time_embed = nn.Sequential(
-            nn.Linear(c.model_channels, emb_channels),
-            nn.SiLU(),
-            nn.Linear(emb_channels, emb_channels),
-        )
+        self.time_embed = time_embed_of(c)
         if c.num_classes is not None:
-            self.label_emb = nn.Embedding(c.num_classes, emb_channels)
+            self.label_emb = nn.Embedding(c.num_classes, 4 * c.model_channels)
 
-        def res_block(channels: int, out_channels: int) -> ResBlock:
-            return ResBlock(channels, emb_channels, out_channels, c.dropout, c.use_scale_shift_norm)
-
-        width = c.model_channels
-        first_in = 2 * c.in_channels if c.super_resolution else c.in_channels
-        self.input_blocks = nn.ModuleList([Block(nn.Conv2d(first_in, width, 3, padding=1))])
-        skip_widths = [width]
-        last = len(c.channel_mult) - 1
-        for level, mult in enumerate(c.channel_mult):
-            for _ in range(c.num_res_blocks):
-                layers: list[nn.Module] = [res_block(width, mult * c.model_channels)]
-                width = mult * c.model_channels
-                if c.has_attention(level):
-                    layers.append(AttentionBlock(width, c.num_heads))
-                self.input_blocks.append(Block(*layers))
-                skip_widths.append(width)
-            if level != last:
-                self.input_blocks.append(Block(Downsample(width, c.conv_resample)))
-                skip_widths.append(width)
-
-        self.middle_block = Block(
-            res_block(width, width), AttentionBlock(width, c.num_heads), res_block(width, width)
-        )
+        self.input_blocks, self.middle_block, skip_widths = encoder_of(c)
+        width = skip_widths[-1]
 
         self.output_blocks = nn.ModuleList()
-        for level, mult in reversed(list(enumerate(c.channel_mult))):
+        for level in reversed(range(len(c.channel_mult))):
             for i in range(c.num_res_blocks + 1):
-                layers = [res_block(width + skip_widths.pop(), mult * c.model_channels)]
-                width = mult * c.model_channels
+                layers: list[nn.Module] = [
+                    res_block_of(c, width + skip_widths.pop(), c.channels(level))
+                ]
+                width = c.channels(level)
                 if c.has_attention(level):
-                    layers.append(AttentionBlock(width, c.heads_up))
+                    layers.append(AttentionBlock(width, c.heads(width, up=True), c.attention_order))
                 if level and i == c.num_res_blocks:
-                    layers.append(Upsample(width, c.conv_resample))
+                    layers.append(
+                        res_block_of(c, width, width, "up")
+                        if c.resblock_updown
+                        else Upsample(width, c.conv_resample)
+                    )
                 self.output_blocks.append(Block(*layers))
 
         self.out = nn.Sequential(

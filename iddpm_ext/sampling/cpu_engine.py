@@ -36,6 +36,10 @@ def why_not_served(model: object, dtype: torch.dtype = torch.float32) -> str | N
         return f"the CPU engine computes in float32, got {dtype}"
     if not model.config.conv_resample:
         return "the CPU engine resamples by convolutions, and the network has conv_resample=False"
+    if model.config.resblock_updown:
+        return "the CPU engine resamples by convolutions, and the network has resblock_updown=True"
+    if model.config.attention_order != "legacy":
+        return "the CPU engine splits qkv in the legacy order, and the network has the new one"
     for name, parameter in model.named_parameters():
         if parameter.device.type != "cpu":
             return f"the CPU engine needs weights on the CPU, and {name} is on {parameter.device}"
