@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 # first use: importing iddpm_ext is quick and asks for no optional library.
 _LAZY: dict[str, str] = {
     "Diffusion": "iddpm_ext.diffusion",
+    "IDDPMScheduler": "iddpm_ext.interop.scheduler",
     "UNet": "iddpm_ext.unet",
     "UNetConfig": "iddpm_ext.unet_config",
     "load": "iddpm_ext.checkpoint",
@@ -22,12 +23,17 @@ _LAZY: dict[str, str] = {
     "save_images": "iddpm_ext.images",
 }
 
+# When diffusers loads a pipeline it asks the library that a class names as its own, which is this
+# package, for the base classes that it knows.
+_DIFFUSERS_BASES = ("ModelMixin", "SchedulerMixin")
+
 if TYPE_CHECKING:
     from iddpm_ext.checkpoint import load as load
     from iddpm_ext.checkpoint import save as save
     from iddpm_ext.diffusion import Diffusion as Diffusion
     from iddpm_ext.images import save_animation as save_animation
     from iddpm_ext.images import save_images as save_images
+    from iddpm_ext.interop.scheduler import IDDPMScheduler as IDDPMScheduler
     from iddpm_ext.sampling import sample as sample
     from iddpm_ext.sampling import sample_progressive as sample_progressive
     from iddpm_ext.unet import UNet as UNet
@@ -37,6 +43,8 @@ __all__ = ["__version__", *_LAZY]
 
 
 def __getattr__(name: str) -> Any:
+    if name in _DIFFUSERS_BASES:
+        return getattr(importlib.import_module("diffusers"), name)
     if name not in _LAZY:
         raise AttributeError(f"module 'iddpm_ext' has no attribute {name!r}")
     module = importlib.import_module(_LAZY[name])
