@@ -11,9 +11,12 @@ __version__ = "0.1.0"
 # first use: importing iddpm_ext is quick and asks for no optional library.
 _LAZY: dict[str, str] = {
     "Diffusion": "iddpm_ext.diffusion",
+    "IDDPMPipeline": "iddpm_ext.interop.pipeline",
     "IDDPMScheduler": "iddpm_ext.interop.scheduler",
+    "IDDPMUNet2DModel": "iddpm_ext.interop.unet2d",
     "UNet": "iddpm_ext.unet",
     "UNetConfig": "iddpm_ext.unet_config",
+    "from_diffusers": "iddpm_ext.interop.convert",
     "load": "iddpm_ext.checkpoint",
     "save": "iddpm_ext.checkpoint",
     "ops": "iddpm_ext.ops",
@@ -21,6 +24,7 @@ _LAZY: dict[str, str] = {
     "sample_progressive": "iddpm_ext.sampling",
     "save_animation": "iddpm_ext.images",
     "save_images": "iddpm_ext.images",
+    "to_diffusers": "iddpm_ext.interop.convert",
 }
 
 # When diffusers loads a pipeline it asks the library that a class names as its own, which is this
@@ -33,7 +37,11 @@ if TYPE_CHECKING:
     from iddpm_ext.diffusion import Diffusion as Diffusion
     from iddpm_ext.images import save_animation as save_animation
     from iddpm_ext.images import save_images as save_images
+    from iddpm_ext.interop.convert import from_diffusers as from_diffusers
+    from iddpm_ext.interop.convert import to_diffusers as to_diffusers
+    from iddpm_ext.interop.pipeline import IDDPMPipeline as IDDPMPipeline
     from iddpm_ext.interop.scheduler import IDDPMScheduler as IDDPMScheduler
+    from iddpm_ext.interop.unet2d import IDDPMUNet2DModel as IDDPMUNet2DModel
     from iddpm_ext.sampling import sample as sample
     from iddpm_ext.sampling import sample_progressive as sample_progressive
     from iddpm_ext.unet import UNet as UNet

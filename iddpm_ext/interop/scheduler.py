@@ -23,7 +23,7 @@ from iddpm_ext.interop.process import config_of, diffusion_of
 _SAMPLERS = ("ddpm", "ddim", "dpm++")
 
 
-class IDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
+class IDDPMScheduler(SchedulerMixin, ConfigMixin):
     """Samples networks with a learned variance inside the pipelines of diffusers.
 
     Tables are float64, rounded once; steps are spaced as in the original code, both ends included;
