@@ -13,8 +13,12 @@ _LAZY: dict[str, str] = {
     "Classifier": "iddpm_ext.classifier",
     "ClassifierConfig": "iddpm_ext.classifier",
     "Diffusion": "iddpm_ext.diffusion",
+    "IDDPMPipeline": "iddpm_ext.interop.pipeline",
+    "IDDPMScheduler": "iddpm_ext.interop.scheduler",
+    "IDDPMUNet2DModel": "iddpm_ext.interop.unet2d",
     "UNet": "iddpm_ext.unet",
     "UNetConfig": "iddpm_ext.unet_config",
+    "from_diffusers": "iddpm_ext.interop.convert",
     "load": "iddpm_ext.checkpoint",
     "load_classifier": "iddpm_ext.checkpoint",
     "save": "iddpm_ext.checkpoint",
@@ -23,7 +27,12 @@ _LAZY: dict[str, str] = {
     "sample_progressive": "iddpm_ext.sampling",
     "save_animation": "iddpm_ext.images",
     "save_images": "iddpm_ext.images",
+    "to_diffusers": "iddpm_ext.interop.convert",
 }
+
+# When diffusers loads a pipeline it asks the library that a class names as its own, which is this
+# package, for the base classes that it knows.
+_DIFFUSERS_BASES = ("ModelMixin", "SchedulerMixin")
 
 if TYPE_CHECKING:
     from iddpm_ext.checkpoint import load as load
@@ -34,6 +43,11 @@ if TYPE_CHECKING:
     from iddpm_ext.diffusion import Diffusion as Diffusion
     from iddpm_ext.images import save_animation as save_animation
     from iddpm_ext.images import save_images as save_images
+    from iddpm_ext.interop.convert import from_diffusers as from_diffusers
+    from iddpm_ext.interop.convert import to_diffusers as to_diffusers
+    from iddpm_ext.interop.pipeline import IDDPMPipeline as IDDPMPipeline
+    from iddpm_ext.interop.scheduler import IDDPMScheduler as IDDPMScheduler
+    from iddpm_ext.interop.unet2d import IDDPMUNet2DModel as IDDPMUNet2DModel
     from iddpm_ext.sampling import sample as sample
     from iddpm_ext.sampling import sample_progressive as sample_progressive
     from iddpm_ext.unet import UNet as UNet
@@ -43,6 +57,8 @@ __all__ = ["__version__", *_LAZY]
 
 
 def __getattr__(name: str) -> Any:
+    if name in _DIFFUSERS_BASES:
+        return getattr(importlib.import_module("diffusers"), name)
     if name not in _LAZY:
         raise AttributeError(f"module 'iddpm_ext' has no attribute {name!r}")
     module = importlib.import_module(_LAZY[name])

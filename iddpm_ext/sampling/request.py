@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from iddpm_ext import foreign
 from iddpm_ext.diffusion import SAMPLERS, Diffusion
+from iddpm_ext.interop.process import diffusion_of
 from iddpm_ext.ops.spec import resolve_backend
 from iddpm_ext.random import STREAM_CHOICE, NoiseKey, integers
 from iddpm_ext.unet import UNet
@@ -77,6 +79,7 @@ def make_request(
     """
     if not callable(model):
         raise TypeError(f"sample: model must be callable, got {type(model).__name__}")
+    model, diffusion, image_shape = _adapted(model, diffusion, image_shape)
     for name, flag in (
         ("clip", clip),
         ("engine", engine),
@@ -122,6 +125,21 @@ def make_request(
         backend=backend,
         progress=progress,
     )
+
+
+def _adapted(
+    model: Callable[..., Tensor], diffusion: Diffusion | None, image_shape: Sequence[int] | None
+) -> tuple[Callable[..., Tensor], Diffusion | None, Sequence[int] | None]:
+    """Networks and pipelines of diffusers as any other callable, with what they say of themselves."""
+    if foreign.is_pipeline(model):
+        pipeline: Any = model
+        model = pipeline.unet
+        diffusion = diffusion_of(pipeline.scheduler.config) if diffusion is None else diffusion
+    if foreign.is_unet2d(model):
+        assert isinstance(model, nn.Module)
+        network = foreign.UNet2DNetwork(model)
+        return network, diffusion, network.image_shape if image_shape is None else image_shape
+    return model, diffusion, image_shape
 
 
 def _check_sampler(sampler: str, eta: float) -> None:
