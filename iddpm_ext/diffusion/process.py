@@ -15,6 +15,7 @@ from iddpm_ext.ops.columns import Column
 from iddpm_ext.ops.rows import Rows, compute_dtype
 from iddpm_ext.random import NoiseKey, normal
 
+from .multistep import multistep_weights
 from .respace import space_timesteps
 from .schedule import check_betas, named_betas
 from .table import (
@@ -173,6 +174,10 @@ class Diffusion:
                 )
                 self._tables[key] = table.to(dtype).to(device)
         return self._tables[key]
+
+    def multistep_weights(self) -> Tensor:
+        """What `multistep_update` needs at every step of this chain, float64 [T] on the CPU."""
+        return multistep_weights(self._chain)
 
     def model_timesteps(self, t: Tensor) -> Tensor:
         """What the network is told at step t: the training chain's index, rescaled if so set.
