@@ -13,6 +13,9 @@ _LAZY: dict[str, str] = {
     "Diffusion": "iddpm_ext.diffusion",
     "UNet": "iddpm_ext.unet",
     "UNetConfig": "iddpm_ext.unet_config",
+    "classifier_gradient": "iddpm_ext.sampling",
+    "interpolate": "iddpm_ext.sampling",
+    "invert": "iddpm_ext.sampling",
     "load": "iddpm_ext.checkpoint",
     "save": "iddpm_ext.checkpoint",
     "ops": "iddpm_ext.ops",
@@ -28,6 +31,9 @@ if TYPE_CHECKING:
     from iddpm_ext.diffusion import Diffusion as Diffusion
     from iddpm_ext.images import save_animation as save_animation
     from iddpm_ext.images import save_images as save_images
+    from iddpm_ext.sampling import classifier_gradient as classifier_gradient
+    from iddpm_ext.sampling import interpolate as interpolate
+    from iddpm_ext.sampling import invert as invert
     from iddpm_ext.sampling import sample as sample
     from iddpm_ext.sampling import sample_progressive as sample_progressive
     from iddpm_ext.unet import UNet as UNet
