@@ -19,6 +19,9 @@ _LAZY: dict[str, str] = {
     "UNet": "iddpm_ext.unet",
     "UNetConfig": "iddpm_ext.unet_config",
     "from_diffusers": "iddpm_ext.interop.convert",
+    "classifier_gradient": "iddpm_ext.sampling",
+    "interpolate": "iddpm_ext.sampling",
+    "invert": "iddpm_ext.sampling",
     "load": "iddpm_ext.checkpoint",
     "load_classifier": "iddpm_ext.checkpoint",
     "save": "iddpm_ext.checkpoint",
@@ -48,6 +51,9 @@ if TYPE_CHECKING:
     from iddpm_ext.interop.pipeline import IDDPMPipeline as IDDPMPipeline
     from iddpm_ext.interop.scheduler import IDDPMScheduler as IDDPMScheduler
     from iddpm_ext.interop.unet2d import IDDPMUNet2DModel as IDDPMUNet2DModel
+    from iddpm_ext.sampling import classifier_gradient as classifier_gradient
+    from iddpm_ext.sampling import interpolate as interpolate
+    from iddpm_ext.sampling import invert as invert
     from iddpm_ext.sampling import sample as sample
     from iddpm_ext.sampling import sample_progressive as sample_progressive
     from iddpm_ext.unet import UNet as UNet

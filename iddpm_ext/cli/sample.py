@@ -20,7 +20,7 @@ def run(
     n: int | None = None,
     steps: str = "50",
     labels: tuple[str, ...] | None = None,
-    sampler: Literal["ddpm", "ddim"] = "ddpm",
+    sampler: Literal["ddpm", "ddim", "dpm++"] = "ddpm",
     eta: float = 0.0,
     guidance_scale: float = 1.0,
     seed: int = 0,
@@ -46,7 +46,7 @@ def run(
         n: how many images; 16, or one a label.
         steps: 50; ddim50; 10,15,20 for sections; optimal-8 for a schedule of the checkpoint.
         labels: class numbers or names, 0,1,boot; -1 for none; "all" for every class, n images in all.
-        sampler: ancestral (ddpm) or DDIM.
+        sampler: ancestral (ddpm), DDIM, or DPM-Solver++ (dpm++) for few steps.
         eta: the noise of DDIM, from 0 to 1.
         guidance_scale: of classifier-free guidance; 1 is without.
         seed: names all noise.

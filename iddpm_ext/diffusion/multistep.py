@@ -12,14 +12,21 @@ Source: Lu et al. 2022, "DPM-Solver++", algorithm 2.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from .table import Chain
 
 
-def multistep_weights(chain: Chain) -> Tensor:
+def multistep_weights(chain: Chain, limit: float = math.inf) -> Tensor:
     """weight_t of every step of a chain, float64 [T].
+
+    limit: the largest h_t / (2 h_{t+1}). Steps that are even in t are uneven in lambda: the next to
+    last is several times longer than the one before it, and extrapolating that far costs more than
+    the second order gains. 1/2 extrapolates as if the step before had been at least as long; it
+    changes nothing where the steps are even in lambda.
 
     The first step taken, t = T - 1, has no prediction before it, and the last one, t = 0, ends at
     lambda = infinity, where only the first order is defined: there the weight is 0.
@@ -28,7 +35,8 @@ def multistep_weights(chain: Chain) -> Tensor:
     step = log_snr[:-1] - log_snr[1:]  # of t = 1 .. T-1
     data_coefficient, _ = chain.mean_coefficients(0.0)
     weights = torch.zeros_like(log_snr)
-    weights[1:-1] = data_coefficient[1:-1] * step[:-1] / (2 * step[1:])
+    ratio = (step[:-1] / (2 * step[1:])).clamp(max=limit)
+    weights[1:-1] = data_coefficient[1:-1] * ratio
     return weights
 
 

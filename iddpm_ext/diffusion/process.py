@@ -176,9 +176,12 @@ class Diffusion:
                 self._tables[key] = table.to(dtype).to(device)
         return self._tables[key]
 
-    def multistep_weights(self) -> Tensor:
-        """What `multistep_update` needs at every step of this chain, float64 [T] on the CPU."""
-        return multistep_weights(self._chain)
+    def multistep_weights(self, limit: float = math.inf) -> Tensor:
+        """What `multistep_update` needs at every step of this chain, float64 [T] on the CPU.
+
+        limit: of the extrapolation, h_t / (2 h_{t+1}); 1/2 for steps that are even in t.
+        """
+        return multistep_weights(self._chain, limit)
 
     def model_timesteps(self, t: Tensor) -> Tensor:
         """What the network is told at step t: the training chain's index, rescaled if so set.

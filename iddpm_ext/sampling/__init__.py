@@ -2,6 +2,15 @@
 
 from __future__ import annotations
 
+from .classifier_guidance import classifier_gradient
+from .inversion import interpolate, invert
 from .loop import SampleStep, sample, sample_progressive
 
-__all__ = ["SampleStep", "sample", "sample_progressive"]
+__all__ = [
+    "SampleStep",
+    "classifier_gradient",
+    "interpolate",
+    "invert",
+    "sample",
+    "sample_progressive",
+]
