@@ -15,6 +15,7 @@ _LAZY: dict[str, str] = {
     "UNetConfig": "iddpm_ext.unet_config",
     "load": "iddpm_ext.checkpoint",
     "save": "iddpm_ext.checkpoint",
+    "nll": "iddpm_ext.likelihood",
     "ops": "iddpm_ext.ops",
     "sample": "iddpm_ext.sampling",
     "sample_progressive": "iddpm_ext.sampling",
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from iddpm_ext.diffusion import Diffusion as Diffusion
     from iddpm_ext.images import save_animation as save_animation
     from iddpm_ext.images import save_images as save_images
+    from iddpm_ext.likelihood import nll as nll
     from iddpm_ext.sampling import sample as sample
     from iddpm_ext.sampling import sample_progressive as sample_progressive
     from iddpm_ext.unet import UNet as UNet

@@ -1,4 +1,4 @@
-"""Sampling in several processes, started by torchrun: the batches are dealt out in turn.
+"""Work in several processes, started by torchrun: images are dealt out in turn.
 
 Noise is named by an image's number, so the images are those of one process with the same batches.
 """
@@ -6,6 +6,10 @@ Noise is named by an image's number, so the images are those of one process with
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,6 +29,50 @@ def rank() -> int:
     return int(os.environ.get("RANK", 0))
 
 
+@contextmanager
+def process_group() -> Iterator[None]:
+    """The group of all processes, for as long as the block lasts, unless there is one already."""
+    began = not dist.is_initialized()
+    if began:
+        dist.init_process_group("gloo")
+    try:
+        yield
+    finally:
+        if began:
+            dist.destroy_process_group()
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those that share a piece of work; used inside `process_group` if size > 1."""
+
+    rank: int
+    size: int
+
+    @classmethod
+    def alone(cls) -> Processes:
+        """One process that shares with none."""
+        return cls(0, 1)
+
+    @classmethod
+    def of_torchrun(cls) -> Processes:
+        """Those that torchrun started."""
+        return cls(rank(), world_size())
+
+    def gather(self, own: Any) -> list[Any]:
+        """What every process gave, in the order of their ranks, in each of them."""
+        if self.size == 1:
+            return [own]
+        parts: list[Any] = [None] * self.size
+        dist.all_gather_object(parts, own)
+        return parts
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.size > 1:
+            dist.barrier()
+
+
 def run_shared(request: Request) -> Tensor | None:
     """This process's share of the request, brought together in the first one.
 
@@ -35,15 +83,9 @@ def run_shared(request: Request) -> Tensor | None:
     """
     every, size = batches(request), world_size()
     own = run(request, every[rank() :: size]).cpu()
-    began = not dist.is_initialized()
-    if began:
-        dist.init_process_group("gloo")
-    try:
-        parts: list[Tensor | None] | None = [None] * size if rank() == 0 else None
+    parts: list[Tensor | None] | None = [None] * size if rank() == 0 else None
+    with process_group():
         dist.gather_object(own, parts)
-    finally:
-        if began:
-            dist.destroy_process_group()
     if parts is None:
         return None
     whole = torch.empty(request.n, *request.image_shape)

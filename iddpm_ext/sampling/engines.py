@@ -29,6 +29,9 @@ class Engine(Protocol):
     def __call__(self, x: Tensor, step: int, /) -> Tensor:
         """x: [n, C, H, W] -> the network's output at `timesteps[step]`."""
 
+    def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None, /) -> Tensor:
+        """x: [n, C, H, W] -> the output at timesteps float32 [n], one a sample, with labels [n]."""
+
 
 class Network(Protocol):
     """The network as the chain sees it."""
@@ -40,6 +43,11 @@ class Network(Protocol):
 
     def __call__(self, x: Tensor, step: int) -> Tensor:
         """The output for x [n, C, H, W] at `timesteps[step]`."""
+
+    def at(
+        self, x: Tensor, timesteps: Tensor, labels: Tensor | None, low_res: Tensor | None
+    ) -> Tensor:
+        """The output for x [n, C, H, W] at timesteps float32 [n], one a sample."""
 
 
 class EngineNetwork:
@@ -54,10 +62,18 @@ class EngineNetwork:
         self._low_res = low_res
 
     def __call__(self, x: Tensor, step: int) -> Tensor:
-        if self._low_res is not None:
-            low_res = F.interpolate(self._low_res.to(x.dtype), x.shape[2:], mode="bilinear")
-            x = torch.cat([x, low_res], dim=1)
-        return self.engine(x, step)
+        return self.engine(_with_low_res(x, self._low_res), step)
+
+    def at(
+        self, x: Tensor, timesteps: Tensor, labels: Tensor | None, low_res: Tensor | None
+    ) -> Tensor:
+        return self.engine.forward(_with_low_res(x, low_res), timesteps, labels)
+
+
+def _with_low_res(x: Tensor, low_res: Tensor | None) -> Tensor:
+    if low_res is None:
+        return x
+    return torch.cat([x, F.interpolate(low_res.to(x.dtype), x.shape[2:], mode="bilinear")], dim=1)
 
 
 class PlainNetwork:
@@ -72,12 +88,17 @@ class PlainNetwork:
         self._kwargs: dict[str, Tensor] = {}
 
     def begin(self, timesteps: Tensor, labels: Tensor | None, low_res: Tensor | None) -> None:
-        self._timesteps = timesteps
-        named = {"y": labels, "low_res": low_res}
-        self._kwargs = {name: value for name, value in named.items() if value is not None}
+        self._timesteps, self._kwargs = timesteps, _named(labels, low_res)
 
     def __call__(self, x: Tensor, step: int) -> Tensor:
-        timesteps = self._timesteps[step].expand(len(x))
+        return self._evaluate(x, self._timesteps[step].expand(len(x)), self._kwargs)
+
+    def at(
+        self, x: Tensor, timesteps: Tensor, labels: Tensor | None, low_res: Tensor | None
+    ) -> Tensor:
+        return self._evaluate(x, timesteps, _named(labels, low_res))
+
+    def _evaluate(self, x: Tensor, timesteps: Tensor, kwargs: dict[str, Tensor]) -> Tensor:
         with contextlib.ExitStack() as stack:
             stack.enter_context(_evaluating(self.model))
             if self.plain_ops:
@@ -87,11 +108,16 @@ class PlainNetwork:
                 stack.enter_context(
                     torch.autocast(self.device.type, self.dtype if half else None, half)
                 )
-            out = self.model(x, timesteps, **self._kwargs)
+            out = self.model(x, timesteps, **kwargs)
         if not isinstance(out, Tensor):
             raise TypeError(f"sample: model must return a tensor, got {type(out).__name__}")
         # The kernels read halves and float32 beside a float32 state.
         return out.to(x.dtype) if out.dtype == torch.float64 else out
+
+
+def _named(labels: Tensor | None, low_res: Tensor | None) -> dict[str, Tensor]:
+    named = {"y": labels, "low_res": low_res}
+    return {name: value for name, value in named.items() if value is not None}
 
 
 @contextlib.contextmanager

@@ -330,9 +330,13 @@ def _batch_size(
     given: int | None, n: int, shape: tuple[int, int, int], device: torch.device
 ) -> int:
     if given is None:
-        # Enough images to fill the device, few enough that a large image's activations fit.
-        most, pixels = (16, 1 << 16) if device.type == "cpu" else (256, 1 << 20)
-        given = max(1, min(most, pixels // (shape[1] * shape[2])))
+        given = default_batch_size(shape, device)
     elif isinstance(given, bool) or not isinstance(given, int) or given < 1:
         raise ValueError(f"sample: batch_size must be an int above 0, got {given!r}")
     return min(given, n)
+
+
+def default_batch_size(shape: tuple[int, int, int], device: torch.device) -> int:
+    """Enough images (C, H, W) to fill the device, few enough that a large one's activations fit."""
+    most, pixels = (16, 1 << 16) if device.type == "cpu" else (256, 1 << 20)
+    return max(1, min(most, pixels // (shape[1] * shape[2])))
