@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 # first use: importing iddpm_ext is quick and asks for no optional library.
 _LAZY: dict[str, str] = {
     "Diffusion": "iddpm_ext.diffusion",
+    "Splice": "iddpm_ext.splice",
     "UNet": "iddpm_ext.unet",
     "UNetConfig": "iddpm_ext.unet_config",
     "load": "iddpm_ext.checkpoint",
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from iddpm_ext.likelihood import nll as nll
     from iddpm_ext.sampling import sample as sample
     from iddpm_ext.sampling import sample_progressive as sample_progressive
+    from iddpm_ext.splice import Splice as Splice
     from iddpm_ext.unet import UNet as UNet
     from iddpm_ext.unet_config import UNetConfig as UNetConfig
 

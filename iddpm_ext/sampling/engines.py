@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from iddpm_ext.sampling.request import Request
+from iddpm_ext.splice import Splice, joined
 from iddpm_ext.unet import UNet
 
 _KEPT = 2
@@ -135,14 +137,15 @@ def _evaluating(model: object) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _plain_backend(model: object) -> Iterator[None]:
-    if not isinstance(model, UNet):
-        yield
-        return
-    before, model.backend = model.backend, "plain"
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    before = [(m, m.backend) for m in modules if isinstance(m, UNet)]
+    for network, _ in before:
+        network.backend = "plain"
     try:
         yield
     finally:
-        model.backend = before
+        for network, backend in before:
+            network.backend = backend
 
 
 def choose_network(request: Request, batch_size: int) -> Network:
@@ -180,7 +183,48 @@ def _cpu_network(request: Request, batch_size: int) -> Network | None:
     return EngineNetwork(engine, "cpu engine")
 
 
-_BUILDERS: tuple[Callable[[Request, int], Network | None], ...] = (_cpu_network,)
+class SplicedNetwork:
+    """The two networks of a `Splice`, each run as it is best run alone."""
+
+    def __init__(self, splice: Splice, ends: Network, between: Network) -> None:
+        self._splice, self._ends, self._between = splice, ends, between
+        self.name = f"spliced {between.name}"
+        self._at_ends: list[bool] = []
+
+    def begin(self, timesteps: Tensor, labels: Tensor | None, low_res: Tensor | None) -> None:
+        self._at_ends = self._splice.at_ends(timesteps).tolist()
+        for network in (self._ends, self._between):
+            network.begin(timesteps, labels, low_res)
+
+    def __call__(self, x: Tensor, step: int) -> Tensor:
+        return (self._ends if self._at_ends[step] else self._between)(x, step)
+
+    def at(
+        self, x: Tensor, timesteps: Tensor, labels: Tensor | None, low_res: Tensor | None
+    ) -> Tensor:
+        def run(network: Network, rows: Tensor) -> Tensor:
+            given = [None if value is None else value[rows] for value in (labels, low_res)]
+            return network.at(x[rows], timesteps[rows], *given)
+
+        return joined(
+            self._splice.at_ends(timesteps),
+            lambda rows: run(self._ends, rows),
+            lambda rows: run(self._between, rows),
+        )
+
+
+def _spliced_network(request: Request, batch_size: int) -> Network | None:
+    splice = request.model
+    if not isinstance(splice, Splice):
+        return None
+    ends, between = (
+        choose_network(replace(request, model=network), batch_size)
+        for network in (splice.ends, splice.between)
+    )
+    return SplicedNetwork(splice, ends, between)
+
+
+_BUILDERS: tuple[Callable[[Request, int], Network | None], ...] = (_spliced_network, _cpu_network)
 
 
 class _Engines(dict[tuple[object, ...], Engine]):
