@@ -18,6 +18,7 @@
 #include "reverse_step/reverse_step.h"
 #include "unet_engine/unet_engine.h"
 #include "vlb_terms/vlb_terms.h"
+#include "vlb_to_all/vlb_to_all.h"
 #ifdef IDDPM_WITH_CUDA
 #include "common/device.h"
 #endif
@@ -144,6 +145,32 @@ iddpm::VlbTermsArgs vlb_terms_args(const SizeArgument& size, const PlaneArgument
           exact,
           address<float>(terms),
           plane(gradient)};
+}
+
+// Address and the stride of a sample, of images that lie densely.
+using DenseArgument = std::array<int64_t, 2>;
+
+iddpm::VlbToAllArgs vlb_to_all_args(const std::array<int64_t, 3>& size,
+                                    const DenseArgument& model_output, bool learned,
+                                    const DenseArgument& x_0, const DenseArgument& x_t,
+                                    int64_t rows, int64_t targets, bool clip, bool exact,
+                                    int64_t terms) {
+  const int64_t count = size[2];
+  const auto dense = [&](const DenseArgument& d) {
+    return iddpm::Plane{address<void>(d[0]), d[1], count, 1};
+  };
+  return {size[0],
+          size[1],
+          count,
+          dense(model_output),
+          learned,
+          dense(x_0),
+          dense(x_t),
+          address<const float>(rows),
+          address<const int64_t>(targets),
+          clip,
+          exact,
+          address<float>(terms)};
 }
 
 iddpm::QSampleArgs q_sample_args(const SizeArgument& size, const PlaneArgument& x_0, int64_t t,
@@ -304,6 +331,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   IDDPM_BIND(m, q_sample);
   IDDPM_BIND(m, reverse_step);
   IDDPM_BIND(m, vlb_terms);
+  IDDPM_BIND(m, vlb_to_all);
   m.def("unet_engine", &run_plan, nogil(), "Run a plan of csrc/unet_engine/plan.h.");
 #ifdef IDDPM_WITH_CUDA
   m.def("cuda_error", [](int code) {

@@ -8,6 +8,7 @@ from iddpm_ext.ops.q_sample import q_sample
 from iddpm_ext.ops.reverse_step import ReverseStep, reverse_step
 from iddpm_ext.ops.spec import REGISTRY, BadCase, Case, OpSpec, resolve_backend, unavailable
 from iddpm_ext.ops.vlb_terms import vlb_terms
+from iddpm_ext.ops.vlb_to_all import vlb_to_all
 
 __all__ = [
     "REGISTRY",
@@ -24,4 +25,5 @@ __all__ = [
     "reverse_step",
     "unavailable",
     "vlb_terms",
+    "vlb_to_all",
 ]

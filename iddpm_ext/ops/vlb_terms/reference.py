@@ -22,8 +22,15 @@ def vlb_terms(
     exact: bool,
 ) -> Tensor:
     """[N] in float32, or float64 where an input is."""
+    row = Rows(table, t, compute_dtype(model_output, x_0, x_t))
+    return bound_terms(model_output, x_0, x_t, row, t == 0, clip, exact)
+
+
+def bound_terms(
+    model_output: Tensor, x_0: Tensor, x_t: Tensor, row: Rows, last: Tensor, clip: bool, exact: bool
+) -> Tensor:
+    """[N]: the decoder's NLL where `last` (bool, [N] or [1]) is set, the KL divergence elsewhere."""
     dtype = compute_dtype(model_output, x_0, x_t)
-    row = Rows(table, t, dtype)
     channels = x_t.shape[1]
     x_0, x_t = x_0.to(dtype), x_t.to(dtype)
     out = model_output[:, :channels].to(dtype)
@@ -43,5 +50,5 @@ def vlb_terms(
     mean = row[Column.MEAN_X0] * predicted + row[Column.MEAN_XT] * x_t
     log_scale = (0.5 * log_variance).expand_as(mean)
     nll = -discretized_gaussian_log_likelihood(x_0, mean, log_scale, exact=exact)
-    nats = torch.where((t == 0)[:, None, None, None], nll, kl)
+    nats = torch.where(last[:, None, None, None], nll, kl)
     return nats.flatten(1).mean(1) / math.log(2)

@@ -1,0 +1,72 @@
+// One warp a jump: its lanes add their own elements in order and then in a fixed tree. The warps of
+// a block take neighbouring targets of one sample, whose images they find in the cache.
+#pragma once
+
+#include "common/columns.h"
+#include "common/gaussian.cuh"
+#include "common/plane.cuh"
+#include "vlb_to_all/vlb_to_all.h"
+
+namespace iddpm {
+
+constexpr int kVlbToAllThreads = 256;
+
+template <bool kDense, typename Likelihood>
+__global__ void __launch_bounds__(kVlbToAllThreads, Likelihood::kBlocks)
+    vlb_to_all_kernel(const VlbToAllArgs a, const int64_t blocks_per_sample) {
+  constexpr int kWarps = kVlbToAllThreads / 32;
+  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+  const int64_t block = blockIdx.x, sample = block / blocks_per_sample;
+  const int64_t target = (block - sample * blocks_per_sample) * kWarps + warp;
+  if (target >= a.num_targets) return;
+  const float* row = a.rows + (sample * a.num_targets + target) * kNumColumns;
+  const bool decoder = a.targets[target] < 0;
+  const float x0_from_xt = row[kX0FromXt], x0_from_out = row[kX0FromOut];
+  const float mean_x0 = row[kMeanX0], mean_xt = row[kMeanXt];
+  const float bias = row[kLogVarianceBias], scale = row[kLogVarianceScale];
+  const float true_lv = row[kPosteriorLogVariance];
+
+  // A row of NaN is no jump: its term is NaN without a look at the images.
+  float nats = mean_x0 - mean_x0;
+  const int64_t end = mean_x0 == mean_x0 ? a.count : 0;
+  for (int64_t at = 4 * lane; at < end; at += 4 * 32) {
+    float out[4], v[4] = {}, x_0[4], x_t[4];
+    read4<float, kDense>(a.model_output, a.count, sample, at, a.count, out);
+    if (a.learned_variance)
+      read4<float, kDense>(a.model_output, a.count, sample, a.count + at, 2 * a.count, v);
+    read4<float, kDense>(a.x_0, a.count, sample, at, a.count, x_0);
+    read4<float, kDense>(a.x_t, a.count, sample, at, a.count, x_t);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float raw = x0_from_xt * x_t[i] + x0_from_out * out[i];
+      const float predicted = !a.clip ? raw : raw < -1.0f ? -1.0f : raw > 1.0f ? 1.0f : raw;
+      const float lv = bias + scale * v[i];
+      const float value =
+          decoder ? Likelihood::term(x_0[i], mean_x0 * predicted + mean_xt * x_t[i], lv).value
+                  : device_kl_term(mean_x0 * (x_0[i] - predicted), true_lv, lv).value;
+      if (at + i < a.count) nats += value;
+    }
+  }
+  nats = warp_sum(nats);
+  if (lane == 0)
+    a.terms[sample * a.num_targets + target] = nats * (kDeviceInverseLn2 / float(a.count));
+}
+
+inline void vlb_to_all_launch(const VlbToAllArgs& a, void* stream) {
+  constexpr int kWarps = kVlbToAllThreads / 32;
+  const int64_t per_sample = (a.num_targets + kWarps - 1) / kWarps;
+  const dim3 grid(static_cast<unsigned>(a.n * per_sample)), block(kVlbToAllThreads);
+  const bool dense = a.count % 4 == 0 && moves_in_vectors(a.model_output, a.count, 16) &&
+                     moves_in_vectors(a.x_0, a.count, 16) && moves_in_vectors(a.x_t, a.count, 16);
+  if (a.exact)
+    IDDPM_LAUNCH((vlb_to_all_kernel<false, ExactLikelihood>), grid, block, 0, stream, a,
+                 per_sample);
+  else if (dense)
+    IDDPM_LAUNCH((vlb_to_all_kernel<true, ApproximateLikelihood>), grid, block, 0, stream, a,
+                 per_sample);
+  else
+    IDDPM_LAUNCH((vlb_to_all_kernel<false, ApproximateLikelihood>), grid, block, 0, stream, a,
+                 per_sample);
+}
+
+}  // namespace iddpm
