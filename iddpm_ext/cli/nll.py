@@ -60,7 +60,7 @@ def run(
     import iddpm_ext
     from iddpm_ext.likelihood.request import make_likelihood_request
     from iddpm_ext.likelihood.run import compute
-    from iddpm_ext.sampling.distributed import Processes, process_group
+    from iddpm_ext.sampling.distributed import Processes
 
     processes = Processes.of_torchrun()
     if plot:
@@ -76,11 +76,8 @@ def run(
         progress=processes.rank == 0,
     )  # fmt: skip
     began = time.perf_counter()
-    if processes.size == 1:
+    with processes:
         result = compute(request, out / "state", processes)
-    else:
-        with process_group():
-            result = compute(request, out / "state", processes)
     seconds = time.perf_counter() - began
     if processes.rank > 0:
         return

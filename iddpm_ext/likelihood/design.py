@@ -15,9 +15,9 @@ Var(a + b) = E[(a - b)^2], and sum (a - b)^2 is an unbiased estimate of the vari
 noise is named by (image, step in the training chain, how often this image drew that step before), so that
 nothing depends on the order of work.
 
-The full sum draws every step once. Its first steps are drawn twice, as above; from there on neighbours
-pair up with scale 1, and (a - b)^2 overstates their variance by the square of the difference of their
-terms: little, and on the safe side.
+The full sum draws every step once. Steps whose neighbours' terms differ much (`doubled`) are drawn twice,
+as above; the others pair up with their neighbours with scale 1, and (a - b)^2 overstates their variance by
+the square of the difference of their terms: little, and on the safe side.
 """
 
 from __future__ import annotations
@@ -30,10 +30,9 @@ from torch import Tensor
 
 from iddpm_ext.random import STREAM_CHOICE, NoiseKey, uniform
 
-#: Steps that the full sum draws twice.
-DOUBLED = 64
 #: The `draw` of the pilot's noise; replicates count from 0.
 PILOT_DRAW = 1 << 20
+_DOUBLED = 64
 # Of the keys of stream 3: 0 names drawn labels, 1 the order of the data.
 _CHOICE_DRAW = 2
 _PILOT_IMAGES = 16
@@ -67,10 +66,13 @@ class Plan:
     columns: int | None
 
 
-def make_plan(images: int, num_timesteps: int, budget: float | None) -> Plan:
-    """Divides `budget` evaluations an image (at least 1; None: all steps) between pilot and estimate."""
-    none = torch.empty(0, dtype=torch.int64)
-    if budget is None or budget >= num_timesteps + min(DOUBLED, num_timesteps):
+def make_plan(images: int, timesteps: Tensor, budget: float | None) -> Plan:
+    """Divides `budget` evaluations an image (at least 1; None: all steps) between pilot and estimate.
+
+    timesteps: int64 [T], the chain's steps in the training chain.
+    """
+    none, num_timesteps = torch.empty(0, dtype=torch.int64), len(timesteps)
+    if budget is None or budget >= num_timesteps + int(doubled(timesteps).sum()):
         return Plan(none, none, None)
     total = int(images * budget)
     columns = total // images
@@ -85,14 +87,22 @@ def make_plan(images: int, num_timesteps: int, budget: float | None) -> Plan:
     return Plan(pilot_images, pilot_steps, columns if columns == 1 else columns // 2 * 2)
 
 
-def full_design(images: int, num_timesteps: int) -> Design:
-    """Every step of every image; see the head of this file."""
-    doubled = min(DOUBLED, num_timesteps)
-    twice = list(range(doubled))
-    once = list(range(doubled, num_timesteps))
+def doubled(timesteps: Tensor) -> Tensor:
+    """Which steps the full sum draws twice, bool [T]: those less than 64 of their jumps from the beginning.
+
+    Terms fall like jump / t^2, so that all others differ from the next one by some 3 % at most.
+    """
+    jump = timesteps.diff(prepend=timesteps[:1] - 1)
+    return timesteps < _DOUBLED * jump
+
+
+def full_design(images: int, timesteps: Tensor) -> Design:
+    """Every step of every image; see the head of this file. timesteps: int64 [T]."""
+    twice_at = doubled(timesteps)
+    twice, once = twice_at.nonzero()[:, 0], (~twice_at).nonzero()[:, 0]
     if len(once) % 2:
-        twice.append(once.pop())
-    t = torch.tensor([s for s in twice for _ in range(2)] + once)
+        twice, once = torch.cat([twice, once[-1:]]), once[:-1]
+    t = torch.cat([twice.repeat_interleave(2), once])
     scale = torch.ones(len(t), dtype=torch.float64)
     draw = torch.zeros_like(t)
     scale[: 2 * len(twice)] = 0.5

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from iddpm_ext.data import ImageData, open_data
+from iddpm_ext.data import ImageData, Order, open_data
 
 #: What `nll` takes: images in a tensor, opened data, or a path to open.
 Data = Tensor | ImageData | str | os.PathLike[str]
@@ -21,8 +21,12 @@ class Images(NamedTuple):
     labels: Tensor | None
 
 
-def read_images(data: Data, *, who: str, split: str, limit: int | None, size: int | None) -> Images:
+def read_images(
+    data: Data, *, who: str, split: str, limit: int | None, size: int | None, shuffle: bool = False
+) -> Images:
     """All images of `data`, or the first `limit`, brought to `size` where they come from files.
+
+    shuffle: `limit` images of opened data are a choice of all of them, always the same one.
 
     The bound is that of 8-bit images. A tensor must hold such levels; what a file gives (16 bits, resized
     images) is rounded to them.
@@ -37,6 +41,8 @@ def read_images(data: Data, *, who: str, split: str, limit: int | None, size: in
     if not hasattr(data, "images") or not hasattr(data, "labels"):
         raise TypeError(f"{who}: data must be a tensor, a path or image data, got {type(data)}")
     indices = torch.arange(len(data) if limit is None else min(limit, len(data)))
+    if shuffle:
+        indices = Order(len(data), seed=0).at(indices)
     parts = [data.images(part)[0] for part in indices.split(256)]
     levels = ((torch.cat(parts) + 1) * 127.5).round()
     return Images(levels / 127.5 - 1, data.labels(indices))

@@ -34,13 +34,17 @@ class LikelihoodRequest:
     budget: float | None
     exact: bool
 
-    def fingerprint(self) -> str:
-        """sha256 of everything that the result depends on, batches and processes not among it."""
+    def fingerprint(self, more: str = "") -> str:
+        """sha256 of everything that the result depends on, batches and processes not among it.
+
+        more: text for what the caller adds.
+        """
         request, digest = self.network, hashlib.sha256()
         facts = {
             "format": _FORMAT,
             "diffusion": request.diffusion.to_dict(),
             "budget": self.budget,
+            "more": more,
             "exact": self.exact,
             "clip": request.clip,
             "seed": request.seed,
@@ -91,35 +95,39 @@ def make_likelihood_request(
     engine: bool,
     backend: str,
     progress: bool,
+    who: str = "nll",
+    shuffle: bool = False,
 ) -> LikelihoodRequest:
     """Checks the arguments of `nll` and reads the images.
+
+    who: the function that errors name. shuffle: `limit` images of opened data are a random choice.
 
     Raises ValueError, TypeError or RuntimeError as `nll` documents.
     """
     number = isinstance(budget, (int, float)) and not isinstance(budget, bool)
     if budget is not None and not (number and budget >= 1 and budget < float("inf")):
         raise ValueError(
-            f"nll: budget must be at least 1 evaluation an image, or None for every step, "
+            f"{who}: budget must be at least 1 evaluation an image, or None for every step, "
             f"got {budget!r}"
         )
     if not isinstance(exact, bool):
-        raise TypeError(f"nll: exact must be True or False, got {exact!r}")
+        raise TypeError(f"{who}: exact must be True or False, got {exact!r}")
     config = getattr(model, "config", None)
     config = config if isinstance(config, UNetConfig) else None
     side = None if config is None else config.image_size
-    images = read_images(data, who="nll", split=split, limit=limit, size=side)
+    images = read_images(data, who=who, split=split, limit=limit, size=side, shuffle=shuffle)
     shape = list(images.x_0.shape[1:])
     if config is not None and shape != [config.in_channels, side, side]:
         raise ValueError(
-            f"nll: data must be [N, {config.in_channels}, {side}, {side}] for this model, "
+            f"{who}: data must be [N, {config.in_channels}, {side}, {side}] for this model, "
             f"got {list(images.x_0.shape)}"
         )
     if budget is not None and budget < 2 and len(images.x_0) == 1:
         raise ValueError(
-            f"nll: budget must be at least 2 for one image alone, to tell its error, got {budget}"
+            f"{who}: budget must be at least 2 for one image alone, to tell its error, got {budget}"
         )
-    labels = _labels(config, images, labels)
-    with as_errors_of("nll"):
+    labels = _labels(who, config, images, labels)
+    with _as_errors_of(who):
         network = make_request(
             model, steps, n=len(images.x_0), sampler="ddpm", eta=0.0, labels=labels,
             guidance_scale=1.0, low_res=low_res, seed=seed, x_T=None, clip=clip,
@@ -132,7 +140,7 @@ def make_likelihood_request(
 
 
 def _labels(
-    config: UNetConfig | None, images: Images, labels: Sequence[int] | Tensor | None
+    who: str, config: UNetConfig | None, images: Images, labels: Sequence[int] | Tensor | None
 ) -> Sequence[int] | Tensor | None:
     if labels is not None:
         return labels
@@ -141,14 +149,14 @@ def _labels(
         return None
     if images.labels is None:
         raise ValueError(
-            f"nll: labels must be given for a model of {classes} classes (-1 for unlabelled images), "
+            f"{who}: labels must be given for a model of {classes} classes (-1 for unlabelled images), "
             f"as the data has none, got None"
         )
     return images.labels
 
 
 @contextmanager
-def as_errors_of(who: str) -> Iterator[None]:
+def _as_errors_of(who: str) -> Iterator[None]:
     """Errors of the request that `sample` shares, under the caller's name."""
     try:
         yield

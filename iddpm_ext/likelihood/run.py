@@ -67,7 +67,8 @@ def nll(
         labels: integers [N], -1 for an unlabelled image; None takes those of the data.
         low_res: [N, C, h, w] in [-1, 1], for a super-resolution model.
         budget: network evaluations an image on average, the pilot included, at least 1; None for the full
-            sum, which evaluates every step once and the first 64 twice, to know its error.
+            sum, which evaluates every step once and those at jumps in the terms (64 of 4000) twice, to know
+            its error.
         steps: a shorter chain, as in `sample`; "dense-K" also visits every one of the first T/K steps,
             "optimal-K" is a schedule of the checkpoint; None for the whole chain.
         clip: clamp every predicted x_0 to [-1, 1].
@@ -94,20 +95,20 @@ def nll(
         exact=exact, batch_size=batch_size, seed=seed, split=split, limit=limit,
         diffusion=diffusion, dtype=dtype, engine=engine, backend=backend, progress=progress,
     )  # fmt: skip
-    return compute(request, Path(state) if state is not None else None, Processes.alone())
+    return compute(request, Path(state) if state is not None else None, Processes())
 
 
 def compute(request: LikelihoodRequest, state: Path | None, processes: Processes) -> Likelihood:
     """The likelihood of a request, shared out among `processes` by image, the same in all of them."""
     network, x_0 = request.network, request.x_0
     images, chain = len(x_0), network.diffusion
-    plan = make_plan(images, chain.num_timesteps, request.budget)
+    plan = make_plan(images, chain.timesteps, request.budget)
     pilot = _pilot_rows(plan.pilot_images, plan.pilot_steps)
     run = request.fingerprint() if state is not None else ""
     with Journal(state, run, processes.rank, len(MEASURED)) as journal:
         work = _Work(request, journal, processes)
         if plan.columns is None:
-            design = full_design(images, chain.num_timesteps)
+            design = full_design(images, chain.timesteps)
         else:
             # In batches of a fixed size: the proposal must not depend on the user's, not even by rounding.
             size = default_batch_size(network.image_shape, network.device)

@@ -17,16 +17,11 @@ import torch
 from torch import Tensor
 
 from iddpm_ext import ops
-from iddpm_ext.data import Order
 from iddpm_ext.diffusion import Diffusion
 from iddpm_ext.likelihood.evaluate import Evaluator, Rows, progress_bar
 from iddpm_ext.likelihood.images import Data
 from iddpm_ext.likelihood.journal import Journal
-from iddpm_ext.likelihood.request import (
-    LikelihoodRequest,
-    as_errors_of,
-    make_likelihood_request,
-)
+from iddpm_ext.likelihood.request import LikelihoodRequest, make_likelihood_request
 from iddpm_ext.likelihood.shortest import JumpTerms, shortest_paths
 from iddpm_ext.sampling.distributed import Processes
 
@@ -36,9 +31,10 @@ _EVERY_EARLY = 64
 
 @dataclass(frozen=True, eq=False)
 class StepSchedules:
-    """steps: K -> its K indices in the training chain, ascending. bpd: K -> the mean bound of the images that
+    """What `find_schedules` found.
 
-    they were found on. timesteps: the candidates, indices in the training chain.
+    steps: K -> its K indices in the training chain, ascending. bpd: K -> the mean bound of the images that
+    it was found on. timesteps: the candidates, indices in the training chain.
     """
 
     steps: dict[int, list[int]]
@@ -75,7 +71,8 @@ def find_schedules(
     steps, and from there on steps in a geometric progression.
 
     Args:
-        model, labels, clip, exact, batch_size, seed, diffusion, engine, backend, state, progress: as in `nll`.
+        model, labels, clip, exact, batch_size, seed, diffusion, engine, backend, state, progress: as in
+            `nll`.
         data: as in `nll`; images of training rather than those that the schedules are judged on.
         limit: a random choice of so many images (of a tensor: the first); None takes all.
         candidates: how many steps may be chosen, at least 2; all of the chain where it has no more.
@@ -89,17 +86,15 @@ def find_schedules(
 
     Source: Watson et al. 2021.
     """
-    for name, value in (("candidates", candidates), ("most", most)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 2:
-            raise ValueError(f"find_schedules: {name} must be an int above 1, got {value!r}")
-    with as_errors_of("find_schedules"):
-        request = make_likelihood_request(
-            model, data, labels=labels, low_res=None, budget=None, steps=None, clip=clip, exact=exact,
-            batch_size=batch_size, seed=seed, split=split, limit=limit, diffusion=diffusion,
-            dtype=None, engine=engine, backend=backend, progress=progress, shuffle=True,
-        )  # fmt: skip
+    check_counts(candidates, most)
+    request = make_likelihood_request(
+        model, data, labels=labels, low_res=None, budget=None, steps=None, clip=clip, exact=exact,
+        batch_size=batch_size, seed=seed, split=split, limit=limit, diffusion=diffusion,
+        dtype=None, engine=engine, backend=backend, progress=progress, who="find_schedules",
+        shuffle=True,
+    )  # fmt: skip
     folder = Path(state) if state is not None else None
-    return search(request, candidates, most, folder, Processes.alone())
+    return search(request, candidates, most, folder, Processes())
 
 
 def search(
@@ -120,6 +115,13 @@ def search(
         bpd={count: terms.bound(path) for count, path in paths.items()},
         timesteps=timesteps,
     )
+
+
+def check_counts(candidates: int, most: int) -> None:
+    """ValueError unless both are at least 2."""
+    for name, value in (("candidates", candidates), ("most", most)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 2:
+            raise ValueError(f"find_schedules: {name} must be an int above 1, got {value!r}")
 
 
 def candidate_steps(num_timesteps: int, count: int) -> Tensor:
@@ -155,7 +157,9 @@ def jump_terms(
         journal.remove()
     later = torch.ones(count, count, dtype=torch.bool).triu(1)
     zero = torch.zeros((), dtype=torch.float64)
-    priors = [_prior(chain, int(step), request.x_0) for step in steps]
+    priors = [torch.inf]  # no chain ends at the first candidate
+    for last in steps[1:].tolist():
+        priors.append(float(chain.respace([0, last]).prior_bpd(request.x_0).double().mean()))
     return JumpTerms(
         torch.where(later.T, means.double(), zero),
         torch.where(later, means.double(), zero),
@@ -183,9 +187,3 @@ def _from_step(request: LikelihoodRequest, evaluator: Evaluator, steps: Tensor, 
         )  # fmt: skip
         total[kept] += terms.double().sum(0).cpu()
     return (total / len(request.x_0)).float()
-
-
-def _prior(chain: Diffusion, last: int, x_0: Tensor) -> float:
-    """The mean L_T of a chain whose last step is `last`."""
-    shorter = chain.respace([0, last] if last else [0, 1])
-    return float(shorter.prior_bpd(x_0).mean()) if last else float("inf")

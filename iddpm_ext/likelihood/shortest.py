@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -23,7 +24,7 @@ class JumpTerms(NamedTuple):
     def bound(self, path: list[int]) -> float:
         """The bound of the chain that visits these candidates, ascending, two or more."""
         total = float(self.decoders[path[0], path[1]] + self.priors[path[-1]])
-        return total + sum(float(self.jumps[b, a]) for a, b in zip(path, path[1:], strict=False))
+        return total + sum(float(self.jumps[b, a]) for a, b in pairwise(path))
 
 
 def shortest_paths(terms: JumpTerms, most: int) -> dict[int, list[int]]:

@@ -6,9 +6,6 @@ Noise is named by an image's number, so the images are those of one process with
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,35 +26,34 @@ def rank() -> int:
     return int(os.environ.get("RANK", 0))
 
 
-@contextmanager
-def process_group() -> Iterator[None]:
-    """The group of all processes, for as long as the block lasts, unless there is one already."""
-    began = not dist.is_initialized()
-    if began:
-        dist.init_process_group("gloo")
-    try:
-        yield
-    finally:
-        if began:
-            dist.destroy_process_group()
-
-
-@dataclass(frozen=True)
 class Processes:
-    """This process among those that share a piece of work; used inside `process_group` if size > 1."""
+    """Those that share a piece of work, and this one's number among them.
 
-    rank: int
-    size: int
+    A context: with several, the group is there for as long as it lasts.
 
-    @classmethod
-    def alone(cls) -> Processes:
-        """One process that shares with none."""
-        return cls(0, 1)
+    Args:
+        rank, size: which process this is, of how many.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1) -> None:
+        self.rank, self.size = rank, size
+        self._began = False
 
     @classmethod
     def of_torchrun(cls) -> Processes:
-        """Those that torchrun started."""
+        """The processes that torchrun started; this one alone without it."""
         return cls(rank(), world_size())
+
+    def __enter__(self) -> Processes:
+        if self.size > 1 and not dist.is_initialized():
+            dist.init_process_group("gloo")
+            self._began = True
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._began:
+            dist.destroy_process_group()
+            self._began = False
 
     def gather(self, own: Any) -> list[Any]:
         """What every process gave, in the order of their ranks, in each of them."""
@@ -84,7 +80,7 @@ def run_shared(request: Request) -> Tensor | None:
     every, size = batches(request), world_size()
     own = run(request, every[rank() :: size]).cpu()
     parts: list[Tensor | None] | None = [None] * size if rank() == 0 else None
-    with process_group():
+    with Processes.of_torchrun():
         dist.gather_object(own, parts)
     if parts is None:
         return None
