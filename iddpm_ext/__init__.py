@@ -16,6 +16,7 @@ _LAZY: dict[str, str] = {
     "IDDPMPipeline": "iddpm_ext.interop.pipeline",
     "IDDPMScheduler": "iddpm_ext.interop.scheduler",
     "IDDPMUNet2DModel": "iddpm_ext.interop.unet2d",
+    "Splice": "iddpm_ext.splice",
     "UNet": "iddpm_ext.unet",
     "UNetConfig": "iddpm_ext.unet_config",
     "from_diffusers": "iddpm_ext.interop.convert",
@@ -25,6 +26,7 @@ _LAZY: dict[str, str] = {
     "load": "iddpm_ext.checkpoint",
     "load_classifier": "iddpm_ext.checkpoint",
     "save": "iddpm_ext.checkpoint",
+    "nll": "iddpm_ext.likelihood",
     "ops": "iddpm_ext.ops",
     "sample": "iddpm_ext.sampling",
     "sample_progressive": "iddpm_ext.sampling",
@@ -54,8 +56,10 @@ if TYPE_CHECKING:
     from iddpm_ext.sampling import classifier_gradient as classifier_gradient
     from iddpm_ext.sampling import interpolate as interpolate
     from iddpm_ext.sampling import invert as invert
+    from iddpm_ext.likelihood import nll as nll
     from iddpm_ext.sampling import sample as sample
     from iddpm_ext.sampling import sample_progressive as sample_progressive
+    from iddpm_ext.splice import Splice as Splice
     from iddpm_ext.unet import UNet as UNet
     from iddpm_ext.unet_config import UNetConfig as UNetConfig
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,8 @@ import numpy as np
 import torch
 import tyro
 from torch import Tensor
+
+from iddpm_ext.cli._common import pick_device, read_steps
 
 
 def run(
@@ -74,12 +75,12 @@ def run(
         check_writable(animate, suffixes=(".webp", ".gif"))
         if distributed.world_size() > 1:
             raise ValueError(f"animate must be left out under torchrun, got {str(animate)!r}")
-    model = iddpm_ext.load(checkpoint).to(_device(device))
+    model = iddpm_ext.load(checkpoint).to(pick_device(device))
     class_names = model.extra.get("class_names")
     request = make_request(
-        model, int(steps) if steps.isdigit() else steps, n=n, sampler=sampler, eta=eta,
+        model, read_steps(steps), n=n, sampler=sampler, eta=eta,
         labels=_labels(labels, n, model.config.num_classes, class_names),
-        guidance_scale=guidance_scale, low_res=_read_low_res(low_res, _device(device)), seed=seed,
+        guidance_scale=guidance_scale, low_res=_read_low_res(low_res, pick_device(device)), seed=seed,
         x_T=None, clip=clip, batch_size=batch_size, diffusion=None, image_shape=None,
         dtype=None if dtype is None else getattr(torch, dtype), engine=engine, exact=exact,
         backend=backend, progress=distributed.rank() == 0,
@@ -116,14 +117,6 @@ def run(
         f"{', '.join(str(path.resolve()) for path in places)}: {len(x)} images of {checkpoint} in "
         f"{seconds:.1f} s ({request.diffusion.num_timesteps} steps, {engine_name}, {request.device})"
     )
-
-
-def _device(name: str) -> torch.device:
-    if name != "auto":
-        return torch.device(name)
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
 
 
 def _labels(

@@ -16,9 +16,12 @@ from iddpm_ext.diffusion import Diffusion
 from iddpm_ext.interop.process import diffusion_of
 from iddpm_ext.ops.spec import resolve_backend
 from iddpm_ext.random import STREAM_CHOICE, NoiseKey, integers
+from iddpm_ext.splice import Splice
 from iddpm_ext.unet import UNet
 
 SAMPLERS = (*ONE_STEP_SAMPLERS, "dpm++")
+# The models that say themselves what they are.
+_OURS = (UNet, Splice)
 Steps = int | str | Sequence[int] | None
 _NETWORK_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _DEFAULT_N = 16
@@ -109,7 +112,7 @@ def make_request(
     _check_low_res(model, low_res, shape, device)
     labels = _labels(model, labels, for_cond_fn=cond_fn is not None)
     count = _count(n, labels=labels, low_res=low_res, x_T=x_T)
-    if labels is None and isinstance(model, UNet) and model.config.num_classes is not None:
+    if labels is None and isinstance(model, _OURS) and model.config.num_classes is not None:
         key = NoiseKey(seed, STREAM_CHOICE, torch.arange(count), 0)
         labels = integers(key, model.config.num_classes, (count, 1))[:, 0]
     scale = _guidance_scale(guidance_scale, labels, model)
@@ -172,7 +175,7 @@ def _check_seed(seed: int) -> None:
 
 
 def _process(model: Callable[..., Tensor], given: Diffusion | None) -> Diffusion:
-    own = model.diffusion if isinstance(model, UNet) else None
+    own = model.diffusion if isinstance(model, _OURS) else None
     if given is None:
         if own is None:
             raise ValueError("sample: diffusion must be given for a model that has none, got None")
@@ -185,7 +188,7 @@ def _process(model: Callable[..., Tensor], given: Diffusion | None) -> Diffusion
         raise ValueError(
             f"sample: diffusion must be the model's own {own!r} or a respacing of it, got {given!r}"
         )
-    if isinstance(model, UNet) and own is None:
+    if isinstance(model, _OURS) and own is None:
         channels, learned = model.config.in_channels, given.variance.startswith("learned")
         if learned and model.config.out_channels != 2 * channels:
             raise ValueError(
@@ -220,7 +223,7 @@ def _optimal(diffusion: Diffusion, steps: str, model: object) -> list[int]:
     schedules = (getattr(model, "extra", None) or {}).get("step_schedules", {})
     found = {f"optimal-{count}": indices for count, indices in schedules.items()}
     if steps not in found:
-        have = ", ".join(found) if found else "the checkpoint has none"
+        have = f"{next(iter(found))} .. {list(found)[-1]}" if found else "the checkpoint has none"
         raise ValueError(
             f"sample: steps must be a schedule of the checkpoint ({have}), got {steps!r}"
         )
@@ -250,7 +253,7 @@ def _image_shape(
     if given is None and isinstance(x_T, Tensor) and x_T.dim() == 4:
         given = x_T.shape[1:]
     if given is None:
-        if not isinstance(model, UNet):
+        if not isinstance(model, _OURS):
             raise ValueError(
                 "sample: image_shape must be given as (C, H, W) for a model of another kind, got None"
             )
@@ -262,7 +265,7 @@ def _image_shape(
             f"sample: image_shape must be three positive ints (C, H, W), got {given!r}"
         )
     channels, height, width = sizes
-    if isinstance(model, UNet):
+    if isinstance(model, _OURS):
         multiple = model.config.size_multiple
         if channels != model.config.in_channels or height % multiple or width % multiple:
             raise ValueError(
@@ -284,7 +287,7 @@ def _check_x_T(x_T: Tensor | None, shape: tuple[int, int, int], device: torch.de
 def _check_low_res(
     model: object, low_res: Tensor | None, shape: tuple[int, int, int], device: torch.device
 ) -> None:
-    if isinstance(model, UNet) and model.config.super_resolution != (low_res is not None):
+    if isinstance(model, _OURS) and model.config.super_resolution != (low_res is not None):
         rule = "given" if low_res is None else "None"
         because = f"the network has super_resolution={model.config.super_resolution}"
         got = "None" if low_res is None else "a value"
@@ -326,7 +329,7 @@ def _labels(
     if values.dim() != 1 or not len(values):
         raise ValueError(f"sample: labels must be integers [n], got shape {list(values.shape)}")
     values = values.long()
-    if isinstance(model, UNet):
+    if isinstance(model, _OURS):
         classes = model.config.num_classes
         if classes is None and for_cond_fn:
             return values
@@ -368,9 +371,13 @@ def _batch_size(
     given: int | None, n: int, shape: tuple[int, int, int], device: torch.device
 ) -> int:
     if given is None:
-        # Enough images to fill the device, few enough that a large image's activations fit.
-        most, pixels = (16, 1 << 16) if device.type == "cpu" else (256, 1 << 20)
-        given = max(1, min(most, pixels // (shape[1] * shape[2])))
+        given = default_batch_size(shape, device)
     elif isinstance(given, bool) or not isinstance(given, int) or given < 1:
         raise ValueError(f"sample: batch_size must be an int above 0, got {given!r}")
     return min(given, n)
+
+
+def default_batch_size(shape: tuple[int, int, int], device: torch.device) -> int:
+    """Enough images (C, H, W) to fill the device, few enough that a large one's activations fit."""
+    most, pixels = (16, 1 << 16) if device.type == "cpu" else (256, 1 << 20)
+    return max(1, min(most, pixels // (shape[1] * shape[2])))
