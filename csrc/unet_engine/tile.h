@@ -3,7 +3,7 @@
 // c [rows, columns] = a [rows, depth] * b [depth, columns], with b in rows of `b_stride` floats: a
 // packed panel, or keys and values. A tile keeps R x V vectors of c in registers (12 x 2 of 32
 // registers with AVX-512, 6 x 2 of 16 with AVX2), so that a step over depth loads V vectors,
-// broadcasts R values and does R x V multiply-adds.
+// broadcasts R values and does R x V multiply-adds. `kTransposed` means that a is [depth, rows].
 #pragma once
 
 #include "native.h"
@@ -18,7 +18,7 @@ struct Addends {
   int64_t residual_stride;
 };
 
-template <int R, int V>
+template <int R, int V, bool kTransposed>
 static void tile(int64_t depth, const float* a, int64_t a_stride, const float* b, int64_t b_stride,
                  float* c, int64_t c_stride, const Addends& add) {
   nv sum[R][V];
@@ -33,7 +33,7 @@ static void tile(int64_t depth, const float* a, int64_t a_stride, const float* b
     b += b_stride;
 #pragma GCC unroll 16
     for (int i = 0; i < R; ++i) {
-      const nv value = nsplat(a[i * a_stride + k]);
+      const nv value = nsplat(kTransposed ? a[k * a_stride + i] : a[i * a_stride + k]);
 #pragma GCC unroll 4
       for (int j = 0; j < V; ++j) sum[i][j] += value * row[j];
     }
@@ -59,13 +59,13 @@ static void tile(int64_t depth, const float* a, int64_t a_stride, const float* b
     for (int j = 0; j < V; ++j) nstore(c + i * c_stride + j * kWidth, sum[i][j]);
 }
 
-template <int V>
+template <int V, bool kTransposed>
 IDDPM_NATIVE void tile_rows(int64_t rows, int64_t depth, const float* a, int64_t a_stride,
                             const float* b, int64_t b_stride, float* c, int64_t c_stride,
                             const Addends& add) {
 #define IDDPM_TILE_CASE(R) \
   case R:                  \
-    return tile<R, V>(depth, a, a_stride, b, b_stride, c, c_stride, add)
+    return tile<R, V, kTransposed>(depth, a, a_stride, b, b_stride, c, c_stride, add)
   switch (rows) {
     IDDPM_TILE_CASE(1);
     IDDPM_TILE_CASE(2);
@@ -86,6 +86,7 @@ IDDPM_NATIVE void tile_rows(int64_t rows, int64_t depth, const float* a, int64_t
 }
 
 // At most one panel wide: columns is a multiple of 16, at most 32. Any number of rows, cut evenly.
+template <bool kTransposed = false>
 static inline void multiply_panel(int64_t rows, int64_t columns, int64_t depth, const float* a,
                                   int64_t a_stride, const float* b, int64_t b_stride, float* c,
                                   int64_t c_stride, const Addends& add) {
@@ -97,14 +98,14 @@ static inline void multiply_panel(int64_t rows, int64_t columns, int64_t depth, 
       Addends here = add;
       if (here.bias) here.bias += column;
       if (here.residual) here.residual += row * add.residual_stride + column;
-      const float* a_here = a + row * a_stride;
+      const float* a_here = a + (kTransposed ? row : row * a_stride);
       float* c_here = c + row * c_stride + column;
       if (columns - column >= 2 * kWidth)
-        tile_rows<2>(end - row, depth, a_here, a_stride, b + column, b_stride, c_here, c_stride,
-                     here);
+        tile_rows<2, kTransposed>(end - row, depth, a_here, a_stride, b + column, b_stride, c_here,
+                                  c_stride, here);
       else
-        tile_rows<1>(end - row, depth, a_here, a_stride, b + column, b_stride, c_here, c_stride,
-                     here);
+        tile_rows<1, kTransposed>(end - row, depth, a_here, a_stride, b + column, b_stride, c_here,
+                                  c_stride, here);
     }
     row = end;
   }
