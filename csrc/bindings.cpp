@@ -104,6 +104,56 @@ iddpm::NoiseKey noise_key(const KeyArgument& k) {
           address<const int64_t>(static_cast<int64_t>(k[3]))};
 }
 
+// `native.py` of iddpm_ext/ops/conv3x3: N, H, W, C, K; images as address and distance of pixels;
+// filters as address and the strides of column, channel, row and tap.
+using ConvSize = std::array<int64_t, 5>;
+using PixelsArgument = std::array<int64_t, 2>;
+using FilterArgument = std::array<int64_t, 5>;
+
+iddpm::FilterView filter(const FilterArgument& f) {
+  return {address<float>(f[0]), f[1], f[2], f[3], f[4]};
+}
+
+iddpm::Conv3x3Args conv3x3_args(const ConvSize& size, int dtype, const PixelsArgument& in,
+                                const FilterArgument& weight, int64_t bias,
+                                const PixelsArgument& out, int64_t tile, int64_t upscale) {
+  return {size[0],
+          size[1],
+          size[2],
+          size[3],
+          size[4],
+          static_cast<iddpm::DType>(dtype),
+          address<const void>(in[0]),
+          in[1],
+          filter(weight),
+          address<const float>(bias),
+          address<void>(out[0]),
+          out[1],
+          tile,
+          upscale};
+}
+
+iddpm::Conv3x3WeightBwdArgs conv3x3_weight_bwd_args(const ConvSize& size, int dtype,
+                                                    const PixelsArgument& in,
+                                                    const PixelsArgument& dy,
+                                                    const FilterArgument& dweight, int64_t dbias,
+                                                    int64_t tile, int64_t upscale) {
+  return {size[0],
+          size[1],
+          size[2],
+          size[3],
+          size[4],
+          static_cast<iddpm::DType>(dtype),
+          address<const void>(in[0]),
+          in[1],
+          address<const void>(dy[0]),
+          dy[1],
+          filter(dweight),
+          address<float>(dbias),
+          tile,
+          upscale};
+}
+
 iddpm::HybridLossArgs hybrid_loss_args(const SizeArgument& size, const PlaneArgument& model_output,
                                        int dtype, const PlaneArgument& x_0,
                                        const PlaneArgument& x_t, const PlaneArgument& noise,
@@ -238,56 +288,6 @@ iddpm::GroupNormSiluBwdArgs group_norm_silu_bwd_args(
           gradient(3),
           gradient(4),
           address<float>(workspace)};
-}
-
-// `native.py` of iddpm_ext/ops/conv3x3: N, H, W, C, K; images as address and distance of pixels;
-// filters as address and the strides of column, channel, row and tap.
-using ConvSize = std::array<int64_t, 5>;
-using PixelsArgument = std::array<int64_t, 2>;
-using FilterArgument = std::array<int64_t, 5>;
-
-iddpm::FilterView filter(const FilterArgument& f) {
-  return {address<float>(f[0]), f[1], f[2], f[3], f[4]};
-}
-
-iddpm::Conv3x3Args conv3x3_args(const ConvSize& size, int dtype, const PixelsArgument& in,
-                                const FilterArgument& weight, int64_t bias,
-                                const PixelsArgument& out, int64_t tile, int64_t upscale) {
-  return {size[0],
-          size[1],
-          size[2],
-          size[3],
-          size[4],
-          static_cast<iddpm::DType>(dtype),
-          address<const void>(in[0]),
-          in[1],
-          filter(weight),
-          address<const float>(bias),
-          address<void>(out[0]),
-          out[1],
-          tile,
-          upscale};
-}
-
-iddpm::Conv3x3WeightBwdArgs conv3x3_weight_bwd_args(const ConvSize& size, int dtype,
-                                                    const PixelsArgument& in,
-                                                    const PixelsArgument& dy,
-                                                    const FilterArgument& dweight, int64_t dbias,
-                                                    int64_t tile, int64_t upscale) {
-  return {size[0],
-          size[1],
-          size[2],
-          size[3],
-          size[4],
-          static_cast<iddpm::DType>(dtype),
-          address<const void>(in[0]),
-          in[1],
-          address<const void>(dy[0]),
-          dy[1],
-          filter(dweight),
-          address<float>(dbias),
-          tile,
-          upscale};
 }
 
 // Binds `<op>_cpu(arguments..., num_threads)`; `make` turns the Python arguments into the

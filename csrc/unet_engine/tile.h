@@ -1,9 +1,9 @@
 // The register tile that every matrix product of the engine is made of.
 //
 // c [rows, columns] = a [rows, depth] * b [depth, columns], with b in rows of `b_stride` floats: a
-// packed panel, or keys and values. A tile keeps R x V vectors of c in registers (12 x 2 of 32
-// registers with AVX-512, 6 x 2 of 16 with AVX2), so that a step over depth loads V vectors,
-// broadcasts R values and does R x V multiply-adds. `kTransposed` means that a is [depth, rows].
+// packed panel, or keys and values; kTransposed takes a [depth, rows]. A tile keeps R x V vectors
+// of c in registers (12 x 2 of 32 registers with AVX-512, 6 x 2 of 16 with AVX2), so that a step
+// over depth loads V vectors, broadcasts R values and does R x V multiply-adds.
 #pragma once
 
 #include "native.h"
