@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.machine import context, write_json
-from benchmarks.original import PLAIN, sequence
+from benchmarks.context import context, write_json
+from benchmarks.sequences import PLAIN, sequence
 from benchmarks.timing import interleave, interleave_graphs, summary
 from iddpm_ext import _native
 from iddpm_ext.ops.spec import BACKENDS, REGISTRY, Case, OpSpec, unavailable
@@ -338,7 +338,10 @@ def main() -> int:
             rows += found
             print(table(found).split("\n", 1)[1], flush=True)
             if args.json:
-                record = {**context("benchmarks.ops"), "multiply_add_flops": peak}
+                record = {
+                    **context("benchmarks.ops", ("torch", "triton")),
+                    "multiply_add_flops": peak,
+                }
                 write_json(args.json, {**record, "rows": [asdict(row) for row in rows]})
     print(table(rows))
     if left_out:

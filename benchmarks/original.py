@@ -1,202 +1,104 @@
-"""What the ops replace: the operation sequences of the original implementation, one PyTorch call each.
+"""A training step as the original repository formulates it, in PyTorch's own functions.
 
-They take the arguments of our ops. Tables are NumPy arrays in float64, and every look-up copies a whole
-one to the device, as the original does.
+Rebuilt from the description of openai/improved-diffusion: GroupNorm in float32 with casts around it,
+SiLU as x * sigmoid(x), attention as two einsums around a float32 softmax, the hybrid loss operation by
+operation, AdamW, and the average of the weights tensor by tensor.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from typing import Any
+import copy
+from dataclasses import dataclass, field
 
-import numpy as np
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from iddpm_ext import unet_plain
-from iddpm_ext.ops.columns import Column
+from iddpm_ext import ops
+from iddpm_ext.diffusion import Diffusion
+from iddpm_ext.unet import GroupNormSiLU, UNet
 
-
-class Tables:
-    """The original's named arrays, from the columns of our table."""
-
-    def __init__(self, table: Tensor) -> None:
-        rows = table.double().cpu().numpy()
-        bias, scale = rows[:, Column.LOG_VARIANCE_BIAS], rows[:, Column.LOG_VARIANCE_SCALE]
-        self.x_0_from_x_t = np.ascontiguousarray(rows[:, Column.X0_FROM_XT])
-        self.x_0_from_eps = np.ascontiguousarray(-rows[:, Column.X0_FROM_OUT])
-        self.mean_x_0 = np.ascontiguousarray(rows[:, Column.MEAN_X0])
-        self.mean_x_t = np.ascontiguousarray(rows[:, Column.MEAN_XT])
-        self.log_beta = bias + scale
-        self.posterior_log_variance = np.ascontiguousarray(rows[:, Column.POSTERIOR_LOG_VARIANCE])
-        self.posterior_variance = np.exp(self.posterior_log_variance)
-        self.signal = np.ascontiguousarray(rows[:, Column.SQRT_ALPHA_BAR])
-        self.deviation = np.ascontiguousarray(rows[:, Column.SQRT_ONE_MINUS_ALPHA_BAR])
+EMA_DECAY = 0.9999
+LEARNING_RATE = 1e-4
 
 
-def _look_up(array: np.ndarray, t: Tensor, shape: torch.Size) -> Tensor:
-    values = torch.from_numpy(array).to(device=t.device)[t].float()
-    while values.dim() < len(shape):
-        values = values[..., None]
-    return values.expand(shape)
+class GroupNorm32(GroupNormSiLU):
+    """The normalisation and what follows it, one operation after the other."""
+
+    def forward(
+        self,
+        x: Tensor,
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
+        channel_bias: Tensor | None = None,
+    ) -> Tensor:
+        """As `GroupNormSiLU.forward`."""
+        if channel_bias is not None:
+            x = x + channel_bias[..., None, None]
+        h = F.group_norm(x.float(), self.num_groups, self.weight, self.bias, self.eps).type(x.dtype)
+        if scale is not None and shift is not None:
+            h = h * (1 + scale[..., None, None]) + shift[..., None, None]
+        return h * torch.sigmoid(h) if self.silu else h
 
 
-def _posterior_mean(tables: Tables, x_0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-    first = _look_up(tables.mean_x_0, t, x_t.shape) * x_0
-    return first + _look_up(tables.mean_x_t, t, x_t.shape) * x_t
-
-
-def _model_distribution(
-    tables: Tables, out: Tensor, x_t: Tensor, t: Tensor, clip: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, log-variance and predicted x_0, for a learned variance between the two bounds."""
-    eps, v = torch.split(out, x_t.shape[1], dim=1)
-    low = _look_up(tables.posterior_log_variance, t, x_t.shape)
-    high = _look_up(tables.log_beta, t, x_t.shape)
-    share = (v + 1) / 2
-    log_variance = share * high + (1 - share) * low
-    torch.exp(log_variance)  # the original computes the variance too
-    x_0 = _look_up(tables.x_0_from_x_t, t, x_t.shape) * x_t
-    x_0 = x_0 - _look_up(tables.x_0_from_eps, t, x_t.shape) * eps
-    if clip:
-        x_0 = x_0.clamp(-1, 1)
-    mean = _posterior_mean(tables, x_0, x_t, t)
-    _look_up(tables.posterior_variance, t, x_t.shape)
-    _look_up(tables.posterior_log_variance, t, x_t.shape)
-    return mean, log_variance, x_0
-
-
-def q_sample(x_0: Tensor, t: Tensor, table: Tensor, noise: Tensor, *, tables: Tables) -> Tensor:
-    """x_t from x_0 and noise."""
-    signal = _look_up(tables.signal, t, x_0.shape)
-    return signal * x_0 + _look_up(tables.deviation, t, x_0.shape) * noise
-
-
-def reverse_step(
-    x_t: Tensor,
-    model_output: Tensor,
-    t: Tensor,
-    table: Tensor,
-    noise: Tensor,
-    *,
-    tables: Tables,
-    clip: bool = True,
-) -> tuple[Tensor, Tensor]:
-    """One ancestral step."""
-    mean, log_variance, x_0 = _model_distribution(tables, model_output, x_t, t, clip)
-    nonzero = (t != 0).float().view(-1, *([1] * (x_t.dim() - 1)))
-    return mean + nonzero * torch.exp(0.5 * log_variance) * noise, x_0
-
-
-def _tanh_cdf(x: Tensor) -> Tensor:
-    return 0.5 * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * torch.pow(x, 3))))
-
-
-def _decoder_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
-    centred = x - mean
-    inverse = torch.exp(-log_scale)
-    right = _tanh_cdf(inverse * (centred + 1.0 / 255.0))
-    left = _tanh_cdf(inverse * (centred - 1.0 / 255.0))
-    log_right = torch.log(right.clamp(min=1e-12))
-    log_left_open = torch.log((1.0 - left).clamp(min=1e-12))
-    log_between = torch.log((right - left).clamp(min=1e-12))
-    inner = torch.where(x > 0.999, log_left_open, log_between)
-    return torch.where(x < -0.999, log_right, inner)
-
-
-def vlb_terms(
-    model_output: Tensor,
-    x_0: Tensor,
-    x_t: Tensor,
-    t: Tensor,
-    table: Tensor,
-    *,
-    tables: Tables,
-    clip: bool = True,
-) -> Tensor:
-    """Both the KL term and the decoder's likelihood for every example, then a choice."""
-    true_mean = _posterior_mean(tables, x_0, x_t, t)
-    _look_up(tables.posterior_variance, t, x_t.shape)
-    true_log_variance = _look_up(tables.posterior_log_variance, t, x_t.shape)
-    mean, log_variance, _ = _model_distribution(tables, model_output, x_t, t, clip)
-    kl = 0.5 * (
-        -1.0
-        + log_variance
-        - true_log_variance
-        + torch.exp(true_log_variance - log_variance)
-        + (true_mean - mean) ** 2 * torch.exp(-log_variance)
-    )
-    kl = kl.mean(dim=(1, 2, 3)) / math.log(2.0)
-    nll = -_decoder_log_likelihood(x_0, mean, log_scale=0.5 * log_variance)
-    return torch.where(t == 0, nll.mean(dim=(1, 2, 3)) / math.log(2.0), kl)
+def original_network(model: UNet) -> UNet:
+    """A copy of the network in the original's operations, with the same weights."""
+    model = copy.deepcopy(model)
+    model.backend = "plain"
+    for module in model.modules():
+        if isinstance(module, GroupNormSiLU):
+            module.__class__ = GroupNorm32
+    return model
 
 
 def hybrid_loss(
-    model_output: Tensor,
+    network: nn.Module,
+    diffusion: Diffusion,
     x_0: Tensor,
-    x_t: Tensor,
-    noise: Tensor,
     t: Tensor,
-    table: Tensor,
-    *,
-    tables: Tables,
-    vlb_weight: float = 1e-3,
-) -> tuple[Tensor, Tensor]:
-    """MSE, and the bound with the mean detached."""
-    eps, v = torch.split(model_output, x_t.shape[1], dim=1)
-    frozen = torch.cat([eps.detach(), v], dim=1)
-    vlb = vlb_terms(frozen, x_0, x_t, t, table, tables=tables, clip=False)
-    return ((noise - eps) ** 2).mean(dim=(1, 2, 3)), vlb
-
-
-def group_norm_silu(
-    x: Tensor,
-    num_groups: int,
-    weight: Tensor,
-    bias: Tensor,
-    *,
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
+    noise: Tensor,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """GroupNorm in float32, scale and shift, and SiLU as a product with a sigmoid."""
-    h = torch.nn.functional.group_norm(x.float(), num_groups, weight, bias).type(x.dtype)
-    if scale is not None and shift is not None:
-        h = h * (1 + scale[:, :, None, None]) + shift[:, :, None, None]
-    return h * torch.sigmoid(h)
+    """The mean hybrid loss, operation by operation; the network under autocast to `dtype`."""
+    table = diffusion.table(dtype=torch.promote_types(x_0.dtype, torch.float32))
+    x_t = ops.q_sample(x_0, t, table, noise, backend="reference")
+    with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+        output = network(x_t, diffusion.model_timesteps(t))
+    return ops.hybrid_loss(output, x_0, x_t, noise, t, table, backend="reference").loss.mean()
 
 
-def qkv_attention(qkv: Tensor, num_heads: int) -> Tensor:
-    """Two einsums and a softmax in float32."""
-    return unet_plain.qkv_attention(qkv, num_heads)
+@dataclass
+class Trainer:
+    """Trains `network`; with `best`, by PyTorch's fused optimiser and a batched average."""
 
+    network: nn.Module
+    diffusion: Diffusion
+    dtype: torch.dtype | None = None
+    best: bool = False
+    channels_last: bool = False
+    parameters: list[Tensor] = field(init=False)
 
-#: PyTorch's own functions, where an op's equation would be a slow way to write it.
-PLAIN: dict[str, Callable[..., Any]] = {"group_norm_silu": unet_plain.group_norm_silu}
+    def __post_init__(self) -> None:
+        if self.channels_last:
+            self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.parameters = list(self.network.parameters())
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=LEARNING_RATE, weight_decay=0.0, fused=self.best
+        )
+        self.average = [p.detach().clone() for p in self.parameters]
 
-
-def sequence(name: str, kwargs: dict[str, Any]) -> Callable[..., Any] | None:
-    """The original's formulation of a call of op `name`, or None where it has none."""
-    function = globals().get(name)
-    if function is None or name not in _SERVED or not _serves(name, kwargs):
-        return None
-    if "table" not in kwargs:
-        return function
-    tables = Tables(kwargs["table"])
-    return lambda **arguments: function(**arguments, tables=tables)
-
-
-_SERVED = {
-    "q_sample": {"x_0", "t", "table", "noise"},
-    "reverse_step": {"x_t", "model_output", "t", "table", "noise", "clip"},
-    "vlb_terms": {"model_output", "x_0", "x_t", "t", "table", "clip"},
-    "hybrid_loss": {"model_output", "x_0", "x_t", "noise", "t", "table", "vlb_weight"},
-    "group_norm_silu": {"x", "num_groups", "weight", "bias", "scale", "shift"},
-    "qkv_attention": {"qkv", "num_heads"},
-}
-
-
-def _serves(name: str, kwargs: dict[str, Any]) -> bool:
-    learned = "x_t" not in kwargs or kwargs["model_output"].shape[1] == 2 * kwargs["x_t"].shape[1]
-    given = isinstance(kwargs.get("noise", torch.empty(0)), Tensor)
-    return learned and given and set(kwargs) <= _SERVED[name]
+    def step(self, x_0: Tensor) -> None:
+        """Forward, loss, backward, optimiser, average."""
+        t = torch.randint(0, self.diffusion.num_timesteps, (len(x_0),))
+        if self.channels_last:
+            x_0 = x_0.contiguous(memory_format=torch.channels_last)
+        noise = torch.randn_like(x_0)
+        self.optimizer.zero_grad()
+        hybrid_loss(self.network, self.diffusion, x_0, t, noise, self.dtype).backward()
+        self.optimizer.step()
+        with torch.no_grad():
+            if self.best:
+                torch._foreach_lerp_(self.average, self.parameters, 1 - EMA_DECAY)
+            else:
+                for target, source in zip(self.average, self.parameters, strict=True):
+                    target.mul_(EMA_DECAY).add_(source, alpha=1 - EMA_DECAY)

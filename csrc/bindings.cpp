@@ -13,6 +13,7 @@
 
 #include "ceilings/ceilings.h"
 #include "common/isa.h"
+#include "conv3x3/conv3x3.h"
 #include "group_norm_silu/group_norm_silu.h"
 #include "hybrid_loss/hybrid_loss.h"
 #include "q_sample/q_sample.h"
@@ -104,6 +105,56 @@ iddpm::Plane plane(const PlaneArgument& p) { return {address<void>(p[0]), p[1], 
 iddpm::NoiseKey noise_key(const KeyArgument& k) {
   return {k[0], static_cast<uint32_t>(k[1]), address<const int64_t>(static_cast<int64_t>(k[2])),
           address<const int64_t>(static_cast<int64_t>(k[3]))};
+}
+
+// `native.py` of iddpm_ext/ops/conv3x3: N, H, W, C, K; images as address and distance of pixels;
+// filters as address and the strides of column, channel, row and tap.
+using ConvSize = std::array<int64_t, 5>;
+using PixelsArgument = std::array<int64_t, 2>;
+using FilterArgument = std::array<int64_t, 5>;
+
+iddpm::FilterView filter(const FilterArgument& f) {
+  return {address<float>(f[0]), f[1], f[2], f[3], f[4]};
+}
+
+iddpm::Conv3x3Args conv3x3_args(const ConvSize& size, int dtype, const PixelsArgument& in,
+                                const FilterArgument& weight, int64_t bias,
+                                const PixelsArgument& out, int64_t tile, int64_t upscale) {
+  return {size[0],
+          size[1],
+          size[2],
+          size[3],
+          size[4],
+          static_cast<iddpm::DType>(dtype),
+          address<const void>(in[0]),
+          in[1],
+          filter(weight),
+          address<const float>(bias),
+          address<void>(out[0]),
+          out[1],
+          tile,
+          upscale};
+}
+
+iddpm::Conv3x3WeightBwdArgs conv3x3_weight_bwd_args(const ConvSize& size, int dtype,
+                                                    const PixelsArgument& in,
+                                                    const PixelsArgument& dy,
+                                                    const FilterArgument& dweight, int64_t dbias,
+                                                    int64_t tile, int64_t upscale) {
+  return {size[0],
+          size[1],
+          size[2],
+          size[3],
+          size[4],
+          static_cast<iddpm::DType>(dtype),
+          address<const void>(in[0]),
+          in[1],
+          address<const void>(dy[0]),
+          dy[1],
+          filter(dweight),
+          address<float>(dbias),
+          tile,
+          upscale};
 }
 
 iddpm::HybridLossArgs hybrid_loss_args(const SizeArgument& size, const PlaneArgument& model_output,
@@ -299,11 +350,12 @@ iddpm::QkvAttentionBwdArgs qkv_attention_bwd_args(const AttentionArgument& in,
 
 // Binds `<op>_cpu(arguments..., num_threads)`; `make` turns the Python arguments into the
 // launcher's struct, and `choose` gives the kernel for the instruction set in use.
-template <typename Args, typename... In>
+template <typename Result, typename Args, typename... In>
 void bind_cpu(py::module_& m, const char* name, Args (*make)(In...),
-              void (*(*choose)())(const Args&, int)) {
+              Result (*(*choose)())(const Args&, int)) {
   m.def(
-      name, [make, choose](In... in, int num_threads) { choose()(make(in...), num_threads); },
+      name,
+      [make, choose](In... in, int num_threads) { return choose()(make(in...), num_threads); },
       nogil());
 }
 
@@ -356,6 +408,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         "What the build decided and why, and what this machine offers, as a dict.");
   m.def("set_isa", &set_isa, py::arg("name"),
         "Use the instruction set `name` from now on and return the previous one's name.");
+  IDDPM_BIND_CPU(m, conv3x3);
+  IDDPM_BIND_CPU(m, conv3x3_weight_bwd);
   IDDPM_BIND(m, group_norm_silu);
   IDDPM_BIND(m, group_norm_silu_bwd);
   IDDPM_BIND(m, hybrid_loss);

@@ -53,10 +53,10 @@ if TYPE_CHECKING:
     from iddpm_ext.interop.pipeline import IDDPMPipeline as IDDPMPipeline
     from iddpm_ext.interop.scheduler import IDDPMScheduler as IDDPMScheduler
     from iddpm_ext.interop.unet2d import IDDPMUNet2DModel as IDDPMUNet2DModel
+    from iddpm_ext.likelihood import nll as nll
     from iddpm_ext.sampling import classifier_gradient as classifier_gradient
     from iddpm_ext.sampling import interpolate as interpolate
     from iddpm_ext.sampling import invert as invert
-    from iddpm_ext.likelihood import nll as nll
     from iddpm_ext.sampling import sample as sample
     from iddpm_ext.sampling import sample_progressive as sample_progressive
     from iddpm_ext.splice import Splice as Splice

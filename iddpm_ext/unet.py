@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from iddpm_ext import unet_plain
-from iddpm_ext.ops import group_norm_silu, spec
+from iddpm_ext.ops import conv3x3, group_norm_silu, spec
 from iddpm_ext.unet_config import NUM_GROUPS, UNetConfig
 
 if TYPE_CHECKING:
@@ -75,6 +75,38 @@ class GroupNormSiLU(nn.GroupNorm):
         )
 
 
+def _trains_on_cpu(x: Tensor, weight: Tensor, backend: str) -> bool:
+    """Whether the project's own convolutions serve: on the CPU, and where gradients are recorded.
+
+    Without gradients the module keeps PyTorch's convolutions: the sampling engine is the fast way there.
+    """
+    return (
+        backend in ("auto", "cpu")
+        and x.device.type == "cpu"
+        and x.dtype in (torch.float32, torch.bfloat16)
+        and torch.is_grad_enabled()
+        and weight.requires_grad
+    )
+
+
+class Conv3x3(nn.Conv2d):
+    """A 3x3 convolution with padding 1, if asked of the image doubled by repetition."""
+
+    def __init__(self, channels: int, out_channels: int):
+        super().__init__(channels, out_channels, 3, padding=1)
+        self.backend = "auto"
+
+    def forward(self, x: Tensor, upscale: bool = False) -> Tensor:
+        """x [N, C, H, W] -> [N, K, H, W], or [N, K, 2H, 2W] with `upscale`."""
+        if _trains_on_cpu(x, self.weight, self.backend):
+            return conv3x3(x, self.weight, self.bias, upscale=upscale, backend=self.backend)
+        return super().forward(_doubled(x) if upscale else x)
+
+
+def _doubled(x: Tensor) -> Tensor:
+    return F.interpolate(x, scale_factor=2, mode="nearest")
+
+
 def _linear(layer: nn.Module, h: Tensor) -> Tensor:
     """The linear layer, in the dtype of h."""
     weight, bias = layer.get_parameter("weight"), layer.get_parameter("bias")
@@ -116,7 +148,7 @@ class ResBlock(nn.Module):
         self.in_layers = nn.Sequential(
             GroupNormSiLU(channels),
             nn.Identity(),
-            nn.Conv2d(channels, out_channels, 3, padding=1),
+            Conv3x3(channels, out_channels),
         )
         self.emb_layers = nn.Sequential(
             nn.SiLU(), nn.Linear(emb_channels, 2 * out_channels if scale_shift else out_channels)
@@ -125,7 +157,7 @@ class ResBlock(nn.Module):
             GroupNormSiLU(out_channels),
             nn.Identity(),
             nn.Dropout(dropout),
-            _zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
+            _zeroed(Conv3x3(out_channels, out_channels)),
         )
         self.skip_connection = (
             nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
@@ -183,11 +215,13 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int, use_conv: bool):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1) if use_conv else nn.Identity()
+        self.conv = Conv3x3(channels, channels) if use_conv else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         """x [N, C, H, W] -> [N, C, 2H, 2W]."""
-        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+        if isinstance(self.conv, Conv3x3):
+            return self.conv(x, upscale=True)
+        return _doubled(x)
 
 
 class Downsample(nn.Module):
@@ -235,7 +269,7 @@ def encoder_of(c: UNetConfig) -> tuple[nn.ModuleList, Block, list[int]]:
     """The blocks on the way down, the middle block, and the width of each block on the way down."""
     width = c.channels(0)
     first_in = 2 * c.in_channels if c.super_resolution else c.in_channels
-    blocks = nn.ModuleList([Block(nn.Conv2d(first_in, width, 3, padding=1))])
+    blocks = nn.ModuleList([Block(Conv3x3(first_in, width))])
     widths = [width]
     last = len(c.channel_mult) - 1
     for level in range(len(c.channel_mult)):
@@ -269,7 +303,8 @@ class UNet(nn.Module):
     config: a `UNetConfig`. The state dict has the keys and shapes of openai/improved-diffusion, and
         with its options those of openai/guided-diffusion.
     Attributes that change how, not what, it computes: `gradient_checkpointing` (False) recomputes
-    each block in the backward pass instead of keeping its activations; `backend` ("auto").
+    each block in the backward pass instead of keeping its activations; `backend` ("auto"). Where
+    gradients are recorded on the CPU, "auto" and "cpu" compute 3x3 convolutions by `ops.conv3x3`.
     `extra` holds JSON-ready facts that travel in the checkpoint, such as step schedules.
     """
 
@@ -311,7 +346,7 @@ class UNet(nn.Module):
         self.out = nn.Sequential(
             GroupNormSiLU(width),
             nn.Identity(),
-            _zeroed(nn.Conv2d(width, c.out_channels, 3, padding=1)),
+            _zeroed(Conv3x3(width, c.out_channels)),
         )
 
     @property
@@ -344,7 +379,7 @@ class UNet(nn.Module):
             raise ValueError(f"UNet: backend must be one of {', '.join(BACKENDS)}, got {value!r}")
         self._backend = value
         for module in self.modules():
-            if isinstance(module, (GroupNormSiLU, AttentionBlock)):
+            if isinstance(module, (GroupNormSiLU, AttentionBlock, Conv3x3)):
                 module.backend = value
 
     def forward(
@@ -364,6 +399,9 @@ class UNet(nn.Module):
         emb = self._embed(timesteps, y)
         h = x if low_res is None else torch.cat([x, _upsample_to(low_res, x)], dim=1)
         h, emb = h.to(self.dtype), emb.to(self.dtype)
+        trains = _trains_on_cpu(h, self.input_blocks[0].get_parameter("0.weight"), self._backend)
+        if trains:
+            h = h.contiguous(memory_format=torch.channels_last)  # as convolutions read and write it
         # The noise of the first steps is finer than bfloat16 can tell apart on pixels near -1 or 1,
         # so the network's two ends, and with them the residual stream, keep their precision.
         with _no_autocast(x.device.type):
@@ -376,7 +414,8 @@ class UNet(nn.Module):
         for block in self.output_blocks:
             h = self._run(block, torch.cat([h, skips.pop()], dim=1), emb)
         with _no_autocast(x.device.type):
-            return self.out(h.to(self.dtype)).to(x.dtype)
+            h = self.out(h.to(self.dtype)).to(x.dtype)
+        return h.contiguous() if trains and x.is_contiguous() else h
 
     def _run(self, block: nn.Module, h: Tensor, emb: Tensor) -> Tensor:
         if self.gradient_checkpointing and torch.is_grad_enabled():

@@ -15,17 +15,16 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # benchmarks are programs of the repository, not of the wheel
 
 from benchmarks import ops as ops_benchmark  # noqa: E402
-from benchmarks import original  # noqa: E402
 from iddpm_ext.ops.spec import REGISTRY  # noqa: E402
 
 
-@pytest.mark.parametrize("name", sorted(original._SERVED))
+@pytest.mark.parametrize("name", sorted(sequences._SERVED))
 def test_the_originals_formulation_gives_the_same_numbers(name: str):
     if name not in REGISTRY:
         pytest.skip("an op to come")
     spec, compared = REGISTRY[name], 0
     for case in spec.benchmark_inputs("cpu"):
-        sequence = original.sequence(name, case.kwargs)
+        sequence = sequences.sequence(name, case.kwargs)
         size = sum(x.numel() for x in ops_benchmark.tensors(case.kwargs))
         if sequence is None or size > 1 << 20:
             continue

@@ -30,6 +30,8 @@ constexpr int64_t kTileRows = 6;  // 6 x 2 accumulators of 16 registers
 constexpr int64_t kPanel = 32;  // columns of a packed weight panel, in every instruction set
 
 typedef float nv __attribute__((vector_size(4 * kWidth)));
+typedef uint32_t words __attribute__((vector_size(4 * kWidth)));
+typedef uint16_t halves __attribute__((vector_size(2 * kWidth)));
 
 #define IDDPM_NATIVE static inline __attribute__((always_inline))
 
@@ -43,6 +45,22 @@ IDDPM_NATIVE nv nload(const float* p) {
 }
 
 IDDPM_NATIVE void nstore(float* p, nv v) { std::memcpy(p, &v, sizeof v); }
+
+// bfloat16, rounded to the nearest.
+IDDPM_NATIVE nv nload(const uint16_t* p) {
+  halves h;
+  std::memcpy(&h, p, sizeof h);
+  return (nv)(__builtin_convertvector(h, words) << 16);
+}
+
+IDDPM_NATIVE void nstore(uint16_t* p, nv v) {
+  const words bits = (words)v;
+  const words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const words is_nan = (words)(v != v);
+  const halves h =
+      __builtin_convertvector((is_nan & ((bits >> 16) | 0x40u)) | (~is_nan & rounded), halves);
+  std::memcpy(p, &h, sizeof h);
+}
 
 // Not nv{} + a, which adds a to zero before it broadcasts the sum: that is no identity for a = -0.
 IDDPM_NATIVE nv nsplat(float a) {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from iddpm_ext.ops.conv3x3 import conv3x3
 from iddpm_ext.ops.group_norm_silu import GroupNormSilu, group_norm_silu
 from iddpm_ext.ops.hybrid_loss import HybridLoss, hybrid_loss
 from iddpm_ext.ops.q_sample import q_sample
@@ -19,6 +20,7 @@ __all__ = [
     "HybridLoss",
     "OpSpec",
     "ReverseStep",
+    "conv3x3",
     "group_norm_silu",
     "hybrid_loss",
     "q_sample",

@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterable
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -16,7 +17,6 @@ import torch
 
 import iddpm_ext
 
-_PACKAGES = ("torch", "triton", "numpy", "onnxruntime", "openvino", "diffusers")
 _FAMILIES = {("AuthenticAMD", "25"): "Zen 3 or 4", ("AuthenticAMD", "26"): "Zen 5"}
 
 
@@ -34,10 +34,10 @@ def cpu_name() -> str:
     return f"{name} ({generation}, {model})" if generation else f"{name} ({model})"
 
 
-def context(module: str) -> dict[str, Any]:
-    """Of the program that runs as `python -m <module>`."""
+def context(program: str, packages: Iterable[str] = ("torch",)) -> dict[str, Any]:
+    """Of a run of `python -m <program>`; `packages` are those whose versions matter to it."""
     versions = {"python": platform.python_version(), "iddpm_ext": iddpm_ext.__version__}
-    for package in _PACKAGES:
+    for package in packages:
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
@@ -47,7 +47,7 @@ def context(module: str) -> dict[str, Any]:
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
-        "command": " ".join(["python -m", module, *sys.argv[1:]]),
+        "command": " ".join(["python -m", program, *sys.argv[1:]]),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": commit or "unknown",
         "cpu": cpu_name(),
