@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # benchmarks are programs of the repository, not of the wheel
 
 from benchmarks import ops as ops_benchmark  # noqa: E402
+from benchmarks import sequences  # noqa: E402
 from iddpm_ext.ops.spec import REGISTRY  # noqa: E402
 
 
