@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from iddpm_ext.ops.adamw_ema import adamw_ema
 from iddpm_ext.ops.group_norm_silu import GroupNormSilu, group_norm_silu
 from iddpm_ext.ops.hybrid_loss import HybridLoss, hybrid_loss
 from iddpm_ext.ops.q_sample import q_sample
@@ -18,6 +19,7 @@ __all__ = [
     "HybridLoss",
     "OpSpec",
     "ReverseStep",
+    "adamw_ema",
     "group_norm_silu",
     "hybrid_loss",
     "q_sample",

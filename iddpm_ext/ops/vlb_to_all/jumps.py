@@ -64,9 +64,7 @@ def jump_rows(table: Tensor, t: Tensor, targets: Tensor) -> Tensor:
     rows[..., Column.X0_FROM_XT] = torch.where(
         x_prev, -mean_xt / mean_x0, rows[..., Column.X0_FROM_XT]
     )
-    rows[..., Column.X0_FROM_OUT] = torch.where(
-        x_prev, 1 / mean_x0, rows[..., Column.X0_FROM_OUT]
-    )
+    rows[..., Column.X0_FROM_OUT] = torch.where(x_prev, 1 / mean_x0, rows[..., Column.X0_FROM_OUT])
     return torch.where(exists[..., None], rows, float("nan"))
 
 
