@@ -11,6 +11,7 @@
 #include <string>
 #include <tuple>
 
+#include "adamw_ema/adamw_ema.h"
 #include "ceilings/ceilings.h"
 #include "common/isa.h"
 #include "conv3x3/conv3x3.h"
@@ -105,6 +106,29 @@ iddpm::Plane plane(const PlaneArgument& p) { return {address<void>(p[0]), p[1], 
 iddpm::NoiseKey noise_key(const KeyArgument& k) {
   return {k[0], static_cast<uint32_t>(k[1]), address<const int64_t>(static_cast<int64_t>(k[2])),
           address<const int64_t>(static_cast<int64_t>(k[3]))};
+}
+
+// Sizes, the table of addresses, dtypes, factors on the device, numbers and decays: see `_run` of
+// iddpm_ext/ops/adamw_ema/__init__.py.
+iddpm::AdamwEmaArgs adamw_ema_args(const std::array<int64_t, 2>& size, int64_t table,
+                                   const std::array<int, 2>& dtypes,
+                                   const std::array<int64_t, 3>& factors,
+                                   const std::array<double, 6>& numbers, int64_t decays) {
+  return {size[0],
+          size[1],
+          address<const int64_t>(table),
+          static_cast<iddpm::DType>(dtypes[0]),
+          static_cast<iddpm::DType>(dtypes[1]),
+          address<const float>(factors[0]),
+          address<const float>(factors[1]),
+          address<const float>(factors[2]),
+          numbers[0],
+          numbers[1],
+          numbers[2],
+          numbers[3],
+          numbers[4],
+          numbers[5],
+          address<const double>(decays)};
 }
 
 // `native.py` of iddpm_ext/ops/conv3x3: N, H, W, C, K; images as address and distance of pixels;
@@ -408,6 +432,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         "What the build decided and why, and what this machine offers, as a dict.");
   m.def("set_isa", &set_isa, py::arg("name"),
         "Use the instruction set `name` from now on and return the previous one's name.");
+  IDDPM_BIND(m, adamw_ema);
   IDDPM_BIND_CPU(m, conv3x3);
   IDDPM_BIND_CPU(m, conv3x3_weight_bwd);
   IDDPM_BIND(m, group_norm_silu);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from iddpm_ext.ops.adamw_ema import adamw_ema
 from iddpm_ext.ops.conv3x3 import conv3x3
 from iddpm_ext.ops.group_norm_silu import GroupNormSilu, group_norm_silu
 from iddpm_ext.ops.hybrid_loss import HybridLoss, hybrid_loss
@@ -20,6 +21,7 @@ __all__ = [
     "HybridLoss",
     "OpSpec",
     "ReverseStep",
+    "adamw_ema",
     "conv3x3",
     "group_norm_silu",
     "hybrid_loss",
