@@ -366,10 +366,9 @@ iddpm::QkvAttentionArgs qkv_attention_args(const AttentionArgument& in, const Pl
 }
 
 iddpm::QkvAttentionBwdArgs qkv_attention_bwd_args(const AttentionArgument& in,
-                                                  const PlaneArgument& out,
                                                   const PlaneArgument& dout,
                                                   const PlaneArgument& dqkv, int64_t workspace) {
-  return {attention_input(in), plane(out), plane(dout), plane(dqkv), address<float>(workspace)};
+  return {attention_input(in), plane(dout), plane(dqkv), address<float>(workspace)};
 }
 
 // Binds `<op>_cpu(arguments..., num_threads)`; `make` turns the Python arguments into the

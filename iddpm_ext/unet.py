@@ -7,7 +7,6 @@ are the checkpoints' keys and therefore fixed. The time embedding `emb` is [N, 4
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +16,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from iddpm_ext import unet_plain
-from iddpm_ext.ops import conv3x3, group_norm_silu, spec
+from iddpm_ext.ops import REGISTRY, conv3x3, group_norm_silu, qkv_attention, spec
+from iddpm_ext.ops.qkv_attention.layout import is_by_token
+from iddpm_ext.ops.rows import no_autocast
 from iddpm_ext.unet_config import NUM_GROUPS, UNetConfig
 
 if TYPE_CHECKING:
@@ -113,10 +114,12 @@ def _linear(layer: nn.Module, h: Tensor) -> Tensor:
     return F.linear(h, weight.to(h.dtype), bias.to(h.dtype))
 
 
-def _no_autocast(device_type: str) -> AbstractContextManager[None]:
-    if not torch.amp.is_autocast_available(device_type):
-        return nullcontext()
-    return torch.autocast(device_type, enabled=False)
+def _pointwise(conv: nn.Module, h: Tensor) -> Tensor:
+    """A convolution of one tap, h [N, C, T]; keeps the channels of a position side by side."""
+    if not is_by_token(h):
+        return conv(h)
+    weight, bias = conv.get_parameter("weight"), conv.get_parameter("bias")
+    return F.linear(h.transpose(1, 2), weight.squeeze(2), bias).transpose(1, 2)
 
 
 def _zeroed(conv: nn.Module) -> nn.Module:
@@ -205,9 +208,13 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [N, C, H, W] -> [N, C, H, W]."""
-        qkv = self.qkv(self.norm(x).flatten(2))
-        h = unet_plain.qkv_attention(qkv, self.num_heads, self.order)
-        return x + self.proj_out(h).view(x.shape)
+        h = self.norm(x).flatten(2)
+        if self.backend == "plain":
+            h = unet_plain.qkv_attention(self.qkv(h), self.num_heads, self.order)
+            return x + self.proj_out(h).view(x.shape)
+        qkv = _pointwise(self.qkv, h)
+        h = qkv_attention(qkv, self.num_heads, order=self.order, backend=self.backend)
+        return x + _pointwise(self.proj_out, h).view(x.shape)
 
 
 class Upsample(nn.Module):
@@ -370,6 +377,7 @@ class UNet(nn.Module):
         """Which backend the operators take.
 
         "plain" is PyTorch's own functions without registered operators, as an export needs them.
+        An operator without a kernel of that backend (attention has none in Triton) takes "auto".
         """
         return self._backend
 
@@ -379,8 +387,11 @@ class UNet(nn.Module):
             raise ValueError(f"UNet: backend must be one of {', '.join(BACKENDS)}, got {value!r}")
         self._backend = value
         for module in self.modules():
-            if isinstance(module, (GroupNormSiLU, AttentionBlock, Conv3x3)):
+            if isinstance(module, (GroupNormSiLU, Conv3x3)):
                 module.backend = value
+            elif isinstance(module, AttentionBlock):
+                served = value in ("plain", *REGISTRY["qkv_attention"].kernels)
+                module.backend = value if served else "auto"
 
     def forward(
         self, x: Tensor, timesteps: Tensor, y: Tensor | None = None, low_res: Tensor | None = None
@@ -404,7 +415,7 @@ class UNet(nn.Module):
             h = h.contiguous(memory_format=torch.channels_last)  # as convolutions read and write it
         # The noise of the first steps is finer than bfloat16 can tell apart on pixels near -1 or 1,
         # so the network's two ends, and with them the residual stream, keep their precision.
-        with _no_autocast(x.device.type):
+        with no_autocast(x.device.type):
             h = self._run(self.input_blocks[0], h, emb)
         skips = [h]
         for block in self.input_blocks[1:]:
@@ -413,7 +424,7 @@ class UNet(nn.Module):
         h = self._run(self.middle_block, h, emb)
         for block in self.output_blocks:
             h = self._run(block, torch.cat([h, skips.pop()], dim=1), emb)
-        with _no_autocast(x.device.type):
+        with no_autocast(x.device.type):
             h = self.out(h.to(self.dtype)).to(x.dtype)
         return h.contiguous() if trains and x.is_contiguous() else h
 
@@ -425,7 +436,7 @@ class UNet(nn.Module):
     def _embed(self, timesteps: Tensor, y: Tensor | None) -> Tensor:
         # bfloat16 cannot tell step 3999 from step 4000, so this path is at least float32.
         work = torch.promote_types(self.dtype, torch.float32)
-        with _no_autocast(timesteps.device.type):
+        with no_autocast(timesteps.device.type):
             h = timestep_embedding(timesteps.to(work), self.config.model_channels)
             h = F.silu(_linear(self.time_embed[0], h))
             h = _linear(self.time_embed[2], h)

@@ -326,9 +326,36 @@ def test_training_compiles_into_one_graph_with_the_same_gradients():
 def test_plain_backend_calls_no_registered_operator():
     model = filled(SMALL)
     x, t = small_inputs()
-    assert "iddpm_ext::group_norm_silu" in operators_called(model, x, t)
+    fused = {"iddpm_ext::group_norm_silu", "iddpm_ext::qkv_attention"}
+    assert operators_called(model, x, t) == fused
     model.backend = "plain"
     assert operators_called(model, x, t) == set()
+
+
+def test_attention_takes_auto_for_a_backend_without_its_kernel():
+    model = filled(SMALL)
+    for backend, attention in (("triton", "auto"), ("reference", "reference"), ("plain", "plain")):
+        model.backend = backend
+        assert model.middle_block[1].backend == attention
+        assert model.out[0].backend == backend
+
+
+def test_attention_reads_what_autocast_and_channels_last_give_it():
+    seen = []
+
+    class Recorder(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.iddpm_ext.qkv_attention.default:
+                seen.append((args[0].dtype, args[0].stride(1) == 1))
+            return func(*args, **(kwargs or {}))
+
+    model = filled(SMALL).to(memory_format=torch.channels_last)
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        seen.clear()
+        block = model.middle_block[1]
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), Recorder():
+            block(torch.randn(2, 64, 4, 4).to(memory_format=memory_format))
+        assert seen == [(torch.bfloat16, memory_format == torch.channels_last)]
 
 
 def test_unknown_backend_is_refused():
@@ -342,6 +369,19 @@ def test_network_traces_as_one_graph():
     y = torch.tensor([3, -1])
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(x, t, y), model(x, t, y))
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_training_step_compiles_into_one_graph(memory_format):
+    model = filled(TINY).to(memory_format=memory_format)
+    x, t = small_inputs()
+    x = x.to(memory_format=memory_format)
+    gradients = []
+    for network in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
+        model.zero_grad()
+        network(x, t).square().mean().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    torch.testing.assert_close(*gradients)
 
 
 def test_plain_network_exports_with_a_free_batch_size():

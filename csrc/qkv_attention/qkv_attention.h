@@ -31,14 +31,13 @@ struct QkvAttentionArgs {
 
 struct QkvAttentionBwdArgs {
   QkvAttentionInput in;
-  Plane out;
   Plane dout;
   Plane dqkv;
   float* workspace;  // attention_bwd_workspace(tokens, width) floats for each thread
 };
 
-// Probabilities of the backward pass are computed a square of this many queries and keys at a time.
-constexpr int64_t kAttentionBlock = 64;
+// Rows of probabilities that the backward pass computes at a time: as the second cache level holds.
+inline int64_t attention_block(int64_t tokens) { return tokens <= 512 ? 64 : 32; }
 
 inline int64_t attention_padded(int64_t a) { return (a + 31) / 32 * 32; }
 
@@ -48,10 +47,10 @@ inline int64_t attention_workspace(int64_t tokens, int64_t width) {
   return 4 * t * d + 16 * (t + 16 + d);
 }
 
-// q, dout and dq of a head; k three times, dk and dv of a block; two squares and one row.
+// k twice, v, dk and dv of a head; q, dout, dq and two rows of scores for each query of a block.
 inline int64_t attention_bwd_workspace(int64_t tokens, int64_t width) {
   const int64_t t = attention_padded(tokens), d = attention_padded(width);
-  return 3 * t * d + 5 * kAttentionBlock * d + 2 * kAttentionBlock * (kAttentionBlock + 16) + t;
+  return 5 * t * d + attention_block(tokens) * (3 * d + 2 * (t + 16));
 }
 
 }  // namespace iddpm

@@ -1,7 +1,8 @@
-// With P the probabilities, dP = dout v^T and D_i = sum_c dout_ic out_ic:
-//   dS = P (dP - D),   dq = dS k / sqrt(d),   dk = dS^T q / sqrt(d),   dv = P^T dout.
-// P is computed again from the forward pass's statistics, a square of queries and keys at a time. A
-// head belongs to one thread, and its squares are added up in a fixed order.
+// With P the probabilities and dP = dout v^T:
+//   dS = P (dP - sum_j P dP),   dq = dS k / sqrt(d),   dk = dS^T q / sqrt(d),   dv = P^T dout.
+// P is computed again from the forward pass's statistics, whole rows of a block of queries at a
+// time: the sum is then exact where a probability is close to one, which dout . out is not. A head
+// belongs to one thread, and its blocks are added up in a fixed order.
 #include "qkv_attention/attention_cpu.h"
 #include "qkv_attention/qkv_attention.h"
 #include "qkv_attention/threads.h"
@@ -10,112 +11,103 @@ namespace iddpm {
 namespace IDDPM_ISA {
 namespace {
 
-constexpr int64_t kPitch = kAttentionBlock + kAlign;
-
-// c (+)= a b, or a^T b, for c [rows, columns]: columns a multiple of 16, b and c with one stride.
-template <bool kTransposed>
-void multiply(int64_t rows, int64_t columns, int64_t depth, const float* a, const float* b,
-              float* c, int64_t stride, bool add) {
-  for (int64_t j = 0; j < columns; j += kPanel)
-    multiply_panel<kTransposed>(rows, smaller(kPanel, columns - j), depth, a, kPitch, b + j, stride,
-                                c + j, stride, add ? Addends{nullptr, c + j, stride} : Addends{});
-}
-
 template <typename T>
 struct Backward {
   const QkvAttentionBwdArgs& a;
   const QkvAttentionInput& in;
-  int64_t tokens, d, padded_d;
-  float *q, *dout, *dq, *delta;                    // [tokens][padded_d]; [tokens]
-  float *k, *key_panels, *value_panels, *dk, *dv;  // of a block of keys
-  float *p, *ds;                                   // [kAttentionBlock][kPitch]
-  float scale = score_scale(in.width), final_scale = float(1.0 / __builtin_sqrt(double(in.width)));
+  int64_t tokens, d, padded_tokens, padded_d, block, pitch;
+  float scale, final_scale;
+  float *k, *key_panels, *value_panels, *dk, *dv;  // of a head
+  float *q, *dout, *dq;                            // [block][padded_d]
+  float *p, *ds;                                   // [block][pitch]
 
   Backward(const QkvAttentionBwdArgs& args, float* space)
-      : a(args), in(args.in), tokens(in.tokens), d(in.width), padded_d(round_up(d)) {
+      : a(args),
+        in(args.in),
+        tokens(in.tokens),
+        d(in.width),
+        padded_tokens(round_up(tokens)),
+        padded_d(round_up(d)),
+        block(attention_block(tokens)),
+        pitch(padded_tokens + kAlign),  // not a power of two: rows fall on different sets
+        scale(score_scale(d)),
+        final_scale(float(1.0 / __builtin_sqrt(double(d)))) {
     const auto take = [&](int64_t floats) {
       float* taken = space;
       space += floats;
       return taken;
     };
-    float** const of_head[] = {&q, &dout, &dq};
-    for (float** rows : of_head) *rows = take(tokens * padded_d);
-    float** const of_block[] = {&k, &key_panels, &value_panels, &dk, &dv};
-    for (float** rows : of_block) *rows = take(kAttentionBlock * padded_d);
-    p = take(kAttentionBlock * kPitch);
-    ds = take(kAttentionBlock * kPitch);
-    delta = take(tokens);
+    float** const of_head[] = {&k, &key_panels, &value_panels, &dk, &dv};
+    for (float** rows : of_head) *rows = take(attention_padded(tokens) * padded_d);
+    float** const of_block[] = {&q, &dout, &dq};
+    for (float** rows : of_block) *rows = take(block * padded_d);
+    p = take(block * pitch);
+    ds = take(block * pitch);
   }
 
-  HeadMatrix<const T> read(const Plane& plane, int64_t n, int64_t channel) const {
-    return head_matrix<const T>(plane, n, channel);
+  // c [rows, d] (+)= a b, or a^T b where a is a block of probabilities or slopes.
+  template <bool kTransposed>
+  void multiply(int64_t rows, int64_t depth, const float* a, const float* b, float* c,
+                bool add) const {
+    for (int64_t j = 0; j < padded_d; j += kPanel)
+      multiply_panel<kTransposed>(rows, smaller(kPanel, padded_d - j), depth, a, pitch, b + j,
+                                  padded_d, c + j, padded_d,
+                                  add ? Addends{nullptr, c + j, padded_d} : Addends{});
   }
 
-  // D_i, with `out` read to where dq will be.
-  void make_delta(int64_t n, int64_t h) const {
-    read_rows(read(a.out, n, h * d), tokens, d, dq, padded_d);
-    for (int64_t t = 0; t < tokens; ++t) {
-      nv total = {};
-      for (int64_t c = 0; c < padded_d; c += kWidth)
-        total += nload(dout + t * padded_d + c) * nload(dq + t * padded_d + c);
-      delta[t] = sum_lanes(total);
+  // A row of p: scores to probabilities, of ds: dP to dS. What lies beyond the last token is not
+  // looked at later, but must not spoil the sum.
+  void make_row(float* probability, float* slope, float offset, float factor) const {
+    nv total = {};
+    for (int64_t t = tokens; t < padded_tokens; ++t) probability[t] = -__builtin_inff();
+    for (int64_t t = 0; t < padded_tokens; t += kWidth) {
+      const nv e = exp2_bounded(nload(probability + t) * scale + offset) * factor;
+      nstore(probability + t, e);
+      total += e * nload(slope + t);
     }
+    const float mean = sum_lanes(total);
+    for (int64_t t = 0; t < padded_tokens; t += kWidth)
+      nstore(slope + t, nload(probability + t) * (nload(slope + t) - mean));
   }
 
-  // p <- P and ds <- dS, from scores in p and dP in ds.
-  void make_square(int64_t rows, int64_t columns, const float* offsets, const float* factors,
-                   const float* row_delta) const {
-    for (int64_t i = 0; i < rows; ++i) {
-      const float offset = offsets[i], factor = factors[i], less = row_delta[i];
-      for (int64_t j = 0; j < columns; j += kWidth) {
-        float *probability = p + i * kPitch + j, *slope = ds + i * kPitch + j;
-        const nv e = exp2_bounded(nload(probability) * scale + offset) * factor;
-        nstore(probability, e);
-        nstore(slope, e * (nload(slope) - less));
-      }
-    }
-  }
-
-  // Adds what queries [row, row + rows) and the current block of keys give each other.
-  void add_square(int64_t row, int64_t rows, int64_t keys, const float* statistics,
-                  bool first_keys) const {
-    const int64_t columns = round_up(keys);
-    const float *q_rows = q + row * padded_d, *dout_rows = dout + row * padded_d;
-    for (int64_t j = 0; j < columns; j += kPanel) {
-      const int64_t width = smaller(kPanel, columns - j);
-      multiply_panel(rows, width, d, q_rows, padded_d, key_panels + j * d, kPanel, p + j, kPitch,
+  // What `rows` queries give to, and get from, all keys; the first block overwrites dk and dv.
+  void add_block(int64_t rows, const float* offsets, const float* factors, bool first) const {
+    for (int64_t t = 0; t < padded_tokens; t += kPanel) {
+      const int64_t columns = smaller(kPanel, padded_tokens - t);
+      multiply_panel(rows, columns, d, q, padded_d, key_panels + t * d, kPanel, p + t, pitch,
                      Addends{});
-      multiply_panel(rows, width, d, dout_rows, padded_d, value_panels + j * d, kPanel, ds + j,
-                     kPitch, Addends{});
+      multiply_panel(rows, columns, d, dout, padded_d, value_panels + t * d, kPanel, ds + t, pitch,
+                     Addends{});
     }
-    make_square(rows, columns, statistics + row, statistics + tokens + row, delta + row);
-    multiply<true>(keys, padded_d, rows, p, dout_rows, dv, padded_d, row > 0);
-    multiply<true>(keys, padded_d, rows, ds, q_rows, dk, padded_d, row > 0);
-    multiply<false>(rows, padded_d, keys, ds, k, dq + row * padded_d, padded_d, !first_keys);
+    for (int64_t i = 0; i < rows; ++i)
+      make_row(p + i * pitch, ds + i * pitch, offsets[i], factors[i]);
+    multiply<true>(tokens, rows, p, dout, dv, !first);
+    multiply<true>(tokens, rows, ds, q, dk, !first);
+    multiply<false>(rows, tokens, ds, k, dq, false);
   }
 
   void head(int64_t n, int64_t h) const {
-    const float* statistics = in.statistics + (n * in.heads + h) * 2 * tokens;
+    const float* offsets = in.statistics + (n * in.heads + h) * 2 * tokens;
+    const float* factors = offsets + tokens;
     const auto channel = [&](int64_t part) { return h * in.head_step + part * in.part_step; };
-    const auto gradient = [&](int64_t part) { return head_matrix<T>(a.dqkv, n, channel(part)); };
-    read_rows(read(in.qkv, n, channel(0)), tokens, d, q, padded_d);
-    read_rows(read(a.dout, n, h * d), tokens, d, dout, padded_d);
-    make_delta(n, h);
+    const auto part = [&](int64_t i) { return head_matrix<const T>(in.qkv, n, channel(i)); };
+    const auto gradient = [&](int64_t i) { return head_matrix<T>(a.dqkv, n, channel(i)); };
+    const HeadMatrix<const T> upstream = head_matrix<const T>(a.dout, n, h * d);
 
-    const int64_t blocks = (tokens + kAttentionBlock - 1) / kAttentionBlock;
-    const auto edge = [&](int64_t block) { return tokens * block / blocks; };
-    for (int64_t i = 0; i < blocks; ++i) {
-      const int64_t key = edge(i), keys = edge(i + 1) - key;
-      const HeadMatrix<const T> k_block = read(in.qkv, n, channel(1)).from(key);
-      read_rows(k_block, keys, d, k, padded_d);
-      read_panels(k_block, keys, d, key_panels);
-      read_panels(read(in.qkv, n, channel(2)).from(key), keys, d, value_panels);
-      for (int64_t j = 0; j < blocks; ++j)
-        add_square(edge(j), edge(j + 1) - edge(j), keys, statistics, i == 0);
-      write_rows(dk, padded_d, keys, d, final_scale, gradient(1).from(key));
-      write_rows(dv, padded_d, keys, d, 1.0f, gradient(2).from(key));
+    read_rows(part(1), tokens, d, k, padded_d);
+    read_panels(part(1), tokens, d, key_panels);
+    read_panels(part(2), tokens, d, value_panels);
+    const int64_t blocks = (tokens + block - 1) / block;
+    for (int64_t i = 0, row = 0; i < blocks; ++i) {
+      const int64_t end = tokens * (i + 1) / blocks, rows = end - row;
+      read_rows(part(0).from(row), rows, d, q, padded_d);
+      read_rows(upstream.from(row), rows, d, dout, padded_d);
+      add_block(rows, offsets + row, factors + row, i == 0);
+      write_rows(dq, padded_d, rows, d, final_scale, gradient(0).from(row));
+      row = end;
     }
-    write_rows(dq, padded_d, tokens, d, final_scale, gradient(0));
+    write_rows(dk, padded_d, tokens, d, final_scale, gradient(1));
+    write_rows(dv, padded_d, tokens, d, 1.0f, gradient(2));
   }
 };
 

@@ -106,7 +106,7 @@ _op = define(
 )
 
 _op_bwd = define(
-    "qkv_attention_bwd(Tensor dout, Tensor qkv, Tensor out, Tensor statistics, int num_heads, "
+    "qkv_attention_bwd(Tensor dout, Tensor qkv, Tensor statistics, int num_heads, "
     "str order, str backend) -> Tensor",
     {"cpu": native.cpu_bwd},
     _fake_bwd,
@@ -115,7 +115,7 @@ _op_bwd = define(
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     qkv, *ctx.options = inputs
-    ctx.save_for_backward(qkv, *output)
+    ctx.save_for_backward(qkv, output[1])
     ctx.set_materialize_grads(False)
 
 

@@ -1,4 +1,4 @@
-"""Heads as views of qkv, and the two memory layouts: a token's channels side by side, or a channel's tokens."""
+"""Heads as views of qkv, and its two layouts: a token's channels side by side, or a channel's tokens."""
 
 from __future__ import annotations
 
@@ -31,6 +31,8 @@ def empty_like_rows(qkv: Tensor, channels: int) -> Tensor:
 
 def laid_out_like(qkv: Tensor, x: Tensor) -> Tensor:
     """x [N, C, T] dense in the layout of qkv; copied only where it lies otherwise."""
+    if qkv.shape[2] < 2:  # its strides can be anything and still count as contiguous
+        return empty_like_rows(qkv, x.shape[1]).copy_(x)
     if is_by_token(qkv):
         return x.transpose(1, 2).contiguous().transpose(1, 2)
     return x.contiguous()

@@ -54,9 +54,7 @@ def cpu(qkv: Tensor, num_heads: int, order: str) -> tuple[Tensor, Tensor]:
     return out, statistics
 
 
-def cpu_bwd(
-    dout: Tensor, qkv: Tensor, out: Tensor, statistics: Tensor, num_heads: int, order: str
-) -> Tensor:
+def cpu_bwd(dout: Tensor, qkv: Tensor, statistics: Tensor, num_heads: int, order: str) -> Tensor:
     """The gradient of qkv, in its layout."""
     dout, qkv = _readable(dout), _readable(qkv)
     dqkv = empty_like_rows(qkv, qkv.shape[1])
@@ -66,6 +64,6 @@ def cpu_bwd(
         floats = kernels.attention_bwd_workspace(arguments[0][1], arguments[0][3])
         workspace = torch.empty(threads * floats)
         kernels.qkv_attention_bwd_cpu(
-            arguments, _view(out), _view(dout), _view(dqkv), workspace.data_ptr(), threads
+            arguments, _view(dout), _view(dqkv), workspace.data_ptr(), threads
         )
     return dqkv
