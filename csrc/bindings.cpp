@@ -81,6 +81,7 @@ py::dict build_info() {
   for (int isa = iddpm::kBase; isa <= iddpm::best_isa(); ++isa)
     available.append(iddpm::kIsaNames[isa]);
   info["isa_available"] = available;
+  info["bf16"] = info["bf16_compiled"].cast<bool>() && iddpm::has_bf16();
 #ifdef IDDPM_WITH_CUDA
   info["cuda"].attr("update")(device_record());
 #endif

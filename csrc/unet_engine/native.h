@@ -54,12 +54,17 @@ IDDPM_NATIVE nv nload(const uint16_t* p) {
 }
 
 IDDPM_NATIVE void nstore(uint16_t* p, nv v) {
+#if defined(__AVX512BF16__)
+  const __m256bh half = _mm512_maskz_cvtneps_pbh(0xFFFF, (__m512)v);
+  std::memcpy(p, &half, sizeof half);
+#else
   const words bits = (words)v;
   const words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const words is_nan = (words)(v != v);
   const halves h =
       __builtin_convertvector((is_nan & ((bits >> 16) | 0x40u)) | (~is_nan & rounded), halves);
   std::memcpy(p, &h, sizeof h);
+#endif
 }
 
 // Not nv{} + a, which adds a to zero before it broadcasts the sum: that is no identity for a = -0.

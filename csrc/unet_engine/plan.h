@@ -20,6 +20,9 @@ enum class Kind : int64_t {
   kWinograd = 4,
   kGroupNorm = 5,
   kAttention = 6,
+  kGemmBf16 = 7,  // GemmOp and WinogradOp (of tile 2) whose operands are rounded to bfloat16:
+  kWinogradBf16 =
+      8,  // w is then bfloat16, [panels]...[C / 2][32][2]; everything else stays float32
 };
 
 // x [n, C, H, W] -> out [n, H, W, stride].

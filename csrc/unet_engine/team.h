@@ -5,7 +5,6 @@
 #include "plan.h"
 
 namespace iddpm {
-namespace IDDPM_ISA {
 
 struct Team {
   int64_t thread, threads;
@@ -16,6 +15,8 @@ struct Team {
   float* scratch;
   int64_t scratch_floats;
 };
+
+namespace IDDPM_ISA {
 
 // Every thread of the team has to come here. With one thread nothing happens.
 static inline void barrier(const Team& team) {
@@ -46,4 +47,12 @@ int run_group_norm(const GroupNormOp& op, const Team& team);
 int run_attention(const AttentionOp& op, const Team& team);
 
 }  // namespace IDDPM_ISA
+
+// Kernels of *_bf16.cpp, which are compiled once, for AVX-512 with vdpbf16ps.
+namespace avx512_bf16 {
+
+int run_gemm_bf16(const GemmOp& op, const Team& team);
+int run_winograd_bf16(const WinogradOp& op, const Team& team);
+
+}  // namespace avx512_bf16
 }  // namespace iddpm
