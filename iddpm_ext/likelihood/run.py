@@ -113,7 +113,7 @@ def compute(request: LikelihoodRequest, state: Path | None, processes: Processes
             # In batches of a fixed size: the proposal must not depend on the user's, not even by rounding.
             size = default_batch_size(network.image_shape, network.device)
             terms = work.evaluate(pilot, -1 - torch.arange(len(pilot.t)), size, by_batch=True)[:, 0]
-            terms = terms.view(len(plan.pilot_images), -1)
+            terms = terms.view(len(plan.pilot_images), len(plan.pilot_steps))
             proposal = learn_proposal(plan.pilot_steps, terms, chain.num_timesteps)
             design = sampled_design(images, plan.columns, proposal, network.seed)
         columns = design.t.shape[1]
