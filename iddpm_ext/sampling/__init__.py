@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from .loop import SampleStep, sample, sample_progressive
+from .two_stage import TwoStage, sample_two_stage
 
-__all__ = ["SampleStep", "sample", "sample_progressive"]
+__all__ = ["SampleStep", "TwoStage", "sample", "sample_progressive", "sample_two_stage"]
