@@ -30,6 +30,7 @@ _LAZY: dict[str, str] = {
     "ops": "iddpm_ext.ops",
     "sample": "iddpm_ext.sampling",
     "sample_progressive": "iddpm_ext.sampling",
+    "sample_two_stage": "iddpm_ext.sampling",
     "save_animation": "iddpm_ext.images",
     "save_images": "iddpm_ext.images",
     "to_diffusers": "iddpm_ext.interop.convert",
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
     from iddpm_ext.sampling import invert as invert
     from iddpm_ext.sampling import sample as sample
     from iddpm_ext.sampling import sample_progressive as sample_progressive
+    from iddpm_ext.sampling import sample_two_stage as sample_two_stage
     from iddpm_ext.splice import Splice as Splice
     from iddpm_ext.unet import UNet as UNet
     from iddpm_ext.unet_config import UNetConfig as UNetConfig

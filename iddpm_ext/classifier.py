@@ -104,7 +104,7 @@ class Classifier(nn.Module):
 
     config: a `ClassifierConfig`. The state dict has the keys and shapes of openai/guided-diffusion.
     `extra` holds JSON-ready facts that travel in the checkpoint.
-    Source: Dhariwal & Nichol 2021, section 4 and appendix G.
+    Source: Dhariwal & Nichol 2021, section 4.
     """
 
     def __init__(self, config: ClassifierConfig):

@@ -289,7 +289,7 @@ def test_flags_that_cannot_be_read_are_refused(tmp_path):
     with pytest.raises(TypeError, match="flags must be a mapping or a string, got list"):
         load(path, flags=["--image_size", "64"])
     save(load(path, flags=FLAGS), tmp_path / "ours.safetensors")
-    with pytest.raises(ValueError, match="flags must be None for .*ours.safetensors"):
+    with pytest.raises(ValueError, match=r"flags must be None for .*ours.safetensors"):
         load(tmp_path / "ours.safetensors", flags=FLAGS)
 
 
@@ -500,9 +500,9 @@ def test_classifier_of_ones_own_and_its_round_trip(tmp_path):
     back = load_classifier(tmp_path / "ours.safetensors")
     assert back.config == config
     assert torch.equal(back.out[2].weight, model.out[2].weight)
-    with pytest.raises(ValueError, match="flags must be given for .* classifier_depth"):
+    with pytest.raises(ValueError, match=r"flags must be given for .* classifier_depth"):
         load_classifier(tmp_path / "model000001.pt")
-    with pytest.raises(ValueError, match="cannot tell: .*classifier_pool"):
+    with pytest.raises(ValueError, match=r"cannot tell: .*classifier_pool"):
         load_classifier(tmp_path / "model000001.pt", flags={"image_size": 16})
     with pytest.raises(ValueError, match="load_classifier reads those"):
         load(tmp_path / "model000001.pt", flags=FLAGS)

@@ -45,8 +45,9 @@ _WITHOUT_EFFECT = frozenset(
 def read_flags(flags: Flags) -> dict[str, Any]:
     """Flags by our names, checked for type, with those that have no effect here left out.
 
-    flags: names and values, or a command line, "--image_size 64 --num_heads 4". Names are the
-    original's (num_channels, noise_schedule, predict_xstart, ...) or ours (model_channels, ...).
+    flags: names and values, or a command line, "--image_size 64 --num_heads 4", with or without the
+        dashes and with blanks or "=". Names are the original's (num_channels, noise_schedule,
+        predict_xstart, ...) or ours (model_channels, ...).
     Raises ValueError or TypeError for an unknown name, a value of a wrong kind, or a contradiction.
     """
     if isinstance(flags, str):
@@ -95,9 +96,9 @@ def _in_our_terms(name: str, value: Any) -> dict[str, Any]:
 def _split(text: str) -> dict[str, object]:
     words = shlex.split(text.replace("=", " "))
     names, values = words[::2], words[1::2]
-    if len(names) != len(values) or not all(name.startswith("--") for name in names):
+    if len(names) != len(values) or any(value.startswith("--") for value in values):
         raise ValueError(f"load: flags must read '--name value --name value', got {text!r}")
-    return {name[2:]: value for name, value in zip(names, values, strict=True)}
+    return {n.removeprefix("--"): value for n, value in zip(names, values, strict=True)}
 
 
 def _count(value: object) -> int:

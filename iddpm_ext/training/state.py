@@ -20,7 +20,7 @@ from .config import TrainConfig
 from .parallel import Parallel, copy_whole, whole
 from .rates import ema_decay
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+MOMENTS = ("exp_avg", "exp_avg_sq")
 _SCHEMA = 1
 
 
@@ -65,7 +65,7 @@ class TrainState:
         moments = {
             f"{moment}.{name}": _on_cpu(self.optimizer.state[parameter][moment])
             for name, parameter in self.model.named_parameters()
-            for moment in _MOMENTS
+            for moment in MOMENTS
         }
         tensors["optim.safetensors"] = (moments, None)
         history = self.timestep_sampler.state_dict()
@@ -109,7 +109,7 @@ class TrainState:
             for name, parameter in self.model.named_parameters():
                 entry = self.optimizer.state[parameter]
                 entry["step"].fill_(state["updates"])
-                for moment in _MOMENTS:
+                for moment in MOMENTS:
                     copy_whole(entry[moment], moments[f"{moment}.{name}"])
         if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
@@ -181,7 +181,7 @@ def new_state(
     for parameter in model.parameters():
         optimizer.state[parameter] = {
             "step": torch.zeros((), device=parallel.device),
-            **{moment: torch.zeros_like(parameter.detach()) for moment in _MOMENTS},
+            **{moment: torch.zeros_like(parameter.detach()) for moment in MOMENTS},
         }
     module = parallel.wrap(model)
     return TrainState(

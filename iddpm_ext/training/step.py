@@ -90,7 +90,8 @@ def train_step(
     state.timestep_sampler.update(
         whole_step["t"], whole_step["loss"], capacity=config.batch_size // parallel.size
     )
-    state.update_averages(config.ema_warmup)
+    # An average that comes from another run has no start to forget.
+    state.update_averages(config.ema_warmup and not config.init_ema)
     state.step += 1
     state.images += config.batch_size
     return _measures(config, state, whole_step, norm, small), complaints
