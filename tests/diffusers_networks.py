@@ -16,13 +16,13 @@ SMALL = UNetConfig(
 )  # fmt: skip
 
 
-def filled(model: nn.Module, scale: float = 1.0) -> nn.Module:
-    """The model with weights that keep activations near `scale` everywhere, also where zeros are."""
+def filled(model: nn.Module, scale: float = 0.4) -> nn.Module:
+    """The model with weights that keep activations of order one everywhere, the same in every run."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in model.parameters():
             noise = torch.randn(p.shape, generator=generator)
-            p.copy_(scale * noise / p[0].numel() ** 0.5 if p.dim() > 1 else p + 0.1 * noise)
+            p.copy_(scale * noise / p[0].numel() ** 0.5 if p.dim() > 1 else p.round() + 0.1 * noise)
     return model.eval()
 
 

@@ -37,6 +37,14 @@ _REQUIRED: dict[str, tuple[Any, ...]] = {
     "add_attention": (True,),
     "class_embed_type": (None,),
 }
+_NEEDED = (
+    "block_out_channels",
+    "down_block_types",
+    "in_channels",
+    "layers_per_block",
+    "out_channels",
+    "up_block_types",
+)
 
 
 class Block(NamedTuple):
@@ -180,6 +188,9 @@ def config_of_unet2d(theirs: Mapping[str, Any]) -> UNetConfig:
 
     Raises ValueError with everything in which no UNet is like it.
     """
+    absent = [name for name in _NEEDED if name not in theirs]
+    if absent:
+        raise ValueError(f"from_diffusers: unet must say its {', '.join(absent)}, got nothing")
     problems = [
         f"{name}={' or '.join(map(repr, allowed))} (got {theirs.get(name, allowed[0])!r})"
         for name, allowed in _REQUIRED.items()
