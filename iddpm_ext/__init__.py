@@ -18,6 +18,7 @@ _LAZY: dict[str, str] = {
     "invert": "iddpm_ext.sampling",
     "load": "iddpm_ext.checkpoint",
     "save": "iddpm_ext.checkpoint",
+    "metrics": "iddpm_ext.metrics",
     "ops": "iddpm_ext.ops",
     "sample": "iddpm_ext.sampling",
     "sample_progressive": "iddpm_ext.sampling",
