@@ -85,7 +85,7 @@ def launch_on(device: torch.device) -> Callable[..., None]:
         numbers: tuple[float, ...],
         decays: list[float],
     ) -> None:
-        tensors, emas = size
+        emas = size[1]
         rows = [table[i : i + _FIELDS + emas] for i in range(0, len(table), _FIELDS + emas)]
         blocks = [[i, at] for i, row in enumerate(rows) for at in range(0, row[0], BLOCK)]
         if not blocks:
@@ -120,7 +120,7 @@ def _log(beta: float) -> float:
 def aot_cases() -> list[tuple[object, dict[str, str], dict[str, object]]]:
     """(kernel, signature, constants) of the variants that people run, for compilation without a GPU."""
     kinds: dict[str, str] = {"table": "*i64", "blocks": "*i64", "weights": "*fp32"}
-    kinds |= {name: "*fp32" for name in ("step_at", "scale_at", "found_inf_at")}
+    kinds |= dict.fromkeys(("step_at", "scale_at", "found_inf_at"), "*fp32")
     signature = {
         name: kinds.get(name, "constexpr" if name.isupper() else "fp32")
         for name in _kernel.arg_names

@@ -88,7 +88,7 @@ def vlb_to_all(
 
 def aot_cases() -> list[tuple[object, dict[str, str], dict[str, object]]]:
     """(kernel, signature, constants) of the variants that people run, for compilation without a GPU."""
-    pointers = {name: "*fp32" for name in ("out", "x_0", "x_t", "rows", "terms")}
+    pointers = dict.fromkeys(("out", "x_0", "x_t", "rows", "terms"), "*fp32")
     signature = {
         name: pointers.get(name, "constexpr" if name.isupper() else "i64")
         for name in _kernel.arg_names
