@@ -114,7 +114,10 @@ def _linear(layer: nn.Module, h: Tensor) -> Tensor:
 
 
 def _no_autocast(device_type: str) -> AbstractContextManager[None]:
-    if not torch.amp.is_autocast_available(device_type):
+    # Asked, so that an exported graph has no region for what is not there.
+    if not (
+        torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    ):
         return nullcontext()
     return torch.autocast(device_type, enabled=False)
 
