@@ -194,6 +194,21 @@ class CPUEngine:
             )
         return self._run(x, out, *schedule.rows(step_index, n))
 
+    def prepare(self, x: Tensor, out: Tensor) -> Callable[[int], None]:
+        """A function that evaluates x into out, as they then are, at a step of the schedule.
+
+        It makes no checks: for chains, which own both tensors. x, out: as of a call, contiguous.
+        """
+        self._follow_weights()
+        self._require_x(x)
+        schedule, n = self._schedule, len(x)
+        assert schedule is not None and x.is_contiguous() and out.is_contiguous()
+
+        def evaluate(step_index: int) -> None:
+            self._run_rows(0, self.num_rows, x, out, *schedule.rows(step_index, n))
+
+        return evaluate
+
     def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
         """The network's output at any timesteps [n], with labels y [n] as in `UNet.forward`."""
         self._follow_weights()
