@@ -77,6 +77,10 @@ class OpSpec:
         """Calls at the sizes of the field."""
         return self._cases().benchmark_inputs(device)
 
+    def property_inputs(self, draw: Any, device: str, dtype: torch.dtype) -> dict[str, Any]:
+        """One random call that every backend must compute like the reference; `random_calls.Draw`."""
+        return self._cases().property_inputs(draw, device, dtype)
+
     def minimum_bytes(self, kwargs: dict[str, Any]) -> int:
         """Bytes that any implementation must move: each input read once, each output written once."""
         return self._cases().minimum_bytes(kwargs)
