@@ -48,7 +48,8 @@ class OpSpec:
     `kernels` maps a backend's name to the function that computes it; all take the same arguments, those
     of the registered operator without the trailing backend. `dtypes` says which dtypes of the first
     tensor each kernel takes ("reference" takes every floating dtype). `stops_gradient` is true where
-    a part of the gradient is left out on purpose, so that numerical differentiation must differ. Cases
+    a part of the gradient is left out on purpose, so that numerical differentiation must differ. `batched`
+    names the arguments that have one entry a sample, whose results must not depend on the others. Cases
     for tests and benchmarks live in `iddpm_ext/ops/<name>/cases.py` and are imported only when asked for.
     """
 
@@ -61,6 +62,7 @@ class OpSpec:
     )
     differentiable: tuple[str, ...] = ()
     stops_gradient: bool = False
+    batched: tuple[str, ...] = ()
 
     def _cases(self) -> Any:
         return importlib.import_module(f"iddpm_ext.ops.{self.name}.cases")

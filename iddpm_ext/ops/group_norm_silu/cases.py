@@ -70,6 +70,7 @@ def sample_inputs(device: str, dtype: torch.dtype) -> Iterator[Case]:
 
     for width in (1, 4, 12, 20, 28):
         yield Case(f"groups of {width}", call((2, 2 * width, 5, 3), 2))
+    yield Case("640 channels", call((1, 640, 3, 2), 32))
     yield Case("one group", call((2, 7, 3, 3), 1))
     yield Case("one pixel", call((3, 32, 1, 1), 2))
     yield Case("large image", call((1, 4, 70, 66), 2))
