@@ -12,6 +12,9 @@
 namespace iddpm {
 namespace IDDPM_ISA {
 
+// Below this many multiply-adds a team of threads costs more than it brings.
+constexpr int64_t kAttentionSerialBelow = 1 << 20;
+
 // log2(e) / sqrt(d): probabilities are powers of two of scaled scores, which saves the conversion.
 IDDPM_INLINE float score_scale(int64_t width) {
   return float(1.4426950408889634 / __builtin_sqrt(double(width)));
