@@ -20,6 +20,8 @@ _LAZY: dict[str, str] = {
     "UNet": "iddpm_ext.unet",
     "UNetConfig": "iddpm_ext.unet_config",
     "classifier_gradient": "iddpm_ext.sampling",
+    "export_onnx": "iddpm_ext.interop.export",
+    "export_program": "iddpm_ext.interop.export",
     "from_diffusers": "iddpm_ext.interop.convert",
     "interpolate": "iddpm_ext.sampling",
     "invert": "iddpm_ext.sampling",
@@ -52,6 +54,8 @@ if TYPE_CHECKING:
     from iddpm_ext.images import save_images as save_images
     from iddpm_ext.interop.convert import from_diffusers as from_diffusers
     from iddpm_ext.interop.convert import to_diffusers as to_diffusers
+    from iddpm_ext.interop.export import export_onnx as export_onnx
+    from iddpm_ext.interop.export import export_program as export_program
     from iddpm_ext.interop.pipeline import IDDPMPipeline as IDDPMPipeline
     from iddpm_ext.interop.scheduler import IDDPMScheduler as IDDPMScheduler
     from iddpm_ext.interop.unet2d import IDDPMUNet2DModel as IDDPMUNet2DModel

@@ -150,7 +150,7 @@ def test_sample_in_bfloat16_uses_the_engine():
     assert engine.dtype == torch.bfloat16
     assert x.dtype == torch.float32
     exact = sample(model, 2, n=2, engine=False, progress=False)
-    assert 1e-5 < (x - exact).abs().max() < 0.1
+    assert 1e-5 < (x - exact).abs().mean() < 0.02
 
 
 def test_schedule_gives_what_forward_gives():

@@ -37,7 +37,7 @@ def inject(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("sampler", "eta"), [("ddpm", 0.0), ("ddim", 0.0), ("ddim", 1.0), ("ddim", 0.3)]
+    ("sampler", "eta"), [("ddpm", 0.0), ("ddim", 0.0), ("ddim", 0.3), ("dpm++", 0.0)]
 )
 def test_the_chain_of_ddpm_pipeline_is_that_of_sample(inject, sampler, eta):
     model, diffusion = small_network(), Diffusion()
@@ -81,7 +81,9 @@ def test_dpm_solver_is_that_of_diffusers_on_our_steps():
     # Its own are float32, from float32 products; here only the solver is compared.
     alpha_bar = chain.alphas_cumprod.flip(0)
     stock.sigmas = torch.cat([((1 - alpha_bar) / alpha_bar).sqrt(), torch.zeros(1).double()])
-    ours = IDDPMScheduler.from_diffusion(diffusion, sampler="dpm++", clip_sample=False)
+    ours = IDDPMScheduler.from_diffusion(
+        diffusion, sampler="dpm++", clip_sample=False, extrapolation_limit=None
+    )
     ours.set_timesteps(25)
     assert ours.timesteps.tolist() == stock.timesteps.tolist()
     a = b = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0)).double()

@@ -101,11 +101,9 @@ def test_gradient_that_is_expanded_or_lies_otherwise_is_taken():
         expected = result_and_gradient(qkv, 2, draw(2, 16, 20, layout, seed=1))[1]
         got = result_and_gradient(qkv, 2, draw(2, 16, 20, other, seed=1))[1]
         assert torch.equal(got, expected)
-        ones = torch.ones(2, 16, 20)
+        ones, one = torch.ones(2, 16, 20), torch.ones(1, 1, 1)
         expected = result_and_gradient(qkv, 2, ones)[1]
-        assert torch.equal(
-            result_and_gradient(qkv, 2, ones[:1, :1, :1].expand(2, 16, 20))[1], expected
-        )
+        assert torch.equal(result_and_gradient(qkv, 2, one.expand(2, 16, 20))[1], expected)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
@@ -148,6 +146,17 @@ def test_gradient_compiles_into_one_graph(layout):
         x = qkv.detach().requires_grad_()
         found.append(torch.autograd.grad(function(x), x, dout)[0])
     assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_backward_operator_passes_opcheck(layout):
+    qkv, dout = draw(2, 3 * 16, 20, layout), draw(2, 16, 20, seed=1)
+    statistics = native.cpu(qkv, 2, "legacy")[1]
+    torch.library.opcheck(
+        torch.ops.iddpm_ext.qkv_attention_bwd.default,
+        (dout, qkv, statistics, 2, "legacy", "cpu"),
+        test_utils=("test_schema", "test_faketensor"),
+    )
 
 
 @settings(max_examples=40, deadline=None)

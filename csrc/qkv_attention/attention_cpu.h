@@ -15,6 +15,9 @@ namespace IDDPM_ISA {
 // Below this many multiply-adds a team of threads costs more than it brings.
 constexpr int64_t kAttentionSerialBelow = 1 << 20;
 
+// Inputs of more bytes do not stay in the second cache level, and are fetched ahead.
+constexpr int64_t kSecondLevel = 1 << 20;
+
 // log2(e) / sqrt(d): probabilities are powers of two of scaled scores, which saves the conversion.
 IDDPM_INLINE float score_scale(int64_t width) {
   return float(1.4426950408889634 / __builtin_sqrt(double(width)));
@@ -41,6 +44,35 @@ IDDPM_NATIVE RowStatistics exponentiate(float* scores, int64_t tokens, float sca
   return {offset, 1.0f / sum_lanes(total)};
 }
 
+// Lines of memory that will be needed: matrices of one shape, at equal distances.
+struct Ahead {
+  const char* first;
+  int64_t stride, bytes;  // from line to line; of a line
+  int64_t lines, step;    // of a matrix; bytes from matrix to matrix
+  int64_t total;          // lines of all matrices
+};
+
+template <typename T>
+IDDPM_INLINE Ahead ahead(const HeadMatrix<T>& x, int64_t tokens, int64_t d, int64_t matrices,
+                         int64_t step) {
+  const int64_t size = sizeof(T), lines = x.by_token() ? tokens : d;
+  return {reinterpret_cast<const char*>(x.data),
+          size * (x.by_token() ? x.token : x.channel),
+          size * (x.by_token() ? d : tokens),
+          lines,
+          size * step,
+          matrices * lines};
+}
+
+// Asks for the share `part` of `parts`. Always inline: GCC drops a call that only prefetches.
+IDDPM_INLINE void fetch(const Ahead& next, int64_t part, int64_t parts) {
+  const int64_t end = next.total * (part + 1) / parts;
+  for (int64_t i = next.total * part / parts; i < end; ++i) {
+    const char* line = next.first + i / next.lines * next.step + i % next.lines * next.stride;
+    for (int64_t b = 0; b < next.bytes; b += 64) __builtin_prefetch(line + b, 0, 2);
+  }
+}
+
 // Rows of one head: q [rows][q_stride] -> out [rows][out_stride], d values each.
 struct HeadRows {
   int64_t rows;
@@ -50,6 +82,7 @@ struct HeadRows {
   int64_t out_stride;
   float* offsets;  // [rows], or null
   float* factors;
+  Ahead written, next;  // where the result goes, and what the next head reads
 };
 
 static inline void attend(const HeadRows& head, int64_t tokens, int64_t d, const float* keys,
@@ -66,8 +99,12 @@ static inline void attend(const HeadRows& head, int64_t tokens, int64_t d, const
       multiply_panel(count, smaller(kPanel, padded_tokens - t), d, head.q + row * head.q_stride,
                      head.q_stride, keys + t * d, kPanel, scores + t, pitch, Addends{});
     RowStatistics row_statistics[kTileRows];
-    for (int64_t i = 0; i < count; ++i)
+    // Memory is asked for here, where all else is in the first cache level.
+    for (int64_t i = 0; i < count; ++i) {
+      fetch(head.written, row + i, head.rows);
+      fetch(head.next, row + i, head.rows);
       row_statistics[i] = exponentiate(scores + i * pitch, tokens, scale);
+    }
     for (int64_t c = 0; c < padded_d; c += kPanel)
       multiply_panel(count, smaller(kPanel, padded_d - c), tokens, scores, pitch, values + c,
                      padded_d, result + c, padded_d, Addends{});
@@ -85,9 +122,10 @@ static inline void attend(const HeadRows& head, int64_t tokens, int64_t d, const
   }
 }
 
-// Query rows [first, first + rows) of a head.
+// Query rows [first, first + rows) of head i of all samples' heads; another head follows unless it
+// is the last.
 template <typename T>
-void attend_head(const QkvAttentionArgs& a, int64_t n, int64_t h, int64_t first, int64_t rows,
+void attend_head(const QkvAttentionArgs& a, int64_t i, int64_t first, int64_t rows, bool last,
                  float* space) {
   const QkvAttentionInput& in = a.in;
   const int64_t tokens = in.tokens, d = in.width, padded_d = round_up(d);
@@ -97,6 +135,7 @@ void attend_head(const QkvAttentionArgs& a, int64_t n, int64_t h, int64_t first,
   float* q_rows = scores + kTileRows * (round_up(tokens) + kAlign + padded_d);
   float* out_rows = q_rows + rows * padded_d;
 
+  const int64_t n = i / in.heads, h = i % in.heads;
   const auto part = [&](int64_t p) {
     return head_matrix<const T>(in.qkv, n, h * in.head_step + p * in.part_step);
   };
@@ -105,7 +144,7 @@ void attend_head(const QkvAttentionArgs& a, int64_t n, int64_t h, int64_t first,
 
   const HeadMatrix<const T> q = part(0).from(first);
   const HeadMatrix<T> out = head_matrix<T>(a.out, n, h * d).from(first);
-  HeadRows head{rows, q_rows, padded_d, out_rows, padded_d, nullptr, nullptr};
+  HeadRows head{rows, q_rows, padded_d, out_rows, padded_d, nullptr, nullptr, {}, {}};
   if (in.statistics) {
     head.offsets = in.statistics + (n * in.heads + h) * 2 * tokens + first;
     head.factors = head.offsets + tokens;
@@ -113,6 +152,13 @@ void attend_head(const QkvAttentionArgs& a, int64_t n, int64_t h, int64_t first,
   if constexpr (sizeof(T) == 4) {
     if (q.by_token()) head.q = q.data, head.q_stride = q.token;
     if (out.by_token()) head.out = out.data, head.out_stride = out.token;
+  }
+  const int64_t bytes = in.n * in.heads * 3 * d * tokens * int64_t(sizeof(T));
+  if (bytes > kSecondLevel) {
+    head.written = ahead(out, rows, d, 1, 0);
+    const auto following =
+        head_matrix<const T>(in.qkv, (i + 1) / in.heads, (i + 1) % in.heads * in.head_step);
+    if (!last) head.next = ahead(following, tokens, d, 3, in.part_step * in.qkv.channel);
   }
   if (head.q == q_rows) read_rows(q, rows, d, q_rows, padded_d);
   attend(head, tokens, d, keys, values, scores);
@@ -130,7 +176,7 @@ void attend_share(const QkvAttentionArgs& a, int64_t thread, int64_t threads, fl
   const int64_t end = by_head ? tokens : tokens * (thread + 1) / threads;
   if (begin == end) return;
   for (int64_t i = first; i < last; ++i)
-    attend_head<T>(a, i / a.in.heads, i % a.in.heads, begin, end - begin, space);
+    attend_head<T>(a, i, begin, end - begin, i + 1 == last, space);
 }
 
 }  // namespace IDDPM_ISA

@@ -131,8 +131,7 @@ void read_transposed(const T* from, int64_t stride, int64_t lines, int64_t lengt
 template <typename T>
 void read_rows(const HeadMatrix<const T>& x, int64_t tokens, int64_t d, float* to, int64_t pitch) {
   if (x.by_token()) return read_lines(x.data, x.token, tokens, d, to, pitch);
-  for (int64_t t = 0; t < tokens; t += kLanes)  // 16 tokens at a time, so that writing stays near
-    read_transposed(x.data + t, x.channel, d, smaller(kLanes, tokens - t), to + t * pitch, pitch);
+  read_transposed(x.data, x.channel, d, tokens, to, pitch);
 }
 
 // x transposed, in panels [ceil(tokens / 32)][d][32]; tokens beyond the last are zero up to the

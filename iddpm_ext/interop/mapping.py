@@ -6,6 +6,7 @@ legacy order its rows are [heads, (q, k, v), width of a head], in the new one [(
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -37,6 +38,14 @@ _REQUIRED: dict[str, tuple[Any, ...]] = {
     "add_attention": (True,),
     "class_embed_type": (None,),
 }
+# Names of the blocks without and with attention, by how they resample: (down, up).
+_BLOCK_TYPES = {
+    "conv": (("DownBlock2D", "AttnDownBlock2D"), ("UpBlock2D", "AttnUpBlock2D")),
+    "resnet": (
+        ("ResnetDownsampleBlock2D", "AttnDownBlock2D"),
+        ("ResnetUpsampleBlock2D", "AttnUpBlock2D"),
+    ),
+}
 _NEEDED = (
     "block_out_channels",
     "down_block_types",
@@ -56,11 +65,6 @@ class Block(NamedTuple):
     heads: int = 0
 
 
-def option(config: UNetConfig, name: str, default: Any) -> Any:
-    """An option of guided-diffusion's networks, where this version of `UNetConfig` has it."""
-    return config.to_dict().get(name, default)
-
-
 def blocks(config: UNetConfig) -> Iterator[Block]:
     """Every part that has tensors, in the order of our state dict."""
     yield Block("time_embed.0", "time_embedding.linear_1", "plain")
@@ -68,7 +72,7 @@ def blocks(config: UNetConfig) -> Iterator[Block]:
     if config.num_classes is not None:
         yield Block("label_emb", "class_embedding", "plain")
     yield Block("input_blocks.0.0", "conv_in", "plain")
-    resampled = option(config, "resblock_updown", False)
+    resampled = config.resblock_updown
     down, up = heads_of(config)
     levels, n = len(config.channel_mult), 0
     for level in range(levels):
@@ -109,7 +113,7 @@ def blocks(config: UNetConfig) -> Iterator[Block]:
 
 def heads_of(config: UNetConfig) -> tuple[list[int], list[int]]:
     """Attention heads of every level, on the way down and on the way up."""
-    width = option(config, "num_head_channels", None)
+    width = config.num_head_channels
     levels = range(len(config.channel_mult))
     if width is not None:
         heads = [int(config.channels(level)) // width for level in levels]
@@ -157,20 +161,21 @@ def unet2d_arguments(config: UNetConfig, *, stock: bool) -> dict[str, Any]:
     channels = [int(config.channels(level)) for level in levels]
     if channels[0] != config.model_channels:
         raise ValueError(f"to_diffusers: channel_mult must begin with 1, got {config.channel_mult}")
-    resample = "resnet" if option(config, "resblock_updown", False) else "conv"
+    resample = "resnet" if config.resblock_updown else "conv"
+    down, up = _BLOCK_TYPES[resample]
     arguments = {name: allowed[0] for name, allowed in _REQUIRED.items()}
     arguments |= {
         "sample_size": config.image_size,
         "in_channels": config.in_channels * (2 if config.super_resolution else 1),
         "out_channels": config.out_channels,
-        "down_block_types": ["AttnDownBlock2D" if a else "DownBlock2D" for a in attended],
-        "up_block_types": ["AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attended)],
+        "down_block_types": [down[a] for a in attended],
+        "up_block_types": [up[a] for a in reversed(attended)],
         "block_out_channels": channels,
         "layers_per_block": config.num_res_blocks,
         "downsample_type": resample,
         "upsample_type": resample,
         "dropout": config.dropout,
-        "attention_head_dim": min(widths),
+        "attention_head_dim": math.gcd(*widths),  # whole heads, whatever their number becomes
         "attn_norm_num_groups": NUM_GROUPS,
         "resnet_time_scale_shift": "scale_shift" if config.use_scale_shift_norm else "default",
         "num_class_embeds": config.num_classes,
@@ -206,22 +211,23 @@ def config_of_unet2d(theirs: Mapping[str, Any]) -> UNetConfig:
     groups = theirs.get("attn_norm_num_groups")
     if groups not in ((NUM_GROUPS, None) if scale_shift == "default" else (NUM_GROUPS,)):
         problems.append(f"attn_norm_num_groups={NUM_GROUPS} (got {groups})")
-    kinds = {theirs.get("downsample_type", "conv"), theirs.get("upsample_type", "conv")}
-    if len(kinds) > 1 or not kinds <= {"conv", "resnet"}:
-        problems.append(f"downsample_type and upsample_type alike (got {sorted(kinds)})")
     size = theirs.get("sample_size")
     size = size[0] if isinstance(size, (tuple, list)) and len(set(size)) == 1 else size
     if not isinstance(size, int):
         problems.append(f"sample_size=a whole number (got {theirs.get('sample_size')!r})")
+    kinds = {_resampling(theirs, name) for name in ("downsample_type", "upsample_type")}
+    resample = kinds.pop()
+    if kinds or resample not in _BLOCK_TYPES:
+        problems.append(
+            f"downsample_type and upsample_type alike (got {sorted({resample, *kinds})})"
+        )
     down, up = list(theirs["down_block_types"]), list(theirs["up_block_types"])
     attended = [kind == "AttnDownBlock2D" for kind in down]
-    if not set(down) <= {"AttnDownBlock2D", "DownBlock2D"} or up != [
-        "AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attended)
-    ]:
+    ours_down, ours_up = _BLOCK_TYPES.get(resample, _BLOCK_TYPES["conv"])
+    if down != [ours_down[a] for a in attended] or up != [ours_up[a] for a in reversed(attended)]:
         problems.append(f"block types that mirror each other (got {down} and {up})")
-    heads, options = _heads_of_unet2d(theirs, channels, attended, problems)
-    if "resnet" in kinds:
-        options["resblock_updown"] = True
+    heads, options = _heads_of_unet2d(theirs, channels, attended)
+    options["resblock_updown"] = resample == "resnet"
     if problems:
         raise ValueError(f"from_diffusers: unet must have {'; '.join(problems)}")
     super_resolution = bool(theirs.get("super_resolution", False))
@@ -246,9 +252,9 @@ def config_of_unet2d(theirs: Mapping[str, Any]) -> UNetConfig:
 
 
 def _heads_of_unet2d(
-    theirs: Mapping[str, Any], channels: list[int], attended: list[bool], problems: list[str]
+    theirs: Mapping[str, Any], channels: list[int], attended: list[bool]
 ) -> tuple[int, dict[str, Any]]:
-    """(num_heads, further options) of our configuration; adds to `problems` what does not fit."""
+    """(num_heads, further options) of our configuration."""
     if theirs.get("num_attention_heads") is not None:
         return theirs["num_attention_heads"], {}
     width = theirs.get("attention_head_dim", 8)
@@ -259,10 +265,15 @@ def _heads_of_unet2d(
     counts = {w // width for w in widths}
     if len(counts) == 1:
         return counts.pop(), {}
-    if "num_head_channels" in UNetConfig.__dataclass_fields__:
-        return 1, {"num_head_channels": width}
-    problems.append(f"one number of heads at every level (got heads of width {width})")
-    return 1, {}
+    return 1, {"num_head_channels": width}
+
+
+def _resampling(theirs: Mapping[str, Any], name: str) -> str:
+    """How it resamples: blocks of one kind do by a residual block whatever the setting says."""
+    side = "down_block_types" if name == "downsample_type" else "up_block_types"
+    if any(kind.startswith("Resnet") for kind in theirs[side]):
+        return "resnet"
+    return theirs.get(name) or "conv"
 
 
 def _ratio(a: int, b: int) -> int | float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -44,6 +45,8 @@ class IDDPMScheduler(SchedulerMixin, ConfigMixin):
         sampler: "ddpm" (ancestral), "ddim", or "dpm++" (DPM-Solver++ 2M); the last two leave the
             variance head unused.
         eta: noise of DDIM, from 0 to 1.
+        extrapolation_limit: of DPM-Solver++, see `Diffusion.multistep_weights`; None for none, as in
+            diffusers' own solver.
 
     Raises ValueError for a value that is none of these.
 
@@ -68,6 +71,7 @@ class IDDPMScheduler(SchedulerMixin, ConfigMixin):
         rescale_timesteps: bool = True,
         sampler: str = "ddpm",
         eta: float = 0.0,
+        extrapolation_limit: float | None = 0.5,
     ) -> None:
         if sampler not in _SAMPLERS:
             raise ValueError(
@@ -150,7 +154,8 @@ class IDDPMScheduler(SchedulerMixin, ConfigMixin):
         self.timesteps = told.flip(0).to(device)
         self._by_told = {float(value): i for i, value in enumerate(told)}
         self._by_index = {int(value): i for i, value in enumerate(chain.timesteps)}
-        self._weights = chain.multistep_weights()
+        limit = self.config.extrapolation_limit
+        self._weights = chain.multistep_weights(math.inf if limit is None else limit)
         self._before: tuple[int, Tensor] | None = None
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:

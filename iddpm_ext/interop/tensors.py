@@ -42,7 +42,7 @@ def _translated(
     *,
     to_theirs: bool,
 ) -> dict[str, Tensor]:
-    order = mapping.option(config, "attention_order", "legacy")
+    order = config.attention_order
     result: dict[str, Tensor] = {}
     for block in mapping.blocks(config):
         pairs = {"": ""}

@@ -75,8 +75,8 @@ def find_schedules(
             `nll`.
         data: as in `nll`; images of training rather than those that the schedules are judged on.
         limit: a random choice of so many images (of a tensor: the first); None takes all.
-        candidates: how many steps may be chosen, at least 2; all of the chain where it has no more.
-        most: the largest K.
+        candidates: how many steps may be chosen, at least 4; all of the chain where it has no more.
+        most: the largest K, at least 2.
         split: "train" or "test", of a path that has both.
 
     Returns:
@@ -118,10 +118,12 @@ def search(
 
 
 def check_counts(candidates: int, most: int) -> None:
-    """ValueError unless both are at least 2."""
-    for name, value in (("candidates", candidates), ("most", most)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 2:
-            raise ValueError(f"find_schedules: {name} must be an int above 1, got {value!r}")
+    """ValueError unless there are at least 4 candidates and 2 steps."""
+    for name, value, least in (("candidates", candidates, 4), ("most", most, 2)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(
+                f"find_schedules: {name} must be an int of at least {least}, got {value!r}"
+            )
 
 
 def candidate_steps(num_timesteps: int, count: int) -> Tensor:

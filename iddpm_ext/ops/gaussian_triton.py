@@ -69,6 +69,7 @@ def _log_normal_cdf(x):
 
 @triton.jit
 def expm1(x):
+    """e^x - 1, by its series where the difference would keep no digits."""
     series = x * (1.0 + x * (0.5 + x * (1.0 / 6.0 + x * (1.0 / 24.0 + x * (1.0 / 120.0)))))
     return tl.where(tl.abs(x) < 0.02, series, tl.exp(x) - 1.0)
 

@@ -52,6 +52,7 @@ def _observed() -> bool:
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._get_tracing_state() is not None
         or torch._C._functorch.maybe_current_level() is not None
+        or torch._C._autograd._profiler_enabled()
     )
 
 

@@ -28,7 +28,10 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
 
 def no_autocast(device_type: str) -> AbstractContextManager[None]:
     """Where dtypes are as written."""
-    if not torch.amp.is_autocast_available(device_type):
+    # Asked, so that an exported graph has no region for what is not there.
+    if not (
+        torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    ):
         return nullcontext()
     return torch.autocast(device_type, enabled=False)
 

@@ -223,7 +223,9 @@ def _optimal(diffusion: Diffusion, steps: str, model: object) -> list[int]:
     schedules = (getattr(model, "extra", None) or {}).get("step_schedules", {})
     found = {f"optimal-{count}": indices for count, indices in schedules.items()}
     if steps not in found:
-        have = f"{next(iter(found))} .. {list(found)[-1]}" if found else "the checkpoint has none"
+        names = list(found)
+        have = ", ".join(names) if len(names) < 5 else f"{names[0]} .. {names[-1]}"
+        have = have or "the checkpoint has none"
         raise ValueError(
             f"sample: steps must be a schedule of the checkpoint ({have}), got {steps!r}"
         )

@@ -23,8 +23,9 @@ from iddpm_ext.diffusion import Diffusion
 from iddpm_ext.unet_config import UNetConfig
 
 from .config import TrainConfig
+from .optimizer import MOMENTS
 from .parallel import copy_whole
-from .state import MOMENTS, TrainState
+from .state import TrainState
 
 _LABELS = "label_emb.weight"
 _EMA_FILE = re.compile(r"ema_([0-9.]+)_\d+\.pt")
@@ -61,9 +62,9 @@ def start_from(state: TrainState, config: TrainConfig) -> list[str]:
         if moments is not None:
             for name, parameter in state.model.named_parameters():
                 entry = state.optimizer.state[parameter]
-                entry["step"].fill_(step)
                 for moment in MOMENTS:
                     copy_whole(entry[moment], moments[moment][name])
+            state.optimizer.updates.fill_(step)
             state.step, state.images = step, step * config.batch_size
     at = f" at step {state.step}" if state.step else ""
     return [f"started from {config.init_from}{at}", *notes]

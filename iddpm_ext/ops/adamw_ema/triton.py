@@ -85,7 +85,7 @@ def launch_on(device: torch.device) -> Callable[..., None]:
         numbers: tuple[float, ...],
         decays: list[float],
     ) -> None:
-        tensors, emas = size
+        emas = size[1]
         rows = [table[i : i + _FIELDS + emas] for i in range(0, len(table), _FIELDS + emas)]
         blocks = [[i, at] for i, row in enumerate(rows) for at in range(0, row[0], BLOCK)]
         if not blocks:
