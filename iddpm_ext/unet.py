@@ -175,7 +175,8 @@ class ResBlock(nn.Module):
             h = self.in_layers(x)
         else:
             norm, act, conv = self.in_layers
-            h = conv(_resampled(act(norm(x)), self.resample))
+            h = act(norm(x))
+            h = conv(h, upscale=True) if self.resample == "up" else conv(_resampled(h, "down"))
             x = _resampled(x, self.resample)
         emb = self.emb_layers(emb)
         norm, *rest = self.out_layers
@@ -191,7 +192,7 @@ class ResBlock(nn.Module):
 def _resampled(x: Tensor, how: str) -> Tensor:
     if how == "down":
         return F.avg_pool2d(x, 2)
-    return F.interpolate(x, scale_factor=2, mode="nearest")
+    return _doubled(x)
 
 
 class AttentionBlock(nn.Module):
