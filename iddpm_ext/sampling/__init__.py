@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .classifier_guidance import classifier_gradient
+from .cpu_tune import tune
 from .inversion import interpolate, invert
 from .loop import SampleStep, sample, sample_progressive
 
@@ -13,4 +14,5 @@ __all__ = [
     "invert",
     "sample",
     "sample_progressive",
+    "tune",
 ]
