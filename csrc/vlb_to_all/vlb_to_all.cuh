@@ -11,7 +11,22 @@ namespace iddpm {
 
 constexpr int kVlbToAllThreads = 256;
 
-template <bool kDense, typename Likelihood>
+// Four consecutive elements of a dense row of `end`; aligned ones move at once.
+template <bool kAligned>
+IDDPM_DEVICE void read_row(const float* row, int64_t at, int64_t end, float (&values)[4]) {
+  if constexpr (kAligned) {
+    load_floats<float, 4>(row + at, values);
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) values[i] = at + i < end ? row[at + i] : 0.0f;
+  }
+}
+
+IDDPM_DEVICE const float* sample_of(const Plane& plane, int64_t sample) {
+  return static_cast<const float*>(plane.data) + sample * plane.sample;
+}
+
+template <bool kAligned, typename Likelihood>
 __global__ void __launch_bounds__(kVlbToAllThreads, Likelihood::kBlocks)
     vlb_to_all_kernel(const VlbToAllArgs a, const int64_t blocks_per_sample) {
   constexpr int kWarps = kVlbToAllThreads / 32;
@@ -26,16 +41,18 @@ __global__ void __launch_bounds__(kVlbToAllThreads, Likelihood::kBlocks)
   const float bias = row[kLogVarianceBias], scale = row[kLogVarianceScale];
   const float true_lv = row[kPosteriorLogVariance];
 
+  const float* out_row = sample_of(a.model_output, sample);
+  const float *x_0_row = sample_of(a.x_0, sample), *x_t_row = sample_of(a.x_t, sample);
+
   // A row of NaN is no jump: its term is NaN without a look at the images.
   float nats = mean_x0 - mean_x0;
   const int64_t end = mean_x0 == mean_x0 ? a.count : 0;
   for (int64_t at = 4 * lane; at < end; at += 4 * 32) {
     float out[4], v[4] = {}, x_0[4], x_t[4];
-    read4<float, kDense>(a.model_output, a.count, sample, at, a.count, out);
-    if (a.learned_variance)
-      read4<float, kDense>(a.model_output, a.count, sample, a.count + at, 2 * a.count, v);
-    read4<float, kDense>(a.x_0, a.count, sample, at, a.count, x_0);
-    read4<float, kDense>(a.x_t, a.count, sample, at, a.count, x_t);
+    read_row<kAligned>(out_row, at, a.count, out);
+    if (a.learned_variance) read_row<kAligned>(out_row + a.count, at, a.count, v);
+    read_row<kAligned>(x_0_row, at, a.count, x_0);
+    read_row<kAligned>(x_t_row, at, a.count, x_t);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const float raw = x0_from_xt * x_t[i] + x0_from_out * out[i];
@@ -56,12 +73,12 @@ inline void vlb_to_all_launch(const VlbToAllArgs& a, void* stream) {
   constexpr int kWarps = kVlbToAllThreads / 32;
   const int64_t per_sample = (a.num_targets + kWarps - 1) / kWarps;
   const dim3 grid(static_cast<unsigned>(a.n * per_sample)), block(kVlbToAllThreads);
-  const bool dense = a.count % 4 == 0 && moves_in_vectors(a.model_output, a.count, 16) &&
-                     moves_in_vectors(a.x_0, a.count, 16) && moves_in_vectors(a.x_t, a.count, 16);
+  const bool aligned = a.count % 4 == 0 && moves_in_vectors(a.model_output, a.count, 16) &&
+                       moves_in_vectors(a.x_0, a.count, 16) && moves_in_vectors(a.x_t, a.count, 16);
   if (a.exact)
     IDDPM_LAUNCH((vlb_to_all_kernel<false, ExactLikelihood>), grid, block, 0, stream, a,
                  per_sample);
-  else if (dense)
+  else if (aligned)
     IDDPM_LAUNCH((vlb_to_all_kernel<true, ApproximateLikelihood>), grid, block, 0, stream, a,
                  per_sample);
   else

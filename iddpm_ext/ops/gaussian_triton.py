@@ -68,7 +68,8 @@ def _log_normal_cdf(x):
 
 
 @triton.jit
-def _expm1(x):
+def expm1(x):
+    """e^x - 1, by its series where the difference would keep no digits."""
     series = x * (1.0 + x * (0.5 + x * (1.0 / 6.0 + x * (1.0 / 24.0 + x * (1.0 / 120.0)))))
     return tl.where(tl.abs(x) < 0.02, series, tl.exp(x) - 1.0)
 
@@ -84,7 +85,7 @@ def exact_decoder_term(x, mean, lv):
     upper = inverse * (side * centred + 0.00392156862745098)
     lower = inverse * (side * centred - 0.00392156862745098)
     log_right = _log_normal_cdf(upper)
-    inner = log_right + tl.log(-_expm1(_log_normal_cdf(lower) - log_right))
+    inner = log_right + tl.log(-expm1(_log_normal_cdf(lower) - log_right))
     log_probability = tl.where(edge, log_right, inner)
     right_density = tl.exp(-0.5 * upper * upper - 0.9189385332046727 - log_probability)
     left_density = tl.exp(-0.5 * lower * lower - 0.9189385332046727 - log_probability)

@@ -48,8 +48,9 @@ class OpSpec:
     `kernels` maps a backend's name to the function that computes it; all take the same arguments, those
     of the registered operator without the trailing backend. `dtypes` says which dtypes of the first
     tensor each kernel takes ("reference" takes every floating dtype). `stops_gradient` is true where
-    a part of the gradient is left out on purpose, so that numerical differentiation must differ. Cases
-    for tests and benchmarks live in `iddpm_ext/ops/<name>/cases.py` and are imported only when asked for.
+    a part of the gradient is left out on purpose, so that numerical differentiation must differ. A
+    float32 result is never asked to be closer to float64 than `roundings` of its largest value. Cases for
+    tests and benchmarks live in `iddpm_ext/ops/<name>/cases.py` and are imported only when asked for.
     """
 
     name: str
@@ -61,6 +62,7 @@ class OpSpec:
     )
     differentiable: tuple[str, ...] = ()
     stops_gradient: bool = False
+    roundings: float = 2.0
 
     def _cases(self) -> Any:
         return importlib.import_module(f"iddpm_ext.ops.{self.name}.cases")
@@ -80,6 +82,11 @@ class OpSpec:
     def minimum_bytes(self, kwargs: dict[str, Any]) -> int:
         """Bytes that any implementation must move: each input read once, each output written once."""
         return self._cases().minimum_bytes(kwargs)
+
+    def flops(self, kwargs: dict[str, Any]) -> int | None:
+        """Floating-point operations of the forward pass, where they and not the bytes are its floor."""
+        count = getattr(self._cases(), "flops", None)
+        return None if count is None else count(kwargs)
 
 
 REGISTRY: dict[str, OpSpec] = {}

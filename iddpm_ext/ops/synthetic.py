@@ -22,7 +22,7 @@ class Tensors:
 
     def normal(self, shape: Sequence[int], mean: float = 0.0, std: float = 1.0) -> Tensor:
         """Normal numbers; drawn in float32, so that every dtype rounds the same ones."""
-        values = torch.randn(*shape, generator=self._generator) * std + mean
+        values = torch.randn(tuple(shape), generator=self._generator) * std + mean
         return values.to(self._device, self._dtype)
 
     def timesteps(self, n: int) -> Tensor:

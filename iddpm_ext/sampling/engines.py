@@ -7,6 +7,7 @@ Engines pack the weights, which takes longer than a step, so they are kept with 
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Protocol
@@ -178,7 +179,14 @@ def _cpu_network(request: Request, batch_size: int) -> Network | None:
                 model, batch_size, dtype=dtype, exact=request.exact, num_threads=threads, size=size
             ),
         )
-    except NotServed:
+    except NotServed as reason:
+        if dtype == torch.bfloat16:
+            # Autocast costs more than it brings on most CPUs.
+            warnings.warn(
+                f"sample: the module runs under autocast, without the engine: {reason}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         return None
     return EngineNetwork(engine, "cpu engine")
 

@@ -112,6 +112,12 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor if full is None else full()
 
 
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a sharded tensor, the same memory; any other tensor itself."""
+    part: Any = getattr(tensor, "to_local", None)
+    return tensor if part is None else part()
+
+
 def copy_whole(target: Tensor, source: Tensor) -> None:
     """Copies the whole tensor `source` into `target`, which may be sharded."""
     if hasattr(target, "device_mesh"):

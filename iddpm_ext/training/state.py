@@ -17,10 +17,10 @@ from iddpm_ext.unet_config import UNetConfig
 
 from .checkpoints import read_state, read_tensors, write_checkpoint
 from .config import TrainConfig
+from .optimizer import MOMENTS, AdamWEMA
 from .parallel import Parallel, copy_whole, whole
 from .rates import ema_decay
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 _SCHEMA = 1
 
 
@@ -35,7 +35,7 @@ class TrainState:
 
     model: UNet
     module: nn.Module
-    optimizer: torch.optim.AdamW
+    optimizer: AdamWEMA
     scaler: torch.amp.GradScaler
     timestep_sampler: TimestepSampler
     emas: dict[float, dict[str, Tensor]]
@@ -45,12 +45,9 @@ class TrainState:
     images: int = 0
     seconds: float = 0.0
 
-    def update_averages(self, warmup: bool) -> None:
-        """Moves every average towards the model's parameters; `step` counts the updates before."""
-        parameters = [p.detach() for p in self.model.parameters()]
-        for decay, average in self.emas.items():
-            weight = 1 - ema_decay(self.step, decay, warmup=warmup)
-            torch._foreach_lerp_(list(average.values()), parameters, weight)
+    def decays(self, warmup: bool) -> list[float]:
+        """The decay of each average in the next update; `step` counts the updates before."""
+        return [ema_decay(self.step, decay, warmup=warmup) for decay in self.emas]
 
     def save(self, folder: Path, config: TrainConfig, parallel: Parallel) -> Path:
         """Writes the checkpoint of this step into `folder`, by one process; every process must call it."""
@@ -65,7 +62,7 @@ class TrainState:
         moments = {
             f"{moment}.{name}": _on_cpu(self.optimizer.state[parameter][moment])
             for name, parameter in self.model.named_parameters()
-            for moment in _MOMENTS
+            for moment in MOMENTS
         }
         tensors["optim.safetensors"] = (moments, None)
         history = self.timestep_sampler.state_dict()
@@ -77,7 +74,7 @@ class TrainState:
             "step": self.step,
             "images": self.images,
             "seconds": round(self.seconds, 3),
-            "updates": self._updates(),
+            "updates": int(self.optimizer.updates),
             "scaler": self.scaler.state_dict(),
             "processes": parallel.size,
             "config": config.to_dict(),
@@ -105,11 +102,11 @@ class TrainState:
                     notes.append(f"the average with decay {decay} is new: it starts at the weights")
                 for name, value in average.items():
                     copy_whole(value, saved[name])
+            self.optimizer.updates.fill_(state["updates"])
             moments = read_tensors(path, "optim.safetensors")
             for name, parameter in self.model.named_parameters():
                 entry = self.optimizer.state[parameter]
-                entry["step"].fill_(state["updates"])
-                for moment in _MOMENTS:
+                for moment in MOMENTS:
                     copy_whole(entry[moment], moments[f"{moment}.{name}"])
         if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
@@ -133,11 +130,6 @@ class TrainState:
         model.load_state_dict(values)
         model.diffusion = self.model.diffusion
         return model.eval()
-
-    def _updates(self) -> int:
-        """Optimiser steps really made: a step with a gradient that is not finite is none."""
-        entry = next(iter(self.optimizer.state.values()))
-        return int(entry["step"])
 
 
 def new_state(
@@ -175,19 +167,14 @@ def new_state(
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
     model.to(parallel.device, memory_format=memory_format)  # type: ignore[call-overload]
     parallel.shard(model)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True
-    )
-    for parameter in model.parameters():
-        optimizer.state[parameter] = {
-            "step": torch.zeros((), device=parallel.device),
-            **{moment: torch.zeros_like(parameter.detach()) for moment in _MOMENTS},
-        }
+    emas = {d: {n: p.detach().clone() for n, p in model.named_parameters()} for d in config.ema}
     module = parallel.wrap(model)
     return TrainState(
         model=model,
         module=torch.compile(module) if config.compile else module,  # type: ignore[arg-type]
-        optimizer=optimizer,
+        optimizer=AdamWEMA(
+            model.parameters(), emas, lr=config.lr, weight_decay=config.weight_decay
+        ),
         scaler=torch.amp.GradScaler(parallel.device.type, enabled=config.dtype == "float16"),
         timestep_sampler=make_timestep_sampler(
             config.timestep_sampler,
@@ -195,7 +182,7 @@ def new_state(
             seed=config.seed,
             device=parallel.device,
         ),
-        emas={d: {n: p.detach().clone() for n, p in model.named_parameters()} for d in config.ema},
+        emas=emas,
         class_names=class_names,
         skipped=torch.zeros((), device=parallel.device),
     )

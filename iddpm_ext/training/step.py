@@ -43,7 +43,8 @@ def train_step(
     """One step over the next `accumulate` batches.
 
     Returns this process's measures (`MEASURES` and the loss by quartile of t) and complaints about images.
-    A gradient that is not finite leaves weights and optimiser alone; nothing here makes the host wait.
+    A gradient that is not finite leaves weights, moments and averages alone; nothing here makes the
+    host wait.
     """
     optimizer = state.optimizer
     rate = learning_rate(
@@ -70,19 +71,18 @@ def train_step(
         parts.append({name: value.detach() for name, value in losses.items()})
         if number == 0 and config.noise_scale:
             # A single part's gradient, of which the accumulated one holds 1 / accumulate.
-            small = (_gradient_norm(state) * config.accumulate) ** 2
+            small = (_gradient_norm(state) / state.scaler.get_scale() * config.accumulate) ** 2
 
     state.scaler.unscale_(optimizer)
-    norm = whole(
-        torch.nn.utils.clip_grad_norm_(
-            state.model.parameters(), config.grad_clip or float("inf"), foreach=True
-        )
-    )
+    norm = _gradient_norm(state)
     bad = (~norm.isfinite()).float()
-    if not state.scaler.is_enabled():
-        # The fused optimiser leaves everything as it is where this is 1.
-        optimizer.found_inf = bad  # type: ignore[attr-defined]
-    state.scaler.step(optimizer)
+    state.scaler.step(
+        optimizer,
+        # An average that comes from another run has no start to forget.
+        decays=state.decays(config.ema_warmup and not config.init_ema),
+        bad=bad,
+        factor=_clip_factor(norm, config.grad_clip),
+    )
     state.scaler.update()
     optimizer.zero_grad(set_to_none=True)
     state.skipped = (state.skipped + 1) * bad
@@ -90,7 +90,6 @@ def train_step(
     state.timestep_sampler.update(
         whole_step["t"], whole_step["loss"], capacity=config.batch_size // parallel.size
     )
-    state.update_averages(config.ema_warmup)
     state.step += 1
     state.images += config.batch_size
     return _measures(config, state, whole_step, norm, small), complaints
@@ -135,10 +134,14 @@ def _losses(
 
 
 def _gradient_norm(state: TrainState) -> Tensor:
-    """The norm of the gradient so far, without the loss's scale."""
+    """The norm of the gradient as it is, the loss's scale included where it is still in it."""
     gradients = [p.grad for p in state.model.parameters() if p.grad is not None]
-    norm = whole(torch.nn.utils.get_total_norm(gradients))
-    return norm / state.scaler.get_scale()
+    return whole(torch.nn.utils.get_total_norm(gradients))
+
+
+def _clip_factor(norm: Tensor, largest: float | None) -> Tensor | None:
+    """What multiplies a gradient of this norm, as `torch.nn.utils.clip_grad_norm_` clips."""
+    return None if largest is None else (largest / (norm + 1e-6)).clamp(max=1.0)
 
 
 def _measures(

@@ -82,10 +82,10 @@ def vlb_to_all(
     double = compute_dtype(model_output, x_0, x_t) == torch.float64
     dtype = torch.float64 if double else model_output.dtype
     chosen = resolve_backend("vlb_to_all", backend, x_t.device, dtype)
-    inputs = [x.detach() for x in (model_output, x_0, x_t)]
+    model_output, x_0, x_t = model_output.detach(), x_0.detach(), x_t.detach()
     if chosen == "reference":
-        return reference.vlb_to_all(*inputs, t, table, targets, clip, exact)
-    return _op(*inputs, t, table, targets, clip, exact, chosen)
+        return reference.vlb_to_all(model_output, x_0, x_t, t, table, targets, clip, exact)
+    return _op(model_output, x_0, x_t, t, table, targets, clip, exact, chosen)
 
 
 def _check_targets(value: Any, num_timesteps: int, device: torch.device) -> None:

@@ -1,0 +1,87 @@
+"""The optimiser of a run: AdamW and every moving average in one call of `ops.adamw_ema`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from iddpm_ext.ops import adamw_ema
+
+from .parallel import local
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+_BETAS, _EPS = (0.9, 0.999), 1e-8
+
+
+class AdamWEMA(torch.optim.Optimizer):
+    """AdamW that moves the averages of its parameters too, and never makes the host wait.
+
+    Args:
+        params: float32 parameters; sharded ones (FSDP2) are updated where their shards are, which is
+            the same update, because it is elementwise.
+        averages: decay -> averaged parameters by name, in the order of params; changed in place.
+        lr, weight_decay: as of `torch.optim.AdamW`.
+
+    Attributes:
+        updates: steps really made, a tensor on the parameters' device.
+        state: of each parameter its moments `exp_avg` and `exp_avg_sq`.
+    """
+
+    # GradScaler then hands its found_inf over instead of reading it on the host.
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self,
+        params: Iterable[Tensor],
+        averages: Mapping[float, Mapping[str, Tensor]],
+        *,
+        lr: float,
+        weight_decay: float,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+        self._parameters: list[Tensor] = self.param_groups[0]["params"]
+        self._averages = averages
+        self.updates = torch.zeros((), device=self._parameters[0].device)
+        for parameter in self._parameters:
+            self.state[parameter] = {m: torch.zeros_like(parameter.detach()) for m in MOMENTS}
+
+    def step(  # type: ignore[override]
+        self, *, decays: Sequence[float], bad: Tensor, factor: Tensor | None = None
+    ) -> None:
+        """One update, unless `bad` or the loss scaler's verdict says that a gradient is not finite.
+
+        Args:
+            decays: of this update's averages, in the order of `averages`; warm-up makes them vary.
+            bad: 1 on the device to leave weights, moments and averages as they are, else 0.
+            factor: what multiplies the gradients, on the device.
+        """
+        found: Any = getattr(self, "found_inf", None)
+        skip = bad if found is None else torch.maximum(bad, found.to(bad.dtype))
+        self.updates += 1 - skip
+        group = self.param_groups[0]
+        exp_avgs, exp_avg_sqs = (
+            [local(self.state[p][moment]) for p in self._parameters] for moment in MOMENTS
+        )
+        adamw_ema(
+            [local(p.detach()) for p in self._parameters],
+            [local(_gradient(p)) for p in self._parameters],
+            exp_avgs,
+            exp_avg_sqs,
+            [[local(x) for x in average.values()] for average in self._averages.values()],
+            step=self.updates,
+            lr=group["lr"],
+            betas=_BETAS,
+            eps=_EPS,
+            weight_decay=group["weight_decay"],
+            decays=list(decays),
+            grad_scale=factor,
+            found_inf=skip,
+        )
+
+
+def _gradient(parameter: Tensor) -> Tensor:
+    assert parameter.grad is not None, "every parameter of the network takes part in its loss"
+    return parameter.grad
