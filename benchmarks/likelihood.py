@@ -65,7 +65,9 @@ def cost(model: UNet, args: argparse.Namespace) -> dict[str, Any]:
                 "cpu_seconds": time.process_time() - began,
             }
         )
-        print(f"budget {budget:>3}: {result.bpd:.4f} ± {half_width(result):.4f} bits/dim", flush=True)
+        print(
+            f"budget {budget:>3}: {result.bpd:.4f} ± {half_width(result):.4f} bits/dim", flush=True
+        )
         # A budget without pairs knows its error only together with that of the images.
         if budget > 1 and half_width(result) <= args.half_width:
             break
@@ -121,7 +123,13 @@ def draw_samples(model: UNet, args: argparse.Namespace) -> None:
             labels = None if model.config.num_classes is None else list(range(10))
             rows.append(
                 iddpm_ext.sample(
-                    model, steps, n=10, labels=labels, seed=args.seed, sampler=sampler, progress=False
+                    model,
+                    steps,
+                    n=10,
+                    labels=labels,
+                    seed=args.seed,
+                    sampler=sampler,
+                    progress=False,
                 )
             )
     iddpm_ext.save_images(torch.cat(rows), args.samples, columns=10)
