@@ -136,8 +136,8 @@ class Foreign(nn.Module):
         super().__init__()
         shared = nn.SiLU()
         self.body = nn.Sequential(
-            nn.Conv2d(3, 12, 3, padding=1), nn.GroupNorm(3, 12), nn.SiLU(),
-            nn.Conv2d(12, 12, 3, padding=1, groups=2), nn.GroupNorm(4, 12, eps=1e-3), shared,
+            nn.Conv2d(3, 12, 3, padding=1), nn.GroupNorm(3, 12, eps=0.1), nn.SiLU(),
+            nn.Conv2d(12, 12, 3, padding=1, groups=2), nn.GroupNorm(4, 12), shared,
             nn.Conv2d(12, 12, 3, stride=2, padding=1), nn.GroupNorm(4, 12, affine=False), nn.SiLU(),
             nn.GroupNorm(2, 12), nn.ReLU(), shared,
         )  # fmt: skip
