@@ -22,6 +22,7 @@ _LAZY: dict[str, str] = {
     "classifier_gradient": "iddpm_ext.sampling",
     "export_onnx": "iddpm_ext.interop.export",
     "export_program": "iddpm_ext.interop.export",
+    "accelerate": "iddpm_ext.interop.acceleration",
     "from_diffusers": "iddpm_ext.interop.convert",
     "interpolate": "iddpm_ext.sampling",
     "invert": "iddpm_ext.sampling",
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     from iddpm_ext.diffusion import Diffusion as Diffusion
     from iddpm_ext.images import save_animation as save_animation
     from iddpm_ext.images import save_images as save_images
+    from iddpm_ext.interop.acceleration import accelerate as accelerate
     from iddpm_ext.interop.convert import from_diffusers as from_diffusers
     from iddpm_ext.interop.convert import to_diffusers as to_diffusers
     from iddpm_ext.interop.export import export_onnx as export_onnx
