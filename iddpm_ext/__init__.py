@@ -20,6 +20,7 @@ _LAZY: dict[str, str] = {
     "UNet": "iddpm_ext.unet",
     "UNetConfig": "iddpm_ext.unet_config",
     "classifier_gradient": "iddpm_ext.sampling",
+    "evaluate": "iddpm_ext.evaluation",
     "export_onnx": "iddpm_ext.interop.export",
     "export_program": "iddpm_ext.interop.export",
     "accelerate": "iddpm_ext.interop.acceleration",
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from iddpm_ext.classifier import Classifier as Classifier
     from iddpm_ext.classifier import ClassifierConfig as ClassifierConfig
     from iddpm_ext.diffusion import Diffusion as Diffusion
+    from iddpm_ext.evaluation import evaluate as evaluate
     from iddpm_ext.images import save_animation as save_animation
     from iddpm_ext.images import save_images as save_images
     from iddpm_ext.interop.acceleration import accelerate as accelerate
