@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import iddpm_ext
-from benchmarks.context import context
+from benchmarks.context import context, write_json
 from benchmarks.networks import make_network
 from benchmarks.timing import interleave, summary
 
@@ -107,7 +106,8 @@ def main() -> None:
                     flush=True,
                 )
     if arguments.out is not None:
-        arguments.out.write_text(json.dumps({**context("benchmarks.accelerate", ("torch", "diffusers")), "rows": rows}, indent=1) + "\n")
+        head = context("benchmarks.accelerate", ("torch", "diffusers"))
+        write_json(arguments.out, {**head, "rows": rows})
 
 
 if __name__ == "__main__":
