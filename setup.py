@@ -52,6 +52,8 @@ ISA_FLAGS = {
     ),
 }
 ISAS = tuple(ISA_FLAGS) if X86 else ("base",)
+# For csrc/*/*_bf16.cpp, compiled once, for the CPUs that have it beside AVX-512.
+BF16_FLAG = "-mavx512bf16"
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,14 @@ def probe_openmp(cxx: str) -> tuple[tuple[str, ...], str]:
     return ("-fopenmp-simd", "-Wno-unknown-pragmas"), f"no OpenMP: {done.stderr.strip()[-200:]}"
 
 
+def probe_bf16(cxx: str) -> bool:
+    """Whether the compiler knows `BF16_FLAG`."""
+    if not X86:
+        return False
+    command = [cxx, *ISA_FLAGS["avx512"], BF16_FLAG, "-xc++", "-fsyntax-only", os.devnull]
+    return subprocess.run(command, capture_output=True).returncode == 0
+
+
 def sanitizer_flags() -> tuple[str, ...]:
     """The flags that IDDPM_SANITIZE asks for."""
     asked = os.environ.get("IDDPM_SANITIZE", "")
@@ -121,17 +131,20 @@ class BuildKernels(build_ext):
         start = time.perf_counter()
         self.cxx, self.compiler = find_compiler()
         self.openmp, openmp_reason = probe_openmp(self.cxx)
+        self.bf16 = probe_bf16(self.cxx)
         self.cache = self.object_cache()
         cuda, toolkit = self.decide_cuda()
         record: dict[str, object] = {
             "compiler": self.compiler,
             "isa_compiled": list(ISAS),
+            "bf16_compiled": self.bf16,
             "openmp": {"built": not openmp_reason, "reason": openmp_reason},
             "cuda": asdict(cuda),
             "sanitize": os.environ.get("IDDPM_SANITIZE", ""),
         }
         units = [self.bindings_unit(cuda.built), self.record_unit(record), *self.common_units()]
         units += [unit for isa in ISAS for unit in self.kernel_units(isa)]
+        units += self.bf16_units()
         cuda_sources = sorted(CSRC.glob("*/*.cu"))
         if toolkit:
             units += [self.cuda_unit(toolkit, cuda.archs, source) for source in cuda_sources]
@@ -213,9 +226,21 @@ class BuildKernels(build_ext):
 
     def kernel_units(self, isa: str) -> list[Unit]:
         """Every other csrc/*/*.cpp, compiled for ``isa``."""
-        sources = [s for s in sorted(CSRC.glob("*/*.cpp")) if s.parent.name != "common"]
-        flags = (*KERNEL_FLAGS, *ISA_FLAGS[isa], f"-DIDDPM_ISA={isa}")
+        sources = [
+            source
+            for source in sorted(CSRC.glob("*/*.cpp"))
+            if source.parent.name != "common" and not source.stem.endswith("_bf16")
+        ]
+        flags = [*KERNEL_FLAGS, *ISA_FLAGS[isa], f"-DIDDPM_ISA={isa}"]
+        flags += ["-DIDDPM_WITH_BF16"] if self.bf16 else []
         return [self.unit(f"{s.stem}-{isa}", s, *flags) for s in sources]
+
+    def bf16_units(self) -> list[Unit]:
+        """csrc/*/*_bf16.cpp, for AVX-512 with bfloat16 products."""
+        if not self.bf16:
+            return []
+        flags = (*KERNEL_FLAGS, *ISA_FLAGS["avx512"], BF16_FLAG, "-DIDDPM_ISA=avx512_bf16")
+        return [self.unit(s.stem, s, *flags) for s in sorted(CSRC.glob("*/*_bf16.cpp"))]
 
     def cuda_unit(self, toolkit: Toolkit, archs: str, source: Path) -> Unit:
         """A CUDA object file."""

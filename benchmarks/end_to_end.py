@@ -10,13 +10,8 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import os
-import platform
-import subprocess
 import sys
 from collections.abc import Callable
-from datetime import datetime, timezone
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +19,7 @@ import torch
 from torch import Tensor
 
 import iddpm_ext
+from benchmarks.context import context
 from benchmarks.networks import CONFIGS, make_inputs, make_network
 from benchmarks.peers import PEERS, Peer
 from benchmarks.timing import interleave, summary
@@ -31,6 +27,7 @@ from iddpm_ext.sampling.cpu_engine import CPUEngine
 from iddpm_ext.unet import UNet
 
 TIMES = (37.0, 500.0, 999.0)  # where errors are measured; the middle one is timed
+PACKAGES = ("torch", "onnxruntime", "openvino", "diffusers")
 OURS = ("engine", "engine exact", "engine, any t")
 
 
@@ -140,34 +137,6 @@ def _line(row: dict[str, Any]) -> str:
     )
 
 
-def context() -> dict[str, Any]:
-    """Hardware, versions and commit."""
-    cpu = next(
-        (s.split(":")[1].strip() for s in _read("/proc/cpuinfo") if s.startswith("model name")),
-        platform.processor(),
-    )
-    versions = {"python": platform.python_version(), "iddpm_ext": iddpm_ext.__version__}
-    for package in ("torch", "onnxruntime", "openvino", "diffusers"):
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = "absent"
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
-    return {
-        "command": "python -m benchmarks.end_to_end " + " ".join(sys.argv[1:]),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit.stdout.strip(),
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "load_average": os.getloadavg()[0],
-        "versions": versions,
-    }
-
-
-def _read(path: str) -> list[str]:
-    return Path(path).read_text().splitlines() if Path(path).exists() else []
-
-
 def _listed(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
     return lambda text: [kind(item) for item in text.split(",") if item]
 
@@ -191,7 +160,9 @@ def main() -> None:
                 for threads in args.threads:
                     rows += measure(args, config, batch, threads)
                     if args.output:
-                        text = json.dumps({**context(), "rows": rows}, indent=1)
+                        text = json.dumps(
+                            {**context("benchmarks.end_to_end", PACKAGES), "rows": rows}, indent=1
+                        )
                         args.output.write_text(text + "\n")
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable
 from typing import Any
+
+import torch
 
 CLOCKS: dict[str, Callable[[], float]] = {
     "process CPU time": time.process_time,
@@ -29,6 +32,56 @@ def interleave(
                 calls += 1
             times[name].append((read() - start) / calls * 1e3)
     return times
+
+
+def interleave_graphs(
+    variants: dict[str, Callable[[], Any]], *, rounds: int, calls: int, milliseconds: float = 2.0
+) -> dict[str, list[float]]:
+    """Milliseconds a call on the GPU: replays of a CUDA graph of at least `calls` calls each.
+
+    A graph leaves out what the host takes to launch; a replay lasts at least `milliseconds`.
+    """
+    graphs = {name: _captured(call, calls, milliseconds) for name, call in variants.items()}
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(rounds):
+        for name, (graph, count) in graphs.items():
+            times[name].append(_replay_ms(graph) / count)
+    return times
+
+
+def _captured(
+    call: Callable[[], Any], calls: int, milliseconds: float
+) -> tuple[torch.cuda.CUDAGraph, int]:
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for _ in range(3):  # what is compiled, allocated or tuned at first is done now
+            call()
+    side.synchronize()
+    graph, count = _capture(call, calls), calls
+    alone = _replay_ms(graph) / calls
+    if alone * calls < milliseconds:
+        count = calls * math.ceil(milliseconds / max(alone * calls, 1e-3))
+        graph = _capture(call, count)
+    return graph, count
+
+
+def _capture(call: Callable[[], Any], count: int) -> torch.cuda.CUDAGraph:
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(count):
+            call()
+    graph.replay()
+    torch.cuda.synchronize()
+    return graph
+
+
+def _replay_ms(graph: torch.cuda.CUDAGraph) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    graph.replay()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
 
 
 def summary(times: list[float]) -> dict[str, float]:

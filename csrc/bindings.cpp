@@ -12,10 +12,13 @@
 #include <tuple>
 
 #include "adamw_ema/adamw_ema.h"
+#include "ceilings/ceilings.h"
 #include "common/isa.h"
+#include "conv3x3/conv3x3.h"
 #include "group_norm_silu/group_norm_silu.h"
 #include "hybrid_loss/hybrid_loss.h"
 #include "q_sample/q_sample.h"
+#include "qkv_attention/qkv_attention.h"
 #include "reverse_step/reverse_step.h"
 #include "unet_engine/unet_engine.h"
 #include "vlb_terms/vlb_terms.h"
@@ -78,6 +81,7 @@ py::dict build_info() {
   for (int isa = iddpm::kBase; isa <= iddpm::best_isa(); ++isa)
     available.append(iddpm::kIsaNames[isa]);
   info["isa_available"] = available;
+  info["bf16"] = info["bf16_compiled"].cast<bool>() && iddpm::has_bf16();
 #ifdef IDDPM_WITH_CUDA
   info["cuda"].attr("update")(device_record());
 #endif
@@ -126,6 +130,56 @@ iddpm::AdamwEmaArgs adamw_ema_args(const std::array<int64_t, 2>& size, int64_t t
           numbers[4],
           numbers[5],
           address<const double>(decays)};
+}
+
+// `native.py` of iddpm_ext/ops/conv3x3: N, H, W, C, K; images as address and distance of pixels;
+// filters as address and the strides of column, channel, row and tap.
+using ConvSize = std::array<int64_t, 5>;
+using PixelsArgument = std::array<int64_t, 2>;
+using FilterArgument = std::array<int64_t, 5>;
+
+iddpm::FilterView filter(const FilterArgument& f) {
+  return {address<float>(f[0]), f[1], f[2], f[3], f[4]};
+}
+
+iddpm::Conv3x3Args conv3x3_args(const ConvSize& size, int dtype, const PixelsArgument& in,
+                                const FilterArgument& weight, int64_t bias,
+                                const PixelsArgument& out, int64_t tile, int64_t upscale) {
+  return {size[0],
+          size[1],
+          size[2],
+          size[3],
+          size[4],
+          static_cast<iddpm::DType>(dtype),
+          address<const void>(in[0]),
+          in[1],
+          filter(weight),
+          address<const float>(bias),
+          address<void>(out[0]),
+          out[1],
+          tile,
+          upscale};
+}
+
+iddpm::Conv3x3WeightBwdArgs conv3x3_weight_bwd_args(const ConvSize& size, int dtype,
+                                                    const PixelsArgument& in,
+                                                    const PixelsArgument& dy,
+                                                    const FilterArgument& dweight, int64_t dbias,
+                                                    int64_t tile, int64_t upscale) {
+  return {size[0],
+          size[1],
+          size[2],
+          size[3],
+          size[4],
+          static_cast<iddpm::DType>(dtype),
+          address<const void>(in[0]),
+          in[1],
+          address<const void>(dy[0]),
+          dy[1],
+          filter(dweight),
+          address<float>(dbias),
+          tile,
+          upscale};
 }
 
 iddpm::HybridLossArgs hybrid_loss_args(const SizeArgument& size, const PlaneArgument& model_output,
@@ -290,13 +344,42 @@ iddpm::GroupNormSiluBwdArgs group_norm_silu_bwd_args(
           address<float>(workspace)};
 }
 
+// `_input` of iddpm_ext/ops/qkv_attention/native.py: N, T, heads, d, head step, part step; dtype;
+// qkv; statistics.
+using AttentionArgument = std::tuple<std::array<int64_t, 6>, int, PlaneArgument, int64_t>;
+
+iddpm::QkvAttentionInput attention_input(const AttentionArgument& argument) {
+  const auto& [size, dtype, qkv, statistics] = argument;
+  return {size[0],
+          size[1],
+          size[2],
+          size[3],
+          size[4],
+          size[5],
+          static_cast<iddpm::DType>(dtype),
+          plane(qkv),
+          address<float>(statistics)};
+}
+
+iddpm::QkvAttentionArgs qkv_attention_args(const AttentionArgument& in, const PlaneArgument& out,
+                                           int64_t workspace) {
+  return {attention_input(in), plane(out), address<float>(workspace)};
+}
+
+iddpm::QkvAttentionBwdArgs qkv_attention_bwd_args(const AttentionArgument& in,
+                                                  const PlaneArgument& dout,
+                                                  const PlaneArgument& dqkv, int64_t workspace) {
+  return {attention_input(in), plane(dout), plane(dqkv), address<float>(workspace)};
+}
+
 // Binds `<op>_cpu(arguments..., num_threads)`; `make` turns the Python arguments into the
 // launcher's struct, and `choose` gives the kernel for the instruction set in use.
-template <typename Args, typename... In>
+template <typename Result, typename Args, typename... In>
 void bind_cpu(py::module_& m, const char* name, Args (*make)(In...),
-              void (*(*choose)())(const Args&, int)) {
+              Result (*(*choose)())(const Args&, int)) {
   m.def(
-      name, [make, choose](In... in, int num_threads) { choose()(make(in...), num_threads); },
+      name,
+      [make, choose](In... in, int num_threads) { return choose()(make(in...), num_threads); },
       nogil());
 }
 
@@ -350,13 +433,23 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("set_isa", &set_isa, py::arg("name"),
         "Use the instruction set `name` from now on and return the previous one's name.");
   IDDPM_BIND(m, adamw_ema);
+  IDDPM_BIND_CPU(m, conv3x3);
+  IDDPM_BIND_CPU(m, conv3x3_weight_bwd);
   IDDPM_BIND(m, group_norm_silu);
   IDDPM_BIND(m, group_norm_silu_bwd);
   IDDPM_BIND(m, hybrid_loss);
   IDDPM_BIND(m, q_sample);
+  IDDPM_BIND_CPU(m, qkv_attention);
+  IDDPM_BIND_CPU(m, qkv_attention_bwd);
+  m.def("attention_workspace", &iddpm::attention_workspace, "Floats a thread; see its header.");
+  m.def("attention_bwd_workspace", &iddpm::attention_bwd_workspace);
   IDDPM_BIND(m, reverse_step);
   IDDPM_BIND(m, vlb_terms);
   IDDPM_BIND(m, vlb_to_all);
+  m.def(
+      "multiply_add_burst",
+      [](int64_t rounds) { return IDDPM_DISPATCH(multiply_add_burst)(rounds); }, nogil(),
+      "Spend `rounds` rounds of multiply-adds in registers; returns their FLOPs.");
   m.def("unet_engine", &run_plan, nogil(), "Run a plan of csrc/unet_engine/plan.h.");
 #ifdef IDDPM_WITH_CUDA
   m.def("cuda_error", [](int code) {

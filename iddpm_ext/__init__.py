@@ -10,26 +10,63 @@ __version__ = "0.1.0"
 # Public name -> the module that defines it; a module itself where the two are equal. Loaded at
 # first use: importing iddpm_ext is quick and asks for no optional library.
 _LAZY: dict[str, str] = {
+    "Classifier": "iddpm_ext.classifier",
+    "ClassifierConfig": "iddpm_ext.classifier",
     "Diffusion": "iddpm_ext.diffusion",
+    "IDDPMPipeline": "iddpm_ext.interop.pipeline",
+    "IDDPMScheduler": "iddpm_ext.interop.scheduler",
+    "IDDPMUNet2DModel": "iddpm_ext.interop.unet2d",
+    "Splice": "iddpm_ext.splice",
     "UNet": "iddpm_ext.unet",
     "UNetConfig": "iddpm_ext.unet_config",
+    "classifier_gradient": "iddpm_ext.sampling",
+    "export_onnx": "iddpm_ext.interop.export",
+    "export_program": "iddpm_ext.interop.export",
+    "from_diffusers": "iddpm_ext.interop.convert",
+    "interpolate": "iddpm_ext.sampling",
+    "invert": "iddpm_ext.sampling",
     "load": "iddpm_ext.checkpoint",
-    "save": "iddpm_ext.checkpoint",
+    "load_classifier": "iddpm_ext.checkpoint",
+    "metrics": "iddpm_ext.metrics",
+    "nll": "iddpm_ext.likelihood",
     "ops": "iddpm_ext.ops",
     "sample": "iddpm_ext.sampling",
     "sample_progressive": "iddpm_ext.sampling",
+    "sample_two_stage": "iddpm_ext.sampling",
+    "save": "iddpm_ext.checkpoint",
     "save_animation": "iddpm_ext.images",
     "save_images": "iddpm_ext.images",
+    "to_diffusers": "iddpm_ext.interop.convert",
 }
+
+# When diffusers loads a pipeline it asks the library that a class names as its own, which is this
+# package, for the base classes that it knows.
+_DIFFUSERS_BASES = ("ModelMixin", "SchedulerMixin")
 
 if TYPE_CHECKING:
     from iddpm_ext.checkpoint import load as load
+    from iddpm_ext.checkpoint import load_classifier as load_classifier
     from iddpm_ext.checkpoint import save as save
+    from iddpm_ext.classifier import Classifier as Classifier
+    from iddpm_ext.classifier import ClassifierConfig as ClassifierConfig
     from iddpm_ext.diffusion import Diffusion as Diffusion
     from iddpm_ext.images import save_animation as save_animation
     from iddpm_ext.images import save_images as save_images
+    from iddpm_ext.interop.convert import from_diffusers as from_diffusers
+    from iddpm_ext.interop.convert import to_diffusers as to_diffusers
+    from iddpm_ext.interop.export import export_onnx as export_onnx
+    from iddpm_ext.interop.export import export_program as export_program
+    from iddpm_ext.interop.pipeline import IDDPMPipeline as IDDPMPipeline
+    from iddpm_ext.interop.scheduler import IDDPMScheduler as IDDPMScheduler
+    from iddpm_ext.interop.unet2d import IDDPMUNet2DModel as IDDPMUNet2DModel
+    from iddpm_ext.likelihood import nll as nll
+    from iddpm_ext.sampling import classifier_gradient as classifier_gradient
+    from iddpm_ext.sampling import interpolate as interpolate
+    from iddpm_ext.sampling import invert as invert
     from iddpm_ext.sampling import sample as sample
     from iddpm_ext.sampling import sample_progressive as sample_progressive
+    from iddpm_ext.sampling import sample_two_stage as sample_two_stage
+    from iddpm_ext.splice import Splice as Splice
     from iddpm_ext.unet import UNet as UNet
     from iddpm_ext.unet_config import UNetConfig as UNetConfig
 
@@ -37,6 +74,8 @@ __all__ = ["__version__", *_LAZY]
 
 
 def __getattr__(name: str) -> Any:
+    if name in _DIFFUSERS_BASES:
+        return getattr(importlib.import_module("diffusers"), name)
     if name not in _LAZY:
         raise AttributeError(f"module 'iddpm_ext' has no attribute {name!r}")
     module = importlib.import_module(_LAZY[name])

@@ -7,7 +7,6 @@ are the checkpoints' keys and therefore fixed. The time embedding `emb` is [N, 4
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +16,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from iddpm_ext import unet_plain
-from iddpm_ext.ops import group_norm_silu, spec
+from iddpm_ext.ops import REGISTRY, conv3x3, group_norm_silu, qkv_attention, spec
+from iddpm_ext.ops.qkv_attention.layout import is_by_token
+from iddpm_ext.ops.rows import no_autocast
 from iddpm_ext.unet_config import NUM_GROUPS, UNetConfig
 
 if TYPE_CHECKING:
@@ -75,16 +76,50 @@ class GroupNormSiLU(nn.GroupNorm):
         )
 
 
+def _trains_on_cpu(x: Tensor, weight: Tensor, backend: str) -> bool:
+    """Whether the project's own convolutions serve: on the CPU, and where gradients are recorded.
+
+    Without gradients the module keeps PyTorch's convolutions: the sampling engine is the fast way there.
+    """
+    return (
+        backend in ("auto", "cpu")
+        and x.device.type == "cpu"
+        and x.dtype in (torch.float32, torch.bfloat16)
+        and torch.is_grad_enabled()
+        and weight.requires_grad
+    )
+
+
+class Conv3x3(nn.Conv2d):
+    """A 3x3 convolution with padding 1, if asked of the image doubled by repetition."""
+
+    def __init__(self, channels: int, out_channels: int):
+        super().__init__(channels, out_channels, 3, padding=1)
+        self.backend = "auto"
+
+    def forward(self, x: Tensor, upscale: bool = False) -> Tensor:
+        """x [N, C, H, W] -> [N, K, H, W], or [N, K, 2H, 2W] with `upscale`."""
+        if _trains_on_cpu(x, self.weight, self.backend):
+            return conv3x3(x, self.weight, self.bias, upscale=upscale, backend=self.backend)
+        return super().forward(_doubled(x) if upscale else x)
+
+
+def _doubled(x: Tensor) -> Tensor:
+    return F.interpolate(x, scale_factor=2, mode="nearest")
+
+
 def _linear(layer: nn.Module, h: Tensor) -> Tensor:
     """The linear layer, in the dtype of h."""
     weight, bias = layer.get_parameter("weight"), layer.get_parameter("bias")
     return F.linear(h, weight.to(h.dtype), bias.to(h.dtype))
 
 
-def _no_autocast(device_type: str) -> AbstractContextManager[None]:
-    if not torch.amp.is_autocast_available(device_type):
-        return nullcontext()
-    return torch.autocast(device_type, enabled=False)
+def _pointwise(conv: nn.Module, h: Tensor) -> Tensor:
+    """A convolution of one tap, h [N, C, T]; keeps the channels of a position side by side."""
+    if not is_by_token(h):
+        return conv(h)
+    weight, bias = conv.get_parameter("weight"), conv.get_parameter("bias")
+    return F.linear(h.transpose(1, 2), weight.squeeze(2), bias).transpose(1, 2)
 
 
 def _zeroed(conv: nn.Module) -> nn.Module:
@@ -95,17 +130,28 @@ def _zeroed(conv: nn.Module) -> nn.Module:
 
 
 class ResBlock(nn.Module):
-    """Two normalised 3x3 convolutions around the time embedding, and a skip connection."""
+    """Two normalised 3x3 convolutions around the time embedding, and a skip connection.
+
+    resample: "up" or "down" doubles or halves height and width before the first convolution and in
+        the skip connection, by repetition or by average pooling.
+    """
 
     def __init__(
-        self, channels: int, emb_channels: int, out_channels: int, dropout: float, scale_shift: bool
+        self,
+        channels: int,
+        emb_channels: int,
+        out_channels: int,
+        dropout: float,
+        scale_shift: bool,
+        resample: str | None = None,
     ):
         super().__init__()
         self.scale_shift = scale_shift
+        self.resample = resample
         self.in_layers = nn.Sequential(
             GroupNormSiLU(channels),
             nn.Identity(),
-            nn.Conv2d(channels, out_channels, 3, padding=1),
+            Conv3x3(channels, out_channels),
         )
         self.emb_layers = nn.Sequential(
             nn.SiLU(), nn.Linear(emb_channels, 2 * out_channels if scale_shift else out_channels)
@@ -114,15 +160,20 @@ class ResBlock(nn.Module):
             GroupNormSiLU(out_channels),
             nn.Identity(),
             nn.Dropout(dropout),
-            _zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
+            _zeroed(Conv3x3(out_channels, out_channels)),
         )
         self.skip_connection = (
             nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
         )
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        """x [N, C, H, W], emb [N, emb_channels] -> [N, out_channels, H, W]."""
-        h = self.in_layers(x)
+        """x [N, C, H, W], emb [N, emb_channels] -> [N, out_channels, H, W], or resampled."""
+        if self.resample is None:
+            h = self.in_layers(x)
+        else:
+            norm, act, conv = self.in_layers
+            h = conv(_resampled(act(norm(x)), self.resample))
+            x = _resampled(x, self.resample)
         emb = self.emb_layers(emb)
         norm, *rest = self.out_layers
         if self.scale_shift:
@@ -134,12 +185,22 @@ class ResBlock(nn.Module):
         return self.skip_connection(x) + h
 
 
-class AttentionBlock(nn.Module):
-    """Self-attention over all positions of a feature map, with a skip connection."""
+def _resampled(x: Tensor, how: str) -> Tensor:
+    if how == "down":
+        return F.avg_pool2d(x, 2)
+    return F.interpolate(x, scale_factor=2, mode="nearest")
 
-    def __init__(self, channels: int, num_heads: int):
+
+class AttentionBlock(nn.Module):
+    """Self-attention over all positions of a feature map, with a skip connection.
+
+    order: how the rows of `qkv` are arranged, "legacy" or "new".
+    """
+
+    def __init__(self, channels: int, num_heads: int, order: str = "legacy"):
         super().__init__()
         self.num_heads = num_heads
+        self.order = order
         self.backend = "auto"
         self.norm = GroupNormSiLU(channels, silu=False)
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
@@ -147,8 +208,13 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [N, C, H, W] -> [N, C, H, W]."""
-        qkv = self.qkv(self.norm(x).flatten(2))
-        return x + self.proj_out(unet_plain.qkv_attention(qkv, self.num_heads)).view(x.shape)
+        h = self.norm(x).flatten(2)
+        if self.backend == "plain":
+            h = unet_plain.qkv_attention(self.qkv(h), self.num_heads, self.order)
+            return x + self.proj_out(h).view(x.shape)
+        qkv = _pointwise(self.qkv, h)
+        h = qkv_attention(qkv, self.num_heads, order=self.order, backend=self.backend)
+        return x + _pointwise(self.proj_out, h).view(x.shape)
 
 
 class Upsample(nn.Module):
@@ -156,11 +222,13 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int, use_conv: bool):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1) if use_conv else nn.Identity()
+        self.conv = Conv3x3(channels, channels) if use_conv else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         """x [N, C, H, W] -> [N, C, 2H, 2W]."""
-        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+        if isinstance(self.conv, Conv3x3):
+            return self.conv(x, upscale=True)
+        return _doubled(x)
 
 
 class Downsample(nn.Module):
@@ -187,12 +255,63 @@ class Block(nn.Sequential):
         return x
 
 
+def res_block_of(
+    c: UNetConfig, channels: int, out_channels: int, resample: str | None = None
+) -> ResBlock:
+    """A residual block as the configuration wants them."""
+    emb_channels = 4 * c.model_channels
+    scale_shift = c.use_scale_shift_norm
+    return ResBlock(channels, emb_channels, out_channels, c.dropout, scale_shift, resample)
+
+
+def time_embed_of(c: UNetConfig) -> nn.Sequential:
+    """The layers between the sinusoids of a timestep and its embedding."""
+    width, emb_channels = c.model_channels, 4 * c.model_channels
+    return nn.Sequential(
+        nn.Linear(width, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels)
+    )
+
+
+def encoder_of(c: UNetConfig) -> tuple[nn.ModuleList, Block, list[int]]:
+    """The blocks on the way down, the middle block, and the width of each block on the way down."""
+    width = c.channels(0)
+    first_in = 2 * c.in_channels if c.super_resolution else c.in_channels
+    blocks = nn.ModuleList([Block(Conv3x3(first_in, width))])
+    widths = [width]
+    last = len(c.channel_mult) - 1
+    for level in range(len(c.channel_mult)):
+        for _ in range(c.num_res_blocks):
+            layers: list[nn.Module] = [res_block_of(c, width, c.channels(level))]
+            width = c.channels(level)
+            if c.has_attention(level):
+                layers.append(AttentionBlock(width, c.heads(width), c.attention_order))
+            blocks.append(Block(*layers))
+            widths.append(width)
+        if level != last:
+            blocks.append(
+                Block(
+                    res_block_of(c, width, width, "down")
+                    if c.resblock_updown
+                    else Downsample(width, c.conv_resample)
+                )
+            )
+            widths.append(width)
+    middle = Block(
+        res_block_of(c, width, width),
+        AttentionBlock(width, c.heads(width), c.attention_order),
+        res_block_of(c, width, width),
+    )
+    return blocks, middle, widths
+
+
 class UNet(nn.Module):
     """The network of Improved DDPM (Nichol & Dhariwal 2021, appendix A).
 
-    config: a `UNetConfig`. The state dict has the keys and shapes of openai/improved-diffusion.
+    config: a `UNetConfig`. The state dict has the keys and shapes of openai/improved-diffusion, and
+        with its options those of openai/guided-diffusion.
     Attributes that change how, not what, it computes: `gradient_checkpointing` (False) recomputes
-    each block in the backward pass instead of keeping its activations; `backend` ("auto").
+    each block in the backward pass instead of keeping its activations; `backend` ("auto"). Where
+    gradients are recorded on the CPU, "auto" and "cpu" compute 3x3 convolutions by `ops.conv3x3`.
     `extra` holds JSON-ready facts that travel in the checkpoint, such as step schedules.
     """
 
@@ -207,54 +326,34 @@ class UNet(nn.Module):
         self.extra: dict[str, Any] = {}
 
         c = config
-        emb_channels = 4 * c.model_channels
-        self.time_embed = nn.Sequential(
-            nn.Linear(c.model_channels, emb_channels),
-            nn.SiLU(),
-            nn.Linear(emb_channels, emb_channels),
-        )
+        self.time_embed = time_embed_of(c)
         if c.num_classes is not None:
-            self.label_emb = nn.Embedding(c.num_classes, emb_channels)
+            self.label_emb = nn.Embedding(c.num_classes, 4 * c.model_channels)
 
-        def res_block(channels: int, out_channels: int) -> ResBlock:
-            return ResBlock(channels, emb_channels, out_channels, c.dropout, c.use_scale_shift_norm)
-
-        width = c.model_channels
-        first_in = 2 * c.in_channels if c.super_resolution else c.in_channels
-        self.input_blocks = nn.ModuleList([Block(nn.Conv2d(first_in, width, 3, padding=1))])
-        skip_widths = [width]
-        last = len(c.channel_mult) - 1
-        for level, mult in enumerate(c.channel_mult):
-            for _ in range(c.num_res_blocks):
-                layers: list[nn.Module] = [res_block(width, mult * c.model_channels)]
-                width = mult * c.model_channels
-                if c.has_attention(level):
-                    layers.append(AttentionBlock(width, c.num_heads))
-                self.input_blocks.append(Block(*layers))
-                skip_widths.append(width)
-            if level != last:
-                self.input_blocks.append(Block(Downsample(width, c.conv_resample)))
-                skip_widths.append(width)
-
-        self.middle_block = Block(
-            res_block(width, width), AttentionBlock(width, c.num_heads), res_block(width, width)
-        )
+        self.input_blocks, self.middle_block, skip_widths = encoder_of(c)
+        width = skip_widths[-1]
 
         self.output_blocks = nn.ModuleList()
-        for level, mult in reversed(list(enumerate(c.channel_mult))):
+        for level in reversed(range(len(c.channel_mult))):
             for i in range(c.num_res_blocks + 1):
-                layers = [res_block(width + skip_widths.pop(), mult * c.model_channels)]
-                width = mult * c.model_channels
+                layers: list[nn.Module] = [
+                    res_block_of(c, width + skip_widths.pop(), c.channels(level))
+                ]
+                width = c.channels(level)
                 if c.has_attention(level):
-                    layers.append(AttentionBlock(width, c.heads_up))
+                    layers.append(AttentionBlock(width, c.heads(width, up=True), c.attention_order))
                 if level and i == c.num_res_blocks:
-                    layers.append(Upsample(width, c.conv_resample))
+                    layers.append(
+                        res_block_of(c, width, width, "up")
+                        if c.resblock_updown
+                        else Upsample(width, c.conv_resample)
+                    )
                 self.output_blocks.append(Block(*layers))
 
         self.out = nn.Sequential(
             GroupNormSiLU(width),
             nn.Identity(),
-            _zeroed(nn.Conv2d(width, c.out_channels, 3, padding=1)),
+            _zeroed(Conv3x3(width, c.out_channels)),
         )
 
     @property
@@ -278,6 +377,7 @@ class UNet(nn.Module):
         """Which backend the operators take.
 
         "plain" is PyTorch's own functions without registered operators, as an export needs them.
+        An operator without a kernel of that backend (attention has none in Triton) takes "auto".
         """
         return self._backend
 
@@ -287,8 +387,11 @@ class UNet(nn.Module):
             raise ValueError(f"UNet: backend must be one of {', '.join(BACKENDS)}, got {value!r}")
         self._backend = value
         for module in self.modules():
-            if isinstance(module, (GroupNormSiLU, AttentionBlock)):
+            if isinstance(module, (GroupNormSiLU, Conv3x3)):
                 module.backend = value
+            elif isinstance(module, AttentionBlock):
+                served = value in ("plain", *REGISTRY["qkv_attention"].kernels)
+                module.backend = value if served else "auto"
 
     def forward(
         self, x: Tensor, timesteps: Tensor, y: Tensor | None = None, low_res: Tensor | None = None
@@ -307,9 +410,12 @@ class UNet(nn.Module):
         emb = self._embed(timesteps, y)
         h = x if low_res is None else torch.cat([x, _upsample_to(low_res, x)], dim=1)
         h, emb = h.to(self.dtype), emb.to(self.dtype)
+        trains = _trains_on_cpu(h, self.input_blocks[0].get_parameter("0.weight"), self._backend)
+        if trains:
+            h = h.contiguous(memory_format=torch.channels_last)  # as convolutions read and write it
         # The noise of the first steps is finer than bfloat16 can tell apart on pixels near -1 or 1,
         # so the network's two ends, and with them the residual stream, keep their precision.
-        with _no_autocast(x.device.type):
+        with no_autocast(x.device.type):
             h = self._run(self.input_blocks[0], h, emb)
         skips = [h]
         for block in self.input_blocks[1:]:
@@ -318,8 +424,9 @@ class UNet(nn.Module):
         h = self._run(self.middle_block, h, emb)
         for block in self.output_blocks:
             h = self._run(block, torch.cat([h, skips.pop()], dim=1), emb)
-        with _no_autocast(x.device.type):
-            return self.out(h.to(self.dtype)).to(x.dtype)
+        with no_autocast(x.device.type):
+            h = self.out(h.to(self.dtype)).to(x.dtype)
+        return h.contiguous() if trains and x.is_contiguous() else h
 
     def _run(self, block: nn.Module, h: Tensor, emb: Tensor) -> Tensor:
         if self.gradient_checkpointing and torch.is_grad_enabled():
@@ -329,7 +436,7 @@ class UNet(nn.Module):
     def _embed(self, timesteps: Tensor, y: Tensor | None) -> Tensor:
         # bfloat16 cannot tell step 3999 from step 4000, so this path is at least float32.
         work = torch.promote_types(self.dtype, torch.float32)
-        with _no_autocast(timesteps.device.type):
+        with no_autocast(timesteps.device.type):
             h = timestep_embedding(timesteps.to(work), self.config.model_channels)
             h = F.silu(_linear(self.time_embed[0], h))
             h = _linear(self.time_embed[2], h)

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 NUM_GROUPS = 32
+ATTENTION_ORDERS = ("legacy", "new")
 _COUNTS = (
     "image_size",
     "in_channels",
@@ -15,6 +16,7 @@ _COUNTS = (
     "num_res_blocks",
     "num_heads",
 )
+_FLAGS = ("use_scale_shift_norm", "conv_resample", "super_resolution", "resblock_updown")
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,8 @@ class UNetConfig:
 
     image_size: the side that `attention_resolutions` are counted from; `forward` takes other sizes.
     in_channels, out_channels: of image and output (2 * in_channels for a learned variance).
-    model_channels: level i has model_channels * channel_mult[i] channels.
+    model_channels, channel_mult: level i has model_channels * channel_mult[i] channels, a multiple of
+        32; a multiplier may be a fraction.
     num_res_blocks: residual blocks of a level on the way down; one more on the way up.
     attention_resolutions: the feature-map sides, image_size / 2^level, whose levels get attention.
     num_heads, num_heads_upsample: attention heads on the way down and up (None: the same).
@@ -32,6 +35,11 @@ class UNetConfig:
     use_scale_shift_norm: the time embedding scales and shifts a normalised map, else is added.
     conv_resample: resample by a learned convolution, else by average pooling and repetition.
     super_resolution: the network takes `low_res`, upsampled and concatenated to its input.
+    num_head_channels: width of a head in every attention block, in place of the numbers of heads.
+    attention_order: "legacy" splits qkv into heads first, "new" into q, k and v first. The tensors
+        are alike, the outputs are not.
+    resblock_updown: a residual block resamples between levels, in place of a lone convolution.
+    The last three are options of openai/guided-diffusion.
     """
 
     image_size: int = 32
@@ -39,7 +47,7 @@ class UNetConfig:
     model_channels: int = 128
     out_channels: int = 6
     num_res_blocks: int = 3
-    channel_mult: tuple[int, ...] = (1, 2, 2, 2)
+    channel_mult: tuple[int | float, ...] = (1, 2, 2, 2)
     attention_resolutions: tuple[int, ...] = (16, 8)
     num_heads: int = 4
     num_heads_upsample: int | None = None
@@ -48,18 +56,27 @@ class UNetConfig:
     use_scale_shift_norm: bool = True
     conv_resample: bool = True
     super_resolution: bool = False
+    num_head_channels: int | None = None
+    attention_order: str = "legacy"
+    resblock_updown: bool = False
 
     def __post_init__(self) -> None:
         for name in _COUNTS:
             _require_count(name, getattr(self, name))
-        for name in ("num_heads_upsample", "num_classes"):
+        for name in ("num_heads_upsample", "num_classes", "num_head_channels"):
             if getattr(self, name) is not None:
                 _require_count(name, getattr(self, name))
-        for name in ("channel_mult", "attention_resolutions"):
-            object.__setattr__(self, name, _count_tuple(name, getattr(self, name)))
-        for name in ("use_scale_shift_norm", "conv_resample", "super_resolution"):
+        resolutions = _count_tuple("attention_resolutions", self.attention_resolutions)
+        object.__setattr__(self, "attention_resolutions", resolutions)
+        object.__setattr__(self, "channel_mult", _multipliers(self.channel_mult))
+        for name in _FLAGS:
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"UNetConfig: {name} must be a bool, got {getattr(self, name)!r}")
+        if self.attention_order not in ATTENTION_ORDERS:
+            raise ValueError(
+                f"UNetConfig: attention_order must be one of {', '.join(ATTENTION_ORDERS)}, "
+                f"got {self.attention_order!r}"
+            )
         if isinstance(self.dropout, bool) or not isinstance(self.dropout, (int, float)):
             raise TypeError(f"UNetConfig: dropout must be a number, got {self.dropout!r}")
         if not 0.0 <= self.dropout < 1.0:
@@ -77,7 +94,17 @@ class UNetConfig:
                 f"(2^(levels - 1) for {len(self.channel_mult)} levels), got {self.image_size}"
             )
         levels = range(len(self.channel_mult))
+        for mult in self.channel_mult:
+            if self.model_channels * mult % NUM_GROUPS:
+                raise ValueError(
+                    f"UNetConfig: channel_mult must give every level a multiple of {NUM_GROUPS} "
+                    f"channels, got {mult} of {self.model_channels}"
+                )
         attended = {self.channels(level) for level in levels if self.has_attention(level)}
+        if self.num_head_channels is not None:
+            widths = attended | {self.channels(levels[-1])}
+            _require_heads("num_head_channels", self.num_head_channels, widths)
+            return
         _require_heads("num_heads", self.num_heads, attended | {self.channels(levels[-1])})
         _require_heads("num_heads_upsample", self.heads_up, attended)
 
@@ -93,7 +120,13 @@ class UNetConfig:
 
     def channels(self, level: int) -> int:
         """Channels of `level`, where 0 is the full image size."""
-        return self.model_channels * self.channel_mult[level]
+        return int(self.model_channels * self.channel_mult[level])
+
+    def heads(self, channels: int, *, up: bool = False) -> int:
+        """Attention heads of a block with `channels` channels, on the way down or up."""
+        if self.num_head_channels is not None:
+            return channels // self.num_head_channels
+        return self.heads_up if up else self.num_heads
 
     def has_attention(self, level: int) -> bool:
         """Whether the blocks of `level` carry attention."""
@@ -129,6 +162,18 @@ def _count_tuple(name: str, value: object) -> tuple[int, ...]:
     for entry in value:
         _require_count(name, entry)
     return tuple(value)
+
+
+def _multipliers(value: object) -> tuple[int | float, ...]:
+    """Whole multipliers become ints, so that 1.0 and 1 are one configuration."""
+    if not isinstance(value, (tuple, list)):
+        raise TypeError(f"UNetConfig: channel_mult must be a tuple of numbers, got {value!r}")
+    for entry in value:
+        if isinstance(entry, bool) or not isinstance(entry, (int, float)):
+            raise TypeError(f"UNetConfig: channel_mult must be a tuple of numbers, got {entry!r}")
+        if not 0 < entry < float("inf"):
+            raise ValueError(f"UNetConfig: channel_mult must be above 0, got {entry}")
+    return tuple(int(entry) if entry == int(entry) else entry for entry in value)
 
 
 def _require_heads(name: str, heads: int, widths: set[int]) -> None:

@@ -33,11 +33,17 @@ def group_norm_silu(
     return (F.silu(h) if silu else h).to(x.dtype)
 
 
-def qkv_attention(qkv: Tensor, num_heads: int) -> Tensor:
-    """Self-attention; qkv [N, 3C, T] in the legacy order -> [N, C, T]."""
-    # Legacy order: heads are split first, then each head's channels into q, k and v.
+def qkv_attention(qkv: Tensor, num_heads: int, order: str = "legacy") -> Tensor:
+    """Self-attention; qkv [N, 3C, T] -> [N, C, T].
+
+    order: "legacy" where the heads are split first, then each head's channels into q, k and v;
+        "new" where q, k and v are split first, then each into heads.
+    """
     n, width, length = qkv.shape
-    q, k, v = qkv.reshape(n * num_heads, width // num_heads, length).chunk(3, dim=1)
+    if order == "legacy":
+        q, k, v = qkv.reshape(n * num_heads, width // num_heads, length).chunk(3, dim=1)
+    else:
+        q, k, v = qkv.reshape(n, 3, num_heads, -1, length).transpose(0, 1).flatten(1, 2)
     # Scaling q and k by the fourth root each keeps the product in range for half precision.
     root = 1 / math.sqrt(math.sqrt(q.shape[1]))
     logits = torch.einsum("bct,bcs->bts", q * root, k * root)

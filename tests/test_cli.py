@@ -33,7 +33,7 @@ def model(monkeypatch: pytest.MonkeyPatch) -> UNet:
     torch.nn.init.normal_(model.out[2].weight, std=0.05)
     model.diffusion = Diffusion("cosine", 100)
     model.extra = {"class_names": NAMES}
-    monkeypatch.setattr(iddpm_ext, "load", lambda name: model, raising=False)
+    monkeypatch.setattr(iddpm_ext, "load", lambda name, **_: model, raising=False)
     return model.eval()
 
 
@@ -172,7 +172,7 @@ def test_a_low_resolution_file_starts_super_resolution(model, tmp_path, monkeypa
     upsampler.register_forward_pre_hook(
         lambda m, args, kwargs: seen.append(kwargs["low_res"]), with_kwargs=True
     )
-    monkeypatch.setattr(iddpm_ext, "load", lambda name: upsampler)
+    monkeypatch.setattr(iddpm_ext, "load", lambda name, **_: upsampler)
     np.savez(tmp_path / "low.npz", np.array([0, 255], dtype=np.uint8).reshape(2, 1, 1, 1))
     assert run("sample", "--steps", 2, "--low-res", tmp_path / "low.npz", "--no-engine",
                "--out", tmp_path / "x.png") == 0  # fmt: skip

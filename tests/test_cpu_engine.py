@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from iddpm_ext import _native
+from iddpm_ext import Diffusion, _native, sample
 from iddpm_ext.sampling.cpu_engine import CPUEngine, NotServed, why_not_served
 from iddpm_ext.unet import UNet, UNetConfig
 
@@ -109,6 +109,83 @@ def test_each_instruction_set_serves(isa):
     assert error(out, reference(model, x, torch.tensor([3.0, 700.0]), None)) < 1e-5
 
 
+needs_bf16 = pytest.mark.skipif(
+    _native.cpu_absence() is None and not _native.native().build_info()["bf16"],
+    reason="this CPU has no avx512_bf16",
+)
+
+
+@needs_bf16
+@pytest.mark.parametrize("name", CONFIGS)
+def test_bfloat16_error_is_small_and_flat_in_t(name):
+    model = make(**CONFIGS[name])
+    x, y = inputs(model, 6)
+    engine = CPUEngine(model, 6, dtype=torch.bfloat16, num_threads=2)
+    timesteps = torch.tensor([37.0, 500.0, 999.0]).repeat_interleave(2)
+    out, truth = engine.forward(x, timesteps, y), reference(model, x, timesteps, y)
+    errors = [error(out[i : i + 2], truth[i : i + 2]) for i in (0, 2, 4)]
+    assert 5e-4 < min(errors) and max(errors) < 1.2e-2, errors
+
+
+@needs_bf16
+def test_bfloat16_is_refused_by_a_cpu_without_it_and_sample_says_so():
+    model = make(**SMALL)
+    model.diffusion = Diffusion()
+    previous = _native.native().set_isa("avx2")
+    try:
+        with pytest.raises(NotServed, match="avx512_bf16"):
+            CPUEngine(model, 1, dtype=torch.bfloat16)
+        with pytest.warns(RuntimeWarning, match=r"without the engine.*avx512_bf16"):
+            sample(model, 2, n=1, dtype=torch.bfloat16, progress=False)
+    finally:
+        _native.native().set_isa(previous)
+
+
+@needs_bf16
+def test_sample_in_bfloat16_uses_the_engine():
+    model = make(**SMALL)
+    model.diffusion = Diffusion()
+    x = sample(model, 2, n=2, dtype=torch.bfloat16, progress=False)
+    (engine,) = model.__dict__["_engines"].values()
+    assert engine.dtype == torch.bfloat16
+    assert x.dtype == torch.float32
+    exact = sample(model, 2, n=2, engine=False, progress=False)
+    assert 1e-5 < (x - exact).abs().mean() < 0.02
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"sampler": "ddim"},
+        {"sampler": "ddim", "eta": 0.5, "clip": False},
+        {"n": 5, "batch_size": 2, "seed": 2**63 + 5},
+        {"guidance_scale": 1.5},
+        {"sampler": "dpm++"},
+    ],
+)
+def test_a_whole_chain_is_the_steps_to_the_bit(settings):
+    model = make(**SMALL, num_classes=3)
+    model.diffusion = Diffusion()
+    common = {"n": 2, "progress": False, **settings}
+    seen = []
+    whole = sample(model, 4, **common)
+    assert torch.equal(whole, sample(model, 4, callback=seen.append, **common))
+    assert len(seen) == 4 * -(-common["n"] // common.get("batch_size", common["n"]))
+
+
+def test_a_whole_chain_leaves_x_T_as_it_was_and_sees_changed_weights():
+    model = make(**SMALL)
+    model.diffusion = Diffusion()
+    x_T = torch.randn(2, 3, 16, 16)
+    before = x_T.clone()
+    first = sample(model, 3, x_T=x_T, progress=False)
+    assert torch.equal(x_T, before)
+    assert torch.equal(sample(model, 3, x_T=x_T, progress=False), first)
+    model.middle_block[0].in_layers[2].weight.mul_(-1)
+    assert not torch.equal(sample(model, 3, x_T=x_T, progress=False), first)
+
+
 def test_schedule_gives_what_forward_gives():
     model = make(**CONFIGS["bundled"])
     x, y = inputs(model, 4)
@@ -186,7 +263,7 @@ def test_changed_weights_are_noticed(change):
 def test_what_cannot_be_served_is_refused_with_its_reason():
     with pytest.raises(NotServed, match="conv_resample=False"):
         CPUEngine(make(**SMALL, conv_resample=False), 1)
-    with pytest.raises(NotServed, match=r"float32, got torch\.float16"):
+    with pytest.raises(NotServed, match=r"float32 or bfloat16, got torch\.float16"):
         CPUEngine(make(**SMALL), 1, dtype=torch.float16)
     with pytest.raises(NotServed, match="UNet, got Linear"):
         CPUEngine(torch.nn.Linear(1, 1), 1)

@@ -76,6 +76,86 @@ def test_gemm_adds_bias_and_residual(isa, threads, rows, depth, columns):
     assert error(out, truth) < 1e-6
 
 
+needs_bf16 = pytest.mark.skipif(
+    _native.cpu_absence() is None and not _native.native().build_info()["bf16"],
+    reason="this CPU has no avx512_bf16",
+)
+
+
+def rounded(x: Tensor) -> Tensor:
+    """As bfloat16, in float64."""
+    return x.bfloat16().double()
+
+
+@needs_bf16
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("rows", "depth", "columns"), [(1, 32, 32), (49, 96, 48), (700, 512, 64)])
+def test_bfloat16_gemm_rounds_its_operands_and_nothing_else(threads, rows, depth, columns):
+    n = 2
+    a, w, b = torch.randn(n * rows, depth), torch.randn(columns, depth), torch.randn(columns)
+    residual, out = torch.randn(n * rows, columns), wide(n * rows, columns)
+    weight, bias = pack.pack_pairs(pack.pack_matrix(w)), pack.pack_vector(b)
+    row = ops.gemm_row(rows, buffer(a), depth, columns, weight, bias, buffer(out), buffer(residual))
+    assert run([row], n, threads) == 0
+    truth = rounded(a) @ rounded(w).T + b + residual
+    assert error(out, truth) < 1e-6
+
+
+def winograd_of_rounded(x: Tensor, w: Tensor) -> Tensor:
+    """F(2x2, 3x3) in float64 but for the transformed operands, which are bfloat16: NCHW."""
+    g = pack.filter_transform(2)
+    u = rounded(torch.einsum("ia,jb,kcab->ijkc", g, g, w.double()).float())
+    b = torch.tensor([[1.0, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, -1, 0, 1]])
+    a = torch.tensor([[1.0, 1, 1, 0], [0, 1, -1, 1]]).double()
+    height, width = x.shape[2:]
+    tiles = F.pad(x, (1, 1 + width % 2, 1, 1 + height % 2)).unfold(2, 4, 2).unfold(3, 4, 2)
+    v = rounded(torch.einsum("ia,nctuab,jb->ijctun", b, tiles, b))
+    m = torch.einsum("ijkc,ijctun->ijktun", u, v)
+    y = torch.einsum("pi,qj,ijktun->nktpuq", a, a, m).flatten(4, 5).flatten(2, 3)
+    return y[:, :, :height, :width]
+
+
+@needs_bf16
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("upscale", [0, 1])
+@pytest.mark.parametrize(
+    ("n", "height", "width", "channels", "columns"),
+    [(1, 8, 8, 32, 64), (3, 14, 10, 64, 96), (2, 2, 4, 32, 16), (5, 26, 32, 96, 32)],
+)
+def test_bfloat16_winograd_rounds_what_it_multiplies_and_nothing_else(
+    threads, upscale, n, height, width, channels, columns
+):
+    x = torch.randn(n, channels, height >> upscale, width >> upscale)
+    w, b = torch.randn(columns, channels, 3, 3), torch.randn(columns)
+    residual = torch.randn(n, columns, height, width)
+    source, add, out = nhwc(x), nhwc(residual), wide(n * height * width, columns)
+    weight, bias = pack.pack_pairs(pack.pack_winograd(w, 2)), pack.pack_vector(b)
+    row = ops.winograd_row(
+        *((height, width), buffer(source), channels, columns, weight, bias),
+        *(buffer(out), buffer(add.view(-1, columns))),
+        tile=2,
+        upscale=upscale,
+    )
+    assert run([row], n, threads) == 0
+    wide_x = F.interpolate(x, scale_factor=1 << upscale, mode="nearest")
+    truth = nhwc(winograd_of_rounded(wide_x, w) + b[:, None, None] + residual)
+    # Half a unit of bfloat16 where the float32 transform rounds to the other side: rare and small.
+    assert error(out.reshape(truth.shape), truth) < 2e-4
+    assert (out.reshape(truth.shape) - truth).pow(2).mean().sqrt() < 5e-6 * truth.abs().max()
+
+
+@needs_bf16
+def test_bfloat16_winograd_covers_odd_sizes():
+    for size in [(7, 7), (5, 9), (1, 1), (1, 13)]:
+        x, w = torch.randn(2, 32, *size), torch.randn(32, 32, 3, 3)
+        source, out = nhwc(x), wide(2 * size[0] * size[1], 32)
+        weight = pack.pack_pairs(pack.pack_winograd(w, 2))
+        row = ops.winograd_row(size, buffer(source), 32, 32, weight, None, buffer(out), tile=2)
+        assert run([row], 2) == 0
+        truth = nhwc(F.conv2d(x.double(), w.double(), padding=1))
+        assert error(out.reshape(truth.shape), truth) < 1e-2
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("upscale", [0, 1])
 @pytest.mark.parametrize("tile", [2, 4])

@@ -56,7 +56,7 @@ def plan(out: Path) -> list[Step]:
     ops, images = out / "ops.json", out / "samples.png"
     sanitizer = shutil.which("compute-sanitizer") or "compute-sanitizer"
     touch = ("--error-exitcode", "1", python, "tools/touch_kernels.py", "--backend", "cuda")
-    bench = (python, "-m", "benchmarks.ops", "--device", "cuda", "--output", str(ops))
+    bench = (python, "-m", "benchmarks.ops", "--device", "cuda", "--json", str(ops))
     sample = ("sample", "fashion-mnist", "--n", "256", "--device", "cuda", "--out", str(images))
     return [
         Step("build", (python, "setup.py", "-q", "build_ext", "--inplace"), environment=build),

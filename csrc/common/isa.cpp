@@ -17,6 +17,11 @@ bool has_f16c() {
   unsigned eax, ebx, ecx = 0, edx;
   return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);
 }
+
+bool has_avx512_bf16() {
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax & (1u << 5));
+}
 #endif
 
 int detect() {
@@ -56,6 +61,15 @@ int best_isa() {
 }
 
 int current_isa() { return selected().load(std::memory_order_relaxed); }
+
+bool has_bf16() {
+#if IDDPM_X86
+  static const bool present = has_avx512_bf16();
+  return present && current_isa() == kAvx512;
+#else
+  return false;
+#endif
+}
 
 bool set_isa(int isa) {
   if (isa < kBase || isa > best_isa()) return false;

@@ -28,6 +28,9 @@ int best_isa();
 // The instruction set in use: best_isa(), or what the environment's IDDPM_ISA or set_isa() asked.
 int current_isa();
 
+// Whether AVX-512 is in use and this CPU has its bfloat16 products (vdpbf16ps) as well.
+bool has_bf16();
+
 // Uses `isa` from now on; false, and no change, if this CPU cannot run it.
 bool set_isa(int isa);
 

@@ -35,9 +35,22 @@ IDDPM_INLINE vf exp_negative(vf x) {
 #endif
 }
 
-IDDPM_INLINE vf sigmoid(vf x) { return 1.0f / (1.0f + exp_negative(x)); }
+// 1 / d for d >= 1. With AVX-512 an estimate of 14 bits and one Newton step, which take a third of
+// a division's time; where d is infinite the estimate is 0 already.
+IDDPM_INLINE vf reciprocal(vf d) {
+#if defined(__AVX512F__)
+  const vf r = (vf)_mm512_maskz_rcp14_ps(kAllLanes, (__m512)d);
+  // The second operand where the first is NaN.
+  const vf rest = (vf)_mm512_maskz_min_ps(kAllLanes, (__m512)(1.0f - d * r), _mm512_set1_ps(1.0f));
+  return r + r * rest;
+#else
+  return 1.0f / d;
+#endif
+}
 
-IDDPM_INLINE vf silu(vf x) { return x / (1.0f + exp_negative(x)); }
+IDDPM_INLINE vf sigmoid(vf x) { return reciprocal(1.0f + exp_negative(x)); }
+
+IDDPM_INLINE vf silu(vf x) { return x * reciprocal(1.0f + exp_negative(x)); }
 
 }  // namespace IDDPM_ISA
 }  // namespace iddpm

@@ -99,11 +99,15 @@ IDDPM_INLINE vf first_lanes(vf v, int64_t count) {
 
 // Pairwise, so the order does not depend on the instruction set.
 IDDPM_INLINE float sum(vf v) {
-  float lane[kLanes];
-  store(lane, v);
-  for (int64_t width = kLanes / 2; width > 0; width /= 2)
-    for (int64_t i = 0; i < width; ++i) lane[i] += lane[i + width];
-  return lane[0];
+  typedef float half_lanes __attribute__((vector_size(32)));
+  typedef float quarter_lanes __attribute__((vector_size(16)));
+  half_lanes half[2];
+  std::memcpy(half, &v, sizeof v);
+  const half_lanes eight = half[0] + half[1];
+  quarter_lanes quarter[2];
+  std::memcpy(quarter, &eight, sizeof eight);
+  const quarter_lanes four = quarter[0] + quarter[1];
+  return (four[0] + four[2]) + (four[1] + four[3]);
 }
 
 IDDPM_INLINE vf sqrt(vf x) {

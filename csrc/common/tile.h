@@ -90,12 +90,19 @@ IDDPM_INLINE void write_element(void* data, DType dtype, int64_t at, float value
         dtype == DType::kBFloat16 ? to_bfloat16(value) : to_float16(value);
 }
 
-// A tile of any dtype, from 64 floats.
+// Where to write a tile of any dtype, from floats: in place, or in `space`, for write_tile.
+IDDPM_INLINE float* write_target(const Plane& plane, DType dtype, int64_t hw, int64_t sample,
+                                 int64_t first, int64_t count, float* space) {
+  if (dtype != DType::kFloat32) return space;
+  return write_target(plane, hw, sample, first, count, space);
+}
+
+// A tile of any dtype, from 64 floats, which may lie there already.
 IDDPM_INLINE void write_tile(const Plane& plane, DType dtype, int64_t hw, int64_t sample,
                              int64_t first, int64_t count, const float* values) {
   if (plane.dense(hw) && count == kTile && dtype == DType::kFloat32) {
     float* p = static_cast<float*>(plane.data) + sample * plane.sample + first;
-    for (int64_t i = 0; i < kTile; i += kLanes) store(p + i, load(values + i));
+    if (p != values) std::memcpy(p, values, kTile * sizeof(float));
     return;
   }
   walk(plane, hw, sample, first, count,

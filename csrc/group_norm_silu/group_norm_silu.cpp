@@ -16,6 +16,10 @@ struct Moments {
   double count = 0, mean = 0, m2 = 0;
 
   void add(double other_count, double other_mean, double other_m2) {
+    if (count == 0) {  // most groups have one part, and divisions take longer than small groups
+      count = other_count, mean = other_mean, m2 = other_m2;
+      return;
+    }
     const double total = count + other_count, delta = other_mean - mean;
     mean += delta * other_count / total;
     m2 += other_m2 + delta * delta * count * other_count / total;

@@ -33,6 +33,14 @@ int run_op(const int64_t* words, const Team& team) {
       return run_group_norm(as<GroupNormOp>(words), team);
     case Kind::kAttention:
       return run_attention(as<AttentionOp>(words), team);
+#if defined(IDDPM_WITH_BF16) && defined(__AVX512F__)
+    case Kind::kGemmBf16:
+      return avx512_bf16::run_gemm_bf16(as<GemmOp>(words), team);
+    case Kind::kWinogradBf16:
+      return avx512_bf16::run_winograd_bf16(as<WinogradOp>(words), team);
+#endif
+    default:
+      break;
   }
   return 1;
 }

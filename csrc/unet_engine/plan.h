@@ -20,6 +20,9 @@ enum class Kind : int64_t {
   kWinograd = 4,
   kGroupNorm = 5,
   kAttention = 6,
+  kGemmBf16 = 7,  // GemmOp and WinogradOp (of tile 2) whose operands are rounded to bfloat16:
+  kWinogradBf16 =
+      8,  // w is then bfloat16, [panels]...[C / 2][32][2]; everything else stays float32
 };
 
 // x [n, C, H, W] -> out [n, H, W, stride].
@@ -64,21 +67,24 @@ struct ConvOp {
   int64_t upscale;  // 0, or 1: the input is doubled by nearest neighbour
 };
 
-// The same convolution with stride 1 by Winograd's F(m x m, 3 x 3).
-struct WinogradOp {
-  int64_t kind, height, width;  // of the output
-  const float* in;
+// The same convolution with stride 1 by Winograd's F(m x m, 3 x 3). T, the element of images:
+// float, or uint16_t for bfloat16.
+template <class T>
+struct WinogradConv {
+  int64_t kind, height, width;  // of the convolution's output
+  const T* in;
   int64_t in_stride, channels, columns;
   const float* w;  // [panels][(m + 2)^2][C][32]
   const float* bias;
-  const float* residual;
+  const T* residual;
   int64_t residual_stride;
-  float* out;
+  T* out;
   int64_t out_stride;
   int64_t tile;     // m: 2 or 4
-  int64_t upscale;  // 0 or 1
+  int64_t upscale;  // 0; 1: the input is doubled; -1: the output is summed over squares of 2 x 2
   int64_t block;    // tiles that are transformed at a time
 };
+using WinogradOp = WinogradConv<float>;
 
 // out = act(GroupNorm(x (+ e)) * weight + bias (then * (1 + scale) + shift)).
 struct GroupNormOp {

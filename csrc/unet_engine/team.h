@@ -1,10 +1,10 @@
 // A thread's view of a running plan.
 #pragma once
 
+#include "native.h"
 #include "plan.h"
 
 namespace iddpm {
-namespace IDDPM_ISA {
 
 struct Team {
   int64_t thread, threads;
@@ -15,6 +15,8 @@ struct Team {
   float* scratch;
   int64_t scratch_floats;
 };
+
+namespace IDDPM_ISA {
 
 // Every thread of the team has to come here. With one thread nothing happens.
 static inline void barrier(const Team& team) {
@@ -35,9 +37,6 @@ static inline Range share(int64_t count, int64_t grain, int64_t thread, int64_t 
   return Range{begin < count ? begin : count, end < count ? end : count};
 }
 
-static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-static inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-
 // Each returns 0, or 1 when the scratch is too small for it.
 int run_input(const InputOp& op, const Team& team);
 int run_output(const OutputOp& op, const Team& team);
@@ -48,4 +47,12 @@ int run_group_norm(const GroupNormOp& op, const Team& team);
 int run_attention(const AttentionOp& op, const Team& team);
 
 }  // namespace IDDPM_ISA
+
+// Kernels of *_bf16.cpp, which are compiled once, for AVX-512 with vdpbf16ps.
+namespace avx512_bf16 {
+
+int run_gemm_bf16(const GemmOp& op, const Team& team);
+int run_winograd_bf16(const WinogradOp& op, const Team& team);
+
+}  // namespace avx512_bf16
 }  // namespace iddpm

@@ -1,9 +1,9 @@
 // The register tile that every matrix product of the engine is made of.
 //
 // c [rows, columns] = a [rows, depth] * b [depth, columns], with b in rows of `b_stride` floats: a
-// packed panel, or keys and values. A tile keeps R x V vectors of c in registers (12 x 2 of 32
-// registers with AVX-512, 6 x 2 of 16 with AVX2), so that a step over depth loads V vectors,
-// broadcasts R values and does R x V multiply-adds.
+// packed panel, or keys and values; kTransposed takes a [depth, rows]. A tile keeps R x V vectors
+// of c in registers (12 x 2 of 32 registers with AVX-512, 6 x 2 of 16 with AVX2), so that a step
+// over depth loads V vectors, broadcasts R values and does R x V multiply-adds.
 #pragma once
 
 #include "native.h"
@@ -18,14 +18,9 @@ struct Addends {
   int64_t residual_stride;
 };
 
-template <int R, int V>
-static void tile(int64_t depth, const float* a, int64_t a_stride, const float* b, int64_t b_stride,
-                 float* c, int64_t c_stride, const Addends& add) {
-  nv sum[R][V];
-#pragma GCC unroll 16
-  for (int i = 0; i < R; ++i)
-#pragma GCC unroll 4
-    for (int j = 0; j < V; ++j) sum[i][j] = nv{};
+template <bool kTransposed, int R, int V>
+IDDPM_NATIVE void accumulate(int64_t depth, const float* a, int64_t a_stride, const float* b,
+                             int64_t b_stride, nv (&sum)[R][V]) {
   for (int64_t k = 0; k < depth; ++k) {
     nv row[V];
 #pragma GCC unroll 4
@@ -33,11 +28,46 @@ static void tile(int64_t depth, const float* a, int64_t a_stride, const float* b
     b += b_stride;
 #pragma GCC unroll 16
     for (int i = 0; i < R; ++i) {
-      const nv value = nsplat(a[i * a_stride + k]);
+      const nv value = nsplat(kTransposed ? a[k * a_stride + i] : a[i * a_stride + k]);
 #pragma GCC unroll 4
       for (int j = 0; j < V; ++j) sum[i][j] += value * row[j];
     }
   }
+}
+
+#if defined(__AVX512BF16__)
+// Of bfloat16: depth is even, and b holds pairs of rows, [depth / 2][b_stride][2].
+template <bool kTransposed, int R, int V>
+IDDPM_NATIVE void accumulate(int64_t depth, const uint16_t* a, int64_t a_stride, const uint16_t* b,
+                             int64_t b_stride, nv (&sum)[R][V]) {
+  static_assert(!kTransposed, "pairs lie along the depth");
+  for (int64_t k = 0; k < depth; k += 2) {
+    __m512bh row[V];
+#pragma GCC unroll 4
+    for (int j = 0; j < V; ++j) std::memcpy(&row[j], b + j * 2 * kWidth, sizeof row[j]);
+    b += 2 * b_stride;
+#pragma GCC unroll 16
+    for (int i = 0; i < R; ++i) {
+      int32_t pair;
+      std::memcpy(&pair, a + i * a_stride + k, sizeof pair);
+      const __m512bh value = (__m512bh)_mm512_set1_epi32(pair);
+#pragma GCC unroll 4
+      for (int j = 0; j < V; ++j)
+        sum[i][j] = (nv)_mm512_dpbf16_ps((__m512)sum[i][j], value, row[j]);
+    }
+  }
+}
+#endif
+
+template <int R, int V, bool kTransposed, class T>
+static void tile(int64_t depth, const T* a, int64_t a_stride, const T* b, int64_t b_stride,
+                 float* c, int64_t c_stride, const Addends& add) {
+  nv sum[R][V];
+#pragma GCC unroll 16
+  for (int i = 0; i < R; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < V; ++j) sum[i][j] = nv{};
+  accumulate<kTransposed>(depth, a, a_stride, b, b_stride, sum);
   if (add.bias) {
 #pragma GCC unroll 4
     for (int j = 0; j < V; ++j) {
@@ -59,13 +89,12 @@ static void tile(int64_t depth, const float* a, int64_t a_stride, const float* b
     for (int j = 0; j < V; ++j) nstore(c + i * c_stride + j * kWidth, sum[i][j]);
 }
 
-template <int V>
-IDDPM_NATIVE void tile_rows(int64_t rows, int64_t depth, const float* a, int64_t a_stride,
-                            const float* b, int64_t b_stride, float* c, int64_t c_stride,
-                            const Addends& add) {
+template <int V, bool kTransposed, class T>
+IDDPM_NATIVE void tile_rows(int64_t rows, int64_t depth, const T* a, int64_t a_stride, const T* b,
+                            int64_t b_stride, float* c, int64_t c_stride, const Addends& add) {
 #define IDDPM_TILE_CASE(R) \
   case R:                  \
-    return tile<R, V>(depth, a, a_stride, b, b_stride, c, c_stride, add)
+    return tile<R, V, kTransposed>(depth, a, a_stride, b, b_stride, c, c_stride, add)
   switch (rows) {
     IDDPM_TILE_CASE(1);
     IDDPM_TILE_CASE(2);
@@ -86,8 +115,9 @@ IDDPM_NATIVE void tile_rows(int64_t rows, int64_t depth, const float* a, int64_t
 }
 
 // At most one panel wide: columns is a multiple of 16, at most 32. Any number of rows, cut evenly.
-static inline void multiply_panel(int64_t rows, int64_t columns, int64_t depth, const float* a,
-                                  int64_t a_stride, const float* b, int64_t b_stride, float* c,
+template <bool kTransposed = false, class T>
+static inline void multiply_panel(int64_t rows, int64_t columns, int64_t depth, const T* a,
+                                  int64_t a_stride, const T* b, int64_t b_stride, float* c,
                                   int64_t c_stride, const Addends& add) {
   const int64_t blocks = (rows + kTileRows - 1) / kTileRows;
   int64_t row = 0;
@@ -97,14 +127,14 @@ static inline void multiply_panel(int64_t rows, int64_t columns, int64_t depth, 
       Addends here = add;
       if (here.bias) here.bias += column;
       if (here.residual) here.residual += row * add.residual_stride + column;
-      const float* a_here = a + row * a_stride;
+      const T* a_here = a + (kTransposed ? row : row * a_stride);
       float* c_here = c + row * c_stride + column;
       if (columns - column >= 2 * kWidth)
-        tile_rows<2>(end - row, depth, a_here, a_stride, b + column, b_stride, c_here, c_stride,
-                     here);
+        tile_rows<2, kTransposed>(end - row, depth, a_here, a_stride, b + column, b_stride, c_here,
+                                  c_stride, here);
       else
-        tile_rows<1>(end - row, depth, a_here, a_stride, b + column, b_stride, c_here, c_stride,
-                     here);
+        tile_rows<1, kTransposed>(end - row, depth, a_here, a_stride, b + column, b_stride, c_here,
+                                  c_stride, here);
     }
     row = end;
   }

@@ -7,119 +7,24 @@
 // transform adds bias and residual as it stores. With few tiles the team transforms all of them
 // together and divides the panels instead.
 #if defined(__AVX2__)
-#include "team.h"
+#include "winograd.h"
+
 #include "tile.h"
-#include "winograd_transforms.h"
+#include "winograd_tiles.h"
 
 namespace iddpm {
 namespace IDDPM_ISA {
 
 namespace {
 
-constexpr int64_t kPad = 16;  // keeps rows of v from falling into the same cache sets
 constexpr int64_t kFewTiles = 2 * kTileRows;
-constexpr int64_t kMaxChannels = 4096;
-alignas(64) const float kZeros[kMaxChannels] = {};
-
-struct Grid {
-  int64_t rows, columns, count;  // tiles down, across, in all samples
-};
-
-template <int M>
-Grid grid_of(const WinogradOp& op, int64_t n) {
-  const int64_t rows = (op.height + M - 1) / M, columns = (op.width + M - 1) / M;
-  return Grid{rows, columns, rows * columns * n};
-}
-
-// v[e * element_stride + c] of one tile, e = 0 .. (M + 2)^2 - 1.
-template <int M>
-void transform_input(const WinogradOp& op, const Grid& grid, int64_t index, float* v,
-                     int64_t element_stride) {
-  constexpr int P = M + 2;
-  const int64_t column = index % grid.columns, row = index / grid.columns % grid.rows;
-  const int64_t sample = index / (grid.columns * grid.rows);
-  const int64_t in_width = op.width >> op.upscale, in_height = op.height >> op.upscale;
-  const float* image = op.in + sample * in_height * in_width * op.in_stride;
-  const float* pixel[P][P];
-  for (int i = 0; i < P; ++i) {
-    const int64_t y = row * M + i - 1;
-    const bool inside = y >= 0 && y < op.height;
-    for (int j = 0; j < P; ++j) {
-      const int64_t x = column * M + j - 1;
-      const int64_t source = (y >> op.upscale) * in_width + (x >> op.upscale);
-      pixel[i][j] = inside && x >= 0 && x < op.width ? image + source * op.in_stride : kZeros;
-    }
-  }
-  for (int64_t c = 0; c < op.channels; c += kWidth) {
-    nv half[P][P];
-#pragma GCC unroll 8
-    for (int j = 0; j < P; ++j) {
-      nv d[P], t[P];
-#pragma GCC unroll 8
-      for (int i = 0; i < P; ++i) d[i] = nload(pixel[i][j] + c);
-      Transform<M>::input(d, t);
-#pragma GCC unroll 8
-      for (int i = 0; i < P; ++i) half[i][j] = t[i];
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < P; ++i) {
-      nv t[P];
-      Transform<M>::input(half[i], t);
-#pragma GCC unroll 8
-      for (int j = 0; j < P; ++j) nstore(v + (i * P + j) * element_stride + c, t[j]);
-    }
-  }
-}
-
-// u[e * element_stride + k] of one tile and `columns` channels from `first` on.
-template <int M>
-void transform_output(const WinogradOp& op, const Grid& grid, int64_t index, const float* u,
-                      int64_t element_stride, int64_t first, int64_t columns) {
-  constexpr int P = M + 2;
-  const int64_t column = index % grid.columns, row = index / grid.columns % grid.rows;
-  const int64_t sample = index / (grid.columns * grid.rows);
-  const int64_t height = smaller(M, op.height - row * M), width = smaller(M, op.width - column * M);
-  const int64_t corner = (sample * op.height + row * M) * op.width + column * M;
-  for (int64_t k = 0; k < columns; k += kWidth) {
-    nv half[M][P];
-#pragma GCC unroll 8
-    for (int j = 0; j < P; ++j) {
-      nv m[P], t[M];
-#pragma GCC unroll 8
-      for (int i = 0; i < P; ++i) m[i] = nload(u + (i * P + j) * element_stride + k);
-      Transform<M>::output(m, t);
-#pragma GCC unroll 8
-      for (int i = 0; i < M; ++i) half[i][j] = t[i];
-    }
-    const nv bias = op.bias ? nload(op.bias + first + k) : nv{};
-#pragma GCC unroll 8
-    for (int i = 0; i < M; ++i) {
-      if (i >= height) break;
-      nv y[M];
-      Transform<M>::output(half[i], y);
-      const int64_t start = corner + i * op.width;
-      float* out = op.out + start * op.out_stride + first + k;
-      if (op.residual) {
-        const float* residual = op.residual + start * op.residual_stride + first + k;
-#pragma GCC unroll 8
-        for (int j = 0; j < M; ++j)
-          if (j < width)
-            nstore(out + j * op.out_stride, y[j] + bias + nload(residual + j * op.residual_stride));
-      } else {
-#pragma GCC unroll 8
-        for (int j = 0; j < M; ++j)
-          if (j < width) nstore(out + j * op.out_stride, y[j] + bias);
-      }
-    }
-  }
-}
 
 // The products and the inverse transforms of `count` tiles from `tile` on, for a range of panels.
-template <int M>
-void multiply_tiles(const WinogradOp& op, const Grid& grid, int64_t tile, int64_t count,
+template <int M, class T>
+void multiply_tiles(const WinogradConv<T>& op, const Grid& grid, int64_t tile, int64_t count,
                     const float* v, float* u, Range panels) {
   constexpr int64_t E = (M + 2) * (M + 2);
-  const int64_t pitch = op.channels + kPad;
+  const int64_t pitch = op.channels + kRowPad;
   for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
     const int64_t first = panel * kPanel;
     const int64_t columns = smaller(kPanel, op.columns - first);
@@ -133,13 +38,13 @@ void multiply_tiles(const WinogradOp& op, const Grid& grid, int64_t tile, int64_
   }
 }
 
-template <int M>
-int run(const WinogradOp& op, const Team& team) {
+template <int M, class T>
+int run(const WinogradConv<T>& op, const Team& team) {
   constexpr int64_t E = (M + 2) * (M + 2);
-  const Grid grid = grid_of<M>(op, team.n);
-  const int64_t pitch = op.channels + kPad;
+  const Grid grid = grid_of(op.height, op.width, M, team.n);
+  const int64_t pitch = op.channels + kRowPad;
   const int64_t panels = (op.columns + kPanel - 1) / kPanel;
-  if (op.channels > kMaxChannels) return 1;
+  if (op.channels > kWinogradChannels) return 1;
   if (team.threads > 1 && grid.count < kFewTiles * team.threads) {
     if (E * grid.count * pitch > team.shared_floats) return 1;
     if (E * grid.count * kPanel > team.scratch_floats) return 1;
@@ -172,6 +77,22 @@ int run(const WinogradOp& op, const Team& team) {
 int run_winograd(const WinogradOp& op, const Team& team) {
   return op.tile == 4 ? run<4>(op, team) : run<2>(op, team);
 }
+
+int run_winograd(const WinogradConv<uint16_t>& op, const Team& team) {
+  return op.tile == 4 ? run<4>(op, team) : run<2>(op, team);
+}
+
+template <class T>
+void winograd_input(const WinogradConv<T>& op, const Grid& grid, int64_t index, float* v,
+                    int64_t element_stride) {
+  if (op.tile == 4)
+    transform_input<4>(op, grid, index, v, element_stride);
+  else
+    transform_input<2>(op, grid, index, v, element_stride);
+}
+
+template void winograd_input(const WinogradOp&, const Grid&, int64_t, float*, int64_t);
+template void winograd_input(const WinogradConv<uint16_t>&, const Grid&, int64_t, float*, int64_t);
 
 }  // namespace IDDPM_ISA
 }  // namespace iddpm

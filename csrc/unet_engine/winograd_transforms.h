@@ -12,6 +12,7 @@ namespace IDDPM_ISA {
 
 constexpr float kRootHalf = 0.70710678118654752f;
 constexpr float kRootTwo = 1.41421356237309505f;
+constexpr float kNear = -2.0f / 3.0f, kFar = 1.0f / 6.0f;  // 1 / the product of p - q over points q
 
 template <int M>
 struct Transform;
@@ -27,6 +28,25 @@ struct Transform<2> {
   IDDPM_NATIVE void output(const nv* m, nv* y) {
     y[0] = m[0] + m[1] + m[2];
     y[1] = m[1] - m[2] + m[3];
+  }
+  IDDPM_NATIVE void output_adjoint(const nv* y, nv* m) {
+    m[0] = y[0];
+    m[1] = y[0] + y[1];
+    m[2] = y[0] - y[1];
+    m[3] = y[1];
+  }
+  IDDPM_NATIVE void filter(const nv* g, nv* u) {
+    const nv even = 0.5f * (g[0] + g[2]), odd = 0.5f * g[1];
+    u[0] = g[0];
+    u[1] = even + odd;
+    u[2] = even - odd;
+    u[3] = g[2];
+  }
+  IDDPM_NATIVE void filter_adjoint(const nv* u, nv* g) {
+    const nv half_sum = 0.5f * (u[1] + u[2]);
+    g[0] = u[0] + half_sum;
+    g[1] = 0.5f * (u[1] - u[2]);
+    g[2] = half_sum + u[3];
   }
 };
 
@@ -49,6 +69,32 @@ struct Transform<4> {
     y[1] = near_gap + far_gap;
     y[2] = 0.5f * near_sum + 2.0f * far_sum;
     y[3] = 0.5f * near_gap + 2.0f * far_gap + m[5];
+  }
+  IDDPM_NATIVE void output_adjoint(const nv* y, nv* m) {
+    const nv near_even = y[0] + 0.5f * y[2], near_odd = kRootHalf * (y[1] + 0.5f * y[3]);
+    const nv far_even = y[0] + 2.0f * y[2], far_odd = kRootTwo * (y[1] + 2.0f * y[3]);
+    m[0] = y[0];
+    m[1] = near_even + near_odd;
+    m[2] = near_even - near_odd;
+    m[3] = far_even + far_odd;
+    m[4] = far_even - far_odd;
+    m[5] = y[3];
+  }
+  IDDPM_NATIVE void filter(const nv* g, nv* u) {
+    const nv near_even = kNear * (g[0] + 0.5f * g[2]), near_odd = kNear * kRootHalf * g[1];
+    const nv far_even = kFar * (g[0] + 2.0f * g[2]), far_odd = kFar * kRootTwo * g[1];
+    u[0] = g[0];
+    u[1] = near_even + near_odd;
+    u[2] = near_even - near_odd;
+    u[3] = far_even + far_odd;
+    u[4] = far_even - far_odd;
+    u[5] = g[2];
+  }
+  IDDPM_NATIVE void filter_adjoint(const nv* u, nv* g) {
+    const nv near_sum = kNear * (u[1] + u[2]), far_sum = kFar * (u[3] + u[4]);
+    g[0] = u[0] + near_sum + far_sum;
+    g[1] = kNear * kRootHalf * (u[1] - u[2]) + kFar * kRootTwo * (u[3] - u[4]);
+    g[2] = 0.5f * near_sum + 2.0f * far_sum + u[5];
   }
 };
 

@@ -1,4 +1,4 @@
-"""Loading a network: by the name of a bundled model, or from a safetensors file."""
+"""Loading a network: by the name of a bundled model, from a safetensors file, or from OpenAI's."""
 
 from __future__ import annotations
 
@@ -6,20 +6,21 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from iddpm_ext.diffusion import Diffusion
 from iddpm_ext.unet import UNet
 from iddpm_ext.unet_config import UNetConfig
 
+from .flags import Flags
+from .openai import Described, describe
+from .tensors import fill, read_safetensors, require_dtype
+from .torch_file import is_torch_file, read_torch_file
 from .write import FORMAT_VERSION
 
 WEIGHTS = Path(__file__).parent.parent / "weights"
-_SHOWN = 6
 
 
 def bundled() -> list[str]:
@@ -31,26 +32,38 @@ def load(
     name_or_path: str | os.PathLike[str],
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
+    *,
+    flags: Flags | None = None,
 ) -> UNet:
     """The network of a checkpoint, in evaluation mode, with its `diffusion` and `extra` set.
 
-    name_or_path: a bundled model's name, or a .safetensors file that `save` wrote. A name goes
-        before a file of the same name; "./name" is always a file.
+    A .pt file of improved-diffusion or guided-diffusion is recognised by its tensors where OpenAI
+    released it: "cifar10_uncond_50M_500K.pt" needs nothing else, and `extra["openai"]` says what was
+    recognised. One of your own runs needs the flags that tensors cannot tell; the error lists them.
+
+    name_or_path: a bundled model's name, a .safetensors file that `save` wrote, or an OpenAI .pt. A
+        name goes before a file of the same name; "./name" is always a file.
     device: where the weights go. dtype: of the weights in memory, floating (None: float32).
+    flags: of an OpenAI file, names and values or a command line, {"num_heads": 4} or
+        "--num_heads 4": the original's names (image_size, noise_schedule, diffusion_steps, ...) or
+        ours. They go before those of a released file, and must agree with the tensors.
     Raises ValueError when the file is truncated, foreign, or contradicts its own configuration
-    (saying what differs), FileNotFoundError when there is none. No code in a file is ever run.
+    (saying what differs), or flags are missing or wrong; FileNotFoundError when there is no file.
+    Warns where a file of another name has the tensors of a released one. No code in a file is ever run.
     """
-    if dtype is None:
-        dtype = torch.float32
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ValueError(f"load: dtype must be a floating-point torch.dtype, got {dtype!r}")
+    dtype = require_dtype(dtype)
     path = _locate(name_or_path)
-    metadata, tensors = _read_safetensors(path)
-    config, diffusion, extra = _parse_metadata(path, metadata)
-    model = _empty_unet(path, config, tensors)
-    model.load_state_dict(
-        {name: value.to(device, dtype, copy=True) for name, value in tensors.items()}, assign=True
-    )
+    metadata, tensors = _read(path)
+    if "unet" not in metadata and (flags is not None or is_torch_file(path)):
+        shapes = {name: tuple(value.shape) for name, value in tensors.items()}
+        described = describe(path, shapes, flags)
+    elif flags is not None:
+        raise ValueError(f"load: flags must be None for {path}, which has its own, got {flags!r}")
+    else:
+        described = _parse_metadata(path, metadata)
+    config, diffusion, extra, stated_by = described
+    model = _empty_unet(path, config, len(tensors), stated_by)
+    fill(path, model, tensors, stated_by, device, dtype)
     try:
         model.diffusion = diffusion
     except ValueError as error:
@@ -77,18 +90,14 @@ def _locate(name_or_path: str | os.PathLike[str]) -> Path:
     return path
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            metadata = file.metadata() or {}
-            return metadata, {name: file.get_tensor(name) for name in file.keys()}
-    except SafetensorError as error:
-        raise ValueError(f"load: {path} must be a whole safetensors file, got: {error}") from error
+def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and tensors."""
+    if is_torch_file(path):
+        return {}, read_torch_file(path)
+    return read_safetensors(path)
 
 
-def _parse_metadata(
-    path: Path, metadata: Mapping[str, str]
-) -> tuple[UNetConfig, Diffusion | None, dict[str, Any]]:
+def _parse_metadata(path: Path, metadata: Mapping[str, str]) -> Described:
     if "unet" not in metadata:
         raise ValueError(
             f"load: {path} must carry the configuration of its network in the metadata, "
@@ -109,43 +118,16 @@ def _parse_metadata(
             raise ValueError(f"extra must be an object, got {type(extra).__name__}")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(f"load: {path} must hold valid metadata, got: {error}") from error
-    return config, diffusion, extra
+    return Described(config, diffusion, extra, "its configuration")
 
 
-def _empty_unet(path: Path, config: UNetConfig, tensors: Mapping[str, Tensor]) -> UNet:
-    """The network on the meta device, once names, shapes and types agree with `config`."""
+def _empty_unet(path: Path, config: UNetConfig, tensors: int, stated_by: str) -> UNet:
+    """The network on the meta device."""
     # A network has several tensors a block; this keeps a wild configuration from being built.
-    if config.num_res_blocks * len(config.channel_mult) > len(tensors):
+    if config.num_res_blocks * len(config.channel_mult) > tensors:
         raise ValueError(
-            f"load: {path} contradicts its configuration: {len(config.channel_mult)} levels of "
-            f"{config.num_res_blocks} blocks cannot have {len(tensors)} tensors"
+            f"load: {path} contradicts {stated_by}: {len(config.channel_mult)} levels of "
+            f"{config.num_res_blocks} blocks cannot have {tensors} tensors"
         )
     with torch.device("meta"):
-        model = UNet(config)
-    expected = model.state_dict()
-    differences = [
-        *_listed("missing", sorted(set(expected) - set(tensors))),
-        *_listed("unexpected", sorted(set(tensors) - set(expected))),
-        *_listed(
-            "wrong shape",
-            [
-                f"{name} {list(tensors[name].shape)} instead of {list(value.shape)}"
-                for name, value in expected.items()
-                if name in tensors and tensors[name].shape != value.shape
-            ],
-        ),
-        *_listed(
-            "not floating point",
-            [f"{name} {t.dtype}" for name, t in tensors.items() if not t.is_floating_point()],
-        ),
-    ]
-    if differences:
-        raise ValueError(f"load: {path} contradicts its configuration: {'; '.join(differences)}")
-    return model
-
-
-def _listed(what: str, entries: list[str]) -> list[str]:
-    if not entries:
-        return []
-    more = f", and {len(entries) - _SHOWN} more" if len(entries) > _SHOWN else ""
-    return [f"{what}: {', '.join(entries[:_SHOWN])}{more}"]
+        return UNet(config)

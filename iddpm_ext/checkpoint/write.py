@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import save as to_bytes
 
+from iddpm_ext.classifier import Classifier
 from iddpm_ext.unet import UNet
 
 FORMAT_VERSION = 1
@@ -19,7 +20,7 @@ STORED_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def save(
-    model: UNet,
+    model: UNet | Classifier,
     path: str | os.PathLike[str],
     extra: Mapping[str, Any] | None = None,
     dtype: torch.dtype | None = None,
@@ -29,13 +30,13 @@ def save(
     The file appears under its name when it is whole and on disk; until then, and after any failure,
     a file that was there before stays as it was.
 
-    model: a UNet; its `diffusion`, where set, travels along.
+    model: a UNet, whose `diffusion`, where set, travels along; or a Classifier.
     path: in an existing folder. extra: JSON-ready facts (None: `model.extra`).
     dtype: of the stored weights: float32, bfloat16, float16 or float64 (None: as they are).
     Raises TypeError or ValueError for a wrong argument, OSError if the file cannot be written.
     """
-    if not isinstance(model, UNet):
-        raise TypeError(f"save: model must be a UNet, got {type(model).__name__}")
+    if not isinstance(model, (UNet, Classifier)):
+        raise TypeError(f"save: model must be a UNet or a Classifier, got {type(model).__name__}")
     if dtype is not None and dtype not in STORED_DTYPES:
         names = ", ".join(str(d) for d in STORED_DTYPES)
         raise ValueError(f"save: dtype must be one of {names}, got {dtype}")
@@ -48,16 +49,17 @@ def save(
     write_whole(target, to_bytes(tensors, metadata))
 
 
-def metadata_of(model: UNet, extra: Mapping[str, Any] | None = None) -> dict[str, str]:
+def metadata_of(model: UNet | Classifier, extra: Mapping[str, Any] | None = None) -> dict[str, str]:
     """What a checkpoint says of its network, each value JSON text. extra: None for `model.extra`."""
     extra = model.extra if extra is None else extra
     if not isinstance(extra, Mapping):
         raise TypeError(f"save: extra must be a mapping, got {type(extra).__name__}")
+    kind = "unet" if isinstance(model, UNet) else "classifier"
     metadata = {
         "format_version": str(FORMAT_VERSION),
-        "unet": json.dumps(model.config.to_dict()),
+        kind: json.dumps(model.config.to_dict()),
     }
-    if model.diffusion is not None:
+    if isinstance(model, UNet) and model.diffusion is not None:
         metadata["diffusion"] = json.dumps(model.diffusion.to_dict())
     try:
         metadata["extra"] = json.dumps(dict(extra), allow_nan=False)

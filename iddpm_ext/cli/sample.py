@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,6 +13,8 @@ import torch
 import tyro
 from torch import Tensor
 
+from iddpm_ext.cli._common import pick_device, read_steps
+
 
 def run(
     checkpoint: Annotated[str, tyro.conf.Positional] = "fashion-mnist",
@@ -20,13 +22,16 @@ def run(
     n: int | None = None,
     steps: str = "50",
     labels: tuple[str, ...] | None = None,
-    sampler: Literal["ddpm", "ddim"] = "ddpm",
+    sampler: Literal["ddpm", "ddim", "dpm++"] = "ddpm",
     eta: float = 0.0,
     guidance_scale: float = 1.0,
     seed: int = 0,
     out: Path = Path("samples.png"),
     animate: Path | None = None,
     low_res: Path | None = None,
+    upsampler: str | None = None,
+    upsampler_steps: str | None = None,
+    flags: str | None = None,
     columns: int | None = None,
     scale: int | None = None,
     batch_size: int | None = None,
@@ -46,13 +51,16 @@ def run(
         n: how many images; 16, or one a label.
         steps: 50; ddim50; 10,15,20 for sections; optimal-8 for a schedule of the checkpoint.
         labels: class numbers or names, 0,1,boot; -1 for none; "all" for every class, n images in all.
-        sampler: ancestral (ddpm) or DDIM.
+        sampler: ancestral (ddpm), DDIM, or DPM-Solver++ (dpm++) for few steps.
         eta: the noise of DDIM, from 0 to 1.
         guidance_scale: of classifier-free guidance; 1 is without.
         seed: names all noise.
         out: a .png for a grid, an .npz for arrays, no suffix for a folder of PNGs.
         animate: a .webp or .gif file for the chain.
         low_res: an .npz of uint8 images [N, h, w, C], for a super-resolution checkpoint.
+        upsampler: a super-resolution checkpoint that enlarges the images, with the same labels.
+        upsampler_steps: its steps; as many as steps if not given.
+        flags: of an OpenAI .pt that needs them, "image_size=64 noise_schedule=cosine ...".
         columns: of the grid.
         scale: pixels a pixel in the grid.
         batch_size: most images at once.
@@ -67,23 +75,34 @@ def run(
     from iddpm_ext.images import check_writable, save_animation, save_images
     from iddpm_ext.sampling import distributed, loop
     from iddpm_ext.sampling.engines import choose_network
-    from iddpm_ext.sampling.request import make_request
+    from iddpm_ext.sampling.request import Request, make_request
+    from iddpm_ext.sampling.two_stage import rounded_to_levels, upsampler_request
 
     check_writable(out)
     if animate is not None:
         check_writable(animate, suffixes=(".webp", ".gif"))
         if distributed.world_size() > 1:
             raise ValueError(f"animate must be left out under torchrun, got {str(animate)!r}")
-    model = iddpm_ext.load(checkpoint).to(_device(device))
+    if upsampler is not None and (animate is not None or distributed.world_size() > 1):
+        raise ValueError(
+            "upsampler must be left out with animate and under torchrun; there, give the images of "
+            f"a first command as low_res to a second one, got {upsampler!r}"
+        )
+    model = iddpm_ext.load(checkpoint, flags=flags).to(pick_device(device))
     class_names = model.extra.get("class_names")
     request = make_request(
-        model, int(steps) if steps.isdigit() else steps, n=n, sampler=sampler, eta=eta,
+        model, read_steps(steps), n=n, sampler=sampler, eta=eta,
         labels=_labels(labels, n, model.config.num_classes, class_names),
-        guidance_scale=guidance_scale, low_res=_read_low_res(low_res, _device(device)), seed=seed,
+        guidance_scale=guidance_scale, low_res=_read_low_res(low_res, pick_device(device)), seed=seed,
         x_T=None, clip=clip, batch_size=batch_size, diffusion=None, image_shape=None,
         dtype=None if dtype is None else getattr(torch, dtype), engine=engine, exact=exact,
         backend=backend, progress=distributed.rank() == 0,
     )  # fmt: skip
+
+    second: Request | None = None
+    if upsampler is not None:
+        enlarging = iddpm_ext.load(upsampler).to(pick_device(device))
+        second = upsampler_request(request, enlarging, read_steps(upsampler_steps or steps))
 
     began = time.perf_counter()
     frames: list[Tensor] = []
@@ -96,6 +115,11 @@ def run(
         x = distributed.run_shared(request)
     else:
         x = loop.run(request, loop.batches(request))
+    drawn_labels = request.labels
+    if second is not None and x is not None:
+        drawn_labels = second.labels if drawn_labels is None else drawn_labels
+        second = replace(second, low_res=rounded_to_levels(x))
+        x = loop.run(second, loop.batches(second))
     seconds = time.perf_counter() - began
     if x is None:
         return
@@ -104,8 +128,10 @@ def run(
         "checkpoint": checkpoint, "seed": seed, "steps": steps, "sampler": sampler, "eta": eta,
         "guidance_scale": guidance_scale,
     }  # fmt: skip
+    if upsampler is not None:
+        recipe.update(upsampler=upsampler, upsampler_steps=upsampler_steps or steps)
     written = save_images(
-        x, out, recipe=recipe, labels=request.labels, class_names=class_names, columns=columns,
+        x, out, recipe=recipe, labels=drawn_labels, class_names=class_names, columns=columns,
         scale=scale,
     )  # fmt: skip
     places = [written]
@@ -116,14 +142,6 @@ def run(
         f"{', '.join(str(path.resolve()) for path in places)}: {len(x)} images of {checkpoint} in "
         f"{seconds:.1f} s ({request.diffusion.num_timesteps} steps, {engine_name}, {request.device})"
     )
-
-
-def _device(name: str) -> torch.device:
-    if name != "auto":
-        return torch.device(name)
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
 
 
 def _labels(

@@ -8,6 +8,7 @@ from iddpm_ext.gaussian import (
     normal_kl,
 )
 
+from .multistep import multistep_update
 from .process import OBJECTIVES, Diffusion, MeanVariance
 from .respace import space_timesteps
 from .schedule import SCHEDULES, betas_for_alpha_bar, cosine_beta_schedule, linear_beta_schedule
@@ -40,6 +41,7 @@ __all__ = [
     "discretized_gaussian_log_likelihood",
     "linear_beta_schedule",
     "make_timestep_sampler",
+    "multistep_update",
     "normal_kl",
     "space_timesteps",
 ]

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from iddpm_ext import ops
+from iddpm_ext.foreign import output_tensor
 from iddpm_ext.ops import ReverseStep, checks
 from iddpm_ext.ops.columns import Column
 from iddpm_ext.ops.rows import Rows, compute_dtype
 from iddpm_ext.random import NoiseKey, normal
 
+from .multistep import multistep_weights
 from .respace import space_timesteps
 from .schedule import check_betas, named_betas
 from .table import (
@@ -174,6 +176,13 @@ class Diffusion:
                 self._tables[key] = table.to(dtype).to(device)
         return self._tables[key]
 
+    def multistep_weights(self, limit: float = math.inf) -> Tensor:
+        """What `multistep_update` needs at every step of this chain, float64 [T] on the CPU.
+
+        limit: of the extrapolation, h_t / (2 h_{t+1}); 1/2 for steps that are even in t.
+        """
+        return multistep_weights(self._chain, limit)
+
     def model_timesteps(self, t: Tensor) -> Tensor:
         """What the network is told at step t: the training chain's index, rescaled if so set.
 
@@ -329,7 +338,8 @@ class Diffusion:
         of this chain; x_0 is never clipped.
 
         Args:
-            model: called with (x_t [N, C, H, W], model_timesteps float32 [N], **model_kwargs).
+            model: called with (x_t [N, C, H, W], model_timesteps float32 [N], **model_kwargs),
+                returns a tensor or, as networks of diffusers do, something whose `sample` is one.
             x_0: floating [N, C, H, W].
             t: int64 [N].
             noise: like x_0, or the key of the noise to draw.
@@ -350,7 +360,8 @@ class Diffusion:
         checks.image_batch("training_losses", "x_0", x_0)
         checks.noise_arguments("training_losses", noise, x_0)
         x_t = self.q_sample(x_0, t, noise)
-        model_output = model(x_t, self.model_timesteps(t), **(model_kwargs or {}))
+        output = model(x_t, self.model_timesteps(t), **(model_kwargs or {}))
+        model_output = output_tensor("training_losses", output)
         checks.model_output("training_losses", model_output, x_t, self.table())
         table = self.table(x_0.device, dtype=compute_dtype(model_output, x_0))
         if self.learns_variance and objective != "vlb":

@@ -15,6 +15,7 @@ def space_timesteps(num_timesteps: int, spec: int | str | Sequence[int]) -> list
             ``"a,b,c"``: the chain is cut into equal sections (the first ones take the remainder)
             and a, b, c steps are spread over them, a section of one step keeping its first;
             ``"ddimN"``: every i-th step from 0, i the smallest stride that gives exactly N steps;
+            ``"dense-K"``: the steps of K and, besides, every one from 0 to T / K, for likelihoods;
             a list of indices: those steps.
 
     Returns:
@@ -25,7 +26,7 @@ def space_timesteps(num_timesteps: int, spec: int | str | Sequence[int]) -> list
         TypeError: spec is of none of these kinds.
 
     Source: the original code's rules, rounding included: positions accumulate in float64 and
-    halves round to even.
+    halves round to even. "dense-K": appendix E of Improved DDPM.
     """
     if isinstance(spec, bool):
         raise TypeError(f"respace: spec must be an int, a string or indices, got {spec!r}")
@@ -34,6 +35,8 @@ def space_timesteps(num_timesteps: int, spec: int | str | Sequence[int]) -> list
     if isinstance(spec, str):
         if spec.startswith("ddim"):
             return _ddim(num_timesteps, _number(spec[len("ddim") :], spec))
+        if spec.startswith("dense-"):
+            return _dense(num_timesteps, _number(spec[len("dense-") :], spec))
         return _spread(num_timesteps, [_number(part, spec) for part in spec.split(",")])
     return _indices(num_timesteps, spec)
 
@@ -57,6 +60,12 @@ def _spread(num_timesteps: int, counts: list[int]) -> list[int]:
             position += stride
         start += length
     return sorted(set(steps))
+
+
+def _dense(num_timesteps: int, count: int) -> list[int]:
+    even = _spread(num_timesteps, [count])
+    early = range(min(num_timesteps - 1, num_timesteps // max(count, 1)) + 1)
+    return sorted({*early, *even})
 
 
 def _ddim(num_timesteps: int, count: int) -> list[int]:
@@ -95,5 +104,5 @@ def _number(text: str, spec: str) -> int:
         return int(text)
     except ValueError:
         raise ValueError(
-            f'respace: spec must look like "50", "10,15,20" or "ddim50", got {spec!r}'
+            f'respace: spec must look like "50", "10,15,20", "ddim50" or "dense-50", got {spec!r}'
         ) from None

@@ -1,6 +1,8 @@
-"""What the references share: rows of the coefficient table, and noise."""
+"""What the references share: rows of the coefficient table, precision, and noise."""
 
 from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -22,6 +24,16 @@ class Rows:
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
     """float64 if any tensor is, else float32: half precision is never computed in."""
     return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
+
+
+def no_autocast(device_type: str) -> AbstractContextManager[None]:
+    """Where dtypes are as written."""
+    # Asked, so that an exported graph has no region for what is not there.
+    if not (
+        torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    ):
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)
 
 
 def drawn_noise(

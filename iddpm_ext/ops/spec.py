@@ -48,7 +48,8 @@ class OpSpec:
     `kernels` maps a backend's name to the function that computes it; all take the same arguments, those
     of the registered operator without the trailing backend. `dtypes` says which dtypes of the first
     tensor each kernel takes ("reference" takes every floating dtype). `stops_gradient` is true where
-    a part of the gradient is left out on purpose, so that numerical differentiation must differ. `batched`
+    a part of the gradient is left out on purpose, so that numerical differentiation must differ. A
+    float32 result is never asked to be closer to float64 than `roundings` of its largest value. `batched`
     names the arguments that have one entry a sample, whose results must not depend on the others. Cases
     for tests and benchmarks live in `iddpm_ext/ops/<name>/cases.py` and are imported only when asked for.
     """
@@ -62,6 +63,7 @@ class OpSpec:
     )
     differentiable: tuple[str, ...] = ()
     stops_gradient: bool = False
+    roundings: float = 2.0
     batched: tuple[str, ...] = ()
 
     def _cases(self) -> Any:
@@ -86,6 +88,11 @@ class OpSpec:
     def minimum_bytes(self, kwargs: dict[str, Any]) -> int:
         """Bytes that any implementation must move: each input read once, each output written once."""
         return self._cases().minimum_bytes(kwargs)
+
+    def flops(self, kwargs: dict[str, Any]) -> int | None:
+        """Floating-point operations of the forward pass, where they and not the bytes are its floor."""
+        count = getattr(self._cases(), "flops", None)
+        return None if count is None else count(kwargs)
 
 
 REGISTRY: dict[str, OpSpec] = {}

@@ -2,6 +2,18 @@
 
 from __future__ import annotations
 
+from .classifier_guidance import classifier_gradient
+from .inversion import interpolate, invert
 from .loop import SampleStep, sample, sample_progressive
+from .two_stage import TwoStage, sample_two_stage
 
-__all__ = ["SampleStep", "sample", "sample_progressive"]
+__all__ = [
+    "SampleStep",
+    "TwoStage",
+    "classifier_gradient",
+    "interpolate",
+    "invert",
+    "sample",
+    "sample_progressive",
+    "sample_two_stage",
+]

@@ -1,13 +1,41 @@
-"""Which Winograd tile a convolution takes: a function of its shape and of the CPU, never of a timing.
+"""Which algorithm a 3x3 convolution takes: a function of its shape and of the CPU, never of a timing.
 
-So the same shape on the same machine always takes the same path, and a run repeats itself.
+So the same shape on the same machine always takes the same path, and a run repeats itself. The
+tables were measured in place (`cpu_tune.py`), one a CPU family: those in `cpu_tables.json` ship with
+the code, and `iddpm_ext tune` stores the user's own, which goes before them.
 """
 
 from __future__ import annotations
 
+import json
+import math
+import os
+import platform
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
+
+Table = dict[str, dict[str, str]]  # {"float32": {shape's key: algorithm's name}, "bfloat16": ...}
+_SHIPPED = Path(__file__).with_name("cpu_tables.json")
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """Winograd's F(tile x tile, 3x3), with bfloat16 operands or in float32."""
+
+    tile: int
+    bf16: bool = False
+
+    @property
+    def name(self) -> str:
+        """As the tables have it."""
+        return f"F{self.tile}" + (" bf16" if self.bf16 else "")
+
+
+# F(4x4) of bfloat16 operands is not among them: its error is three times that of F(2x2).
+ALGORITHMS = {a.name: a for a in (Algorithm(2), Algorithm(4), Algorithm(2, bf16=True))}
+CANDIDATES = {"float32": ("F2", "F4"), "bfloat16": ("F2", "F4", "F2 bf16")}
 
 
 @dataclass(frozen=True)
@@ -21,19 +49,98 @@ class ConvShape:
     batch: int
     upscale: bool = False
 
+    @property
+    def layer(self) -> str:
+        """All but the batch, as the tables have it."""
+        up = " up" if self.upscale else ""
+        return f"{self.height}x{self.width} {self.channels}-{self.columns}{up}"
 
-def choose_tile(shape: ConvShape, family: str, exact: bool) -> int:
-    """4 for F(4x4, 3x3), 2 for F(2x2, 3x3); `exact` keeps to 2, whose error is direct convolution's."""
-    if exact:
-        return 2
-    tiles = shape.batch * -(-shape.height // 4) * -(-shape.width // 4)
-    return 4 if tiles > 4 else 2
+    @property
+    def key(self) -> str:
+        """As the tables have it."""
+        return f"{self.layer} x{self.batch}"
 
 
-def choose_block(shape: ConvShape, family: str, tile: int) -> int:
+@dataclass(frozen=True)
+class Chooser:
+    """The choices of one machine: {"float32": {layer: {batch: algorithm}}, ...}."""
+
+    measured: dict[str, dict[str, dict[int, str]]]
+
+    def __call__(self, shape: ConvShape, *, exact: bool, bf16: bool) -> Algorithm:
+        """exact: only what rounds like direct convolution. bf16: bfloat16 operands are welcome."""
+        if exact:
+            return ALGORITHMS["F2"]
+        batches = self.measured.get("bfloat16" if bf16 else "float32", {}).get(shape.layer)
+        if batches:
+            nearest = min(batches, key=lambda b: (abs(math.log(b / shape.batch)), b))
+            return ALGORITHMS[batches[nearest]]
+        if bf16:
+            return ALGORITHMS["F2 bf16"]
+        tiles = shape.batch * -(-shape.height // 4) * -(-shape.width // 4)
+        return ALGORITHMS["F4" if tiles > 4 else "F2"]
+
+
+def choose_block(channels: int, algorithm: Algorithm) -> int:
     """How many tiles are transformed at a time, so that they stay in the second cache level."""
-    per_tile = (tile + 2) ** 2 * (shape.channels + 48)
-    return max(12, 96 * 1024 // per_tile // 12 * 12)
+    per_tile = (algorithm.tile + 2) ** 2 * (channels + 48)
+    floats = (192 if algorithm.bf16 else 96) * 1024
+    return max(12, floats // per_tile // 12 * 12)
+
+
+def load_chooser(family: str | None = None) -> Chooser:
+    """The choices on this machine: what the user's own table has, else what ships for the family.
+
+    Raises ValueError where the user's table cannot be read.
+    """
+    family = cpu_family() if family is None else family
+    measured: dict[str, dict[str, dict[int, str]]] = {}
+    for table in (_shipped().get(family, {}), load_user_table(user_table_path(family))):
+        for precision, entries in table.items():
+            for key, algorithm in entries.items():
+                layer, _, batch = key.rpartition(" x")
+                measured.setdefault(precision, {}).setdefault(layer, {})[int(batch)] = algorithm
+    return Chooser(measured)
+
+
+def user_table_path(family: str) -> Path:
+    """Where `iddpm_ext tune` stores what it measured."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache, "iddpm_ext", f"cpu-{family}.json")
+
+
+def load_user_table(path: Path) -> Table:
+    """The table at `path`, empty where there is none; ValueError if that is no table."""
+    try:
+        return check_table(json.loads(path.read_text()))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{path} must be a table that `iddpm_ext tune` wrote ({error}); tune again or delete it"
+        ) from None
+
+
+def check_table(table: Any) -> Table:
+    """`table` itself; ValueError, saying what, unless it is a table of known algorithms."""
+    if not isinstance(table, dict):
+        raise ValueError("not an object")
+    for precision, entries in table.items():
+        if precision not in CANDIDATES or not isinstance(entries, dict):
+            raise ValueError(f"unknown precision {precision!r}")
+        for key, algorithm in entries.items():
+            if algorithm not in CANDIDATES[precision]:
+                raise ValueError(f"{key}: unknown algorithm {algorithm!r}")
+            batch = key.rpartition(" x")[2]
+            if not batch.isdecimal() or int(batch) < 1:
+                raise ValueError(f"{key!r} names no shape and batch")
+    return table
+
+
+@lru_cache(maxsize=1)
+def _shipped() -> dict[str, Table]:
+    tables = json.loads(_SHIPPED.read_text())
+    return {family: check_table(table) for family, table in tables.items()}
 
 
 @lru_cache(maxsize=1)
@@ -42,9 +149,9 @@ def cpu_family() -> str:
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
-        return "unknown"
+        return platform.machine() or "unknown"
     fields = {
         key.strip(): value.strip()
         for key, _, value in (line.partition(":") for line in text.split("\n\n")[0].splitlines())
     }
-    return "-".join(fields.get(k, "?") for k in ("vendor_id", "cpu family", "model"))
+    return "-".join(fields.get(k, "unknown") for k in ("vendor_id", "cpu family", "model"))

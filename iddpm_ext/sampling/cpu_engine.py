@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from iddpm_ext import _native
-from iddpm_ext.sampling.cpu_algorithms import cpu_family
+from iddpm_ext.sampling.cpu_algorithms import Algorithm, ConvShape, load_chooser
 from iddpm_ext.sampling.cpu_embedding import Projections, Schedule
 from iddpm_ext.sampling.cpu_plan import NotServed, Plan, Planner
 from iddpm_ext.unet import UNet
@@ -27,15 +27,21 @@ def why_not_served(model: object, dtype: torch.dtype = torch.float32) -> str | N
     absence = _native.cpu_absence()
     if absence is not None:
         return absence
-    isa = _native.native().build_info()["isa"]
-    if isa == "base":
+    info = _native.native().build_info()
+    if info["isa"] == "base":
         return "the CPU engine needs AVX2 or AVX-512, and the instruction set in use has neither"
     if not isinstance(model, UNet):
         return f"the CPU engine runs an iddpm_ext.UNet, got {type(model).__name__}"
-    if dtype != torch.float32:
-        return f"the CPU engine computes in float32, got {dtype}"
+    if dtype not in (torch.float32, torch.bfloat16):
+        return f"the CPU engine computes in float32 or bfloat16, got {dtype}"
+    if dtype == torch.bfloat16 and not info["bf16"]:
+        return "the CPU engine needs AVX-512 with its bfloat16 products (avx512_bf16) for bfloat16"
     if not model.config.conv_resample:
         return "the CPU engine resamples by convolutions, and the network has conv_resample=False"
+    if model.config.resblock_updown:
+        return "the CPU engine resamples by convolutions, and the network has resblock_updown=True"
+    if model.config.attention_order != "legacy":
+        return "the CPU engine splits qkv in the legacy order, and the network has the new one"
     for name, parameter in model.named_parameters():
         if parameter.device.type != "cpu":
             return f"the CPU engine needs weights on the CPU, and {name} is on {parameter.device}"
@@ -48,10 +54,13 @@ class CPUEngine:
     """A network that is ready to be evaluated, as in evaluation mode, on up to `batch_size` images.
 
     model: its weights are copied; when they have changed, the next call copies them again.
-    dtype: torch.float32.
+    dtype: torch.float32; or torch.bfloat16, which rounds the operands of most convolutions and of
+        attention's linear layers. Sums, normalisation, attention itself, the residual stream and
+        the timestep path stay float32.
     exact: only algorithms whose rounding error is that of direct convolution.
     num_threads: None takes `torch.get_num_threads()`.
     size: height and width of the images; None takes `model.config.image_size` for both.
+    algorithm: of every 3x3 convolution, instead of the tables' choice; the tuner measures by it.
 
     Raises NotServed, saying why, where it cannot run the network. One call at a time: calls share
     one workspace.
@@ -66,6 +75,7 @@ class CPUEngine:
         exact: bool = False,
         num_threads: int | None = None,
         size: tuple[int, int] | None = None,
+        algorithm: Algorithm | None = None,
     ):
         reason = why_not_served(model, dtype)
         if reason is not None:
@@ -77,6 +87,7 @@ class CPUEngine:
         if any(s < 1 or s % multiple for s in self.size):
             raise ValueError(f"CPUEngine: size must be multiples of {multiple}, got {self.size}")
         self.model, self.batch_size, self.exact = model, batch_size, exact
+        self.dtype, self._forced = dtype, algorithm
         self.num_threads = num_threads or torch.get_num_threads()
         c = model.config
         self.in_channels = c.in_channels * (2 if c.super_resolution else 1)
@@ -94,11 +105,16 @@ class CPUEngine:
                 packed[id(module), form] = make()
             return packed[id(module), form]
 
+        chooser, bf16 = load_chooser(), self.dtype == torch.bfloat16
+
+        def choose(shape: ConvShape) -> Algorithm:
+            return self._forced or chooser(shape, exact=self.exact, bf16=bf16)
+
         def plan(base: int) -> Plan:
             return Planner(
                 *(self.model, self.batch_size, self.size, self.num_threads),
-                exact=self.exact,
-                family=cpu_family(),
+                choose=choose,
+                bf16=bf16,
                 packer=packer,
                 base=base,
             ).plan()
@@ -107,6 +123,7 @@ class CPUEngine:
         self._arena = torch.empty(needs.arena_floats + 16)
         base = -(-self._arena.data_ptr() // 64) * 64
         self._rows = torch.tensor(plan(base).rows, dtype=torch.int64)
+        self.convolutions, self.num_rows = needs.convolutions, len(needs.rows)
         self._packed = packed  # the plan holds addresses only
         self._shared = torch.empty(needs.shared_floats)
         self._scratch = torch.empty(self.num_threads, needs.scratch_floats)
@@ -177,6 +194,21 @@ class CPUEngine:
             )
         return self._run(x, out, *schedule.rows(step_index, n))
 
+    def prepare(self, x: Tensor, out: Tensor) -> Callable[[int], None]:
+        """A function that evaluates x into out, as they then are, at a step of the schedule.
+
+        It makes no checks: for chains, which own both tensors. x, out: as of a call, contiguous.
+        """
+        self._follow_weights()
+        self._require_x(x)
+        schedule, n = self._schedule, len(x)
+        assert schedule is not None and x.is_contiguous() and out.is_contiguous()
+
+        def evaluate(step_index: int) -> None:
+            self._run_rows(0, self.num_rows, x, out, *schedule.rows(step_index, n))
+
+        return evaluate
+
     def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
         """The network's output at any timesteps [n], with labels y [n] as in `UNet.forward`."""
         self._follow_weights()
@@ -201,10 +233,24 @@ class CPUEngine:
                 f"CPUEngine: out must be contiguous float32 {list(shape)}, "
                 f"got {out.dtype} {list(out.shape)} with strides {out.stride()}"
             )
-        if n == 0:
-            return out
+        if n:
+            self._run_rows(0, self.num_rows, x, out, table, offsets)
+        return out
+
+    def run_row(self, row: int, x: Tensor) -> None:
+        """One operation of the plan, at the first step of the schedule, for the tuner.
+
+        x: as in a call by step index, made contiguous.
+        """
+        assert self._schedule is not None
+        out = torch.empty(len(x), self.out_channels, *self.size)
+        self._run_rows(row, 1, x, out, *self._schedule.rows(0, len(x)))
+
+    def _run_rows(
+        self, first: int, count: int, x: Tensor, out: Tensor, table: Tensor, offsets: Tensor
+    ) -> None:
         code = _native.native().unet_engine(
-            *(self._rows.data_ptr(), len(self._rows), n, self.num_threads),
+            *(self._rows[first].data_ptr(), count, len(x), self.num_threads),
             *(x.data_ptr(), out.data_ptr(), table.data_ptr(), offsets.data_ptr()),
             *(self._shared.data_ptr(), self._shared.numel()),
             *(self._scratch.data_ptr(), self._scratch.shape[1]),
@@ -212,8 +258,7 @@ class CPUEngine:
         if code < 0:
             raise RuntimeError("CPUEngine: the instruction set in use has no engine any more")
         if code:
-            raise RuntimeError(f"CPUEngine: operation {code - 1} of the plan could not run")
-        return out
+            raise RuntimeError(f"CPUEngine: operation {first + code - 1} of the plan could not run")
 
     def _require_x(self, x: Tensor) -> None:
         wanted = (self.in_channels, *self.size)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 WORDS = 16
@@ -59,8 +60,18 @@ def gemm_row(
     residual: Buffer | None = None,
 ) -> Row:
     """out = source * weight + bias + residual over `rows` pixels a sample."""
+    kind = 7 if weight.dtype == torch.bfloat16 else 2
     return _row(
-        *(2, rows, source.address, source.pitch, depth, columns, _address(weight), _address(bias)),
+        *(
+            kind,
+            rows,
+            source.address,
+            source.pitch,
+            depth,
+            columns,
+            _address(weight),
+            _address(bias),
+        ),
         *(*_residual(residual), out.address, out.pitch),
     )
 
@@ -101,8 +112,9 @@ def winograd_row(
     block: int = 24,
 ) -> Row:
     """A 3x3 convolution by Winograd's F(tile, 3), `block` tiles at a time; size is the output's."""
+    kind = 8 if weight.dtype == torch.bfloat16 else 4
     return _row(
-        *(4, *size, source.address, source.pitch, channels, columns),
+        *(kind, *size, source.address, source.pitch, channels, columns),
         *(_address(weight), _address(bias), *_residual(residual), out.address, out.pitch),
         *(tile, upscale, block),
     )

@@ -34,6 +34,11 @@ def pack_taps(weight: Tensor) -> Tensor:
     return pack_matrix(weight.permute(0, 2, 3, 1).flatten(1))
 
 
+def pack_pairs(packed: Tensor) -> Tensor:
+    """packed [..., C, 32] -> bfloat16 [..., C / 2, 32, 2], as vdpbf16ps takes it; C is even."""
+    return packed.unflatten(-2, (-1, 2)).transpose(-1, -2).bfloat16().contiguous()
+
+
 def filter_transform(tile: int) -> Tensor:
     """G of F(tile, 3), float64 [tile + 2, 3]: row p is (1, p, p^2) / prod_{q != p} (p - q)."""
     points = _POINTS[tile]

@@ -12,12 +12,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from iddpm_ext import _native
 from iddpm_ext.sampling import cpu_ops as ops
 from iddpm_ext.sampling import cpu_pack as pack
-from iddpm_ext.sampling.cpu_algorithms import ConvShape, choose_block, choose_tile
+from iddpm_ext.sampling.cpu_algorithms import Algorithm, ConvShape, choose_block
 from iddpm_ext.unet import AttentionBlock, Downsample, ResBlock, UNet, Upsample
 
 _ALIGN = 16  # floats: 64 bytes
+_ROUNDED = 128 * 1024  # values that a thread rounds to bfloat16 at a time; see gemm_bf16.cpp
 _TEAM_TILES = 24  # tiles a thread below which a team divides channels instead; see winograd.cpp
 
 
@@ -52,6 +54,7 @@ class Plan:
     shared_floats: int
     scratch_floats: int
     embedding_floats: int
+    convolutions: list[tuple[int, ConvShape]]  # row number and shape of each that had a choice
 
 
 class Arena:
@@ -96,15 +99,16 @@ class Planner:
         size: tuple[int, int],
         threads: int,
         *,
-        exact: bool,
-        family: str,
+        choose: Callable[[ConvShape], Algorithm],
+        bf16: bool,
         packer: Packer,
         base: int = 0,
     ):
         self.model, self.batch, self.size, self.threads = model, batch_size, size, threads
-        self.exact, self.family, self.packer = exact, family, packer
+        self.choose, self.bf16, self.packer = choose, bf16, packer
         self.arena = Arena(base)
         self.rows: list[ops.Row] = []
+        self.convolutions: list[tuple[int, ConvShape]] = []
         self.shared = self.scratch = self.embedding = 0
 
     def plan(self) -> Plan:
@@ -132,7 +136,10 @@ class Planner:
             self._free(wide)
             wide = upper or out
         self._head(out)
-        return Plan(self.rows, self.arena.size, self.shared, self.scratch, self.embedding)
+        return Plan(
+            *(self.rows, self.arena.size, self.shared, self.scratch, self.embedding),
+            self.convolutions,
+        )
 
     def _new(self, channels: int, size: tuple[int, int]) -> Map:
         floats = self.batch * size[0] * size[1] * channels
@@ -175,6 +182,7 @@ class Planner:
         self._norm(layer.out_layers[0], h, h, embedding=offset, scale_shift=layer.scale_shift)
         residual = source
         if isinstance(layer.skip_connection, nn.Conv2d):
+            # Never rounded: it carries the whole residual stream.
             self._linear(layer.skip_connection, source, out)
             residual = out
         self._conv(layer.out_layers[3], h, out, residual)
@@ -184,7 +192,7 @@ class Planner:
         normed = self._new(source.channels, source.size)
         self._norm(layer.norm, source, normed, silu=False)
         qkv = self._new(3 * source.channels, source.size)
-        self._linear(layer.qkv, normed, qkv)
+        self._linear(layer.qkv, normed, qkv, bf16=self.bf16)
         width = source.channels // layer.num_heads
         if width % 8:
             raise NotServed(f"attention heads must be a multiple of 8 channels wide, got {width}")
@@ -192,8 +200,8 @@ class Planner:
         self.rows.append(
             ops.attention_row(tokens, layer.num_heads, width, qkv.buffer, normed.buffer)
         )
-        self._need_scratch(2 * (tokens + 32) * (width + 16) + 12 * (tokens + width + 64))
-        self._linear(layer.proj_out, normed, out, source)
+        self._need_scratch(_native.native().attention_workspace(tokens, width))
+        self._linear(layer.proj_out, normed, out, source, bf16=self.bf16)
         self._free(normed, qkv)
 
     def _head(self, source: Map) -> None:
@@ -231,17 +239,35 @@ class Planner:
         chunks = -(-source.pixels // 256)
         self.shared = max(self.shared, self.batch * (chunks + 1) * 2 * source.channels)
 
+    def _weight(self, layer: Any, form: str, make: Callable[[], Tensor], bf16: bool) -> Tensor:
+        if bf16:
+            return self.packer(layer, f"{form} bf16", lambda: pack.pack_pairs(make()))
+        return self.packer(layer, form, make)
+
     def _bias(self, layer: Any) -> Tensor:
         return self.packer(layer, "bias", lambda: pack.pack_vector(layer.bias))
 
-    def _linear(self, layer: Any, source: Map, out: Map, residual: Map | None = None) -> None:
-        weight = self.packer(layer, "matrix", lambda: pack.pack_matrix(layer.weight.flatten(1)))
+    def _linear(
+        self,
+        layer: Any,
+        source: Map,
+        out: Map,
+        residual: Map | None = None,
+        *,
+        bf16: bool = False,
+    ) -> None:
+        weight = self._weight(
+            layer, "matrix", lambda: pack.pack_matrix(layer.weight.flatten(1)), bf16
+        )
         self.rows.append(
             ops.gemm_row(
                 *(source.pixels, source.buffer, source.channels, out.channels, weight),
                 *(self._bias(layer), out.buffer, residual.buffer if residual else None),
             )
         )
+        if bf16:  # rounded rows; see gemm_bf16.cpp
+            rows = min(self.batch * source.pixels, _ROUNDED // source.channels + _TEAM_TILES)
+            self._need_scratch(rows * (source.channels + 2 * _ALIGN) // 2)
 
     def _gathered(self, layer: Any, source: Map, out: Map, stride: int = 1) -> None:
         weight = self.packer(layer, "taps", lambda: pack.pack_taps(layer.weight))
@@ -258,10 +284,17 @@ class Planner:
         self, layer: Any, source: Map, out: Map, residual: Map | None = None, *, upscale: int = 0
     ) -> None:
         shape = ConvShape(*out.size, source.channels, out.channels, self.batch, bool(upscale))
-        tile = choose_tile(shape, self.family, self.exact)
-        weight = self.packer(layer, f"F({tile})", lambda: pack.pack_winograd(layer.weight, tile))
+        if layer is self.model.out[2]:
+            # A convolution to three or six channels gains little, and rounds the result itself.
+            algorithm = Algorithm(min(self.choose(shape).tile, 4))
+        else:
+            algorithm = self.choose(shape)
+            self.convolutions.append((len(self.rows), shape))
+        tile, bf16 = algorithm.tile, algorithm.bf16
+        form = f"F({tile})"
+        weight = self._weight(layer, form, lambda: pack.pack_winograd(layer.weight, tile), bf16)
         tiles = self.batch * -(-out.size[0] // tile) * -(-out.size[1] // tile)
-        block = choose_block(shape, self.family, tile)
+        block = choose_block(source.channels, algorithm)
         self.rows.append(
             ops.winograd_row(
                 *(out.size, source.buffer, source.channels, out.channels, weight),

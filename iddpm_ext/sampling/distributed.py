@@ -1,4 +1,4 @@
-"""Sampling in several processes, started by torchrun: the batches are dealt out in turn.
+"""Work in several processes, started by torchrun: images are dealt out in turn.
 
 Noise is named by an image's number, so the images are those of one process with the same batches.
 """
@@ -6,6 +6,7 @@ Noise is named by an image's number, so the images are those of one process with
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,6 +26,49 @@ def rank() -> int:
     return int(os.environ.get("RANK", 0))
 
 
+class Processes:
+    """Those that share a piece of work, and this one's number among them.
+
+    A context: with several, the group is there for as long as it lasts.
+
+    Args:
+        rank, size: which process this is, of how many.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1) -> None:
+        self.rank, self.size = rank, size
+        self._began = False
+
+    @classmethod
+    def of_torchrun(cls) -> Processes:
+        """The processes that torchrun started; this one alone without it."""
+        return cls(rank(), world_size())
+
+    def __enter__(self) -> Processes:
+        if self.size > 1 and not dist.is_initialized():
+            dist.init_process_group("gloo")
+            self._began = True
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._began:
+            dist.destroy_process_group()
+            self._began = False
+
+    def gather(self, own: Any) -> list[Any]:
+        """What every process gave, in the order of their ranks, in each of them."""
+        if self.size == 1:
+            return [own]
+        parts: list[Any] = [None] * self.size
+        dist.all_gather_object(parts, own)
+        return parts
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.size > 1:
+            dist.barrier()
+
+
 def run_shared(request: Request) -> Tensor | None:
     """This process's share of the request, brought together in the first one.
 
@@ -35,15 +79,9 @@ def run_shared(request: Request) -> Tensor | None:
     """
     every, size = batches(request), world_size()
     own = run(request, every[rank() :: size]).cpu()
-    began = not dist.is_initialized()
-    if began:
-        dist.init_process_group("gloo")
-    try:
-        parts: list[Tensor | None] | None = [None] * size if rank() == 0 else None
+    parts: list[Tensor | None] | None = [None] * size if rank() == 0 else None
+    with Processes.of_torchrun():
         dist.gather_object(own, parts)
-    finally:
-        if began:
-            dist.destroy_process_group()
     if parts is None:
         return None
     whole = torch.empty(request.n, *request.image_shape)

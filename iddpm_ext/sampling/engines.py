@@ -7,7 +7,9 @@ Engines pack the weights, which takes longer than a step, so they are kept with 
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -15,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from iddpm_ext.sampling.request import Request
+from iddpm_ext.splice import Splice, joined
 from iddpm_ext.unet import UNet
 
 _KEPT = 2
@@ -29,6 +32,9 @@ class Engine(Protocol):
     def __call__(self, x: Tensor, step: int, /) -> Tensor:
         """x: [n, C, H, W] -> the network's output at `timesteps[step]`."""
 
+    def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None, /) -> Tensor:
+        """x: [n, C, H, W] -> the output at timesteps float32 [n], one a sample, with labels [n]."""
+
 
 class Network(Protocol):
     """The network as the chain sees it."""
@@ -40,6 +46,11 @@ class Network(Protocol):
 
     def __call__(self, x: Tensor, step: int) -> Tensor:
         """The output for x [n, C, H, W] at `timesteps[step]`."""
+
+    def at(
+        self, x: Tensor, timesteps: Tensor, labels: Tensor | None, low_res: Tensor | None
+    ) -> Tensor:
+        """The output for x [n, C, H, W] at timesteps float32 [n], one a sample."""
 
 
 class EngineNetwork:
@@ -54,10 +65,18 @@ class EngineNetwork:
         self._low_res = low_res
 
     def __call__(self, x: Tensor, step: int) -> Tensor:
-        if self._low_res is not None:
-            low_res = F.interpolate(self._low_res.to(x.dtype), x.shape[2:], mode="bilinear")
-            x = torch.cat([x, low_res], dim=1)
-        return self.engine(x, step)
+        return self.engine(_with_low_res(x, self._low_res), step)
+
+    def at(
+        self, x: Tensor, timesteps: Tensor, labels: Tensor | None, low_res: Tensor | None
+    ) -> Tensor:
+        return self.engine.forward(_with_low_res(x, low_res), timesteps, labels)
+
+
+def _with_low_res(x: Tensor, low_res: Tensor | None) -> Tensor:
+    if low_res is None:
+        return x
+    return torch.cat([x, F.interpolate(low_res.to(x.dtype), x.shape[2:], mode="bilinear")], dim=1)
 
 
 class PlainNetwork:
@@ -72,12 +91,17 @@ class PlainNetwork:
         self._kwargs: dict[str, Tensor] = {}
 
     def begin(self, timesteps: Tensor, labels: Tensor | None, low_res: Tensor | None) -> None:
-        self._timesteps = timesteps
-        named = {"y": labels, "low_res": low_res}
-        self._kwargs = {name: value for name, value in named.items() if value is not None}
+        self._timesteps, self._kwargs = timesteps, _named(labels, low_res)
 
     def __call__(self, x: Tensor, step: int) -> Tensor:
-        timesteps = self._timesteps[step].expand(len(x))
+        return self._evaluate(x, self._timesteps[step].expand(len(x)), self._kwargs)
+
+    def at(
+        self, x: Tensor, timesteps: Tensor, labels: Tensor | None, low_res: Tensor | None
+    ) -> Tensor:
+        return self._evaluate(x, timesteps, _named(labels, low_res))
+
+    def _evaluate(self, x: Tensor, timesteps: Tensor, kwargs: dict[str, Tensor]) -> Tensor:
         with contextlib.ExitStack() as stack:
             stack.enter_context(_evaluating(self.model))
             if self.plain_ops:
@@ -87,11 +111,16 @@ class PlainNetwork:
                 stack.enter_context(
                     torch.autocast(self.device.type, self.dtype if half else None, half)
                 )
-            out = self.model(x, timesteps, **self._kwargs)
+            out = self.model(x, timesteps, **kwargs)
         if not isinstance(out, Tensor):
             raise TypeError(f"sample: model must return a tensor, got {type(out).__name__}")
         # The kernels read halves and float32 beside a float32 state.
         return out.to(x.dtype) if out.dtype == torch.float64 else out
+
+
+def _named(labels: Tensor | None, low_res: Tensor | None) -> dict[str, Tensor]:
+    named = {"y": labels, "low_res": low_res}
+    return {name: value for name, value in named.items() if value is not None}
 
 
 @contextlib.contextmanager
@@ -109,14 +138,15 @@ def _evaluating(model: object) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _plain_backend(model: object) -> Iterator[None]:
-    if not isinstance(model, UNet):
-        yield
-        return
-    before, model.backend = model.backend, "plain"
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    before = [(m, m.backend) for m in modules if isinstance(m, UNet)]
+    for network, _ in before:
+        network.backend = "plain"
     try:
         yield
     finally:
-        model.backend = before
+        for network, backend in before:
+            network.backend = backend
 
 
 def choose_network(request: Request, batch_size: int) -> Network:
@@ -149,12 +179,60 @@ def _cpu_network(request: Request, batch_size: int) -> Network | None:
                 model, batch_size, dtype=dtype, exact=request.exact, num_threads=threads, size=size
             ),
         )
-    except NotServed:
+    except NotServed as reason:
+        if dtype == torch.bfloat16:
+            # Autocast costs more than it brings on most CPUs.
+            warnings.warn(
+                f"sample: the module runs under autocast, without the engine: {reason}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         return None
     return EngineNetwork(engine, "cpu engine")
 
 
-_BUILDERS: tuple[Callable[[Request, int], Network | None], ...] = (_cpu_network,)
+class SplicedNetwork:
+    """The two networks of a `Splice`, each run as it is best run alone."""
+
+    def __init__(self, splice: Splice, ends: Network, between: Network) -> None:
+        self._splice, self._ends, self._between = splice, ends, between
+        self.name = f"spliced {between.name}"
+        self._at_ends: list[bool] = []
+
+    def begin(self, timesteps: Tensor, labels: Tensor | None, low_res: Tensor | None) -> None:
+        self._at_ends = self._splice.at_ends(timesteps).tolist()
+        for network in (self._ends, self._between):
+            network.begin(timesteps, labels, low_res)
+
+    def __call__(self, x: Tensor, step: int) -> Tensor:
+        return (self._ends if self._at_ends[step] else self._between)(x, step)
+
+    def at(
+        self, x: Tensor, timesteps: Tensor, labels: Tensor | None, low_res: Tensor | None
+    ) -> Tensor:
+        def run(network: Network, rows: Tensor) -> Tensor:
+            given = [None if value is None else value[rows] for value in (labels, low_res)]
+            return network.at(x[rows], timesteps[rows], *given)
+
+        return joined(
+            self._splice.at_ends(timesteps),
+            lambda rows: run(self._ends, rows),
+            lambda rows: run(self._between, rows),
+        )
+
+
+def _spliced_network(request: Request, batch_size: int) -> Network | None:
+    splice = request.model
+    if not isinstance(splice, Splice):
+        return None
+    ends, between = (
+        choose_network(replace(request, model=network), batch_size)
+        for network in (splice.ends, splice.between)
+    )
+    return SplicedNetwork(splice, ends, between)
+
+
+_BUILDERS: tuple[Callable[[Request, int], Network | None], ...] = (_spliced_network, _cpu_network)
 
 
 class _Engines(dict[tuple[object, ...], Engine]):

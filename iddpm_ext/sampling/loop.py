@@ -9,9 +9,12 @@ import torch
 from torch import Tensor
 
 from iddpm_ext.diffusion import Diffusion
-from iddpm_ext.ops import reverse_step
 from iddpm_ext.random import STREAM_INITIAL, STREAM_REVERSE, NoiseKey, normal
+from iddpm_ext.sampling import cpu_chain
+from iddpm_ext.sampling.chain_step import ChainStep
+from iddpm_ext.sampling.classifier_guidance import CondFn
 from iddpm_ext.sampling.engines import Network, choose_network
+from iddpm_ext.sampling.predict import Predictor
 from iddpm_ext.sampling.request import Request, Steps, make_request
 
 
@@ -40,6 +43,7 @@ def sample(
     eta: float = 0.0,
     labels: Sequence[int] | Tensor | None = None,
     guidance_scale: float = 1.0,
+    cond_fn: CondFn | None = None,
     low_res: Tensor | None = None,
     seed: int = 0,
     x_T: Tensor | None = None,
@@ -58,8 +62,9 @@ def sample(
 
         x_{t-1} = mean(x_t, x_0) + exp(log_variance / 2) z,  x_0 from the network's output
 
-    ancestrally (equations 11 and 15 of Improved DDPM), or by DDIM (equation 12 of Song et al.
-    2021). Image i depends on the seed and i, not on the batches, up to the network's rounding.
+    ancestrally (equations 11 and 15 of Improved DDPM), by DDIM (equation 12 of Song et al. 2021)
+    or by DPM-Solver++ (2M; Lu et al. 2022). The last two leave a learned variance unused. Image i
+    depends on the seed and i, not on the batches, up to the network's rounding.
 
     Args:
         model: a `UNet`, or any callable (x [N, C, H, W], timesteps float32 [N], **kwargs) ->
@@ -68,12 +73,17 @@ def sample(
         steps: what `Diffusion.respace` takes (50, [0, 100, 3999], "ddim50", "10,15,20"), counted
             in the steps of `diffusion`; "optimal-K" for a schedule of the checkpoint; None for every step.
         n: how many images; 16, or the length of labels, low_res or x_T, which must agree.
-        sampler: "ddpm" (ancestral) or "ddim".
+        sampler: "ddpm" (ancestral), "ddim", or "dpm++" (DDIM's second-order sibling, for few
+            steps; it never extrapolates further than the step before was long).
         eta: the noise of DDIM, from 0 (none) to 1.
         labels: integers [n], -1 for an unlabelled image. A class-conditional `UNet` draws those
             that are not given.
         guidance_scale: s of classifier-free guidance, eps = eps_none + s (eps_label - eps_none);
             every step evaluates 2N images then.
+        cond_fn: classifier guidance: called with (x_t [N, C, H, W], timesteps float32 [N]), `y` and
+            `low_res` where there are, it returns the gradient of log p(y | x_t), scale included,
+            like x_t (`classifier_gradient` makes one). An ancestral mean moves by variance * gradient,
+            DDIM's eps by -sqrt(1 - alpha_bar) * gradient. Labels of an unconditional network are its alone.
         low_res: [n, C, h, w] in [-1, 1], for a super-resolution model.
         seed: 0 <= seed < 2^64, names all noise and the drawn labels.
         x_T: [n, C, H, W] to start from, instead of noise from the seed; float64 makes the whole
@@ -100,9 +110,9 @@ def sample(
     """
     request = make_request(
         model, steps, n=n, sampler=sampler, eta=eta, labels=labels, guidance_scale=guidance_scale,
-        low_res=low_res, seed=seed, x_T=x_T, clip=clip, batch_size=batch_size, diffusion=diffusion,
-        image_shape=image_shape, dtype=dtype, engine=engine, exact=exact, backend=backend,
-        progress=progress,
+        cond_fn=cond_fn, low_res=low_res, seed=seed, x_T=x_T, clip=clip, batch_size=batch_size,
+        diffusion=diffusion, image_shape=image_shape, dtype=dtype, engine=engine, exact=exact,
+        backend=backend, progress=progress,
     )  # fmt: skip
     return run(request, batches(request), callback)
 
@@ -116,6 +126,7 @@ def sample_progressive(
     eta: float = 0.0,
     labels: Sequence[int] | Tensor | None = None,
     guidance_scale: float = 1.0,
+    cond_fn: CondFn | None = None,
     low_res: Tensor | None = None,
     seed: int = 0,
     x_T: Tensor | None = None,
@@ -136,9 +147,9 @@ def sample_progressive(
     """
     request = make_request(
         model, steps, n=n, sampler=sampler, eta=eta, labels=labels, guidance_scale=guidance_scale,
-        low_res=low_res, seed=seed, x_T=x_T, clip=clip, batch_size=batch_size, diffusion=diffusion,
-        image_shape=image_shape, dtype=dtype, engine=engine, exact=exact, backend=backend,
-        progress=progress,
+        cond_fn=cond_fn, low_res=low_res, seed=seed, x_T=x_T, clip=clip, batch_size=batch_size,
+        diffusion=diffusion, image_shape=image_shape, dtype=dtype, engine=engine, exact=exact,
+        backend=backend, progress=progress,
     )  # fmt: skip
     return walk(request, callback)
 
@@ -154,9 +165,12 @@ def run(
 ) -> Tensor:
     """The images of some of a request's batches, one batch after the other, float32 [N, C, H, W]."""
     results = [torch.empty(0, *request.image_shape, device=request.device)]
-    network = choose_network(request, _evaluated(request))
-    with _bar(request, len(chosen)) as bar:
+    network = choose_network(request, evaluated(request))
+    with progress_bar(request, len(chosen)) as bar:
         for images in chosen:
+            if callback is None and cpu_chain.serves(request, network):
+                results.append(_run_prepared(request, network, images, bar))
+                continue
             for step in _walk_batch(request, network, images):
                 if callback is not None:
                     callback(step)
@@ -165,13 +179,25 @@ def run(
     return torch.cat(results)
 
 
+def _run_prepared(request: Request, network: Network, images: range, bar: Any) -> Tensor:
+    """The last x of `_walk_batch`, faster, as nobody looks at the steps."""
+    samples = torch.arange(images.start, images.stop, device=request.device)
+    x = _initial(request, samples).contiguous()
+    with torch.no_grad():
+        step = cpu_chain.prepare(request, network, samples, x)
+        for i in reversed(range(request.diffusion.num_timesteps)):
+            step(i)
+            bar.update()
+    return x
+
+
 def walk(
     request: Request, callback: Callable[[SampleStep], Any] | None = None
 ) -> Iterator[SampleStep]:
     """All images of a request after every step: its batches advance in turn."""
-    network = choose_network(request, _evaluated(request))
+    network = choose_network(request, evaluated(request))
     walks = [_walk_batch(request, network, images) for images in batches(request)]
-    with _bar(request, 1) as bar:
+    with progress_bar(request, 1) as bar:
         for parts in zip(*walks, strict=True):
             step = SampleStep(
                 torch.cat([part.x for part in parts]),
@@ -189,40 +215,14 @@ def _walk_batch(request: Request, network: Network, images: range) -> Iterator[S
     chain, device = request.diffusion, request.device
     samples = torch.arange(images.start, images.stop, device=device)
     x = _initial(request, samples)
-    labels = None if request.labels is None else request.labels[samples]
-    low_res = None if request.low_res is None else request.low_res[samples]
-    guided = request.guidance_scale != 1.0
-    if guided:
-        assert labels is not None
-        labels = torch.cat([labels, torch.full_like(labels, -1)])
-        low_res = None if low_res is None else torch.cat([low_res, low_res])
-    steps = torch.arange(chain.num_timesteps)
-    timesteps = chain.model_timesteps(steps).to(device)
-    table = chain.table(device, sampler=request.sampler, eta=request.eta, dtype=x.dtype)
-    noisy = request.sampler == "ddpm" or request.eta > 0
+    predict = Predictor(request, network, samples)
+    step = ChainStep(request, predict, x.dtype)
     for i in reversed(range(chain.num_timesteps)):
         with torch.no_grad():
-            network.begin(timesteps, labels, low_res)
-            out = network(torch.cat([x, x]) if guided else x, i)
-            if guided:
-                out = _guide(out, x.shape[1], request.guidance_scale)
             timestep = int(chain.timesteps[i])
-            noise = NoiseKey(request.seed, STREAM_REVERSE, samples, timestep) if noisy else None
-            t = torch.full_like(samples, i)
-            x, x_0 = reverse_step(
-                x, out, t, table, noise, clip=request.clip, backend=request.backend
-            )
+            noise = NoiseKey(request.seed, STREAM_REVERSE, samples, timestep)
+            x, x_0 = step(x, predict(x, i), i, noise)
         yield SampleStep(x, x_0, i, timestep, images.start)
-
-
-def _guide(out: Tensor, channels: int, scale: float) -> Tensor:
-    """Outputs of the labelled, then of the unlabelled images -> the guided output; v is the labelled.
-
-    x_0 and x_prev are affine in eps, so what holds for eps holds for each of them.
-    """
-    labelled, unlabelled = out.chunk(2)
-    predicted = unlabelled[:, :channels].lerp(labelled[:, :channels], scale)
-    return torch.cat([predicted, labelled[:, channels:]], dim=1)
 
 
 def _initial(request: Request, samples: Tensor) -> Tensor:
@@ -232,15 +232,16 @@ def _initial(request: Request, samples: Tensor) -> Tensor:
     return normal(key, (len(samples), *request.image_shape), request.device)
 
 
-def _evaluated(request: Request) -> int:
+def evaluated(request: Request) -> int:
     """Most images that the network sees at once."""
     return request.batch_size * (1 if request.guidance_scale == 1.0 else 2)
 
 
-def _bar(request: Request, chains: int) -> Any:
+def progress_bar(request: Request, chains: int, name: str = "sampling") -> Any:
+    """A bar over the steps of some chains, shown where the request and the terminal allow it."""
     from tqdm import tqdm
 
     total = chains * request.diffusion.num_timesteps
     # None: shown where stderr is a terminal.
     disable = None if request.progress else True
-    return tqdm(total=total, desc="sampling", unit="step", leave=False, disable=disable)
+    return tqdm(total=total, desc=name, unit="step", leave=False, disable=disable)

@@ -10,11 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from iddpm_ext.diffusion import SAMPLERS, Diffusion
+from iddpm_ext import foreign
+from iddpm_ext.diffusion import SAMPLERS as ONE_STEP_SAMPLERS
+from iddpm_ext.diffusion import Diffusion
+from iddpm_ext.interop.process import diffusion_of
 from iddpm_ext.ops.spec import resolve_backend
 from iddpm_ext.random import STREAM_CHOICE, NoiseKey, integers
+from iddpm_ext.splice import Splice
 from iddpm_ext.unet import UNet
 
+SAMPLERS = (*ONE_STEP_SAMPLERS, "dpm++")
+# The models that say themselves what they are.
+_OURS = (UNet, Splice)
 Steps = int | str | Sequence[int] | None
 _NETWORK_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _DEFAULT_N = 16
@@ -40,6 +47,7 @@ class Request:
     sampler: str
     eta: float
     guidance_scale: float
+    cond_fn: Callable[..., Tensor] | None
     seed: int
     clip: bool
     dtype: torch.dtype | None
@@ -47,6 +55,12 @@ class Request:
     exact: bool
     backend: str
     progress: bool
+
+    @property
+    def network_takes_labels(self) -> bool:
+        """Whether the labels are the network's, or those of `cond_fn` alone."""
+        own = isinstance(self.model, UNet) and self.model.config.num_classes is None
+        return self.labels is not None and not own
 
 
 def make_request(
@@ -70,6 +84,7 @@ def make_request(
     exact: bool,
     backend: str,
     progress: bool,
+    cond_fn: Callable[..., Tensor] | None = None,
 ) -> Request:
     """Checks the arguments of `sample` and fills in what they leave open.
 
@@ -77,6 +92,7 @@ def make_request(
     """
     if not callable(model):
         raise TypeError(f"sample: model must be callable, got {type(model).__name__}")
+    model, diffusion, image_shape = _adapted(model, diffusion, image_shape)
     for name, flag in (
         ("clip", clip),
         ("engine", engine),
@@ -85,6 +101,8 @@ def make_request(
     ):
         if not isinstance(flag, bool):
             raise TypeError(f"sample: {name} must be True or False, got {flag!r}")
+    if cond_fn is not None and not callable(cond_fn):
+        raise TypeError(f"sample: cond_fn must be callable, got {type(cond_fn).__name__}")
     _check_sampler(sampler, eta)
     _check_seed(seed)
     chain = _respaced(_process(model, diffusion), steps, model)
@@ -92,12 +110,12 @@ def make_request(
     shape = _image_shape(model, image_shape, x_T)
     _check_x_T(x_T, shape, device)
     _check_low_res(model, low_res, shape, device)
-    labels = _labels(model, labels)
+    labels = _labels(model, labels, for_cond_fn=cond_fn is not None)
     count = _count(n, labels=labels, low_res=low_res, x_T=x_T)
-    if labels is None and isinstance(model, UNet) and model.config.num_classes is not None:
+    if labels is None and isinstance(model, _OURS) and model.config.num_classes is not None:
         key = NoiseKey(seed, STREAM_CHOICE, torch.arange(count), 0)
         labels = integers(key, model.config.num_classes, (count, 1))[:, 0]
-    scale = _guidance_scale(guidance_scale, labels)
+    scale = _guidance_scale(guidance_scale, labels, model)
     if dtype is not None and dtype not in _NETWORK_DTYPES:
         raise ValueError(f"sample: dtype must be float32, bfloat16 or float16, got {dtype}")
     resolve_backend("reverse_step", backend, device, torch.float32 if x_T is None else x_T.dtype)
@@ -114,6 +132,7 @@ def make_request(
         sampler=sampler,
         eta=float(eta),
         guidance_scale=scale,
+        cond_fn=cond_fn,
         seed=seed,
         clip=clip,
         dtype=dtype,
@@ -124,13 +143,30 @@ def make_request(
     )
 
 
+def _adapted(
+    model: Callable[..., Tensor], diffusion: Diffusion | None, image_shape: Sequence[int] | None
+) -> tuple[Callable[..., Tensor], Diffusion | None, Sequence[int] | None]:
+    """Networks and pipelines of diffusers as any other callable, with what they say of themselves."""
+    if foreign.is_pipeline(model):
+        pipeline: Any = model
+        model = pipeline.unet
+        diffusion = diffusion_of(pipeline.scheduler.config) if diffusion is None else diffusion
+    if foreign.is_unet2d(model):
+        assert isinstance(model, nn.Module)
+        network = foreign.UNet2DNetwork(model)
+        return network, diffusion, network.image_shape if image_shape is None else image_shape
+    return model, diffusion, image_shape
+
+
 def _check_sampler(sampler: str, eta: float) -> None:
     if sampler not in SAMPLERS:
         raise ValueError(f"sample: sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}")
     if isinstance(eta, bool) or not isinstance(eta, (int, float)) or not 0 <= eta <= 1:
         raise ValueError(f"sample: eta must be a number from 0 to 1, got {eta!r}")
-    if eta and sampler == "ddpm":
-        raise ValueError(f"sample: eta must be 0 with sampler 'ddpm' (it is DDIM's), got {eta}")
+    if eta and sampler != "ddim":
+        raise ValueError(
+            f"sample: eta must be 0 with sampler {sampler!r} (it is DDIM's), got {eta}"
+        )
 
 
 def _check_seed(seed: int) -> None:
@@ -139,7 +175,7 @@ def _check_seed(seed: int) -> None:
 
 
 def _process(model: Callable[..., Tensor], given: Diffusion | None) -> Diffusion:
-    own = model.diffusion if isinstance(model, UNet) else None
+    own = model.diffusion if isinstance(model, _OURS) else None
     if given is None:
         if own is None:
             raise ValueError("sample: diffusion must be given for a model that has none, got None")
@@ -152,7 +188,7 @@ def _process(model: Callable[..., Tensor], given: Diffusion | None) -> Diffusion
         raise ValueError(
             f"sample: diffusion must be the model's own {own!r} or a respacing of it, got {given!r}"
         )
-    if isinstance(model, UNet) and own is None:
+    if isinstance(model, _OURS) and own is None:
         channels, learned = model.config.in_channels, given.variance.startswith("learned")
         if learned and model.config.out_channels != 2 * channels:
             raise ValueError(
@@ -187,7 +223,9 @@ def _optimal(diffusion: Diffusion, steps: str, model: object) -> list[int]:
     schedules = (getattr(model, "extra", None) or {}).get("step_schedules", {})
     found = {f"optimal-{count}": indices for count, indices in schedules.items()}
     if steps not in found:
-        have = ", ".join(found) if found else "the checkpoint has none"
+        names = list(found)
+        have = ", ".join(names) if len(names) < 5 else f"{names[0]} .. {names[-1]}"
+        have = have or "the checkpoint has none"
         raise ValueError(
             f"sample: steps must be a schedule of the checkpoint ({have}), got {steps!r}"
         )
@@ -217,7 +255,7 @@ def _image_shape(
     if given is None and isinstance(x_T, Tensor) and x_T.dim() == 4:
         given = x_T.shape[1:]
     if given is None:
-        if not isinstance(model, UNet):
+        if not isinstance(model, _OURS):
             raise ValueError(
                 "sample: image_shape must be given as (C, H, W) for a model of another kind, got None"
             )
@@ -229,7 +267,7 @@ def _image_shape(
             f"sample: image_shape must be three positive ints (C, H, W), got {given!r}"
         )
     channels, height, width = sizes
-    if isinstance(model, UNet):
+    if isinstance(model, _OURS):
         multiple = model.config.size_multiple
         if channels != model.config.in_channels or height % multiple or width % multiple:
             raise ValueError(
@@ -251,7 +289,7 @@ def _check_x_T(x_T: Tensor | None, shape: tuple[int, int, int], device: torch.de
 def _check_low_res(
     model: object, low_res: Tensor | None, shape: tuple[int, int, int], device: torch.device
 ) -> None:
-    if isinstance(model, UNet) and model.config.super_resolution != (low_res is not None):
+    if isinstance(model, _OURS) and model.config.super_resolution != (low_res is not None):
         rule = "given" if low_res is None else "None"
         because = f"the network has super_resolution={model.config.super_resolution}"
         got = "None" if low_res is None else "a value"
@@ -279,7 +317,9 @@ def _check_images(name: str, value: Tensor, device: torch.device) -> None:
         raise ValueError(f"sample: {name} must be finite, got {value[tuple(at)]} at {at}")
 
 
-def _labels(model: object, labels: Sequence[int] | Tensor | None) -> Tensor | None:
+def _labels(
+    model: object, labels: Sequence[int] | Tensor | None, *, for_cond_fn: bool
+) -> Tensor | None:
     if labels is None:
         return None
     try:
@@ -291,8 +331,10 @@ def _labels(model: object, labels: Sequence[int] | Tensor | None) -> Tensor | No
     if values.dim() != 1 or not len(values):
         raise ValueError(f"sample: labels must be integers [n], got shape {list(values.shape)}")
     values = values.long()
-    if isinstance(model, UNet):
+    if isinstance(model, _OURS):
         classes = model.config.num_classes
+        if classes is None and for_cond_fn:
+            return values
         if classes is None:
             raise ValueError("sample: labels must be None for an unconditional network, got labels")
         outside = values[(values < -1) | (values >= classes)]
@@ -316,10 +358,11 @@ def _count(n: int | None, **tensors: Tensor | None) -> int:
     return next(iter(lengths.values()), _DEFAULT_N)
 
 
-def _guidance_scale(scale: float, labels: Tensor | None) -> float:
+def _guidance_scale(scale: float, labels: Tensor | None, model: object) -> float:
     if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
         raise ValueError(f"sample: guidance_scale must be a finite number, got {scale!r}")
-    if scale != 1 and labels is None:
+    unlabelled = isinstance(model, UNet) and model.config.num_classes is None
+    if scale != 1 and (labels is None or unlabelled):
         raise ValueError(
             f"sample: guidance_scale must be 1 for a model without labels, got {scale}"
         )
@@ -330,9 +373,13 @@ def _batch_size(
     given: int | None, n: int, shape: tuple[int, int, int], device: torch.device
 ) -> int:
     if given is None:
-        # Enough images to fill the device, few enough that a large image's activations fit.
-        most, pixels = (16, 1 << 16) if device.type == "cpu" else (256, 1 << 20)
-        given = max(1, min(most, pixels // (shape[1] * shape[2])))
+        given = default_batch_size(shape, device)
     elif isinstance(given, bool) or not isinstance(given, int) or given < 1:
         raise ValueError(f"sample: batch_size must be an int above 0, got {given!r}")
     return min(given, n)
+
+
+def default_batch_size(shape: tuple[int, int, int], device: torch.device) -> int:
+    """Enough images (C, H, W) to fill the device, few enough that a large one's activations fit."""
+    most, pixels = (16, 1 << 16) if device.type == "cpu" else (256, 1 << 20)
+    return max(1, min(most, pixels // (shape[1] * shape[2])))

@@ -81,6 +81,9 @@ class TrainConfig:
         seed: of everything random.
         device: auto, cpu or cuda.
         resume: auto continues from the newest sound checkpoint in out; never refuses a folder with any.
+        init_from: weights to start from, any file that load reads, of a network as these settings describe.
+        init_ema: files of averaged weights, one for each decay of ema in order; else they start at init_from.
+        init_optimizer: an optNNNNNN.pt of improved-diffusion; the run goes on at its step.
     """
 
     data: str = ""
@@ -134,9 +137,12 @@ class TrainConfig:
     seed: int = 0
     device: str = "auto"
     resume: Literal["auto", "never"] = "auto"
+    init_from: str = ""
+    init_ema: tuple[str, ...] = ()
+    init_optimizer: str = ""
 
     def __post_init__(self) -> None:
-        for name in ("channel_mult", "attention_resolutions", "ema"):
+        for name in ("channel_mult", "attention_resolutions", "ema", "init_ema"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         for name in _POSITIVE:
             if not getattr(self, name) > 0:
@@ -163,6 +169,14 @@ class TrainConfig:
         if self.objective == "hybrid" and not self.variance.startswith("learned"):
             raise ValueError(
                 f"train: objective must be simple or vlb for variance {self.variance}, got hybrid"
+            )
+        if (self.init_ema or self.init_optimizer) and not self.init_from:
+            raise ValueError(
+                "train: init_from must be given with init_ema or init_optimizer, got ''"
+            )
+        if self.init_ema and len(self.init_ema) != len(self.ema):
+            raise ValueError(
+                f"train: init_ema must have a file for each decay {self.ema}, got {self.init_ema}"
             )
         if self.label_dropout and not self.class_cond:
             raise ValueError(

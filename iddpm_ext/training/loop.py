@@ -15,6 +15,7 @@ import iddpm_ext
 from iddpm_ext.data import ImageData, Order, batches, open_data
 
 from .config import TrainConfig
+from .initial import start_from
 from .log import RunLog
 from .parallel import Parallel
 from .resume import find_resume
@@ -55,6 +56,8 @@ def train(config: TrainConfig) -> Path:
         state = new_state(config, data.image_shape, data.class_names, parallel)
         if newest is not None:
             notes += state.restore(newest)
+        elif config.init_from:
+            notes += start_from(state, config)
         if parallel.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
             _write_json(out / "config.json", config)

@@ -13,7 +13,10 @@ _FIXED = (
     "attention_resolutions", "num_heads", "scale_shift", "schedule", "diffusion_steps", "variance",
     "prediction", "rescale_timesteps", "seed",
 )  # fmt: skip
-_FREE = ("out", "resume", "progress", "device", "workers", "log_every", "tensorboard")
+_FREE = (
+    "out", "resume", "progress", "device", "workers", "log_every", "tensorboard",
+    "init_from", "init_ema", "init_optimizer",
+)  # fmt: skip
 
 
 def find_resume(folder: Path, config: TrainConfig, processes: int) -> tuple[Path | None, list[str]]:

@@ -78,7 +78,8 @@ def train_step(
     bad = (~norm.isfinite()).float()
     state.scaler.step(
         optimizer,
-        decays=state.decays(config.ema_warmup),
+        # An average that comes from another run has no start to forget.
+        decays=state.decays(config.ema_warmup and not config.init_ema),
         bad=bad,
         factor=_clip_factor(norm, config.grad_clip),
     )

@@ -1,0 +1,179 @@
+// The matrix [tokens, d] of one head, on its way from a tensor to packed float32 and back.
+//
+// A tensor holds it as lines: a line is a token's channels or a channel's tokens. What goes the
+// other way than it lies is transposed in squares of sixteen.
+#pragma once
+
+#include "common/lanes.h"
+#include "unet_engine/native.h"
+
+namespace iddpm {
+namespace IDDPM_ISA {
+
+constexpr int64_t kAlign = kLanes;
+
+IDDPM_INLINE int64_t round_up(int64_t a) { return (a + kAlign - 1) / kAlign * kAlign; }
+
+template <typename T>
+struct HeadMatrix {
+  T* data;
+  int64_t token, channel;  // strides in elements; one of them is 1
+
+  bool by_token() const { return channel == 1; }
+  HeadMatrix from(int64_t t) const { return {data + t * token, token, channel}; }
+};
+
+template <typename T>
+IDDPM_INLINE HeadMatrix<T> head_matrix(const Plane& plane, int64_t n, int64_t first_channel) {
+  T* data = static_cast<T*>(plane.data) + n * plane.sample + first_channel * plane.channel;
+  return {data, plane.pixel, plane.channel};
+}
+
+#if defined(__AVX2__)
+
+// Lanes of a and b that two interleaving steps of a transposition need; see transpose_square.
+template <int H>
+IDDPM_NATIVE void exchange(nv& a, nv& b) {
+  typedef int32_t lanes __attribute__((vector_size(4 * kWidth)));
+  lanes low, high;
+#pragma GCC unroll 16
+  for (int i = 0; i < kWidth; ++i) {
+    low[i] = i & H ? int(kWidth) + i - H : i;
+    high[i] = i & H ? int(kWidth) + i : i + H;
+  }
+  const nv first = __builtin_shuffle(a, b, low), second = __builtin_shuffle(a, b, high);
+  a = first;
+  b = second;
+}
+
+template <int H>
+IDDPM_NATIVE void exchange_rows(nv (&m)[kWidth]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kWidth; ++i)
+    if (!(i & H)) exchange<H>(m[i], m[i + H]);
+}
+
+// Transposes a kWidth x kWidth square: swaps off-diagonal blocks of every size from the largest
+// down.
+IDDPM_NATIVE void transpose_square(nv (&m)[kWidth]) {
+#if defined(__AVX512F__)
+  exchange_rows<8>(m);
+#endif
+  exchange_rows<4>(m);
+  exchange_rows<2>(m);
+  exchange_rows<1>(m);
+}
+
+#endif
+
+// Transposes a 16 x 16 square: load(i) gives row i, store(j, row) takes row j of the result.
+template <typename Load, typename Store>
+IDDPM_INLINE void transpose_lanes(Load load, Store store) {
+#if defined(__AVX512F__)
+  nv m[kWidth];
+#pragma GCC unroll 16
+  for (int i = 0; i < kWidth; ++i) m[i] = load(i);
+  transpose_square(m);
+#pragma GCC unroll 16
+  for (int i = 0; i < kWidth; ++i) store(i, m[i]);
+#else
+  float from[kLanes * kLanes], to[kLanes * kLanes];
+  for (int64_t i = 0; i < kLanes; ++i) iddpm::IDDPM_ISA::store(from + i * kLanes, load(i));
+#if defined(__AVX2__)
+  for (int64_t row = 0; row < kLanes; row += kWidth)
+    for (int64_t column = 0; column < kLanes; column += kWidth) {
+      nv m[kWidth];
+      for (int64_t i = 0; i < kWidth; ++i) m[i] = nload(from + (row + i) * kLanes + column);
+      transpose_square(m);
+      for (int64_t i = 0; i < kWidth; ++i) nstore(to + (column + i) * kLanes + row, m[i]);
+    }
+#else
+  for (int64_t i = 0; i < kLanes; ++i)
+    for (int64_t j = 0; j < kLanes; ++j) to[j * kLanes + i] = from[i * kLanes + j];
+#endif
+  for (int64_t j = 0; j < kLanes; ++j) store(j, iddpm::IDDPM_ISA::load(to + j * kLanes));
+#endif
+}
+
+// `lines` lines of `length` elements to rows of float32, zero up to the next multiple of 16.
+template <typename T>
+void read_lines(const T* from, int64_t stride, int64_t lines, int64_t length, float* to,
+                int64_t pitch) {
+  for (int64_t i = 0; i < lines; ++i)
+    for (int64_t j = 0; j < length; j += kLanes)
+      store(to + i * pitch + j, load_some(from + i * stride + j, smaller(kLanes, length - j)));
+}
+
+// The same as columns: to [length][pitch].
+template <typename T>
+void read_transposed(const T* from, int64_t stride, int64_t lines, int64_t length, float* to,
+                     int64_t pitch) {
+  for (int64_t i = 0; i < lines; i += kLanes)
+    for (int64_t j = 0; j < length; j += kLanes) {
+      const int64_t rows = smaller(kLanes, lines - i), columns = smaller(kLanes, length - j);
+      const T* corner = from + i * stride + j;
+      float* target = to + j * pitch + i;
+      if (rows == kLanes && columns == kLanes)
+        transpose_lanes([&](int64_t row) { return load(corner + row * stride); },
+                        [&](int64_t row, vf v) { store(target + row * pitch, v); });
+      else
+        transpose_lanes(
+            [&](int64_t row) {
+              return row < rows ? load_some(corner + row * stride, columns) : vf{};
+            },
+            [&](int64_t row, vf v) {
+              if (row < columns) store(target + row * pitch, v);
+            });
+    }
+}
+
+// x [tokens][pitch].
+template <typename T>
+void read_rows(const HeadMatrix<const T>& x, int64_t tokens, int64_t d, float* to, int64_t pitch) {
+  if (x.by_token()) return read_lines(x.data, x.token, tokens, d, to, pitch);
+  read_transposed(x.data, x.channel, d, tokens, to, pitch);
+}
+
+// x transposed, in panels [ceil(tokens / 32)][d][32]; tokens beyond the last are zero up to the
+// next multiple of 16.
+template <typename T>
+void read_panels(const HeadMatrix<const T>& x, int64_t tokens, int64_t d, float* to) {
+  for (int64_t t = 0; t < tokens; t += kPanel) {
+    const int64_t count = smaller(kPanel, tokens - t);
+    if (x.by_token())
+      read_transposed(x.data + t * x.token, x.token, count, d, to + t * d, kPanel);
+    else
+      read_lines(x.data + t, x.channel, d, count, to + t * d, kPanel);
+  }
+}
+
+// The other way round: x <- factor * rows [tokens][pitch], pitch at least d rounded up to 16.
+template <typename T>
+void write_rows(const float* from, int64_t pitch, int64_t tokens, int64_t d, float factor,
+                const HeadMatrix<T>& x) {
+  if (x.by_token()) {
+    for (int64_t t = 0; t < tokens; ++t)
+      for (int64_t c = 0; c < d; c += kLanes)
+        store_some(x.data + t * x.token + c, load(from + t * pitch + c) * factor,
+                   smaller(kLanes, d - c));
+    return;
+  }
+  for (int64_t c = 0; c < d; c += kLanes)
+    for (int64_t t = 0; t < tokens; t += kLanes) {
+      const int64_t rows = smaller(kLanes, tokens - t), columns = smaller(kLanes, d - c);
+      const float* corner = from + t * pitch + c;
+      T* target = x.data + c * x.channel + t;
+      if (rows == kLanes && columns == kLanes)
+        transpose_lanes([&](int64_t i) { return load(corner + i * pitch) * factor; },
+                        [&](int64_t i, vf v) { store(target + i * x.channel, v); });
+      else
+        transpose_lanes(
+            [&](int64_t i) { return i < rows ? load(corner + i * pitch) * factor : vf{}; },
+            [&](int64_t i, vf v) {
+              if (i < columns) store_some(target + i * x.channel, v, rows);
+            });
+    }
+}
+
+}  // namespace IDDPM_ISA
+}  // namespace iddpm

@@ -1,0 +1,132 @@
+"""Loading a classifier of noisy images."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from iddpm_ext.classifier import Classifier, ClassifierConfig
+
+from .flags import Flags, read_flags
+from .released import CHANNEL_MULT, RELEASED_CLASSIFIERS, flags_of
+from .shapes import Shapes
+from .tensors import fill, read_safetensors, require_dtype
+from .torch_file import is_torch_file, read_torch_file
+
+_NEEDED = {
+    "image_size": "image_size",
+    "num_res_blocks": "classifier_depth",
+    "attention_resolutions": "classifier_attention_resolutions",
+    "use_scale_shift_norm": "classifier_use_scale_shift_norm",
+    "resblock_updown": "classifier_resblock_updown",
+    "pool": "classifier_pool",
+}
+
+
+def load_classifier(
+    path: str | os.PathLike[str],
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    *,
+    flags: Flags | None = None,
+) -> Classifier:
+    """The classifier of a checkpoint, in evaluation mode, with its `extra` set.
+
+    path: a .safetensors file that `save` wrote, or a .pt of guided-diffusion; the four that OpenAI
+        released ("64x64_classifier.pt") need nothing else.
+    device, dtype: as in `load`.
+    flags: of another .pt, as in `load`: image_size, classifier_depth and the other classifier_ flags.
+    Raises as `load`. No code in a file is ever run.
+    """
+    dtype = require_dtype(dtype)
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"load_classifier: path must be an existing file, got {str(path)!r}"
+        )
+    extra: dict[str, Any] = {}
+    if is_torch_file(path):
+        tensors, stated_by = read_torch_file(path), "its flags"
+        shapes = {name: tuple(value.shape) for name, value in tensors.items()}
+        config = _describe(path, shapes, flags)
+        extra["openai"] = {"file": path.name}
+    else:
+        if flags is not None:
+            raise ValueError(f"load_classifier: flags must be None for {path}, got {flags!r}")
+        metadata, tensors = read_safetensors(path)
+        config, extra = _parse_metadata(path, metadata)
+        stated_by = "its configuration"
+    # A network has several tensors a block; this keeps a wild configuration from being built.
+    if config.num_res_blocks * len(config.channel_mult) > len(tensors):
+        raise ValueError(
+            f"load_classifier: {path} contradicts {stated_by}: it has {len(tensors)} tensors"
+        )
+    with torch.device("meta"):
+        model = Classifier(config)
+    fill(path, model, tensors, stated_by, device, dtype)
+    model.extra = extra
+    return model.eval()
+
+
+def released_classifier(name: str) -> ClassifierConfig:
+    """The configuration of a released classifier."""
+    return ClassifierConfig(**flags_of(name))
+
+
+def _describe(path: Path, shapes: Shapes, flags: Flags | None) -> ClassifierConfig:
+    if flags is not None:
+        return _config_of_flags(path, shapes, read_flags(flags))
+    named = [path.name] if path.name in RELEASED_CLASSIFIERS else list(RELEASED_CLASSIFIERS)
+    for name in named:
+        config = released_classifier(name)
+        with torch.device("meta"):
+            expected = Classifier(config).state_dict()
+        # Under its own name a file is compared in full by the caller, who tells the difference.
+        if named == [name] or {k: tuple(v.shape) for k, v in expected.items()} == shapes:
+            return config
+    raise ValueError(
+        f"load_classifier: flags must be given for {path}, which is none of "
+        f"{', '.join(RELEASED_CLASSIFIERS)}: {', '.join(_NEEDED.values())}"
+    )
+
+
+def _config_of_flags(path: Path, shapes: Shapes, values: dict[str, Any]) -> ClassifierConfig:
+    missing = [_NEEDED[name] for name in _NEEDED if name not in values]
+    if missing:
+        raise ValueError(
+            f"load_classifier: flags must give what the tensors of {path} cannot tell: "
+            f"{', '.join(missing)}"
+        )
+    last = [shape for name, shape in shapes.items() if name.startswith("out.")][-1:]
+    first = shapes.get("time_embed.0.weight", ())
+    if not last or len(first) != 2:
+        raise ValueError(f"load_classifier: {path} must hold a classifier of guided-diffusion")
+    seen: dict[str, Any] = {"num_classes": last[0][0], "model_channels": first[1]}
+    if values["image_size"] in CHANNEL_MULT:
+        seen["channel_mult"] = CHANNEL_MULT[values["image_size"]]
+    try:
+        return ClassifierConfig(**{**seen, **values})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"load_classifier: flags must fit {path}, got: {error}") from error
+
+
+def _parse_metadata(
+    path: Path, metadata: dict[str, str]
+) -> tuple[ClassifierConfig, dict[str, Any]]:
+    if "classifier" not in metadata:
+        raise ValueError(
+            f"load_classifier: {path} must carry the configuration of a classifier in the metadata, "
+            f"got the keys {sorted(metadata)}"
+        )
+    try:
+        config = ClassifierConfig.from_dict(json.loads(metadata["classifier"]))
+        extra = json.loads(metadata.get("extra", "{}"))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(
+            f"load_classifier: {path} must hold valid metadata, got: {error}"
+        ) from error
+    return config, extra if isinstance(extra, dict) else {}

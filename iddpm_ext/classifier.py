@@ -1,0 +1,189 @@
+"""The classifier of noisy images that guided diffusion (Dhariwal & Nichol 2021) is guided by.
+
+It is the U-Net's way down and a pooling, with the state-dict keys of openai/guided-diffusion.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from iddpm_ext import unet_plain
+from iddpm_ext.unet import GroupNormSiLU, encoder_of, time_embed_of, timestep_embedding
+from iddpm_ext.unet_config import NUM_GROUPS, UNetConfig
+
+POOLS = ("attention", "adaptive", "spatial", "spatial_v2")
+_SPATIAL_WIDTH = 2048
+
+
+@dataclass(frozen=True)
+class ClassifierConfig:
+    """What determines the tensors of a `Classifier` and what it computes. Raises as `UNetConfig`.
+
+    num_classes: logits an image. pool: how features become logits: "attention" over the positions of
+    the last map, "adaptive" (their mean), "spatial" and "spatial_v2" (the means of every block's map).
+    All else is as in `UNetConfig`; the defaults are those of the 64x64 classifier's family.
+    """
+
+    image_size: int = 64
+    in_channels: int = 3
+    model_channels: int = 128
+    num_classes: int = 1000
+    num_res_blocks: int = 2
+    channel_mult: tuple[int | float, ...] = (1, 2, 3, 4)
+    attention_resolutions: tuple[int, ...] = (32, 16, 8)
+    num_heads: int = 1
+    num_head_channels: int | None = 64
+    dropout: float = 0.0
+    use_scale_shift_norm: bool = True
+    conv_resample: bool = True
+    resblock_updown: bool = True
+    attention_order: str = "legacy"
+    pool: str = "attention"
+
+    def __post_init__(self) -> None:
+        if self.pool not in POOLS:
+            raise ValueError(
+                f"ClassifierConfig: pool must be one of {', '.join(POOLS)}, got {self.pool!r}"
+            )
+        encoder = self.encoder()
+        for name in ("channel_mult", "attention_resolutions"):
+            object.__setattr__(self, name, getattr(encoder, name))
+        if self.pool == "attention" and self.num_head_channels is None:
+            raise ValueError(
+                "ClassifierConfig: num_head_channels must be given for pool 'attention', got None"
+            )
+
+    def encoder(self) -> UNetConfig:
+        """The U-Net whose way down this is."""
+        values = {k: v for k, v in vars(self).items() if k != "pool"}
+        return UNetConfig(**values, out_channels=self.in_channels)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dict, with lists for tuples; `from_dict` is its inverse."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ClassifierConfig:
+        """The configuration of a dict; a missing key takes its default, an unknown one raises."""
+        if not isinstance(values, Mapping):
+            raise TypeError(f"ClassifierConfig.from_dict: values must be a mapping, got {values!r}")
+        unknown = sorted(set(values) - {f.name for f in fields(cls)})
+        if unknown:
+            raise ValueError(
+                f"ClassifierConfig.from_dict: keys must be fields of ClassifierConfig, got {unknown}"
+            )
+        return cls(**values)
+
+
+class AttentionPool(nn.Module):
+    """Attention of a map's mean over the map's positions: [N, C, side, side] -> [N, out_channels]."""
+
+    def __init__(self, side: int, channels: int, head_channels: int, out_channels: int):
+        super().__init__()
+        self.num_heads = channels // head_channels
+        positions = torch.randn(channels, side**2 + 1) / channels**0.5
+        self.positional_embedding = nn.Parameter(positions)
+        self.qkv_proj = nn.Conv1d(channels, 3 * channels, 1)
+        self.c_proj = nn.Conv1d(channels, out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The logits, at the place of the mean."""
+        h = x.flatten(2)
+        h = torch.cat([h.mean(dim=2, keepdim=True), h], dim=2)
+        h = self.qkv_proj(h + self.positional_embedding.to(h.dtype))
+        return self.c_proj(unet_plain.qkv_attention(h, self.num_heads, "new")[:, :, :1])[:, :, 0]
+
+
+class Classifier(nn.Module):
+    """Class logits of noisy images, p(y | x_t) before the softmax.
+
+    config: a `ClassifierConfig`. The state dict has the keys and shapes of openai/guided-diffusion.
+    `extra` holds JSON-ready facts that travel in the checkpoint.
+    Source: Dhariwal & Nichol 2021, section 4.
+    """
+
+    def __init__(self, config: ClassifierConfig):
+        super().__init__()
+        if not isinstance(config, ClassifierConfig):
+            raise TypeError(
+                f"Classifier: config must be a ClassifierConfig, got {type(config).__name__}"
+            )
+        self.config = config
+        self.extra: dict[str, Any] = {}
+        encoder = config.encoder()
+        self.time_embed = time_embed_of(encoder)
+        self.input_blocks, self.middle_block, widths = encoder_of(encoder)
+        self.out = _head(config, widths)
+
+    def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
+        """x [N, C, H, W] floating, timesteps [N] -> logits [N, num_classes] in the dtype of x.
+
+        timesteps: as the U-Net is told them. pool "attention" needs H = W = image_size.
+        Differentiable in x and weights. Raises ValueError or TypeError.
+        """
+        self._require_inputs(x, timesteps)
+        weights = self.input_blocks[0].get_parameter("0.weight").dtype
+        emb = timestep_embedding(
+            timesteps.to(torch.promote_types(weights, torch.float32)), self.config.model_channels
+        )
+        emb = self.time_embed(emb.to(weights))
+        h, spatial = x.to(weights), self.config.pool.startswith("spatial")
+        means = []
+        for block in (*self.input_blocks, self.middle_block):
+            h = block(h, emb)
+            if spatial:
+                means.append(h.mean(dim=(2, 3)))
+        return self.out(torch.cat(means, dim=1) if spatial else h).to(x.dtype)
+
+    def _require_inputs(self, x: Tensor, timesteps: Tensor) -> None:
+        c = self.config
+        for name, value in (("x", x), ("timesteps", timesteps)):
+            if not isinstance(value, Tensor):
+                raise TypeError(f"Classifier: {name} must be a tensor, got {type(value).__name__}")
+        if not x.is_floating_point():
+            raise TypeError(f"Classifier: x must be floating point, got {x.dtype}")
+        if x.dim() != 4 or x.shape[1] != c.in_channels:
+            raise ValueError(
+                f"Classifier: x must be [N, {c.in_channels}, H, W], got {list(x.shape)}"
+            )
+        n, _, height, width = x.shape
+        multiple = c.encoder().size_multiple
+        if min(height, width) < 1 or height % multiple or width % multiple:
+            raise ValueError(
+                f"Classifier: x must have a height and a width that are multiples of {multiple}, "
+                f"got {height}x{width}"
+            )
+        if c.pool == "attention" and (height, width) != (c.image_size, c.image_size):
+            raise ValueError(
+                f"Classifier: x must be {c.image_size}x{c.image_size} for pool 'attention', "
+                f"got {height}x{width}"
+            )
+        if timesteps.shape != (n,):
+            raise ValueError(f"Classifier: timesteps must be [{n}], got {list(timesteps.shape)}")
+
+
+def _head(c: ClassifierConfig, widths: list[int]) -> nn.Sequential:
+    """The layers from features to logits, numbered as in the checkpoints."""
+    width = widths[-1]
+    if c.pool == "attention":
+        assert c.num_head_channels is not None
+        side = c.image_size // c.encoder().size_multiple
+        pool = AttentionPool(side, width, c.num_head_channels, c.num_classes)
+        return nn.Sequential(GroupNormSiLU(width), nn.Identity(), pool)
+    if c.pool == "adaptive":
+        logits = nn.Conv2d(width, c.num_classes, 1)
+        for parameter in logits.parameters():
+            nn.init.zeros_(parameter)
+        return nn.Sequential(
+            GroupNormSiLU(width), nn.Identity(), nn.AdaptiveAvgPool2d(1), logits, nn.Flatten()
+        )
+    features = sum(widths) + width
+    first, last = nn.Linear(features, _SPATIAL_WIDTH), nn.Linear(_SPATIAL_WIDTH, c.num_classes)
+    if c.pool == "spatial":
+        return nn.Sequential(first, nn.ReLU(), last)
+    return nn.Sequential(first, nn.GroupNorm(NUM_GROUPS, _SPATIAL_WIDTH), nn.SiLU(), last)

@@ -1,0 +1,21 @@
+"""Flags that several verbs read alike."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of this name; "auto" is the process's GPU where there is one."""
+    if name != "auto":
+        return torch.device(name)
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+
+
+def read_steps(text: str | None) -> int | str | None:
+    """What `--steps` says: a number, or a specification that the chain reads."""
+    return int(text) if text is not None and text.isdigit() else text

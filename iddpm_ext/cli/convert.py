@@ -1,0 +1,62 @@
+"""Convert a checkpoint: OpenAI's, ours, diffusers' and ONNX."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+
+def run(
+    source: Annotated[str, tyro.conf.Positional],
+    target: Annotated[Path, tyro.conf.Positional],
+    *,
+    verify: bool = False,
+    flags: str | None = None,
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    stock: bool | None = None,
+) -> None:
+    """Converts and writes; nothing is written under the target's name before it is whole.
+
+    Args:
+        source: a bundled name, one of our .safetensors files, an OpenAI .pt, or a folder of diffusers.
+        target: a .safetensors or .onnx file, or a new folder for diffusers' from_pretrained.
+        verify: read the target back and print the largest difference of its outputs.
+        flags: of an OpenAI .pt, what its tensors cannot tell: "--noise_schedule cosine ...".
+        dtype: of the weights written.
+        stock: in a folder, the stock UNet2DModel; chosen by what the network needs if left out.
+    """
+    import torch
+
+    from iddpm_ext.checkpoint import save
+    from iddpm_ext.interop import verification
+
+    kind = _kind(target)
+    model = verification.read(source, flags)
+    if dtype is not None:
+        model = model.to(getattr(torch, dtype))
+    if kind == "onnx":
+        from iddpm_ext.interop.export import export_onnx
+
+        export_onnx(model, target)
+    elif kind == "folder":
+        from iddpm_ext.interop.folder import write_folder
+
+        write_folder(model, target, stock=stock)
+    else:
+        save(model, target)
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"{target}: {parameters:,} parameters of {source}")
+    if verify:
+        for line in verification.compare(model, target):
+            print(line)
+
+
+def _kind(target: Path) -> str:
+    kinds = {".safetensors": "safetensors", ".onnx": "onnx", "": "folder"}
+    if target.suffix not in kinds:
+        raise ValueError(
+            f"target must end in .safetensors or .onnx, or be a folder, got {str(target)!r}"
+        )
+    return kinds[target.suffix]

@@ -1,0 +1,94 @@
+"""Bits per dimension of images, with their error, and the terms of every step."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+
+from iddpm_ext.cli._common import pick_device, read_steps
+
+
+def run(
+    checkpoint: Annotated[str, tyro.conf.Positional] = "fashion-mnist",
+    *,
+    data: Path,
+    split: Literal["train", "test"] = "test",
+    n: int | None = None,
+    budget: float | None = 64,
+    full: bool = False,
+    steps: str | None = None,
+    seed: int = 0,
+    clip: bool = True,
+    exact: bool = False,
+    out: Path = Path("nll"),
+    plot: bool = False,
+    batch_size: int | None = None,
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    engine: bool = True,
+    backend: str = "auto",
+    device: str = "auto",
+) -> None:
+    """Computes the bound and writes nll.json, per_step.csv and per_image.csv.
+
+    After an interruption, the same call goes on where it was. Under torchrun, the images are shared out
+    among the processes; the first one writes.
+
+    Args:
+        checkpoint: a bundled name, one of our .safetensors files or an OpenAI .pt.
+        data: a folder, zip or array of images, as for training; class labels are read with them.
+        split: of data that has both.
+        n: only the first so many images.
+        budget: network evaluations an image, at least 1.
+        full: every step of every image, whatever the budget.
+        steps: a shorter chain: 50; ddim50; 10,15,20 for sections; dense-50 with every early step too;
+            optimal-50 for a schedule of the checkpoint.
+        seed: names the noise and the drawn steps.
+        clip: clamp every predicted image to [-1, 1].
+        exact: the decoder's likelihood without the original's approximation.
+        out: a folder.
+        plot: draw the terms against the step into plot.png (needs matplotlib).
+        batch_size: most evaluations at once.
+        dtype: precision of the network.
+        engine: use an engine where one serves the network.
+        backend: of the ops: auto, reference, cpu, cuda or triton.
+        device: auto, cpu, cuda or cuda:1.
+    """
+    import iddpm_ext
+    from iddpm_ext.likelihood.request import make_likelihood_request
+    from iddpm_ext.likelihood.run import compute
+    from iddpm_ext.sampling.distributed import Processes
+
+    processes = Processes.of_torchrun()
+    if plot:
+        from iddpm_ext.likelihood.plot import require_matplotlib
+
+        require_matplotlib()
+    model = iddpm_ext.load(checkpoint).to(pick_device(device))
+    request = make_likelihood_request(
+        model, data, labels=None, low_res=None, budget=None if full else budget,
+        steps=read_steps(steps), clip=clip, exact=exact, batch_size=batch_size, seed=seed,
+        split=split, limit=n, diffusion=None,
+        dtype=None if dtype is None else getattr(torch, dtype), engine=engine, backend=backend,
+        progress=processes.rank == 0,
+    )  # fmt: skip
+    began = time.perf_counter()
+    with processes:
+        result = compute(request, out / "state", processes)
+    seconds = time.perf_counter() - began
+    if processes.rank > 0:
+        return
+    written = result.write(out)
+    if plot:
+        from iddpm_ext.likelihood.plot import plot_steps
+
+        written.append(plot_steps(result.per_step, out / "plot.png"))
+    print(f"{checkpoint}: {result}")
+    print(
+        f"L_T {result.prior_bpd:.6f} bits/dim; {request.network.diffusion}; "
+        f"{result.facts['network']}, {request.network.device}, {seconds:.0f} s"
+    )
+    print(", ".join(str(path) for path in written))

@@ -1,0 +1,78 @@
+"""Find the best steps to take for every number of steps, and store them in the checkpoint."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from iddpm_ext.cli._common import pick_device
+
+_SHOWN = (2, 5, 10, 25, 50, 100, 250)
+
+
+def run(
+    checkpoint: Annotated[str, tyro.conf.Positional],
+    *,
+    data: Path,
+    split: Literal["train", "test"] = "train",
+    n: int = 64,
+    candidates: int = 500,
+    most: int = 250,
+    out: Path | None = None,
+    seed: int = 0,
+    batch_size: int | None = None,
+    device: str = "auto",
+) -> None:
+    """Finds the schedules of 2 to `most` steps with the best bound; `--steps optimal-25` takes them then.
+
+    After an interruption, the same call goes on where it was. Under torchrun, the steps are shared out
+    among the processes; the first one writes.
+
+    Args:
+        checkpoint: a bundled name, one of our .safetensors files or an OpenAI .pt.
+        data: a folder, zip or array of images, of training best; class labels are read with them.
+        split: of data that has both.
+        n: how many images, a random choice.
+        candidates: how many of the chain's steps may be chosen; each costs an evaluation an image.
+        most: the most steps of a schedule.
+        out: the checkpoint to write; in place if not given.
+        seed: names the noise.
+        batch_size: most evaluations at once.
+        device: auto, cpu, cuda or cuda:1.
+    """
+    import iddpm_ext
+    from iddpm_ext.checkpoint import bundled
+    from iddpm_ext.likelihood.request import make_likelihood_request
+    from iddpm_ext.likelihood.schedules import check_counts, search
+    from iddpm_ext.sampling.distributed import Processes
+
+    check_counts(candidates, most)
+    target = Path(checkpoint) if out is None else out
+    if out is None and (checkpoint in bundled() or target.suffix != ".safetensors"):
+        raise ValueError(
+            f"out must be given where the checkpoint is not a .safetensors file of yours, got {checkpoint}"
+        )
+    model = iddpm_ext.load(checkpoint).to(pick_device(device))
+    with Processes.of_torchrun() as processes:
+        request = make_likelihood_request(
+            model, data, labels=None, low_res=None, budget=None, steps=None, clip=True, exact=False,
+            batch_size=batch_size, seed=seed, split=split, limit=n, diffusion=None, dtype=None,
+            engine=True, backend="auto", progress=processes.rank == 0, who="find_schedules",
+            shuffle=True,
+        )  # fmt: skip
+        began = time.perf_counter()
+        # Beside the checkpoint, so that an interrupted search finds it.
+        state = target.with_name(f"{target.name}.steps")
+        found = search(request, candidates, most, state, processes)
+        seconds = time.perf_counter() - began
+        if processes.rank > 0:
+            return
+    model.extra = {**model.extra, "step_schedules": found.to_extra()}
+    iddpm_ext.save(model, target)
+    print(f"{len(found.timesteps)} candidates, {len(request.x_0)} images, {seconds:.0f} s")
+    for count in sorted({*_SHOWN, max(found.steps)} & set(found.steps)):
+        print(f"optimal-{count:<4} {found.bpd[count]:.4f} bits/dim on these images")
+    print(target)

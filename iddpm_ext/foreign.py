@@ -1,0 +1,63 @@
+"""What this package asks of a network that is not its own, met by networks of diffusers too.
+
+Nothing here imports diffusers: a network is known by what it has.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def output_tensor(owner: str, output: Any) -> Tensor:
+    """What a network returned as a tensor: itself, or the `sample` of an output of diffusers.
+
+    Raises TypeError for anything else, with the function `owner` in its text.
+    """
+    tensor = getattr(output, "sample", output)
+    if not isinstance(tensor, Tensor):
+        raise TypeError(
+            f"{owner}: model must return a tensor or an output with .sample, "
+            f"got {type(output).__name__}"
+        )
+    return tensor
+
+
+def is_unet2d(model: object) -> bool:
+    """Whether this is a `UNet2DModel` of diffusers."""
+    return any(
+        base.__name__ == "UNet2DModel" and base.__module__.startswith("diffusers.")
+        for base in type(model).__mro__
+    )
+
+
+def is_pipeline(model: object) -> bool:
+    """Whether this is a pipeline of diffusers around a `UNet2DModel`."""
+    return is_unet2d(getattr(model, "unet", None)) and hasattr(model, "scheduler")
+
+
+class UNet2DNetwork(nn.Module):
+    """A `UNet2DModel` called as this package calls networks: (x, t, y, low_res) -> tensor."""
+
+    def __init__(self, unet: nn.Module) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(
+        self, x: Tensor, timesteps: Tensor, y: Tensor | None = None, low_res: Tensor | None = None
+    ) -> Tensor:
+        """x [N, C, H, W], timesteps [N], labels y [N] -> [N, C or 2C, H, W]."""
+        kwargs = {} if low_res is None else {"low_res": low_res}
+        return output_tensor("sample", self.unet(x, timesteps, class_labels=y, **kwargs))
+
+    @property
+    def image_shape(self) -> tuple[int, int, int] | None:
+        """(C, H, W) of its images, where its configuration says so."""
+        config: Any = self.unet.config
+        size = config.sample_size
+        if size is None:
+            return None
+        height, width = (size, size) if isinstance(size, int) else size
+        channels = config.in_channels // (2 if getattr(config, "super_resolution", False) else 1)
+        return (channels, height, width)

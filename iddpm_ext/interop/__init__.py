@@ -1,0 +1,1 @@
+"""Other people's networks and formats: Hugging Face diffusers, foreign UNets, ONNX."""

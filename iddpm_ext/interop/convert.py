@@ -1,0 +1,63 @@
+"""A `UNet` as a `UNet2DModel` of diffusers, and back: an exact bijection of the weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from iddpm_ext.diffusion import Diffusion
+from iddpm_ext.interop import mapping
+from iddpm_ext.interop.library import UNet2DModel
+from iddpm_ext.interop.tensors import tensors_from_diffusers, tensors_to_diffusers
+from iddpm_ext.interop.unet2d import IDDPMUNet2DModel
+from iddpm_ext.unet import UNet
+
+
+def to_diffusers(model: UNet, *, stock: bool | None = None) -> Any:
+    """The network as a `UNet2DModel`, with copies of the weights, in evaluation mode.
+
+    Args:
+        model: a UNet; its diffusion process is another object there, an `IDDPMScheduler`.
+        stock: True for the stock class; False for `IDDPMUNet2DModel`, which can do more (several
+            widths of a head, the label -1, super-resolution); None for the stock class where it
+            computes the same on every input.
+
+    Returns:
+        the same function up to rounding: `unet(x, t, class_labels=y).sample` is `model(x, t, y)`.
+
+    Raises:
+        ValueError: the class asked for has no such network.
+    """
+    if not isinstance(model, UNet):
+        raise TypeError(f"to_diffusers: model must be a UNet, got {type(model).__name__}")
+    use_stock = mapping.is_stock(model.config) if stock is None else stock
+    arguments = mapping.unet2d_arguments(model.config, stock=use_stock)
+    with torch.device("meta"):
+        unet = (UNet2DModel if use_stock else IDDPMUNet2DModel)(**arguments)
+    unet.load_state_dict(tensors_to_diffusers(model.state_dict(), model.config), assign=True)
+    return unet.eval().requires_grad_(True)
+
+
+def from_diffusers(unet: Any, *, diffusion: Diffusion | None = None) -> UNet:
+    """A `UNet` that computes what a `UNet2DModel` does, with copies of its weights.
+
+    Args:
+        unet: a `UNet2DModel` or `IDDPMUNet2DModel` of the paper's kind: sinusoids of the time
+            without a shift, 32 groups, eps 1e-5, SiLU.
+        diffusion: the process it was trained for, `scheduler.diffusion` of an `IDDPMScheduler`.
+
+    Returns:
+        a UNet in evaluation mode, its `diffusion` set.
+
+    Raises:
+        ValueError: no UNet computes the same, with everything in which they differ.
+    """
+    if not isinstance(unet, UNet2DModel):
+        raise TypeError(f"from_diffusers: unet must be a UNet2DModel, got {type(unet).__name__}")
+    config = mapping.config_of_unet2d(unet.config)
+    with torch.device("meta"):
+        model = UNet(config)
+    model.load_state_dict(tensors_from_diffusers(unet.state_dict(), config), assign=True)
+    model.diffusion = diffusion
+    return model.eval().requires_grad_(True)

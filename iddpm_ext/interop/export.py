@@ -1,0 +1,154 @@
+"""The network for other runtimes: `torch.export` and ONNX."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+import shutil
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from iddpm_ext.checkpoint.write import flush_folder
+from iddpm_ext.unet import UNet
+
+# Above this ONNX keeps weights in a second file: protocol buffers end at 2 GiB.
+_SINGLE_FILE_BYTES = 1_900_000_000
+
+
+def export_program(model: UNet, *, image_size: int | None = None) -> torch.export.ExportedProgram:
+    """The network as an `ExportedProgram` of PyTorch's own operators, with any batch size.
+
+    Args:
+        model: a UNet; its weights are shared, not copied.
+        image_size: the side of its images, as the graph fixes it; the configuration's if None.
+
+    Returns:
+        a program that takes what `model` takes, by the same names: x, timesteps, and y or low_res
+        where the network has them.
+
+    Raises:
+        ValueError, TypeError: image_size does not fit the network, or model is no UNet.
+    """
+    if not isinstance(model, UNet):
+        raise TypeError(f"export_program: model must be a UNet, got {type(model).__name__}")
+    plain = _plain_copy(model)
+    inputs = _example(model, image_size)
+    batch = torch.export.Dim("batch", min=1, max=1 << 16)
+    with torch.no_grad():
+        return torch.export.export(
+            plain, (), inputs, dynamic_shapes={name: {0: batch} for name in inputs}
+        )
+
+
+def export_onnx(
+    model: UNet, path: str | os.PathLike[str], *, image_size: int | None = None
+) -> Path:
+    """Writes the network as an ONNX model that ONNX Runtime and others run, with any batch size.
+
+    Inputs are x float32 [N, C, H, W], timesteps float32 [N], and y int64 [N] or low_res where the
+    network has them; the output is `output`. The sampling chain is the caller's. The file appears
+    under its name when it is whole.
+
+    Args:
+        model: a UNet.
+        path: an .onnx file in an existing folder; weights of more than 1.9 GB go to a second file
+            beside it, NAME.onnx.data.
+        image_size: the side of its images; the configuration's if None.
+
+    Returns:
+        the path.
+
+    Raises:
+        ImportError: onnx or onnxscript is missing.
+        ValueError, TypeError, OSError: an argument does not fit, or the file cannot be written.
+    """
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            "export_onnx: this needs onnx and onnxscript: pip install 'iddpm-ext[onnx]'"
+        ) from error
+    target = Path(path).resolve()
+    if target.suffix != ".onnx" or target.is_dir():
+        raise ValueError(f"export_onnx: path must end in .onnx, got {str(path)!r}")
+    if not target.parent.is_dir():
+        raise FileNotFoundError(
+            f"export_onnx: path must be in an existing folder, got {str(path)!r}"
+        )
+    program = export_program(model, image_size=image_size)
+    names = [spec.arg.name for spec in program.graph_signature.input_specs if not spec.target]
+    with _quiet():
+        exported: Any = torch.onnx.export(
+            program, (), dynamo=True, verbose=False, output_names=["output"],
+            dynamic_shapes={name: {0: "batch"} for name in names},
+        )  # fmt: skip
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    temporary = target.with_name(f".{target.name[:200]}.{secrets.token_hex(4)}.tmp")
+    temporary.mkdir()
+    try:
+        exported.save(temporary / target.name, external_data=size > _SINGLE_FILE_BYTES)
+        # The model names its weights: they come first, so that it never stands there without them.
+        for file in sorted(temporary.iterdir(), key=lambda file: file.suffix == ".onnx"):
+            with open(file, "rb+") as stream:
+                os.fsync(stream.fileno())
+            os.replace(file, target.parent / file.name)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    flush_folder(target.parent)
+    return target
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what the exporter says of its own parts: nothing that a caller could change."""
+    logger = logging.getLogger("torch.onnx")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(before)
+
+
+def _plain_copy(model: UNet) -> UNet:
+    """The network on the same weights, by PyTorch's own functions, in evaluation mode."""
+    with torch.device("meta"):
+        plain = UNet(model.config)
+    plain.load_state_dict(model.state_dict(), assign=True)
+    plain.backend = "plain"
+    return plain.eval().requires_grad_(False)
+
+
+def _example(model: UNet, image_size: int | None) -> dict[str, Tensor]:
+    """Inputs to trace with: a batch of two, since one would be taken for a constant."""
+    config = model.config
+    size = config.image_size if image_size is None else image_size
+    if (
+        isinstance(size, bool)
+        or not isinstance(size, int)
+        or size < 1
+        or size % config.size_multiple
+    ):
+        raise ValueError(
+            f"export_program: image_size must be a multiple of {config.size_multiple}, got {size!r}"
+        )
+    device, dtype = model.input_blocks[0].get_parameter("0.weight").device, torch.float32
+    inputs = {
+        "x": torch.zeros(2, config.in_channels, size, size, device=device, dtype=dtype),
+        "timesteps": torch.zeros(2, device=device, dtype=dtype),
+    }
+    if config.num_classes is not None:
+        inputs["y"] = torch.zeros(2, device=device, dtype=torch.int64)
+    if config.super_resolution:
+        inputs["low_res"] = inputs["x"][:, :, : max(1, size // 4), : max(1, size // 4)].clone()
+    return inputs

@@ -1,0 +1,109 @@
+"""A `Diffusion` from the configuration of a diffusers scheduler, and the configuration from it.
+
+Field names and values are those of `diffusers.DDPMScheduler`, so that either scheduler is made from
+the other's configuration. `"squaredcos_cap_v2"` is diffusers' name of the paper's cosine schedule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from iddpm_ext.diffusion import Diffusion, linear_beta_schedule
+
+_COSINE = ("squaredcos_cap_v2", "cosine")
+_SCHEDULES = (*_COSINE, "linear", "scaled_linear")
+# The head of "learned" is a variance in diffusers and a log-variance in the paper's code, so a
+# configuration of diffusers' own with that value means another network.
+_VARIANCES = {
+    "learned_range": "learned_range",
+    "learned": "learned",
+    "fixed_large": "fixed_large",
+    "fixed_small": "fixed_small",
+    "fixed_small_log": "fixed_small",
+}
+_PREDICTIONS = {"epsilon": "epsilon", "sample": "x_0", "x_prev": "x_prev"}
+
+
+def diffusion_of(config: Mapping[str, Any]) -> Diffusion:
+    """The training process of a scheduler's configuration.
+
+    Raises ValueError for what this package has no process for.
+    """
+    steps, betas = int(config["num_train_timesteps"]), config.get("trained_betas")
+    schedule = config.get("beta_schedule", "linear")
+    variance = _named("variance_type", config["variance_type"], _VARIANCES)
+    prediction = _named("prediction_type", config["prediction_type"], _PREDICTIONS)
+    common: dict[str, Any] = {
+        "variance": variance,
+        "prediction": prediction,
+        "rescale_timesteps": bool(config.get("rescale_timesteps", False)),
+    }
+    if betas is not None:
+        return Diffusion(betas=torch.as_tensor(betas, dtype=torch.float64), **common)
+    if schedule in _COSINE:
+        return Diffusion("cosine", steps, **common)
+    first, last = _ends(config, steps)
+    if schedule == "linear":
+        own = Diffusion("linear", steps, **common) if steps >= 20 else None
+        given = torch.linspace(first, last, steps, dtype=torch.float64)
+        if own is not None and torch.allclose(own.betas, given, rtol=1e-12, atol=0):
+            return own
+        return Diffusion(betas=given, **common)
+    if schedule == "scaled_linear":
+        root: Tensor = torch.linspace(first**0.5, last**0.5, steps, dtype=torch.float64)
+        return Diffusion(betas=root.square(), **common)
+    raise ValueError(
+        f"IDDPMScheduler: beta_schedule must be one of {', '.join(_SCHEDULES)}, got {schedule!r}"
+    )
+
+
+def config_of(diffusion: Diffusion) -> dict[str, Any]:
+    """The arguments of `IDDPMScheduler` that describe a whole training process.
+
+    Raises ValueError for a process that visits only some of its training steps: a scheduler chooses
+    its steps itself.
+    """
+    if diffusion.num_timesteps != diffusion.num_train_timesteps:
+        raise ValueError(
+            "IDDPMScheduler: diffusion must be a whole training process, "
+            f"got the respaced {diffusion!r}"
+        )
+    steps = diffusion.num_train_timesteps
+    schedule = {"cosine": "squaredcos_cap_v2"}.get(diffusion.schedule, diffusion.schedule)
+    config: dict[str, Any] = {
+        "num_train_timesteps": steps,
+        "beta_schedule": schedule,
+        "variance_type": diffusion.variance,
+        "prediction_type": {"x_0": "sample"}.get(diffusion.prediction, diffusion.prediction),
+        "rescale_timesteps": diffusion.rescale_timesteps,
+    }
+    if schedule == "custom":
+        config.update(beta_schedule="linear", trained_betas=diffusion.betas.tolist())
+    return config
+
+
+def _ends(config: Mapping[str, Any], steps: int) -> tuple[float, float]:
+    """First and last beta; those of the linear schedule rescaled to T where none are given."""
+    first, last = config.get("beta_start"), config.get("beta_end")
+    if (first is None or last is None) and steps >= 20:
+        betas = linear_beta_schedule(steps)
+        first = float(betas[0]) if first is None else first
+        last = float(betas[-1]) if last is None else last
+    if first is None or last is None:
+        raise ValueError(
+            "IDDPMScheduler: beta_start and beta_end must be given for fewer than 20 steps, "
+            f"got {first} and {last}"
+        )
+    return float(first), float(last)
+
+
+def _named(argument: str, value: str, names: Mapping[str, str]) -> str:
+    if value not in names:
+        raise ValueError(
+            f"IDDPMScheduler: {argument} must be one of {', '.join(names)}, got {value!r}"
+        )
+    return names[value]

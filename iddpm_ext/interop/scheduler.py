@@ -1,0 +1,275 @@
+"""The paper's samplers behind the scheduler interface of diffusers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from iddpm_ext import ops
+from iddpm_ext.diffusion import Diffusion, multistep_update
+from iddpm_ext.interop.library import (
+    ConfigMixin,
+    DDPMSchedulerOutput,
+    KarrasDiffusionSchedulers,
+    SchedulerMixin,
+    randn_tensor,
+    register_to_config,
+)
+from iddpm_ext.interop.process import config_of, diffusion_of
+
+_SAMPLERS = ("ddpm", "ddim", "dpm++")
+
+
+class IDDPMScheduler(SchedulerMixin, ConfigMixin):
+    """Samples networks with a learned variance inside the pipelines of diffusers.
+
+    Tables are float64, rounded once; steps are spaced as in the original code, both ends included;
+    the last step adds no noise. `timesteps` are floats, index * 1000 / T where the network was
+    trained on rescaled timesteps, so that a pipeline feeds the network what it was trained on. In
+    `step` and `add_noise` a floating timestep is such a number, an integer one the index itself.
+
+    Args:
+        num_train_timesteps: T.
+        beta_schedule: "squaredcos_cap_v2" (the paper's cosine), "linear" or "scaled_linear".
+        beta_start, beta_end: of the last two; None for 1e-4 and 0.02, times 1000 / T.
+        trained_betas: a schedule of one's own, [T] in (0, 1), in place of a named one.
+        variance_type: "learned_range", "learned" (the head is the log-variance), "fixed_large" or
+            "fixed_small".
+        prediction_type: "epsilon", "sample" (x_0) or "x_prev".
+        clip_sample: clamp every predicted x_0 to [-1, 1].
+        rescale_timesteps: the network is told index * 1000 / T instead of the index.
+        sampler: "ddpm" (ancestral), "ddim", or "dpm++" (DPM-Solver++ 2M); the last two leave the
+            variance head unused.
+        eta: noise of DDIM, from 0 to 1.
+        extrapolation_limit: of DPM-Solver++, see `Diffusion.multistep_weights`; None for none, as in
+            diffusers' own solver.
+
+    Raises ValueError for a value that is none of these.
+
+    Source: Nichol & Dhariwal 2021; Song et al. 2021; Lu et al. 2022.
+    """
+
+    config: Any
+    _compatibles = [e.name for e in KarrasDiffusionSchedulers]  # noqa: RUF012
+    order = 1
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 4000,
+        beta_schedule: str = "squaredcos_cap_v2",
+        beta_start: float | None = None,
+        beta_end: float | None = None,
+        trained_betas: Sequence[float] | None = None,
+        variance_type: str = "learned_range",
+        prediction_type: str = "epsilon",
+        clip_sample: bool = True,
+        rescale_timesteps: bool = True,
+        sampler: str = "ddpm",
+        eta: float = 0.0,
+        extrapolation_limit: float | None = 0.5,
+    ) -> None:
+        if sampler not in _SAMPLERS:
+            raise ValueError(
+                f"IDDPMScheduler: sampler must be one of {', '.join(_SAMPLERS)}, got {sampler!r}"
+            )
+        self.diffusion = diffusion_of(self.config)
+        if trained_betas is None and beta_schedule == "linear":
+            # Diffusers' own schedulers cannot read a None here.
+            betas = self.diffusion.betas
+            self.register_to_config(beta_start=float(betas[0]), beta_end=float(betas[-1]))
+        _require_eta(sampler, eta)
+        self.init_noise_sigma = 1.0
+        self.num_inference_steps: int | None = None
+        self._take(self.diffusion, None)
+
+    @classmethod
+    def from_diffusion(cls, diffusion: Diffusion, **arguments: Any) -> IDDPMScheduler:
+        """The scheduler of a process such as `iddpm_ext.load(...).diffusion`.
+
+        arguments: sampler, eta and clip_sample, as of the class.
+        """
+        if not isinstance(diffusion, Diffusion):
+            raise TypeError(
+                f"IDDPMScheduler: diffusion must be a Diffusion, got {type(diffusion).__name__}"
+            )
+        return cls(**config_of(diffusion), **arguments)
+
+    @classmethod
+    def from_config(cls, config: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """The scheduler of a configuration, this class's or that of a scheduler of diffusers.
+
+        Those tell the network the index itself, and take "learned" for a variance: it is refused.
+        """
+        values = dict(config)
+        if "rescale_timesteps" not in values:
+            # What another class had by default is not what this one has.
+            values.pop("_use_default_values", None)
+            values["rescale_timesteps"] = False
+            if values.get("variance_type") == "learned":
+                raise ValueError(
+                    "IDDPMScheduler: variance_type must not be 'learned' where it comes from another "
+                    "scheduler, whose head is the variance, not its logarithm, got 'learned'"
+                )
+        return super().from_config(values, *args, **kwargs)
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | str | None = None,
+        device: torch.device | str | None = None,
+        timesteps: Sequence[int] | None = None,
+    ) -> None:
+        """Chooses the steps of the chain to come.
+
+        Args:
+            num_inference_steps: what `Diffusion.respace` takes: 50, "ddim50", "10,15,20".
+            device: of `timesteps`.
+            timesteps: in its place, descending indices in the training chain.
+        """
+        if (num_inference_steps is None) == (timesteps is None):
+            raise ValueError(
+                "IDDPMScheduler: exactly one of num_inference_steps and timesteps must be given, "
+                f"got {num_inference_steps!r} and {timesteps!r}"
+            )
+        if timesteps is not None:
+            indices = [int(i) for i in timesteps]
+            if indices != sorted(set(indices), reverse=True):
+                raise ValueError(
+                    f"IDDPMScheduler: timesteps must be descending indices, got {timesteps!r}"
+                )
+            chain = self.diffusion.respace(indices)
+        else:
+            assert num_inference_steps is not None
+            chain = self.diffusion.respace(num_inference_steps)
+        self.num_inference_steps = chain.num_timesteps
+        self._take(chain, device)
+
+    def _take(self, chain: Diffusion, device: torch.device | str | None) -> None:
+        told = chain.model_timesteps(torch.arange(chain.num_timesteps))
+        self.chain = chain
+        self.timesteps = told.flip(0).to(device)
+        self._by_told = {float(value): i for i, value in enumerate(told)}
+        self._by_index = {int(value): i for i, value in enumerate(chain.timesteps)}
+        limit = self.config.extrapolation_limit
+        self._weights = chain.multistep_weights(math.inf if limit is None else limit)
+        self._before: tuple[int, Tensor] | None = None
+
+    def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
+        """The sample itself: the paper's networks see x_t."""
+        return sample
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: Tensor | float | int,
+        sample: Tensor,
+        eta: float | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        variance_noise: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> DDPMSchedulerOutput | tuple[Tensor, Tensor]:
+        """x_{t-1} from x_t and the network's output, by `iddpm_ext.ops.reverse_step`.
+
+        Args:
+            model_output: floating [N, 2C, H, W] where the variance is learned, else [N, C, H, W].
+            timestep: one of `timesteps`, or an integer index of this chain's steps.
+            sample: x_t, floating [N, C, H, W]; half precision is computed with in float32.
+            eta: of DDIM, in place of the configuration's.
+            generator: of the noise, as `randn_tensor` of diffusers takes it.
+            variance_noise: like sample, in place of drawn noise.
+            return_dict: False for a tuple.
+
+        Returns:
+            `prev_sample` and `pred_original_sample` (clipped where `clip_sample`), like sample.
+
+        Not differentiable.
+        """
+        sampler = self.config.sampler
+        eta = self.config.eta if eta is None else eta
+        _require_eta(sampler, eta)
+        i = self._position(timestep)
+        state = sample if sample.dtype == torch.float64 else sample.float()
+        table = self.chain.table(
+            sample.device,
+            sampler="ddpm" if sampler == "ddpm" else "ddim",
+            eta=eta,
+            dtype=state.dtype,
+        )
+        noise = None
+        if i > 0 and (sampler == "ddpm" or eta > 0):
+            if variance_noise is None:
+                variance_noise = randn_tensor(
+                    sample.shape, generator=generator, device=sample.device, dtype=sample.dtype
+                )
+            noise = variance_noise.to(state.dtype)
+        t = torch.full((len(sample),), i, device=sample.device)
+        x_prev, x_0 = ops.reverse_step(
+            state, model_output, t, table, noise, clip=self.config.clip_sample
+        )
+        if sampler == "dpm++":
+            before = self._before
+            # Only the step before gives the slope: after a jump, the solver starts anew.
+            known = before is not None and before[0] == i + 1
+            x_prev = multistep_update(
+                x_prev, x_0, before[1] if known and before else None, float(self._weights[i])
+            )
+            self._before = (i, x_0)
+        x_prev, x_0 = x_prev.to(sample.dtype), x_0.to(sample.dtype)
+        return DDPMSchedulerOutput(x_prev, x_0) if return_dict else (x_prev, x_0)
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """x_t of x_0 and noise (equation 8), with float32 coefficients whatever the dtype.
+
+        Args:
+            original_samples: x_0, floating [N, C, H, W].
+            noise: like original_samples.
+            timesteps: [N] or one for all: integer indices in the training chain, or floating ones
+                as the network is told them.
+
+        Returns:
+            like original_samples.
+        """
+        t = self._training_index(timesteps, len(original_samples), original_samples.device)
+        return self.diffusion.q_sample(original_samples, t, noise)
+
+    def model_timesteps(self, t: Tensor) -> Tensor:
+        """What the network is told at training steps t, int64 [N] -> float32 [N]."""
+        return self.diffusion.model_timesteps(t)
+
+    def __len__(self) -> int:
+        return self.diffusion.num_timesteps
+
+    def _position(self, timestep: Tensor | float | int) -> int:
+        """The number of a step in the chain."""
+        value = timestep.item() if isinstance(timestep, Tensor) else timestep
+        known: dict[Any, int] = self._by_index if isinstance(value, int) else self._by_told
+        if value not in known:
+            raise ValueError(
+                "IDDPMScheduler: timestep must be one of `timesteps`, or the integer index of one, "
+                f"got {value!r}; call set_timesteps first"
+            )
+        return known[value]
+
+    def _training_index(self, timesteps: Tensor, n: int, device: torch.device) -> Tensor:
+        t = torch.as_tensor(timesteps, device=device)
+        if t.is_floating_point():
+            scale = len(self) / 1000 if self.config.rescale_timesteps else 1.0
+            t = (t.double() * scale).round().long()
+        return t.long().reshape(-1).expand(n) if t.numel() == 1 else t.long()
+
+
+def _require_eta(sampler: str, eta: float) -> None:
+    if not 0 <= eta <= 1 or (eta and sampler != "ddim"):
+        raise ValueError(
+            f"IDDPMScheduler: eta must be from 0 to 1, and 0 for a sampler other than 'ddim', "
+            f"got {eta} with {sampler!r}"
+        )
+
+
+# Where diffusers looks the class up when it reads a pipeline's model_index.json: `import iddpm_ext`
+# is then all that has to come before.
+IDDPMScheduler.__module__ = "iddpm_ext"

@@ -1,0 +1,9 @@
+"""Bits per dimension with error bars, and the best steps to take."""
+
+from __future__ import annotations
+
+from .result import Likelihood, PerStep
+from .run import nll
+from .schedules import StepSchedules, find_schedules
+
+__all__ = ["Likelihood", "PerStep", "StepSchedules", "find_schedules", "nll"]

@@ -1,0 +1,102 @@
+"""One network evaluation a row: noise an image, run the network, take what is measured."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from iddpm_ext import ops
+from iddpm_ext.ops.columns import Column
+from iddpm_ext.random import STREAM_FORWARD, NoiseKey
+from iddpm_ext.sampling.engines import Network, choose_network
+from iddpm_ext.sampling.request import Request
+
+#: Of each evaluation: L_t in bits/dim; mean squared errors of x_0 and eps; share of v outside [-1, 1].
+MEASURED = ("bpd", "x_0_mse", "eps_mse", "v_outside")
+
+
+class Rows(NamedTuple):
+    """Evaluations to make: image, step of the chain and replicate of the noise, each int64 [n]."""
+
+    image: Tensor
+    t: Tensor
+    draw: Tensor
+
+
+class Outputs(NamedTuple):
+    """x_0 and x_t [n, C, H, W], the network's output of them, and t int64 [n], on the device."""
+
+    x_0: Tensor
+    x_t: Tensor
+    model_output: Tensor
+    t: Tensor
+
+
+class Evaluator:
+    """Evaluates rows of a request's images.
+
+    request: as of `sample`, for the chain, the model and where it runs. x_0: float32 [N, C, H, W].
+    batch_size: the most rows of a call.
+    """
+
+    def __init__(self, request: Request, x_0: Tensor, batch_size: int):
+        self.request, self.x_0 = request, x_0
+        self.network: Network = choose_network(request, batch_size)
+        self._table = request.diffusion.table(request.device)
+
+    @torch.no_grad()
+    def outputs(self, rows: Rows) -> Outputs:
+        """The network's outputs for noised images."""
+        request = self.request
+        chain, device = request.diffusion, request.device
+        x_0 = self.x_0[rows.image].to(device)
+        t = rows.t.to(device)
+        # A key names one replicate; there are few in a batch.
+        x_t = torch.empty_like(x_0)
+        for draw in rows.draw.unique().tolist():
+            which = (rows.draw == draw).nonzero()[:, 0]
+            key = NoiseKey(
+                request.seed, STREAM_FORWARD, rows.image[which].to(device),
+                chain.timesteps[rows.t[which]].to(device), draw,
+            )  # fmt: skip
+            at = which.to(device)
+            x_t[at] = ops.q_sample(x_0[at], t[at], self._table, key, backend=request.backend)
+        labels = None if request.labels is None else request.labels[rows.image.to(device)]
+        low_res = None if request.low_res is None else request.low_res[rows.image.to(device)]
+        out = self.network.at(x_t, chain.model_timesteps(t), labels, low_res)
+        return Outputs(x_0, x_t, out, t)
+
+    @torch.no_grad()
+    def measure(self, rows: Rows, *, exact: bool) -> Tensor:
+        """What `MEASURED` names, float32 [n, 4] on the CPU; NaN for v where the variance is fixed."""
+        request = self.request
+        x_0, x_t, out, t = self.outputs(rows)
+        chain, channels = request.diffusion, x_0.shape[1]
+        backend = request.backend
+        bpd = ops.vlb_terms(
+            out, x_0, x_t, t, self._table, clip=request.clip, exact=exact, backend=backend
+        )
+        predicted = chain.p_mean_variance(out, x_t, t, clip=request.clip).x_0
+        x_0_mse = (predicted - x_0).square().flatten(1).mean(1)
+        # eps is affine in x_0 for a given x_t.
+        row = self._table[t]
+        ratio = row[:, Column.SQRT_ALPHA_BAR] / row[:, Column.SQRT_ONE_MINUS_ALPHA_BAR]
+        outside = torch.full_like(bpd, torch.nan)
+        if chain.learns_variance:
+            outside = (out[:, channels:].abs() > 1).float().flatten(1).mean(1)
+        measured = torch.stack([bpd, x_0_mse, ratio.square() * x_0_mse, outside], dim=1)
+        return measured.float().cpu()
+
+
+def progress_bar(total: int, done: int, shown: bool) -> Any:
+    """A bar of evaluations, where stderr is a terminal."""
+    from tqdm import tqdm
+
+    # None: shown where stderr is a terminal.
+    disable = None if shown else True
+    return tqdm(
+        total=total, initial=done, desc="likelihood", unit="evaluation", leave=False,
+        disable=disable,
+    )  # fmt: skip

@@ -1,0 +1,67 @@
+"""The images whose likelihood is asked for: 8-bit levels in [-1, 1], with their labels."""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from iddpm_ext.data import ImageData, Order, open_data
+
+#: What `nll` takes: images in a tensor, opened data, or a path to open.
+Data = Tensor | ImageData | str | os.PathLike[str]
+
+
+class Images(NamedTuple):
+    """x_0: float32 [N, C, H, W], 8-bit levels in [-1, 1]. labels: int64 [N], or None."""
+
+    x_0: Tensor
+    labels: Tensor | None
+
+
+def read_images(
+    data: Data, *, who: str, split: str, limit: int | None, size: int | None, shuffle: bool = False
+) -> Images:
+    """All images of `data`, or the first `limit`, brought to `size` where they come from files.
+
+    shuffle: `limit` images of opened data are a choice of all of them, always the same one.
+
+    The bound is that of 8-bit images. A tensor must hold such levels; what a file gives (16 bits, resized
+    images) is rounded to them.
+    """
+    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
+        raise ValueError(f"{who}: limit must be an int above 0, got {limit!r}")
+    if isinstance(data, Tensor):
+        _check_tensor(who, data)
+        return Images(data[:limit].float(), None)
+    if isinstance(data, (str, os.PathLike)):
+        data = open_data(os.fspath(data), split=split, image_size=size, bad_images="stop")
+    if not hasattr(data, "images") or not hasattr(data, "labels"):
+        raise TypeError(f"{who}: data must be a tensor, a path or image data, got {type(data)}")
+    indices = torch.arange(len(data) if limit is None else min(limit, len(data)))
+    if shuffle:
+        indices = Order(len(data), seed=0).at(indices)
+    parts = [data.images(part)[0] for part in indices.split(256)]
+    levels = ((torch.cat(parts) + 1) * 127.5).round()
+    return Images(levels / 127.5 - 1, data.labels(indices))
+
+
+def _check_tensor(who: str, data: Tensor) -> None:
+    if not data.is_floating_point():
+        raise TypeError(f"{who}: data must be floating in [-1, 1], got {data.dtype}")
+    if data.dim() != 4 or 0 in data.shape:
+        raise ValueError(f"{who}: data must be [N, C, H, W], got {list(data.shape)}")
+    low, high = float(data.min()), float(data.max())
+    if not (low >= -1 and high <= 1):
+        raise ValueError(f"{who}: data must lie in [-1, 1], got {low:g} .. {high:g}")
+    for part in data.split(256):
+        levels = (part.double() + 1) * 127.5
+        wrong = (levels - levels.round()).abs() > 1e-2
+        if bool(wrong.any()):
+            value = float(part[wrong][0])
+            raise ValueError(
+                f"{who}: data must hold the 256 levels k / 127.5 - 1, got {value:.6g}: a scale other "
+                f"than [-1, 1], or images that are not 8-bit"
+            )

@@ -1,0 +1,164 @@
+"""What one call of `nll` asks for, checked in full before any work."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from iddpm_ext.diffusion import Diffusion
+from iddpm_ext.likelihood.images import Data, Images, read_images
+from iddpm_ext.sampling.request import Request, Steps, default_batch_size, make_request
+from iddpm_ext.unet_config import UNetConfig
+
+_FORMAT = 1
+
+
+@dataclass(frozen=True, eq=False)
+class LikelihoodRequest:
+    """The arguments of `nll`, resolved.
+
+    network: the request of `sample` that says which chain, model and device. x_0: float32 [N, C, H, W] on
+    the CPU. batch_size: most evaluations at once. budget: evaluations an image, or None. exact: the
+    decoder's likelihood without approximation.
+    """
+
+    network: Request
+    x_0: Tensor
+    batch_size: int
+    budget: float | None
+    exact: bool
+
+    def fingerprint(self, more: str = "") -> str:
+        """sha256 of everything that the result depends on, batches and processes not among it.
+
+        more: text for what the caller adds.
+        """
+        request, digest = self.network, hashlib.sha256()
+        facts = {
+            "format": _FORMAT,
+            "diffusion": request.diffusion.to_dict(),
+            "budget": self.budget,
+            "more": more,
+            "exact": self.exact,
+            "clip": request.clip,
+            "seed": request.seed,
+            "dtype": str(request.dtype),
+            "engine": request.engine,
+            "backend": request.backend,
+            "model": _describe(request.model),
+        }
+        digest.update(json.dumps(facts, sort_keys=True).encode())
+        state = request.model.state_dict() if isinstance(request.model, nn.Module) else {}
+        tensors = {
+            **state,
+            " x_0": self.x_0,
+            " labels": request.labels,
+            " low_res": request.low_res,
+        }
+        for name, tensor in tensors.items():
+            digest.update(name.encode())
+            if tensor is not None:
+                digest.update(repr((tensor.dtype, tensor.shape)).encode())
+                digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+
+def _describe(model: object) -> str:
+    """What tells models apart beside their weights; of a foreign one, only its name can be asked."""
+    kind = type(model)
+    name = getattr(model, "__qualname__", kind.__qualname__)
+    return f"{kind.__module__}.{name} {getattr(model, 'config', '')}"
+
+
+def make_likelihood_request(
+    model: Callable[..., Tensor],
+    data: Data,
+    *,
+    labels: Sequence[int] | Tensor | None,
+    low_res: Tensor | None,
+    budget: float | None,
+    steps: Steps,
+    clip: bool,
+    exact: bool,
+    batch_size: int | None,
+    seed: int,
+    split: str,
+    limit: int | None,
+    diffusion: Diffusion | None,
+    dtype: torch.dtype | None,
+    engine: bool,
+    backend: str,
+    progress: bool,
+    who: str = "nll",
+    shuffle: bool = False,
+) -> LikelihoodRequest:
+    """Checks the arguments of `nll` and reads the images.
+
+    who: the function that errors name. shuffle: `limit` images of opened data are a random choice.
+
+    Raises ValueError, TypeError or RuntimeError as `nll` documents.
+    """
+    number = isinstance(budget, (int, float)) and not isinstance(budget, bool)
+    if budget is not None and not (number and budget >= 1 and budget < float("inf")):
+        raise ValueError(
+            f"{who}: budget must be at least 1 evaluation an image, or None for every step, "
+            f"got {budget!r}"
+        )
+    if not isinstance(exact, bool):
+        raise TypeError(f"{who}: exact must be True or False, got {exact!r}")
+    config = getattr(model, "config", None)
+    config = config if isinstance(config, UNetConfig) else None
+    side = None if config is None else config.image_size
+    images = read_images(data, who=who, split=split, limit=limit, size=side, shuffle=shuffle)
+    shape = list(images.x_0.shape[1:])
+    if config is not None and shape != [config.in_channels, side, side]:
+        raise ValueError(
+            f"{who}: data must be [N, {config.in_channels}, {side}, {side}] for this model, "
+            f"got {list(images.x_0.shape)}"
+        )
+    if budget is not None and budget < 2 and len(images.x_0) == 1:
+        raise ValueError(
+            f"{who}: budget must be at least 2 for one image alone, to tell its error, got {budget}"
+        )
+    labels = _labels(who, config, images, labels)
+    with _as_errors_of(who):
+        network = make_request(
+            model, steps, n=len(images.x_0), sampler="ddpm", eta=0.0, labels=labels,
+            guidance_scale=1.0, low_res=low_res, seed=seed, x_T=None, clip=clip,
+            batch_size=batch_size, diffusion=diffusion, image_shape=shape, dtype=dtype,
+            engine=engine, exact=False, backend=backend, progress=progress,
+        )  # fmt: skip
+    if batch_size is None:  # that of `sample` is at most the number of images
+        batch_size = default_batch_size(network.image_shape, network.device)
+    return LikelihoodRequest(network, images.x_0, batch_size, budget, exact)
+
+
+def _labels(
+    who: str, config: UNetConfig | None, images: Images, labels: Sequence[int] | Tensor | None
+) -> Sequence[int] | Tensor | None:
+    if labels is not None:
+        return labels
+    classes = None if config is None else config.num_classes
+    if classes is None:
+        return None
+    if images.labels is None:
+        raise ValueError(
+            f"{who}: labels must be given for a model of {classes} classes (-1 for unlabelled images), "
+            f"as the data has none, got None"
+        )
+    return images.labels
+
+
+@contextmanager
+def _as_errors_of(who: str) -> Iterator[None]:
+    """Errors of the request that `sample` shares, under the caller's name."""
+    try:
+        yield
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise type(error)(str(error).replace("sample: ", f"{who}: ", 1)) from None

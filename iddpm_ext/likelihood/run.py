@@ -1,0 +1,214 @@
+"""Bits per dimension: `nll`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from iddpm_ext.diffusion import Diffusion
+from iddpm_ext.likelihood.design import (
+    PILOT_DRAW,
+    Design,
+    full_design,
+    learn_proposal,
+    make_plan,
+    sampled_design,
+)
+from iddpm_ext.likelihood.estimate import estimate
+from iddpm_ext.likelihood.evaluate import MEASURED, Evaluator, Rows, progress_bar
+from iddpm_ext.likelihood.images import Data
+from iddpm_ext.likelihood.journal import Journal
+from iddpm_ext.likelihood.request import LikelihoodRequest, make_likelihood_request
+from iddpm_ext.likelihood.result import Likelihood, summarize_steps
+from iddpm_ext.sampling.distributed import Processes
+from iddpm_ext.sampling.request import Steps, default_batch_size
+
+
+def nll(
+    model: Callable[..., Tensor],
+    data: Data,
+    *,
+    labels: Sequence[int] | Tensor | None = None,
+    low_res: Tensor | None = None,
+    budget: float | None = None,
+    steps: Steps = None,
+    clip: bool = True,
+    exact: bool = False,
+    batch_size: int | None = None,
+    seed: int = 0,
+    split: str = "test",
+    limit: int | None = None,
+    diffusion: Diffusion | None = None,
+    dtype: torch.dtype | None = None,
+    engine: bool = True,
+    backend: str = "auto",
+    state: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> Likelihood:
+    """Bits per dimension of images under the variational bound, with its error.
+
+        bpd = L_T + sum_t L_t,  equations (4) to (7) of Improved DDPM
+
+    in full, or with a budget by an unbiased estimate: the steps are drawn by importance in strata of two
+    draws, the first ones are evaluated by themselves, and the proposal comes from a pilot pass that the
+    estimate does not use (`likelihood/design.py` has the mathematics). What is estimated is the expectation
+    over the noise, of which the full sum is one draw. The noise of an evaluation is named by the seed, the
+    image, the step and the replicate: the result does not depend on batches, processes or the order
+    of work, up to the network's rounding.
+
+    Args:
+        model: as in `sample`.
+        data: float [N, C, H, W] of 8-bit levels in [-1, 1]; what `open_data` returns; or a path for it.
+        labels: integers [N], -1 for an unlabelled image; None takes those of the data.
+        low_res: [N, C, h, w] in [-1, 1], for a super-resolution model.
+        budget: network evaluations an image on average, the pilot included, at least 1; None for the full
+            sum, which evaluates every step once and those at jumps in the terms (64 of 4000) twice, to know
+            its error.
+        steps: a shorter chain, as in `sample`; "dense-K" also visits every one of the first T/K steps,
+            "optimal-K" is a schedule of the checkpoint; None for the whole chain.
+        clip: clamp every predicted x_0 to [-1, 1].
+        exact: take the decoder's likelihood as it is, not the original's approximation.
+        batch_size: most evaluations at once; chosen by device and image size if None.
+        seed: 0 <= seed < 2^64, names the noise and the drawn steps.
+        split: "train" or "test", of a path that has both. limit: only the first images.
+        diffusion, dtype, engine, backend: as in `sample`; backend is that of `q_sample` and `vlb_terms`.
+        state: a folder that keeps every evaluation until the run is done, so that the same call after an
+            interruption goes on where it was.
+        progress: show a bar where stderr is a terminal.
+
+    Returns:
+        `Likelihood`: bpd, ci95, population_ci95, prior_bpd, per_image_bpd, per_step and more.
+
+    Raises:
+        ValueError, TypeError: for an argument of a wrong value, shape or dtype.
+        OSError: if `state` cannot be written. RuntimeError: if an explicit backend cannot serve.
+
+    Not differentiable. Source: Nichol & Dhariwal 2021; the estimator is this project's.
+    """
+    request = make_likelihood_request(
+        model, data, labels=labels, low_res=low_res, budget=budget, steps=steps, clip=clip,
+        exact=exact, batch_size=batch_size, seed=seed, split=split, limit=limit,
+        diffusion=diffusion, dtype=dtype, engine=engine, backend=backend, progress=progress,
+    )  # fmt: skip
+    return compute(request, Path(state) if state is not None else None, Processes())
+
+
+def compute(request: LikelihoodRequest, state: Path | None, processes: Processes) -> Likelihood:
+    """The likelihood of a request, shared out among `processes` by image, the same in all of them."""
+    network, x_0 = request.network, request.x_0
+    images, chain = len(x_0), network.diffusion
+    plan = make_plan(images, chain.timesteps, request.budget)
+    pilot = _pilot_rows(plan.pilot_images, plan.pilot_steps)
+    run = request.fingerprint() if state is not None else ""
+    with Journal(state, run, processes.rank, len(MEASURED)) as journal:
+        work = _Work(request, journal, processes)
+        if plan.columns is None:
+            design = full_design(images, chain.timesteps)
+        else:
+            # In batches of a fixed size: the proposal must not depend on the user's, not even by rounding.
+            size = default_batch_size(network.image_shape, network.device)
+            terms = work.evaluate(pilot, -1 - torch.arange(len(pilot.t)), size, by_batch=True)[:, 0]
+            terms = terms.view(len(plan.pilot_images), len(plan.pilot_steps))
+            proposal = learn_proposal(plan.pilot_steps, terms, chain.num_timesteps)
+            design = sampled_design(images, plan.columns, proposal, network.seed)
+        columns = design.t.shape[1]
+        image = torch.arange(images)[:, None].expand(-1, columns)
+        rows = Rows(image.flatten(), design.t.flatten(), design.draw.flatten())
+        measured = work.evaluate(rows, torch.arange(images * columns), request.batch_size)
+        result = _result(request, design, measured.view(images, columns, -1), len(pilot.t), work)
+        processes.wait()
+        journal.remove()
+    return result
+
+
+class _Work:
+    """Evaluates rows that the journal does not have, this process's share, and brings all together."""
+
+    def __init__(self, request: LikelihoodRequest, journal: Journal, processes: Processes):
+        self._request, self._journal, self._processes = request, journal, processes
+        self._evaluators: dict[int, Evaluator] = {}
+        self.network_name = self._evaluator(request.batch_size).network.name
+
+    def evaluate(self, rows: Rows, ids: Tensor, batch_size: int, by_batch: bool = False) -> Tensor:
+        """What `MEASURED` names of all rows, float32 [n, 4].
+
+        ids: int64 [n], 0, 1, 2... or -1, -2, -3...: the signs tell two lists apart in the journal.
+        by_batch: keep together what belongs to one batch of the whole list, also when parts are known.
+        """
+        count = len(ids)
+        values = torch.full((count, len(MEASURED)), torch.nan)
+        known = torch.zeros(count, dtype=torch.bool)
+        own = torch.zeros(count, dtype=torch.bool)
+        if count:
+            position = (self._journal.ids - ids[0]).abs()
+            kept = (position < count) & ((self._journal.ids < 0) == (ids[0] < 0))
+            values[position[kept]] = self._journal.values[kept]
+            known[position[kept]] = True
+        with progress_bar(count, int(known.sum()), self._request.network.progress) as bar:
+            for at in self._batches(rows, known, batch_size, by_batch):
+                part = Rows(*(column[at] for column in rows))
+                values[at] = self._evaluator(batch_size).measure(part, exact=self._request.exact)
+                own[at] = True
+                self._journal.append(ids[at], values[at])
+                bar.update(len(at))
+        at = own.nonzero()[:, 0]
+        for other, theirs in self._processes.gather((at, values[at])):
+            values[other] = theirs
+        return values
+
+    def _batches(
+        self, rows: Rows, known: Tensor, batch_size: int, by_batch: bool
+    ) -> Iterator[Tensor]:
+        """Indices of the rows that this process evaluates together."""
+        rank, size = self._processes.rank, self._processes.size
+        if by_batch:
+            parts = torch.arange(len(known)).split(batch_size)
+            yield from (part for part in parts[rank::size] if not bool(known[part].all()))
+        else:
+            todo = (~known & (rows.image % size == rank)).nonzero()[:, 0]
+            yield from todo.split(batch_size) if len(todo) else ()
+
+    def _evaluator(self, batch_size: int) -> Evaluator:
+        if batch_size not in self._evaluators:
+            made = Evaluator(self._request.network, self._request.x_0, batch_size)
+            self._evaluators[batch_size] = made
+        return self._evaluators[batch_size]
+
+
+def _pilot_rows(images: Tensor, steps: Tensor) -> Rows:
+    image, t = images.repeat_interleave(len(steps)), steps.repeat(len(images))
+    return Rows(image, t, torch.full_like(t, PILOT_DRAW))
+
+
+def _result(
+    request: LikelihoodRequest, design: Design, measured: Tensor, pilot: int, work: _Work
+) -> Likelihood:
+    network, chain = request.network, request.network.diffusion
+    prior = torch.cat([chain.prior_bpd(part) for part in request.x_0.split(256)])
+    mean, ci95, population, per_image = estimate(design, measured[:, :, 0], prior)
+    facts: dict[str, Any] = {
+        "images": len(request.x_0),
+        "budget": request.budget,
+        "pilot_evaluations": pilot,
+        "seed": network.seed,
+        "clip": network.clip,
+        "exact": request.exact,
+        "diffusion": repr(chain),
+        "network": work.network_name,
+        "device": str(network.device),
+    }
+    return Likelihood(
+        bpd=mean,
+        ci95=ci95,
+        population_ci95=population,
+        prior_bpd=float(prior.double().mean()),
+        per_image_bpd=per_image,
+        per_step=summarize_steps(design, measured, chain.timesteps),
+        evaluations=pilot + design.t.numel(),
+        facts=facts,
+    )

@@ -1,0 +1,191 @@
+"""Optimal step schedules: the K steps of a chain whose shorter chain has the best bound.
+
+The bound of a chain is a sum over its jumps, L(t -> s), its decoder's term and its prior's. One evaluation of
+the network at t gives all jumps from t (`vlb_to_all`), so one pass over the candidate steps of some images
+gives the sum of any schedule, and `shortest.py` finds the best ones.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from iddpm_ext import ops
+from iddpm_ext.diffusion import Diffusion
+from iddpm_ext.likelihood.evaluate import Evaluator, Rows, progress_bar
+from iddpm_ext.likelihood.images import Data
+from iddpm_ext.likelihood.journal import Journal
+from iddpm_ext.likelihood.request import LikelihoodRequest, make_likelihood_request
+from iddpm_ext.likelihood.shortest import JumpTerms, shortest_paths
+from iddpm_ext.sampling.distributed import Processes
+
+#: All of the first steps are candidates: the terms change fastest there.
+_EVERY_EARLY = 64
+
+
+@dataclass(frozen=True, eq=False)
+class StepSchedules:
+    """What `find_schedules` found.
+
+    steps: K -> its K indices in the training chain, ascending. bpd: K -> the mean bound of the images that
+    it was found on. timesteps: the candidates, indices in the training chain.
+    """
+
+    steps: dict[int, list[int]]
+    bpd: dict[int, float]
+    timesteps: list[int]
+
+    def to_extra(self) -> dict[str, list[int]]:
+        """What a checkpoint's `extra["step_schedules"]` holds."""
+        return {str(count): indices for count, indices in self.steps.items()}
+
+
+def find_schedules(
+    model: Callable[..., Tensor],
+    data: Data,
+    *,
+    labels: Sequence[int] | Tensor | None = None,
+    limit: int | None = 64,
+    candidates: int = 500,
+    most: int = 250,
+    clip: bool = True,
+    exact: bool = False,
+    batch_size: int | None = None,
+    seed: int = 0,
+    split: str = "train",
+    diffusion: Diffusion | None = None,
+    engine: bool = True,
+    backend: str = "auto",
+    state: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> StepSchedules:
+    """For every K up to `most`, the K steps whose chain has the least bound on these images.
+
+    Costs `candidates` network evaluations an image. Best over the candidates only: all of the first 64
+    steps, and from there on steps in a geometric progression.
+
+    Args:
+        model, labels, clip, exact, batch_size, seed, diffusion, engine, backend, state, progress: as in
+            `nll`.
+        data: as in `nll`; images of training rather than those that the schedules are judged on.
+        limit: a random choice of so many images (of a tensor: the first); None takes all.
+        candidates: how many steps may be chosen, at least 4; all of the chain where it has no more.
+        most: the largest K, at least 2.
+        split: "train" or "test", of a path that has both.
+
+    Returns:
+        `StepSchedules`; `extra["step_schedules"] = schedules.to_extra()` makes `steps="optimal-K"` work.
+
+    Raises: as `nll`.
+
+    Source: Watson et al. 2021.
+    """
+    check_counts(candidates, most)
+    request = make_likelihood_request(
+        model, data, labels=labels, low_res=None, budget=None, steps=None, clip=clip, exact=exact,
+        batch_size=batch_size, seed=seed, split=split, limit=limit, diffusion=diffusion,
+        dtype=None, engine=engine, backend=backend, progress=progress, who="find_schedules",
+        shuffle=True,
+    )  # fmt: skip
+    folder = Path(state) if state is not None else None
+    return search(request, candidates, most, folder, Processes())
+
+
+def search(
+    request: LikelihoodRequest,
+    candidates: int,
+    most: int,
+    state: Path | None,
+    processes: Processes,
+) -> StepSchedules:
+    """`find_schedules` of a request, shared out among `processes` by candidate, the same in all."""
+    chain = request.network.diffusion
+    steps = candidate_steps(chain.num_timesteps, candidates)
+    terms = jump_terms(request, steps, state, processes)
+    paths = shortest_paths(terms, most)
+    timesteps = chain.timesteps[steps].tolist()
+    return StepSchedules(
+        steps={count: [timesteps[i] for i in path] for count, path in paths.items()},
+        bpd={count: terms.bound(path) for count, path in paths.items()},
+        timesteps=timesteps,
+    )
+
+
+def check_counts(candidates: int, most: int) -> None:
+    """ValueError unless there are at least 4 candidates and 2 steps."""
+    for name, value, least in (("candidates", candidates, 4), ("most", most, 2)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(
+                f"find_schedules: {name} must be an int of at least {least}, got {value!r}"
+            )
+
+
+def candidate_steps(num_timesteps: int, count: int) -> Tensor:
+    """At most `count` steps of a chain, ascending, the first ones and the last among them; int64."""
+    if count >= num_timesteps:
+        return torch.arange(num_timesteps)
+    early = min(_EVERY_EARLY, count // 2)
+    later = np.geomspace(early, num_timesteps - 1, count - early).round().astype(np.int64)
+    return torch.from_numpy(np.unique(np.concatenate([np.arange(early), later])))
+
+
+def jump_terms(
+    request: LikelihoodRequest, steps: Tensor, state: Path | None, processes: Processes
+) -> JumpTerms:
+    """The mean terms of all jumps between these steps of the chain, over the request's images."""
+    chain, images, count = request.network.diffusion, len(request.x_0), len(steps)
+    evaluator = Evaluator(request.network, request.x_0, request.batch_size)
+    means = torch.full((count, count), torch.nan)
+    run = request.fingerprint(str(steps.tolist())) if state is not None else ""
+    with Journal(state, run, processes.rank, count) as journal:
+        means[journal.ids] = journal.values
+        todo = means.isnan().all(1).nonzero()[:, 0]
+        mine = todo[todo % processes.size == processes.rank]
+        shown = request.network.progress
+        with progress_bar(count * images, (count - len(mine)) * images, shown) as bar:
+            for i in mine.tolist():
+                means[i] = _from_step(request, evaluator, steps, i)
+                journal.append(torch.tensor([i]), means[i : i + 1])
+                bar.update(images)
+        for rows, values in processes.gather((mine, means[mine])):
+            means[rows] = values
+        processes.wait()
+        journal.remove()
+    later = torch.ones(count, count, dtype=torch.bool).triu(1)
+    zero = torch.zeros((), dtype=torch.float64)
+    priors = [torch.inf]  # no chain ends at the first candidate
+    for last in steps[1:].tolist():
+        priors.append(float(chain.respace([0, last]).prior_bpd(request.x_0).double().mean()))
+    return JumpTerms(
+        torch.where(later.T, means.double(), zero),
+        torch.where(later, means.double(), zero),
+        torch.tensor(priors, dtype=torch.float64),
+    )
+
+
+def _from_step(request: LikelihoodRequest, evaluator: Evaluator, steps: Tensor, i: int) -> Tensor:
+    """Means over the images of the jumps to the steps before steps[i] and the decoders before those after.
+
+    float32 [G]; 0 at i itself.
+    """
+    network = request.network
+    chain, device = network.diffusion, network.device
+    # -1 - r: the decoder of a chain whose first step is this one and whose second is r.
+    targets = torch.cat([steps[:i], -1 - steps[i + 1 :]]).to(device)
+    total = torch.zeros(len(steps), dtype=torch.float64)
+    kept = torch.arange(len(steps)) != i
+    for image in torch.arange(len(request.x_0)).split(request.batch_size):
+        t = torch.full_like(image, int(steps[i]))
+        x_0, x_t, out, at = evaluator.outputs(Rows(image, t, torch.zeros_like(t)))
+        terms = ops.vlb_to_all(
+            out, x_0, x_t, at, chain.table(device), targets, clip=network.clip,
+            exact=request.exact, backend=network.backend,
+        )  # fmt: skip
+        total[kept] += terms.double().sum(0).cpu()
+    return (total / len(request.x_0)).float()

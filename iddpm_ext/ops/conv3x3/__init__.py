@@ -1,0 +1,150 @@
+"""The network's 3x3 convolution for training on the CPU: Winograd's, forward and in both gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from iddpm_ext.ops import checks
+from iddpm_ext.ops.conv3x3 import native, reference
+from iddpm_ext.ops.group_norm_silu.layout import empty_like_images, memory_format
+from iddpm_ext.ops.library import define, differentiate
+from iddpm_ext.ops.spec import OpSpec, register, resolve_backend
+
+NAME = "conv3x3"
+
+
+def conv3x3(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    upscale: bool = False,
+    exact: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """Convolves images with 3x3 filters at stride 1 and padding 1, doubled in size before if `upscale`.
+
+        y[n, k, i, j] = bias[k] + sum over c, u, v of weight[k, c, u, v] h[n, c, i + u - 1, j + v - 1],
+        h = x, or x with every pixel repeated 2 x 2 if `upscale`
+
+    The CPU kernels compute it by Winograd's minimal filtering (Lavin & Gray, CVPR 2016), the gradients of
+    input and weights too, and transform the weights anew in every call: for inference the sampling engine
+    keeps them transformed. F(4x4, 3x3) does a quarter of the multiplications at several times the rounding
+    error of the direct sum; F(2x2, 3x3), which `exact` and images of at most 4 pixels a side take, does
+    4/9 of them at its error. Which one is a function of the image's size alone, so a sample's result
+    depends on neither batch nor threads. Channel counts that are no multiple of 16, and CPUs without AVX2,
+    are served by PyTorch's library. On CUDA the reference, which is cuDNN's, serves.
+
+    Args:
+        x: [N, C, H, W], any strides; channels_last of any pitch is read in place. float32 or bfloat16;
+            any floating dtype for the reference. Under autocast it is cast as a convolution's input is.
+        weight: [K, C, 3, 3], bias: [K], any floating dtype. Both enter the CPU kernels in float32.
+        upscale: double height and width by nearest neighbour before.
+        exact: keep to transforms whose error is that of direct convolution.
+        backend: "auto", "reference" or "cpu".
+
+    Returns:
+        y [N, K, H, W], or [N, K, 2H, 2W] with `upscale`, with the dtype and the memory format of x.
+
+    Raises:
+        TypeError, ValueError: for an argument of a wrong type, shape, device or value.
+        RuntimeError: if an explicit backend cannot serve the call.
+
+    Differentiable (once) in x, weight and bias; the reference any number of times.
+    """
+    checks.image_batch(NAME, "x", x)
+    checks.floating(NAME, "weight", weight)
+    if weight.ndim != 4 or weight.shape[1:] != (x.shape[1], 3, 3):
+        raise ValueError(
+            f"{NAME}: weight must be [K, {x.shape[1]}, 3, 3], got shape {list(weight.shape)}"
+        )
+    if bias is not None:
+        checks.floating(NAME, "bias", bias)
+        checks.shape(NAME, "bias", bias, (weight.shape[0],), "[K] =")
+    checks.same_device(NAME, x, weight=weight, bias=bias)
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        x = x.to(torch.get_autocast_dtype(device)) if x.dtype != torch.float64 else x
+    chosen = resolve_backend(NAME, backend, x.device, x.dtype)
+    if chosen == "reference":
+        return reference.conv3x3(x, weight, bias, bool(upscale), bool(exact))
+    return _op(x, weight, bias, bool(upscale), bool(exact), chosen)
+
+
+def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, upscale: bool, *rest: Any) -> Tensor:
+    n, _, h, w = x.shape
+    shape = (n, weight.shape[0], *((2 * h, 2 * w) if upscale else (h, w)))
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
+
+
+def _fake_bwd(
+    dy: Tensor, x: Tensor, weight: Tensor, upscale: bool, exact: bool, *wants_and_backend: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    wants_x, wants_weight, wants_bias, _ = wants_and_backend
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=x.device)
+
+    return (
+        empty_like_images(x) if wants_x else x.new_empty(0),
+        empty(*weight.shape) if wants_weight else empty(0),
+        empty(len(weight)) if wants_bias else empty(0),
+    )
+
+
+SPEC = register(
+    OpSpec(
+        name=NAME,
+        summary="3x3 convolution for training on the CPU, optionally after doubling the image",
+        public=conv3x3,
+        kernels={"reference": reference.conv3x3, "cpu": native.cpu},
+        dtypes={"cpu": frozenset({torch.float32, torch.bfloat16})},
+        differentiable=("x", "weight", "bias"),
+        # F(4x4, 3x3) rounds intermediate values larger than its result: about twice the error of the direct
+        # sum in the images, and where that has few terms or terms of one sign, up to 7 times, which is 3e-7
+        # of the largest value: far below what bfloat16 or the batch's noise adds. `exact` avoids it.
+        roundings=4.0,
+    )
+)
+
+_op = define(
+    "conv3x3(Tensor x, Tensor weight, Tensor? bias, bool upscale, bool exact, str backend) -> Tensor",
+    {"cpu": native.cpu},
+    _fake,
+)
+
+_op_bwd = define(
+    "conv3x3_bwd(Tensor dy, Tensor x, Tensor weight, bool upscale, bool exact, bool wants_x, "
+    "bool wants_weight, bool wants_bias, str backend) -> (Tensor, Tensor, Tensor)",
+    {"cpu": native.cpu_bwd},
+    _fake_bwd,
+)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, bias, *ctx.options = inputs
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.save_for_backward(x, weight)
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight = ctx.saved_tensors
+    upscale, exact, backend = ctx.options
+    wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+    dx, dweight, dbias = _op_bwd(
+        dy, x, weight, upscale, exact, wants_x, wants_weight, wants_bias, backend
+    )
+    return (
+        dx if wants_x else None,
+        dweight.to(weight.dtype) if wants_weight else None,
+        dbias.to(ctx.bias_dtype) if wants_bias else None,
+        None,
+        None,
+        None,
+    )
+
+
+differentiate(NAME, _setup, _backward)

@@ -1,0 +1,18 @@
+"""The convolution in PyTorch's own functions."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from iddpm_ext.ops.group_norm_silu.layout import memory_format
+
+
+def conv3x3(
+    x: Tensor, weight: Tensor, bias: Tensor | None, upscale: bool = False, exact: bool = True
+) -> Tensor:
+    """x [N, C, H, W], weight [K, C, 3, 3], bias [K] -> y [N, K, H, W] or [N, K, 2H, 2W], laid out like x."""
+    source = F.interpolate(x, scale_factor=2.0, mode="nearest") if upscale else x
+    bias = None if bias is None else bias.to(x.dtype)
+    y = F.conv2d(source, weight.to(x.dtype), bias, padding=1)
+    return y.contiguous(memory_format=memory_format(x))

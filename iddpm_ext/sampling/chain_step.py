@@ -1,0 +1,68 @@
+"""One step of a sampler: the fused op, and what guidance and the second order add to its result."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from iddpm_ext.diffusion import multistep_update
+from iddpm_ext.ops import reverse_step
+from iddpm_ext.random import NoiseKey
+from iddpm_ext.sampling.classifier_guidance import condition_mean, condition_score
+from iddpm_ext.sampling.predict import Predictor
+from iddpm_ext.sampling.request import Request
+
+
+class ChainStep:
+    """x_{t-1} and x_0 from x_t and the network's output, for one walk down the chain.
+
+    Every sampler is one call of `reverse_step` with its table; DPM-Solver++ adds a term to DDIM's.
+    """
+
+    def __init__(self, request: Request, predict: Predictor, dtype: torch.dtype) -> None:
+        chain = request.diffusion
+        self._request, self._predict = request, predict
+        affine = "ddpm" if request.sampler == "ddpm" else "ddim"
+        self._noisy = request.sampler == "ddpm" or request.eta > 0
+        self._table = chain.table(request.device, sampler=affine, eta=request.eta, dtype=dtype)
+        self._weights: list[float] | None = None
+        if request.sampler == "dpm++":
+            self._weights = chain.multistep_weights(limit=0.5).tolist()
+        self._previous_x_0: Tensor | None = None
+
+    def __call__(
+        self, x_t: Tensor, model_output: Tensor, i: int, noise: NoiseKey
+    ) -> tuple[Tensor, Tensor]:
+        """x_{t-1} and x_0, each [N, C, H, W], of step i of the chain; noise is drawn where needed."""
+        request = self._request
+        t = torch.full((len(x_t),), i, device=x_t.device)
+        x_prev, x_0 = reverse_step(
+            x_t,
+            model_output,
+            t,
+            self._table,
+            noise if self._noisy else None,
+            clip=request.clip,
+            backend=request.backend,
+        )
+        if request.cond_fn is not None:
+            gradient = self._gradient(x_t, i)
+            if request.sampler == "ddpm":
+                x_prev = condition_mean(x_prev, gradient, model_output, self._table[i])
+            else:
+                x_prev, x_0 = condition_score(x_prev, x_0, gradient, self._table[i])
+        if self._weights is not None:
+            x_prev = multistep_update(x_prev, x_0, self._previous_x_0, self._weights[i])
+            self._previous_x_0 = x_0
+        return x_prev, x_0
+
+    def _gradient(self, x_t: Tensor, i: int) -> Tensor:
+        cond_fn = self._request.cond_fn
+        assert cond_fn is not None
+        named = {"y": self._predict.labels, "low_res": self._predict.low_res}
+        kwargs = {name: value for name, value in named.items() if value is not None}
+        gradient = cond_fn(x_t, self._predict.timesteps[i].expand(len(x_t)), **kwargs)
+        if not isinstance(gradient, Tensor) or gradient.shape != x_t.shape:
+            got = getattr(gradient, "shape", type(gradient).__name__)
+            raise ValueError(f"sample: cond_fn must return {list(x_t.shape)}, got {got}")
+        return gradient.to(x_t.dtype)

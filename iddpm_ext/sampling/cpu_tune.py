@@ -1,0 +1,120 @@
+"""Measures which convolution algorithm is fastest where, and stores it for the engines to come.
+
+In place: a whole network runs operation by operation, so that every convolution meets the caches as
+it will find them, its weights cold.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from iddpm_ext.sampling.cpu_algorithms import (
+    ALGORITHMS,
+    CANDIDATES,
+    Algorithm,
+    Table,
+    cpu_family,
+    load_user_table,
+    user_table_path,
+)
+from iddpm_ext.sampling.cpu_engine import CPUEngine, why_not_served
+from iddpm_ext.unet import UNet
+
+_MARGIN = 0.97  # F2 is the more accurate: F4 has to be this much faster
+
+
+def tune(
+    model: UNet,
+    batch_sizes: Sequence[int] = (1, 8, 16),
+    *,
+    rounds: int = 7,
+    path: Path | None = None,
+) -> Path:
+    """Measures the convolutions of `model` on this machine and stores the fastest algorithms.
+
+    Engines that are built afterwards, for any network with convolutions of these shapes, follow
+    the table; what it lacks stays as it was. One thread, process CPU time.
+
+    Args:
+        model: a `UNet` that the CPU engine serves.
+        batch_sizes: numbers of images a call; other numbers follow the nearest of them.
+        rounds: how often each operation is timed; the median counts.
+        path: the JSON file to update; the user's own, in the cache directory, if None.
+
+    Returns:
+        The path of the table. It is replaced in one step, never half written.
+
+    Raises:
+        ValueError: for bad arguments, or where the file holds something else.
+        NotServed: where the engine cannot run the network.
+    """
+    if not batch_sizes or any(b < 1 for b in batch_sizes):
+        raise ValueError(f"tune: batch_sizes must be at least 1, got {list(batch_sizes)}")
+    if rounds < 1:
+        raise ValueError(f"tune: rounds must be at least 1, got {rounds}")
+    path = user_table_path(cpu_family()) if path is None else path
+    table = load_user_table(path)
+    for batch in batch_sizes:
+        for precision, choices in measure(model, batch, rounds).items():
+            table.setdefault(precision, {}).update(choices)
+    _write(path, table)
+    return path
+
+
+def measure(model: UNet, batch: int, rounds: int) -> Table:
+    """The fastest algorithm of every convolution of `model` at one batch size."""
+    served = why_not_served(model, torch.bfloat16) is None
+    names = CANDIDATES["bfloat16" if served else "float32"]
+    times = {name: _times(model, batch, ALGORITHMS[name], rounds) for name in names}
+    table: Table = {}
+    for precision in ("float32", "bfloat16") if served else ("float32",):
+        table[precision] = {
+            key: min(
+                CANDIDATES[precision],
+                key=lambda name: times[name][key] * (_MARGIN if name == "F2" else 1.0),
+            )
+            for key in times["F2"]
+        }
+    return table
+
+
+def _times(model: UNet, batch: int, algorithm: Algorithm, rounds: int) -> dict[str, float]:
+    """Seconds of the convolutions of every shape with one algorithm."""
+    precision = torch.bfloat16 if algorithm.bf16 else torch.float32
+    engine = CPUEngine(model, batch, dtype=precision, num_threads=1, algorithm=algorithm)
+    c = model.config
+    x = torch.zeros(batch, engine.in_channels, *engine.size)
+    labels = None if c.num_classes is None else torch.zeros(batch, dtype=torch.int64)
+    engine.set_schedule(torch.zeros(1), labels)
+    engine(x, 0)
+    seconds: dict[int, list[float]] = {row: [] for row, _ in engine.convolutions}
+    for _ in range(rounds):
+        for row in range(engine.num_rows):
+            start = time.process_time()
+            engine.run_row(row, x)
+            if row in seconds:
+                seconds[row].append(time.process_time() - start)
+    total: dict[str, float] = {}
+    for row, shape in engine.convolutions:
+        total[shape.key] = total.get(shape.key, 0.0) + statistics.median(seconds[row])
+    return total
+
+
+def _write(path: Path, table: Table) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, fresh = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(json.dumps(table, indent=1, sort_keys=True) + "\n")
+        os.replace(fresh, path)
+    except BaseException:
+        os.unlink(fresh)
+        raise

@@ -1,0 +1,50 @@
+"""The network's output along a chain: labels, classifier-free guidance and low_res applied."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from iddpm_ext.sampling.engines import Network
+from iddpm_ext.sampling.request import Request
+
+
+class Predictor:
+    """The guided network, for some of a request's images. Several may share a network in turn.
+
+    samples: int64 [n], the numbers of the images.
+    """
+
+    def __init__(self, request: Request, network: Network, samples: Tensor) -> None:
+        self._network, self._scale = network, request.guidance_scale
+        self.labels = None if request.labels is None else request.labels[samples]
+        self.low_res = None if request.low_res is None else request.low_res[samples]
+        self._network_labels, self._network_low_res = self.labels, self.low_res
+        self._guided = request.guidance_scale != 1.0
+        if not request.network_takes_labels:
+            self._network_labels = None
+        elif self._guided:
+            assert self.labels is not None
+            self._network_labels = torch.cat([self.labels, torch.full_like(self.labels, -1)])
+            if self.low_res is not None:
+                self._network_low_res = torch.cat([self.low_res, self.low_res])
+        steps = torch.arange(request.diffusion.num_timesteps)
+        self.timesteps = request.diffusion.model_timesteps(steps).to(request.device)
+
+    def __call__(self, x: Tensor, step: int) -> Tensor:
+        """x: [n, C, H, W] -> [n, C or 2C, H, W] at a step of the request's chain."""
+        self._network.begin(self.timesteps, self._network_labels, self._network_low_res)
+        if not self._guided:
+            return self._network(x, step)
+        out = self._network(torch.cat([x, x]), step)
+        return _guide(out, x.shape[1], self._scale)
+
+
+def _guide(out: Tensor, channels: int, scale: float) -> Tensor:
+    """Outputs of the labelled, then of the unlabelled images -> the guided output; v is the labelled.
+
+    x_0 and x_prev are affine in eps, so what holds for eps holds for each of them.
+    """
+    labelled, unlabelled = out.chunk(2)
+    predicted = unlabelled[:, :channels].lerp(labelled[:, :channels], scale)
+    return torch.cat([predicted, labelled[:, channels:]], dim=1)

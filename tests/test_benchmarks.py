@@ -1,0 +1,59 @@
+"""What the benchmarks compare with is right, and they run from the command line to a file."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # benchmarks are programs of the repository, not of the wheel
+
+from benchmarks import ops as ops_benchmark  # noqa: E402
+from benchmarks import sequences  # noqa: E402
+from iddpm_ext.ops.spec import REGISTRY  # noqa: E402
+
+
+@pytest.mark.parametrize("name", sorted(sequences._SERVED))
+def test_the_originals_formulation_gives_the_same_numbers(name: str):
+    if name not in REGISTRY:
+        pytest.skip("an op to come")
+    spec, compared = REGISTRY[name], 0
+    for case in spec.benchmark_inputs("cpu"):
+        sequence = sequences.sequence(name, case.kwargs)
+        size = sum(x.numel() for x in ops_benchmark.tensors(case.kwargs))
+        if sequence is None or size > 1 << 20:
+            continue
+        what = "forward+gradient" if spec.differentiable else "forward"
+        functions = {"eager": spec.public, "original": sequence}
+        ours, theirs = (
+            ops_benchmark.runner(spec, f, what)(ops_benchmark.prepared(spec, case, what))
+            for f in functions.values()
+        )
+        for a, b in zip(ours, theirs, strict=True):
+            assert torch.allclose(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max()))
+        compared += 1
+    assert compared
+
+
+def test_the_op_benchmark_writes_its_rows(tmp_path):
+    file = tmp_path / "ops.json"
+    command = ["--quick", "--ops", "q_sample", "--no-compile", "--rounds", "1", "--json", str(file)]
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.ops", *command],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    record = json.loads(file.read_text())
+    assert {"command", "commit", "cpu", "versions", "multiply_add_flops"} <= set(record)
+    variants = {row["variant"] for row in record["rows"]}
+    assert {"eager", "original"} <= variants
+    assert all(row["correct"] for row in record["rows"])

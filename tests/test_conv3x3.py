@@ -1,0 +1,134 @@
+"""What is peculiar to `conv3x3`: its exact form, its two tiles, instruction sets, batches and threads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from iddpm_ext import _native
+from iddpm_ext.ops import conv3x3, unavailable
+
+pytestmark = pytest.mark.skipif(
+    bool(unavailable("conv3x3", "cpu", "cpu", torch.float32)), reason="no C++ kernels here"
+)
+SHAPES = [(4, 64, 64, 28, 28), (2, 128, 32, 14, 7), (16, 32, 48, 8, 8), (8, 64, 64, 4, 4)]
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def inputs(n: int, c: int, k: int, h: int, w: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    draw = torch.Generator().manual_seed(0)
+    x, dy = torch.randn(n, c, h, w, generator=draw), torch.randn(n, k, h, w, generator=draw)
+    weight = torch.randn(k, c, 3, 3, generator=draw) / (9 * c) ** 0.5
+    last = torch.channels_last
+    return (
+        x.contiguous(memory_format=last),
+        weight,
+        torch.randn(k, generator=draw),
+        dy.contiguous(memory_format=last),
+    )
+
+
+def results(x: Tensor, weight: Tensor, bias: Tensor, dy: Tensor, **options) -> list[Tensor]:
+    """y and the gradients of x, weight and bias."""
+    leaves = [value.clone().requires_grad_() for value in (x, weight, bias)]
+    y = conv3x3(*leaves, **options)
+    return [y.detach(), *torch.autograd.grad(y, leaves, dy.to(y.dtype))]
+
+
+def errors(values: list[Tensor], exact: list[Tensor]) -> list[float]:
+    return [float((v - e).norm() / e.norm()) for v, e in zip(values, exact, strict=True)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_exact_keeps_the_error_of_direct_convolution(shape):
+    given = inputs(*shape)
+    truth = results(*(value.double() for value in given))
+    direct = errors(results(*given, backend="reference"), truth)
+    found = errors(results(*given, exact=True, backend="cpu"), truth)
+    assert all(f <= max(2 * d, 3e-7) for f, d in zip(found, direct, strict=True))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_default_stays_within_a_few_roundings(shape):
+    given = inputs(*shape)
+    truth = results(*(value.double() for value in given))
+    found = results(*given, backend="cpu")
+    assert all(
+        (f - t).abs().max() <= 3e-6 * t.abs().max() for f, t in zip(found, truth, strict=True)
+    )
+
+
+@pytest.mark.parametrize("isa", ["base", "avx2"])
+def test_other_instruction_sets_agree(isa):
+    given = inputs(*SHAPES[1])
+    expected = results(*given, backend="cpu")
+    native = _native.native()
+    if isa not in native.build_info()["isa_available"]:
+        pytest.skip("not on this CPU")
+    previous = native.set_isa(isa)
+    try:
+        found = results(*given, backend="cpu")
+    finally:
+        native.set_isa(previous)
+    assert max(errors(found, expected)) < 2e-6
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_result_depends_on_neither_threads_nor_repetition(threads, exact, dtype):
+    x, weight, bias, dy = inputs(5, 48, 80, 13, 9)
+    found = []
+    for count in (1, 2, 3, 1):
+        torch.set_num_threads(count)
+        found.append(results(x.to(dtype), weight, bias, dy, exact=exact, backend="cpu"))
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize("size", [(28, 28), (7, 7), (4, 4)])
+def test_a_sample_gives_the_same_bits_alone_and_in_a_batch(size):
+    x, weight, bias, dy = inputs(6, 32, 32, *size)
+    y, dx, _, _ = results(x, weight, bias, dy, backend="cpu")
+    for i in (0, 5):
+        y_alone, dx_alone, _, _ = results(x[i : i + 1], weight, bias, dy[i : i + 1], backend="cpu")
+        assert torch.equal(y_alone[0], y[i]) and torch.equal(dx_alone[0], dx[i])
+
+
+def test_autocast_casts_images_and_keeps_weights_whole():
+    x, weight, bias, dy = inputs(4, 32, 32, 12, 12)
+    leaves = [value.clone().requires_grad_() for value in (x, weight, bias)]
+    with torch.autocast("cpu", torch.bfloat16):
+        y = conv3x3(*leaves)
+    assert y.dtype == torch.bfloat16
+    gradients = torch.autograd.grad(y, leaves, dy.bfloat16())
+    assert [g.dtype for g in gradients] == [torch.float32] * 3
+    truth = results(*(value.double() for value in (x.bfloat16(), weight, bias, dy.bfloat16())))
+    assert max(errors([y.detach(), *gradients], truth)) < 3e-3  # of one rounding each: 2^-9
+
+
+def test_only_the_gradients_that_are_asked_for_are_computed():
+    x, weight, bias, dy = inputs(2, 32, 32, 8, 8)
+    calls: list[tuple[bool, ...]] = []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.iddpm_ext.conv3x3_bwd.default:
+                calls.append(tuple(args[5:8]))
+            return func(*args, **(kwargs or {}))
+
+    weight.requires_grad_()
+    with Recorder():
+        conv3x3(x, weight, bias, backend="cpu").backward(dy)
+    assert calls == [(False, True, False)]
+    truth = results(*(value.double() for value in (x, weight.detach(), bias, dy)))
+    assert errors([weight.grad], truth[2:3])[0] < 1e-6

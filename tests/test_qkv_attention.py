@@ -1,0 +1,186 @@
+"""What is peculiar to attention: layouts without copies, memory, batches and threads that change no bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from iddpm_ext.ops import qkv_attention, unavailable
+from iddpm_ext.ops.qkv_attention import library, native
+from iddpm_ext.ops.qkv_attention.layout import split_heads
+
+pytestmark = pytest.mark.skipif(
+    unavailable("qkv_attention", "cpu", "cpu", torch.float32) is not None, reason="no C++ kernels"
+)
+
+LAYOUTS = ("by channel", "by token", "pitched")
+
+
+def draw(n: int, channels: int, tokens: int, layout: str = "by channel", seed: int = 0) -> Tensor:
+    values = torch.randn(n, channels, tokens, generator=torch.Generator().manual_seed(seed))
+    if layout == "by channel":
+        return values
+    room = torch.full((n, tokens, channels + (5 if layout == "pitched" else 0)), float("nan"))
+    return room[..., :channels].transpose(1, 2).copy_(values)
+
+
+def result_and_gradient(qkv: Tensor, heads: int, dout: Tensor, **more) -> tuple[Tensor, Tensor]:
+    qkv = qkv.detach().requires_grad_()
+    out = qkv_attention(qkv, heads, **more)
+    return out.detach(), torch.autograd.grad(out, qkv, dout)[0]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_sample_of_a_batch_equals_the_sample_alone(layout):
+    qkv, dout = draw(16, 3 * 2 * 12, 70, layout), draw(16, 24, 70, layout, seed=1)
+    together = result_and_gradient(qkv, 2, dout)
+    for i in (0, 7, 15):
+        alone = result_and_gradient(qkv[i : i + 1], 2, dout[i : i + 1])
+        assert all(torch.equal(a[i : i + 1], b) for a, b in zip(together, alone, strict=True))
+
+
+@pytest.mark.parametrize(("n", "heads"), [(1, 1), (1, 2), (3, 2)])
+def test_threads_change_no_bit(n, heads):
+    qkv, dout = draw(n, 3 * heads * 64, 200), draw(n, heads * 64, 200, seed=1)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(result_and_gradient(qkv, heads, dout))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_kernels_read_both_layouts_where_they_lie(layout):
+    x = draw(2, 24, 10, layout)
+    assert native._readable(x) is x
+    for order in ("legacy", "new"):
+        storage = {v.untyped_storage().data_ptr() for v in split_heads(x, 2, order)}
+        assert storage == {x.untyped_storage().data_ptr()}
+
+
+@pytest.mark.parametrize("order", ["legacy", "new"])
+def test_orders_are_permutations_of_the_channels(order):
+    heads, width = 3, 5
+    q, k, v = draw(2, 3 * heads * width, 11).view(2, 3, heads, width, 11).unbind(1)
+    stacked = torch.stack([q, k, v], 2 if order == "legacy" else 1)
+    got = qkv_attention(stacked.flatten(1, 3), heads, order=order)
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        *(x.double().transpose(2, 3) for x in (q, k, v))
+    )
+    torch.testing.assert_close(
+        got.double(), expected.transpose(2, 3).flatten(1, 2), rtol=0, atol=2e-6
+    )
+
+
+def test_backward_keeps_two_numbers_a_position_and_no_probabilities():
+    n, heads, width, tokens = 1, 2, 8, 512
+    saved: list[Tensor] = []
+
+    def keep(x: Tensor) -> Tensor:
+        saved.append(x)
+        return x
+
+    qkv = draw(n, 3 * heads * width, tokens).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        qkv_attention(qkv, heads)
+    floats = n * heads * tokens * (3 * width + 2)  # qkv and the statistics
+    assert sum(x.numel() for x in saved) == floats
+
+
+def test_gradient_that_is_expanded_or_lies_otherwise_is_taken():
+    for layout, other in (LAYOUTS[:2], LAYOUTS[1::-1]):
+        qkv = draw(2, 3 * 16, 20, layout)
+        expected = result_and_gradient(qkv, 2, draw(2, 16, 20, layout, seed=1))[1]
+        got = result_and_gradient(qkv, 2, draw(2, 16, 20, other, seed=1))[1]
+        assert torch.equal(got, expected)
+        ones, one = torch.ones(2, 16, 20), torch.ones(1, 1, 1)
+        expected = result_and_gradient(qkv, 2, ones)[1]
+        assert torch.equal(result_and_gradient(qkv, 2, one.expand(2, 16, 20))[1], expected)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_autocast_does_not_lower_the_precision(backend):
+    qkv = draw(2, 3 * 32, 40)
+    expected = qkv_attention(qkv, 2, backend=backend)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = qkv_attention(qkv, 2, backend=backend)
+        half = qkv_attention(qkv.bfloat16(), 2, backend=backend)
+    assert torch.equal(got, expected)
+    # One rounding of the inputs and one of the result; rounded scores of this size would show.
+    exact = qkv_attention(qkv.bfloat16().double(), 2, backend="reference")
+    assert half.dtype == torch.bfloat16
+    assert torch.equal(half, exact.bfloat16()) or (half - exact).abs().max() < 2**-8
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("tokens", [0, 1, 64, 100])
+def test_library_attention_computes_the_same(layout, tokens):
+    """The CUDA backend is PyTorch's attention on views: here on a CPU."""
+    qkv = draw(2, 3 * 48, tokens, layout)
+    for order in ("legacy", "new"):
+        got = library.qkv_attention(qkv, 3, order)
+        expected = qkv_attention(qkv, 3, order=order)
+        assert got.stride() == expected.stride()
+        torch.testing.assert_close(got, expected, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradient_compiles_into_one_graph(layout):
+    qkv, dout = draw(2, 3 * 16, 20, layout), draw(2, 16, 20, seed=1)
+
+    def call(x: Tensor) -> Tensor:
+        return qkv_attention(x * 1.0, 2)
+
+    torch.compiler.reset()
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    found = []
+    for function in (call, compiled):
+        x = qkv.detach().requires_grad_()
+        found.append(torch.autograd.grad(function(x), x, dout)[0])
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_backward_operator_passes_opcheck(layout):
+    qkv, dout = draw(2, 3 * 16, 20, layout), draw(2, 16, 20, seed=1)
+    statistics = native.cpu(qkv, 2, "legacy")[1]
+    torch.library.opcheck(
+        torch.ops.iddpm_ext.qkv_attention_bwd.default,
+        (dout, qkv, statistics, 2, "legacy", "cpu"),
+        test_utils=("test_schema", "test_faketensor"),
+    )
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    n=st.integers(1, 3),
+    heads=st.integers(1, 3),
+    width=st.integers(1, 70),
+    tokens=st.integers(1, 140),
+    layout=st.sampled_from(LAYOUTS),
+    order=st.sampled_from(["legacy", "new"]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    size=st.sampled_from([1e-3, 1.0, 30.0]),
+    seed=st.integers(0, 2**16),
+)
+def test_any_shape_is_as_exact_as_pytorch(
+    n, heads, width, tokens, layout, order, dtype, size, seed
+):
+    qkv = size * draw(n, 3 * heads * width, tokens, layout, seed)
+    qkv, dout = qkv.to(dtype), draw(n, heads * width, tokens, seed=seed + 1).to(dtype)
+    got = result_and_gradient(qkv, heads, dout, order=order)
+    exact = result_and_gradient(qkv.double(), heads, dout.double(), order=order)
+    yardstick = result_and_gradient(qkv, heads, dout, order=order, backend="reference")
+    for result, target, measure in zip(got, exact, yardstick, strict=True):
+        allowed = max(
+            2 * (measure - target).norm(), 4 * torch.finfo(dtype).eps * target.norm(), 1e-30
+        )
+        assert (result - target).norm() <= allowed
