@@ -97,7 +97,7 @@ class CPUEngine:
     def _build(self) -> None:
         self._parameters = list(self.model.parameters())
         self._seen = self._weights_state()
-        self._isa = _native.native().build_info()["isa"]
+        self.isa = _native.native().build_info()["isa"]
         packed: dict[tuple[int, str], Tensor] = {}
 
         def packer(module: nn.Module, form: str, make: Callable[[], Tensor]) -> Tensor:
