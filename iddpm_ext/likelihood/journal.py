@@ -7,6 +7,7 @@ is only ever appended to; what follows the last sound block is cut off when the 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
 import zlib
@@ -85,6 +86,8 @@ class Journal:
             self._file.close()
             for path in self._paths:
                 path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # other runs' files keep the folder
+                self._paths[0].parent.rmdir()
 
     def __enter__(self) -> Journal:
         return self
