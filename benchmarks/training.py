@@ -203,6 +203,9 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     keep_freed_memory()
+    head = context(
+        "benchmarks.training"
+    )  # of the code that was imported, whatever is edited meanwhile
     rows = []
     for config in args.configs:
         if args.profile:
@@ -210,7 +213,7 @@ def main() -> None:
             continue
         rows += measure(config, BATCHES[config], args.rounds, not args.no_compile)
         if args.json:
-            write_json(args.json, {**context("benchmarks.training"), "rows": rows})
+            write_json(args.json, {**head, "rows": rows})
 
 
 if __name__ == "__main__":
