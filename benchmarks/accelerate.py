@@ -107,7 +107,8 @@ def main() -> None:
                     flush=True,
                 )
     if arguments.out is not None:
-        arguments.out.write_text(json.dumps({**context("benchmarks.accelerate", ("torch", "diffusers")), "rows": rows}, indent=1) + "\n")
+        about = context("benchmarks.accelerate", ("torch", "diffusers"))
+        arguments.out.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
