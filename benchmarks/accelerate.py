@@ -2,8 +2,8 @@
 
 `UNet2DModel`s of the configurations of `benchmarks.networks`, as they are and accelerated, evaluated
 without gradients, and trained: forward, squared error, backward. One thread, process CPU time, the
-variants interleaved in one process. `error` is the largest difference to the stock network's output,
-relative to its largest value.
+variants interleaved in one process; beside them the engine by which `iddpm_ext.sample` runs such a
+network. `error` is the largest difference to the stock network's output, relative to its largest value.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import iddpm_ext
 from benchmarks.context import context, write_json
 from benchmarks.networks import make_network
 from benchmarks.timing import interleave, summary
+from iddpm_ext.sampling.cpu_engine import CPUEngine
 
 CLOCK = "process CPU time"
 BATCHES = {"small": 8, "cifar": 2}
@@ -50,6 +51,14 @@ def inference(network: nn.Module, x: Tensor, t: Tensor) -> Callable[[], Tensor]:
     return call
 
 
+def by_engine(network: nn.Module, x: Tensor, t: Tensor) -> Callable[[], Tensor]:
+    """One evaluation as `iddpm_ext.sample` makes it of a `UNet2DModel`: by the CPU engine."""
+    model = iddpm_ext.from_diffusers(network)
+    engine = CPUEngine(model, len(x), num_threads=1)
+    engine.set_schedule(t[:1], None)
+    return lambda: engine(x, 0)
+
+
 def training(network: nn.Module, x: Tensor, t: Tensor) -> Callable[[], None]:
     """Forward, squared error and backward."""
 
@@ -66,14 +75,14 @@ def measure(name: str, task: str, rounds: int) -> list[dict[str, Any]]:
     generator = torch.Generator().manual_seed(1)
     batch = BATCHES[name]
     x = torch.randn(batch, 3, 32, 32, generator=generator)
-    t = torch.linspace(0, 999.75, batch)
+    t = torch.full((batch,), 250.0)  # the same for all images, as in sampling
     make: Callable[..., Callable[[], Any]] = inference if task == "inference" else training
-    times = interleave(
-        {key: make(network, x, t) for key, network in networks.items()},
-        rounds=rounds,
-        clock=CLOCK,
-    )
+    calls = {key: make(network, x, t) for key, network in networks.items()}
     outputs = {key: inference(network, x, t)() for key, network in networks.items()}
+    if task == "inference":
+        calls["sample's engine"] = by_engine(networks["diffusers"], x, t)
+        outputs["sample's engine"] = calls["sample's engine"]()
+    times = interleave(calls, rounds=rounds, clock=CLOCK)
     first = outputs["diffusers"]
     base = summary(times["diffusers"])["median_ms"]
     return [

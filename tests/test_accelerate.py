@@ -105,7 +105,7 @@ def test_it_says_what_it_replaced_and_what_not():
     assert count == {
         "ResnetBlock2D: GroupNorm, scale-shift and SiLU": 7,
         "GroupNorm and SiLU": 1,
-        "3x3 convolution in training on the CPU": 19,
+        "3x3 convolution in channels_last": 19,
     }
     assert ("up_blocks.1.resnets.0", "a module with hooks") in done.left
     assert ("mid_block.attentions.0", "Attention (attention=False)") in done.left

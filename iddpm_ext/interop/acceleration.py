@@ -46,18 +46,19 @@ class PassedSiLU(nn.SiLU):
         return input
 
 
-class TrainingConv3x3(nn.Conv2d):
-    """A 3x3 convolution that is `ops.conv3x3` on the CPU where gradients are recorded."""
+class FastConv3x3(nn.Conv2d):
+    """A 3x3 convolution in channels_last on the CPU: `ops.conv3x3` where gradients are recorded."""
 
     def forward(self, input: Tensor) -> Tensor:
         """input [N, C, H, W]."""
-        trains = torch.is_grad_enabled() and (self.weight.requires_grad or input.requires_grad)
-        served = input.dtype in (torch.float32, torch.bfloat16) and input.device.type == "cpu"
-        if not (trains and served and input.dim() == 4):
+        if input.device.type != "cpu" or input.dim() != 4:
             return super().forward(input)
-        # From the first convolution on, the network runs in the order that these read and write.
+        # From the first convolution on the network runs in this order, which these read and write.
         input = input.contiguous(memory_format=torch.channels_last)
-        return conv3x3(input, self.weight, self.bias)
+        trains = torch.is_grad_enabled() and (self.weight.requires_grad or input.requires_grad)
+        if trains and input.dtype in (torch.float32, torch.bfloat16):
+            return conv3x3(input, self.weight, self.bias)
+        return super().forward(input)
 
 
 @dataclass
@@ -118,8 +119,9 @@ def accelerate(
 
     In networks of diffusers: the residual blocks' GroupNorm, scale-shift and SiLU in one pass each,
     and self-attention. In any network: a GroupNorm directly before a SiLU in an `nn.Sequential`, and
-    3x3 convolutions while gradients are recorded on the CPU. Only modules of exactly these classes,
-    without hooks, are touched. Works in training and inference, on every device.
+    on the CPU 3x3 convolutions, which take channels_last and, where gradients are recorded, are
+    `ops.conv3x3`. Only modules of exactly these classes, without hooks, are touched. Works in
+    training and inference, on every device; the output may lie in memory as channels_last.
 
     Args:
         model: changed in place.
@@ -146,7 +148,7 @@ def accelerate(
             for (first, norm), (_, act) in itertools.pairwise(children):
                 fuse_pair(norm, act, f"{name}.{first}".lstrip("."), done, uses)
         if convolutions and type(module) is nn.Conv2d and _is_3x3(module):
-            done.swap(module, TrainingConv3x3, name, "3x3 convolution in training on the CPU")
+            done.swap(module, FastConv3x3, name, "3x3 convolution in channels_last")
     _note_the_rest(model, done)
     return done
 
