@@ -52,17 +52,16 @@ def run(
         cache: folder for the reference's statistics; "" for none.
         out: a .json file for the numbers.
     """
-    from iddpm_ext.cli.sample import _device
+    from iddpm_ext.checkpoint.write import write_whole
+    from iddpm_ext.cli._common import pick_device, read_steps
     from iddpm_ext.evaluation import evaluate
 
     found = evaluate(
         samples, reference, extractor=extractor, metrics=metrics, n=n, reference_n=reference_n,
-        split=split, steps=int(steps) if steps.isdigit() else steps, sampler=sampler, eta=eta,
+        split=split, steps=read_steps(steps), sampler=sampler, eta=eta,
         guidance_scale=guidance_scale, seed=seed, neighbours=neighbours, resamples=resamples,
-        batch_size=batch_size, device=_device(device), cache=cache,
+        batch_size=batch_size, device=pick_device(device), cache=cache,
     )  # fmt: skip
     print(found)
     if out is not None:
-        temporary = out.with_name(f".{out.name}.tmp")
-        temporary.write_text(found.to_json() + "\n")
-        temporary.replace(out)
+        write_whole(out, (found.to_json() + "\n").encode())
