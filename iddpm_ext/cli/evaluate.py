@@ -52,6 +52,7 @@ def run(
         cache: folder for the reference's statistics; "" for none.
         out: a .json file for the numbers.
     """
+    from iddpm_ext.checkpoint.write import write_whole
     from iddpm_ext.cli._common import pick_device, read_steps
     from iddpm_ext.evaluation import evaluate
 
@@ -63,6 +64,4 @@ def run(
     )  # fmt: skip
     print(found)
     if out is not None:
-        temporary = out.with_name(f".{out.name}.tmp")
-        temporary.write_text(found.to_json() + "\n")
-        temporary.replace(out)
+        write_whole(out, (found.to_json() + "\n").encode())

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from iddpm_ext.checkpoint.write import write_whole
 from iddpm_ext.evaluation.extractors import Extractor
 from iddpm_ext.evaluation.images import ImageSet
 from iddpm_ext.metrics import FeatureStatistics, Moments
@@ -106,13 +107,9 @@ def _write(path: Path, found: FeatureSet, description: str) -> None:
         arrays["spatial_mean"] = found.spatial.mean.numpy()
         arrays["spatial_covariance"] = found.spatial.covariance.numpy()
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            np.savez(file, **arrays)  # type: ignore[arg-type]
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    file = io.BytesIO()
+    np.savez(file, **arrays)  # type: ignore[arg-type]
+    write_whole(path, file.getvalue())
 
 
 def _read(path: Path) -> FeatureSet:
