@@ -6,6 +6,8 @@ drawn by importance; a point is the mean of a bin of neighbouring steps.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from common import arguments, axes, bits, write
 
