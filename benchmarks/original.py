@@ -35,7 +35,8 @@ class GroupNorm32(GroupNormSiLU):
         """As `GroupNormSiLU.forward`."""
         if channel_bias is not None:
             x = x + channel_bias[..., None, None]
-        h = F.group_norm(x.float(), self.num_groups, self.weight, self.bias, self.eps).type(x.dtype)
+        weight, bias = self.weight.float(), self.bias.float()
+        h = F.group_norm(x.float(), self.num_groups, weight, bias, self.eps).type(x.dtype)
         if scale is not None and shift is not None:
             h = h * (1 + scale[..., None, None]) + shift[..., None, None]
         return h * torch.sigmoid(h) if self.silu else h

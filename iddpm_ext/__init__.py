@@ -20,8 +20,10 @@ _LAZY: dict[str, str] = {
     "UNet": "iddpm_ext.unet",
     "UNetConfig": "iddpm_ext.unet_config",
     "classifier_gradient": "iddpm_ext.sampling",
+    "evaluate": "iddpm_ext.evaluation",
     "export_onnx": "iddpm_ext.interop.export",
     "export_program": "iddpm_ext.interop.export",
+    "accelerate": "iddpm_ext.interop.acceleration",
     "from_diffusers": "iddpm_ext.interop.convert",
     "interpolate": "iddpm_ext.sampling",
     "invert": "iddpm_ext.sampling",
@@ -50,8 +52,10 @@ if TYPE_CHECKING:
     from iddpm_ext.classifier import Classifier as Classifier
     from iddpm_ext.classifier import ClassifierConfig as ClassifierConfig
     from iddpm_ext.diffusion import Diffusion as Diffusion
+    from iddpm_ext.evaluation import evaluate as evaluate
     from iddpm_ext.images import save_animation as save_animation
     from iddpm_ext.images import save_images as save_images
+    from iddpm_ext.interop.acceleration import accelerate as accelerate
     from iddpm_ext.interop.convert import from_diffusers as from_diffusers
     from iddpm_ext.interop.convert import to_diffusers as to_diffusers
     from iddpm_ext.interop.export import export_onnx as export_onnx

@@ -113,7 +113,7 @@ def test_autocast_casts_images_and_keeps_weights_whole():
     gradients = torch.autograd.grad(y, leaves, dy.bfloat16())
     assert [g.dtype for g in gradients] == [torch.float32] * 3
     truth = results(*(value.double() for value in (x.bfloat16(), weight, bias, dy.bfloat16())))
-    assert max(errors([y.detach(), *gradients], truth)) < 3e-3  # of one rounding each: 2^-9
+    assert max(errors([y.detach(), *gradients], truth)) < 1.8e-3
 
 
 def test_only_the_gradients_that_are_asked_for_are_computed():

@@ -153,6 +153,39 @@ def test_sample_in_bfloat16_uses_the_engine():
     assert 1e-5 < (x - exact).abs().mean() < 0.02
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"sampler": "ddim"},
+        {"sampler": "ddim", "eta": 0.5, "clip": False},
+        {"n": 5, "batch_size": 2, "seed": 2**63 + 5},
+        {"guidance_scale": 1.5},
+        {"sampler": "dpm++"},
+    ],
+)
+def test_a_whole_chain_is_the_steps_to_the_bit(settings):
+    model = make(**SMALL, num_classes=3)
+    model.diffusion = Diffusion()
+    common = {"n": 2, "progress": False, **settings}
+    seen = []
+    whole = sample(model, 4, **common)
+    assert torch.equal(whole, sample(model, 4, callback=seen.append, **common))
+    assert len(seen) == 4 * -(-common["n"] // common.get("batch_size", common["n"]))
+
+
+def test_a_whole_chain_leaves_x_T_as_it_was_and_sees_changed_weights():
+    model = make(**SMALL)
+    model.diffusion = Diffusion()
+    x_T = torch.randn(2, 3, 16, 16)
+    before = x_T.clone()
+    first = sample(model, 3, x_T=x_T, progress=False)
+    assert torch.equal(x_T, before)
+    assert torch.equal(sample(model, 3, x_T=x_T, progress=False), first)
+    model.middle_block[0].in_layers[2].weight.mul_(-1)
+    assert not torch.equal(sample(model, 3, x_T=x_T, progress=False), first)
+
+
 def test_schedule_gives_what_forward_gives():
     model = make(**CONFIGS["bundled"])
     x, y = inputs(model, 4)

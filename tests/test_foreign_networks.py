@@ -104,3 +104,30 @@ def test_a_super_resolution_pipeline_takes_the_small_images():
     assert images.shape == (2, 3, 16, 16)
     x = iddpm_ext.sample(pipe, 4, low_res=low_res, progress=False)
     assert x.shape == (2, 3, 16, 16)
+
+
+def test_the_engine_runs_a_unet2d_model_and_sees_that_its_weights_changed():
+    unet = to_diffusers(small_network())
+    wanted = {"diffusion": Diffusion(), "sampler": "ddim", **QUICK}
+    for _ in range(2):
+        plain = iddpm_ext.sample(unet, 5, engine=False, **wanted)
+        fast = iddpm_ext.sample(unet, 5, **wanted)
+        assert not torch.equal(plain, fast), "the engine rounds differently"
+        assert (plain - fast).abs().max() < 1e-3
+        with torch.no_grad():
+            unet.mid_block.attentions[0].to_q.weight.mul_(-1)
+            unet.conv_out.weight.mul_(1.5)
+
+
+def test_a_network_that_someone_changed_is_run_as_it_is():
+    unet = to_diffusers(small_network())
+    wanted = {"diffusion": Diffusion(), **QUICK}
+    seen = []
+    handle = unet.mid_block.register_forward_hook(lambda *_: seen.append(1))
+    iddpm_ext.sample(unet, 3, **wanted)
+    assert len(seen) == 3
+    handle.remove()
+    with iddpm_ext.accelerate(unet):
+        iddpm_ext.sample(unet, 3, **wanted)
+    assert set(unet.state_dict()) == set(to_diffusers(small_network()).state_dict())
+    assert len(seen) == 3

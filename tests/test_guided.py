@@ -197,3 +197,27 @@ def test_wrong_classifier_configuration_is_refused():
         ClassifierConfig.from_dict({"width": 3})
     with pytest.raises(TypeError, match="config must be a ClassifierConfig, got UNetConfig"):
         Classifier(UNetConfig())
+
+
+def test_classifier_guides_a_network_of_its_family():
+    config = UNetConfig(
+        image_size=8, model_channels=32, num_res_blocks=1, channel_mult=(1, 2), num_classes=5,
+        attention_resolutions=(4,), num_head_channels=32, attention_order="new",
+        resblock_updown=True,
+    )  # fmt: skip
+    model, classifier = UNet(config).eval(), Classifier(replace(TINY, pool="adaptive")).eval()
+    for network in (model, classifier):
+        fill_by_formula(network)
+    with torch.no_grad():
+        model.out[2].weight.mul_(0.1)
+    model.diffusion = iddpm_ext.Diffusion("linear", 50, rescale_timesteps=False)
+    labels = torch.tensor([0, 1, 2, 3])
+    chance = {}
+    # These weights make an indifferent classifier: its gradient needs a large factor.
+    for scale in (0.0, 3000.0):
+        guide = iddpm_ext.classifier_gradient(classifier, scale)
+        x = iddpm_ext.sample(model, 25, labels=labels, cond_fn=guide, progress=False)
+        with torch.no_grad():
+            log_p = classifier(x, torch.zeros(4)).log_softmax(dim=1)
+        chance[scale] = log_p[torch.arange(4), labels].mean()
+    assert chance[3000.0] > chance[0.0] + 0.01

@@ -31,8 +31,10 @@ def data(tmp_path_factory) -> str:
 
 
 def config_of(data: str, out: Path, **changes) -> TrainConfig:
+    # 64 channels make groups of two: with one channel a group, biases before a normalisation have a
+    # gradient of rounding alone, which AdamW blows up to whole steps.
     base = TrainConfig(
-        data=data, out=str(out), steps=4, batch_size=4, model_channels=32, num_res_blocks=1,
+        data=data, out=str(out), steps=4, batch_size=4, model_channels=64, num_res_blocks=1,
         channel_mult=(1, 2), attention_resolutions=(4,), diffusion_steps=50, lr=LR, ema=(DECAY,),
         save_every=100, log_every=100, progress=False, device="cpu", ema_warmup=False,
     )  # fmt: skip
@@ -183,12 +185,10 @@ def test_files_that_do_not_fit_are_refused_before_training(data, tmp_path):
     config = config_of(data, tmp_path / "run")
     plain_run(config, 3, tmp_path)
     good = started(config, tmp_path)
-    with pytest.raises(ValueError, match=r"must fit the network .* got no input_blocks.2"):
+    with pytest.raises(ValueError, match=r"must fit the network .* got missing: input_blocks"):
         train(replace(good, num_res_blocks=3))
-    with pytest.raises(
-        ValueError, match=r"got time_embed.0.weight \[128, 32\] instead of \[256, 64\]"
-    ):
-        train(replace(good, model_channels=64))
+    with pytest.raises(ValueError, match=r"time_embed.0.weight \[256, 64\] instead of \[128, 32\]"):
+        train(replace(good, model_channels=32))
     with pytest.raises(ValueError, match=r"init_ema must have the decays of ema .* ema has 0.5"):
         train(replace(good, ema=(0.5,)))
     with pytest.raises(FileNotFoundError, match=r"init files must exist, got 'absent.pt'"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -11,7 +12,9 @@ import torch
 from torch import Tensor
 
 from iddpm_ext import ops
+from iddpm_ext.ops import synthetic
 from iddpm_ext.ops.spec import BACKENDS, REGISTRY, BadCase, Case, OpSpec, unavailable
+from iddpm_ext.random import NoiseKey
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -147,6 +150,62 @@ def test_backend_repeats_itself_bit_for_bit(spec: OpSpec, backend: str, case: Ca
     first = run(spec, backend, cloned(case.kwargs))
     again = run(spec, backend, cloned(case.kwargs))
     assert all(same_bits(a, b) for a, b in zip(first, again, strict=True))
+
+
+def batch_cases() -> list[Any]:
+    """(spec, backend, case) in float32 with two samples or more, of which larger batches are made."""
+    found = []
+    for spec, backend in product(REGISTRY.values(), KERNELS):
+        if not spec.batched or unavailable(spec.name, backend, "cpu", torch.float32):
+            continue
+        cases = [
+            case
+            for case in spec.sample_inputs("cpu", torch.float32)
+            if case.kwargs[spec.batched[0]].shape[0] > 1
+            and case.kwargs[spec.batched[0]][0].numel() < SMALL
+            and case.label not in synthetic.LAYOUTS
+        ]
+        # Interpreted kernels take seconds for a batch.
+        for case in cases[: 2 if backend == "triton" else None]:
+            name = f"{spec.name}-{backend}-{case.label}"
+            found.append(pytest.param(spec, backend, case, id=name))
+    return found
+
+
+def of_samples(spec: OpSpec, kwargs: dict[str, Any], which: list[int]) -> dict[str, Any]:
+    """The call for these samples alone."""
+
+    def take(value: Any) -> Any:
+        if isinstance(value, NoiseKey):
+            return replace(value, samples=take(value.samples), steps=take(value.steps))
+        return value[which].clone() if isinstance(value, Tensor) else value
+
+    return {k: take(v) if k in spec.batched else v for k, v in kwargs.items()}
+
+
+@pytest.mark.parametrize(("spec", "backend", "case"), batch_cases())
+def test_a_sample_of_sixteen_has_the_bits_that_it_has_alone(spec: OpSpec, backend: str, case: Case):
+    kwargs = case.kwargs
+    if isinstance(kwargs.get("channel_bias"), Tensor) and kwargs["channel_bias"].ndim == 2:
+        kwargs = {**kwargs, "channel_bias": kwargs["channel_bias"][0]}
+    n = kwargs[spec.batched[0]].shape[0]
+    sixteen = of_samples(spec, kwargs, [i % n for i in range(16)])
+    together = run(spec, backend, sixteen)
+    for i in (0, 15):
+        alone = run(spec, backend, of_samples(spec, sixteen, [i]))
+        for a, b in zip(alone, together, strict=True):
+            assert same_bits(a[0].contiguous(), b[i].contiguous())
+
+
+@pytest.mark.parametrize("spec", REGISTRY.values(), ids=REGISTRY)
+def test_autocast_leaves_an_op_alone(spec: OpSpec):
+    if unavailable(spec.name, "cpu", "cpu", torch.float32):
+        pytest.skip("no C++ kernels here")
+    for case in list(spec.sample_inputs("cpu", torch.float32))[:3]:
+        expected = run(spec, "cpu", cloned(case.kwargs))
+        with torch.autocast("cpu", torch.bfloat16):
+            results = run(spec, "cpu", cloned(case.kwargs))
+        assert all(same_bits(a, b) for a, b in zip(results, expected, strict=True))
 
 
 def differentiable(spec: OpSpec, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -184,6 +184,6 @@ def _kill(process: int) -> None:
 
 
 def _wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline and not condition():
         time.sleep(0.001)

@@ -79,7 +79,9 @@ IDDPM_INLINE Term decoder_term(vf x, vf mean, vf lv) {
   const vf d_centred = side * inverse * (right.density - left.density) / bounded;
   const vf d_lv = -0.5f * (right.density * upper - left.density * lower) / bounded;
   const vf zero = splat(0.0f);
-  return {-log(bounded), select(floored, zero, d_centred), select(floored, zero, -d_lv)};
+  // log makes a number of NaN's bits.
+  const vf nats = select(bounded == bounded, -log(bounded), bounded);
+  return {nats, select(floored, zero, d_centred), select(floored, zero, -d_lv)};
 }
 
 }  // namespace IDDPM_ISA

@@ -1,6 +1,7 @@
 #include "conv3x3.h"
 
 #if defined(__AVX2__)
+#include "common/threads.h"
 #include "unet_engine/winograd.h"
 #include "unet_engine/winograd_transforms.h"
 #include "workspace.h"
@@ -82,7 +83,8 @@ int run(const Conv3x3Args& args, int num_threads) {
                            args.tile,
                            args.upscale,
                            block};
-  on_team(num_threads, [&](int64_t thread, int64_t threads) {
+  int status = kDone;
+  for_threads(num_threads, false, [&](int64_t thread, int64_t threads) {
     const Team team{
         thread, threads, args.n, nullptr, shared_data, shared, scratch_data + thread * scratch,
         scratch};
@@ -95,9 +97,9 @@ int run(const Conv3x3Args& args, int num_threads) {
         transform_panel<2>(args, panel * kPanel, here);
     }
     barrier(team);
-    run_winograd(op, team);
+    if (run_winograd(op, team) && thread == 0) status = kNoMemory;
   });
-  return kDone;
+  return status;
 }
 
 }  // namespace

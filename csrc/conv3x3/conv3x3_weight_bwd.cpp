@@ -9,9 +9,9 @@
 #include "conv3x3.h"
 
 #if defined(__AVX2__)
+#include "common/threads.h"
 #include "unet_engine/tile.h"
-#include "unet_engine/winograd.h"
-#include "unet_engine/winograd_transforms.h"
+#include "unet_engine/winograd_tiles.h"
 #include "workspace.h"
 #endif
 
@@ -131,7 +131,7 @@ int run(const Conv3x3WeightBwdArgs& args, int num_threads) {
   op.tile = M;
   op.upscale = args.upscale;
 
-  on_team(num_threads, [&](int64_t thread, int64_t threads) {
+  for_threads(num_threads, false, [&](int64_t thread, int64_t threads) {
     const Team team{thread, threads, args.n, nullptr, nullptr, 0, nullptr, 0};
     const int64_t blocks = (grid.count + block - 1) / block;
     for (int64_t b = 0; b < blocks; ++b) {
@@ -139,7 +139,7 @@ int run(const Conv3x3WeightBwdArgs& args, int num_threads) {
       const int64_t count = grid.count * (b + 1) / blocks - begin;
       const Range tiles = share(count, 1, thread, threads);
       for (int64_t t = tiles.begin; t < tiles.end; ++t) {
-        winograd_input(op, grid, begin + t, v + t * v_pitch, count * v_pitch);
+        transform_input<M>(op, grid, begin + t, v + t * v_pitch, count * v_pitch);
         transform_gradient<M, T>(args, grid, begin + t, m + t * m_pitch, count * m_pitch);
       }
       barrier(team);

@@ -1,12 +1,10 @@
-// Memory and a team of threads for the length of one call.
+// Memory for the length of one call.
 #pragma once
 
+#include <cstdint>
 #include <cstdlib>
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
 
-#include "unet_engine/team.h"
+#include "common/isa.h"
 
 namespace iddpm {
 namespace IDDPM_ISA {
@@ -32,19 +30,6 @@ class Workspace {
   float* data_;
   int64_t used_ = 0;
 };
-
-// Calls work(thread, threads) on every thread of a team.
-template <class Work>
-static inline void on_team(int num_threads, const Work& work) {
-#if defined(_OPENMP)
-  if (num_threads > 1) {
-#pragma omp parallel num_threads(num_threads)
-    work(omp_get_thread_num(), omp_get_num_threads());
-    return;
-  }
-#endif
-  work(0, 1);
-}
 
 }  // namespace IDDPM_ISA
 }  // namespace iddpm

@@ -12,6 +12,9 @@
 namespace iddpm {
 namespace IDDPM_ISA {
 
+// Below this many multiply-adds a team of threads costs more than it brings.
+constexpr int64_t kAttentionSerialBelow = 1 << 20;
+
 // Inputs of more bytes do not stay in the second cache level, and are fetched ahead.
 constexpr int64_t kSecondLevel = 1 << 20;
 

@@ -1,7 +1,7 @@
 #include "qkv_attention/qkv_attention.h"
 
+#include "common/threads.h"
 #include "qkv_attention/attention_cpu.h"
-#include "qkv_attention/threads.h"
 
 namespace iddpm {
 namespace IDDPM_ISA {

@@ -3,9 +3,9 @@
 // P is computed again from the forward pass's statistics, whole rows of a block of queries at a
 // time: the sum is then exact where a probability is close to one, which dout . out is not. A head
 // belongs to one thread, and its blocks are added up in a fixed order.
+#include "common/threads.h"
 #include "qkv_attention/attention_cpu.h"
 #include "qkv_attention/qkv_attention.h"
-#include "qkv_attention/threads.h"
 
 namespace iddpm {
 namespace IDDPM_ISA {

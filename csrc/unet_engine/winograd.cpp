@@ -82,18 +82,6 @@ int run_winograd(const WinogradConv<uint16_t>& op, const Team& team) {
   return op.tile == 4 ? run<4>(op, team) : run<2>(op, team);
 }
 
-template <class T>
-void winograd_input(const WinogradConv<T>& op, const Grid& grid, int64_t index, float* v,
-                    int64_t element_stride) {
-  if (op.tile == 4)
-    transform_input<4>(op, grid, index, v, element_stride);
-  else
-    transform_input<2>(op, grid, index, v, element_stride);
-}
-
-template void winograd_input(const WinogradOp&, const Grid&, int64_t, float*, int64_t);
-template void winograd_input(const WinogradConv<uint16_t>&, const Grid&, int64_t, float*, int64_t);
-
 }  // namespace IDDPM_ISA
 }  // namespace iddpm
 #endif

@@ -20,10 +20,5 @@ static inline Grid grid_of(int64_t height, int64_t width, int64_t tile, int64_t 
 
 int run_winograd(const WinogradConv<uint16_t>& op, const Team& team);
 
-// The transformed input of tile `index`: v[e * element_stride + c], e = 0 .. (m + 2)^2 - 1.
-template <class T>
-void winograd_input(const WinogradConv<T>& op, const Grid& grid, int64_t index, float* v,
-                    int64_t element_stride);
-
 }  // namespace IDDPM_ISA
 }  // namespace iddpm

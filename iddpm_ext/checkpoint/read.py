@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from iddpm_ext.diffusion import Diffusion
 from iddpm_ext.unet import UNet
@@ -16,8 +15,8 @@ from iddpm_ext.unet_config import UNetConfig
 
 from .flags import Flags
 from .openai import Described, describe
-from .tensors import fill, read_safetensors, require_dtype
-from .torch_file import is_torch_file, read_torch_file
+from .tensors import fill, read_file, require_dtype
+from .torch_file import is_torch_file
 from .write import FORMAT_VERSION
 
 WEIGHTS = Path(__file__).parent.parent / "weights"
@@ -53,7 +52,7 @@ def load(
     """
     dtype = require_dtype(dtype)
     path = _locate(name_or_path)
-    metadata, tensors = _read(path)
+    metadata, tensors = read_file(path)
     if "unet" not in metadata and (flags is not None or is_torch_file(path)):
         shapes = {name: tuple(value.shape) for name, value in tensors.items()}
         described = describe(path, shapes, flags)
@@ -88,13 +87,6 @@ def _locate(name_or_path: str | os.PathLike[str]) -> Path:
             f"got {str(name_or_path)!r}"
         )
     return path
-
-
-def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Metadata and tensors."""
-    if is_torch_file(path):
-        return {}, read_torch_file(path)
-    return read_safetensors(path)
 
 
 def _parse_metadata(path: Path, metadata: Mapping[str, str]) -> Described:

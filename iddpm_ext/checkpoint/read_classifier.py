@@ -14,8 +14,8 @@ from iddpm_ext.classifier import Classifier, ClassifierConfig
 from .flags import Flags, read_flags
 from .released import CHANNEL_MULT, RELEASED_CLASSIFIERS, flags_of
 from .shapes import Shapes
-from .tensors import fill, read_safetensors, require_dtype
-from .torch_file import is_torch_file, read_torch_file
+from .tensors import fill, read_file, require_dtype
+from .torch_file import is_torch_file
 
 _NEEDED = {
     "image_size": "image_size",
@@ -48,16 +48,14 @@ def load_classifier(
         raise FileNotFoundError(
             f"load_classifier: path must be an existing file, got {str(path)!r}"
         )
-    extra: dict[str, Any] = {}
+    metadata, tensors = read_file(path)
     if is_torch_file(path):
-        tensors, stated_by = read_torch_file(path), "its flags"
         shapes = {name: tuple(value.shape) for name, value in tensors.items()}
-        config = _describe(path, shapes, flags)
-        extra["openai"] = {"file": path.name}
+        config, stated_by = _describe(path, shapes, flags), "its flags"
+        extra: dict[str, Any] = {"openai": {"file": path.name}}
+    elif flags is not None:
+        raise ValueError(f"load_classifier: flags must be None for {path}, got {flags!r}")
     else:
-        if flags is not None:
-            raise ValueError(f"load_classifier: flags must be None for {path}, got {flags!r}")
-        metadata, tensors = read_safetensors(path)
         config, extra = _parse_metadata(path, metadata)
         stated_by = "its configuration"
     # A network has several tensors a block; this keeps a wild configuration from being built.

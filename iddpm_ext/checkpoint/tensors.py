@@ -9,7 +9,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from .torch_file import is_torch_file, read_torch_file
+
 _SHOWN = 6
+
+
+def read_file(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata, empty in a file of PyTorch's own format, and tensors. Raises ValueError."""
+    if is_torch_file(path):
+        return {}, read_torch_file(path)
+    return read_safetensors(path)
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
@@ -44,8 +53,17 @@ def fill(
     stated_by: where the network's configuration is from. Raises ValueError with every difference in
     names, shapes and kinds.
     """
-    expected = model.state_dict()
-    differences = [
+    found = differences(model.state_dict(), tensors)
+    if found:
+        raise ValueError(f"load: {path} contradicts {stated_by}: {'; '.join(found)}")
+    model.load_state_dict(
+        {name: value.to(device, dtype, copy=True) for name, value in tensors.items()}, assign=True
+    )
+
+
+def differences(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> list[str]:
+    """In what names, shapes and kinds a file's tensors differ from a network's; a line a kind."""
+    return [
         *_listed("missing", sorted(set(expected) - set(tensors))),
         *_listed("unexpected", sorted(set(tensors) - set(expected))),
         *_listed(
@@ -61,11 +79,6 @@ def fill(
             [f"{name} {t.dtype}" for name, t in tensors.items() if not t.is_floating_point()],
         ),
     ]
-    if differences:
-        raise ValueError(f"load: {path} contradicts {stated_by}: {'; '.join(differences)}")
-    model.load_state_dict(
-        {name: value.to(device, dtype, copy=True) for name, value in tensors.items()}, assign=True
-    )
 
 
 def _listed(what: str, entries: list[str]) -> list[str]:

@@ -14,7 +14,7 @@ from types import ModuleType
 
 import iddpm_ext
 
-_ORDER = ("sample", "train", "nll", "evaluate", "steps", "convert", "plot", "data", "info")
+_ORDER = ("sample", "train", "nll", "evaluate", "steps", "convert", "plot", "data", "tune", "info")
 
 
 def verbs() -> list[str]:

@@ -23,7 +23,7 @@ def run(
         source: a bundled name, one of our .safetensors files, an OpenAI .pt, or a folder of diffusers.
         target: a .safetensors or .onnx file, or a new folder for diffusers' from_pretrained.
         verify: read the target back and print the largest difference of its outputs.
-        flags: of an OpenAI .pt, what its tensors cannot tell: "--noise_schedule cosine ...".
+        flags: of an OpenAI .pt, what its tensors cannot tell: "noise_schedule=cosine ...".
         dtype: of the weights written.
         stock: in a folder, the stock UNet2DModel; chosen by what the network needs if left out.
     """

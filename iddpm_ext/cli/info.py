@@ -25,6 +25,8 @@ def run(checkpoint: Annotated[str | None, tyro.conf.Positional] = None) -> None:
     rows = [("checkpoint", checkpoint), ("parameters", f"{parameters:,}")]
     rows += [(name, str(value)) for name, value in model.config.to_dict().items()]
     rows.append(("diffusion", repr(model.diffusion)))
+    recognised = model.extra.get("openai", {}).get("recognised")
+    rows += [("recognised", ", ".join(recognised))] if recognised else []
     names = model.extra.get("class_names")
     rows += [("classes", ", ".join(names))] if names else []
     width = max(len(name) for name, _ in rows)

@@ -5,7 +5,7 @@ from __future__ import annotations
 try:
     from diffusers import DDPMPipeline, ImagePipelineOutput, UNet2DModel
     from diffusers.configuration_utils import ConfigMixin, register_to_config
-    from diffusers.models.attention_processor import Attention
+    from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
     from diffusers.models.resnet import ResnetBlock2D
     from diffusers.models.unets.unet_2d import UNet2DOutput
     from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
@@ -18,6 +18,8 @@ except ImportError as error:
 
 __all__ = [
     "Attention",
+    "AttnProcessor",
+    "AttnProcessor2_0",
     "ConfigMixin",
     "DDPMPipeline",
     "DDPMSchedulerOutput",

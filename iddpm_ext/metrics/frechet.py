@@ -17,10 +17,10 @@ def frechet_distance(a: Features | FeatureStatistics, b: Features | FeatureStati
 
         |mean_a - mean_b|^2 + tr C_a + tr C_b - 2 tr (C_a C_b)^(1/2)
 
-    The last trace is the sum of the square roots of the eigenvalues of C_a C_b. With C = F F^T
-    these roots are the singular values of F_a^T F_b, which neither overflow nor turn complex
-    where a matrix square root would; F is the centred features themselves where they are fewer
-    than their dimensions.
+    The last trace is the sum of the square roots of the eigenvalues of C_a C_b. With C_b = F F^T
+    these are the eigenvalues of F^T C_a F, which is symmetric: they cannot turn complex, as a
+    matrix square root does. F is the centred features themselves where they are fewer than their
+    dimensions, so that few samples cost little.
 
     Args:
         a, b: floating [N, D], N at least 2, or their `FeatureStatistics`. With N <= D a
@@ -34,33 +34,62 @@ def frechet_distance(a: Features | FeatureStatistics, b: Features | FeatureStati
 
     Source: Heusel et al. 2017, equation 6; Dowson & Landau 1982.
     """
-    (mean_a, factor_a), (mean_b, factor_b) = _factored("a", a), _factored("b", b)
-    checks.pair("frechet_distance", a=mean_a, b=mean_b)
-    factor_b = factor_b.to(factor_a.device)
-    overlap = torch.linalg.svdvals(factor_a.T @ factor_b).sum()
-    # The trace of F F^T is the sum of its squares.
-    spread = factor_a.square().sum() + factor_b.square().sum()
-    distance = (mean_a - mean_b.to(mean_a.device)).square().sum() + spread - 2 * overlap
-    return max(0.0, float(distance))
+    first, second = _Normal.of("a", a), _Normal.of("b", b)
+    checks.pair("frechet_distance", a=first.mean, b=second.mean)
+    if first.rank < second.rank:
+        first, second = second, first
+    factor = second.factor.to(first.mean.device)
+    eigenvalues = torch.linalg.eigvalsh(first.between(factor))
+    # Below this they are rounding, of which the square roots would add up.
+    floor = eigenvalues[-1:].clamp(min=0) * len(eigenvalues) * torch.finfo(torch.float64).eps
+    overlap = eigenvalues.where(eigenvalues > floor, 0).sqrt().sum()
+    shift = (first.mean - second.mean.to(first.mean.device)).square().sum()
+    return max(0.0, float(shift + first.trace + second.trace - 2 * overlap))
 
 
-def _factored(name: str, value: Features | FeatureStatistics) -> tuple[Tensor, Tensor]:
-    """The mean [D], and F [D, r] with F F^T the covariance."""
-    if isinstance(value, FeatureStatistics):
-        _warn_if_few(name, value.count, len(value.mean))
-        return value.mean, _factor(value.covariance)
-    x = checks.features("frechet_distance", name, value, least=2)
-    _warn_if_few(name, *x.shape)
-    if len(x) > x.shape[1]:
-        statistics = feature_statistics(x)
-        return statistics.mean, _factor(statistics.covariance)
-    mean = x.mean(0)
-    return mean, (x - mean).T / (len(x) - 1) ** 0.5
+class _Normal:
+    """A mean [D] and a covariance: as it is, or as centred features where these are fewer than D."""
 
+    def __init__(self, mean: Tensor, rows: Tensor | None, whole: FeatureStatistics | None) -> None:
+        self.mean, self._rows, self._whole = mean, rows, whole
+        self.rank = len(mean) if rows is None else len(rows)
 
-def _factor(covariance: Tensor) -> Tensor:
-    eigenvalues, vectors = torch.linalg.eigh(covariance.double())
-    return vectors * eigenvalues.clamp(min=0).sqrt()
+    @classmethod
+    def of(cls, name: str, value: Features | FeatureStatistics) -> _Normal:
+        if isinstance(value, FeatureStatistics):
+            _warn_if_few(name, value.count, len(value.mean))
+            return cls(value.mean, None, value)
+        x = checks.features("frechet_distance", name, value, least=2)
+        _warn_if_few(name, *x.shape)
+        if len(x) > x.shape[1]:
+            whole = feature_statistics(x)
+            return cls(whole.mean, None, whole)
+        mean = x.mean(0)
+        return cls(mean, (x - mean) / (len(x) - 1) ** 0.5, None)
+
+    @property
+    def factor(self) -> Tensor:
+        """F [D, r] with F F^T the covariance."""
+        if self._rows is not None:
+            return self._rows.T
+        assert self._whole is not None
+        return self._whole.factor
+
+    @property
+    def trace(self) -> Tensor:
+        """Of the covariance."""
+        if self._rows is not None:
+            return self._rows.square().sum()
+        assert self._whole is not None
+        return self._whole.covariance.diagonal().sum()
+
+    def between(self, factor: Tensor) -> Tensor:
+        """F^T C F [r, r] of a factor F [D, r]."""
+        if self._rows is not None:
+            product = self._rows @ factor
+            return product.T @ product
+        assert self._whole is not None
+        return factor.T @ self._whole.covariance.double() @ factor
 
 
 def _warn_if_few(name: str, count: int, dimensions: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -21,6 +22,12 @@ class FeatureStatistics:
     mean: Tensor
     covariance: Tensor
     count: int
+
+    @cached_property
+    def factor(self) -> Tensor:
+        """F [D, D] with F F^T the covariance, kept: a reference is compared with many sets."""
+        eigenvalues, vectors = torch.linalg.eigh(self.covariance.double())
+        return vectors * eigenvalues.clamp(min=0).sqrt()
 
 
 class Moments:

@@ -49,8 +49,9 @@ class OpSpec:
     of the registered operator without the trailing backend. `dtypes` says which dtypes of the first
     tensor each kernel takes ("reference" takes every floating dtype). `stops_gradient` is true where
     a part of the gradient is left out on purpose, so that numerical differentiation must differ. A
-    float32 result is never asked to be closer to float64 than `roundings` of its largest value. Cases for
-    tests and benchmarks live in `iddpm_ext/ops/<name>/cases.py` and are imported only when asked for.
+    float32 result is never asked to be closer to float64 than `roundings` of its largest value. `batched`
+    names the arguments that have one entry a sample, whose results must not depend on the others. Cases
+    for tests and benchmarks live in `iddpm_ext/ops/<name>/cases.py` and are imported only when asked for.
     """
 
     name: str
@@ -63,6 +64,7 @@ class OpSpec:
     differentiable: tuple[str, ...] = ()
     stops_gradient: bool = False
     roundings: float = 2.0
+    batched: tuple[str, ...] = ()
 
     def _cases(self) -> Any:
         return importlib.import_module(f"iddpm_ext.ops.{self.name}.cases")
@@ -78,6 +80,10 @@ class OpSpec:
     def benchmark_inputs(self, device: str) -> Iterator[Case]:
         """Calls at the sizes of the field."""
         return self._cases().benchmark_inputs(device)
+
+    def property_inputs(self, draw: Any, device: str, dtype: torch.dtype) -> dict[str, Any]:
+        """One random call that every backend must compute like the reference; `random_calls.Draw`."""
+        return self._cases().property_inputs(draw, device, dtype)
 
     def minimum_bytes(self, kwargs: dict[str, Any]) -> int:
         """Bytes that any implementation must move: each input read once, each output written once."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .classifier_guidance import classifier_gradient
+from .cpu_tune import tune
 from .inversion import interpolate, invert
 from .loop import SampleStep, sample, sample_progressive
 from .two_stage import TwoStage, sample_two_stage
@@ -16,4 +17,5 @@ __all__ = [
     "sample",
     "sample_progressive",
     "sample_two_stage",
+    "tune",
 ]

@@ -1,8 +1,8 @@
 """Which algorithm a 3x3 convolution takes: a function of its shape and of the CPU, never of a timing.
 
 So the same shape on the same machine always takes the same path, and a run repeats itself. The
-tables were measured in place (`cpu_tune.py`), one a CPU family: those in `cpu_tables.json` ship with
-the code, and `iddpm_ext tune` stores the user's own, which goes before them.
+tables were measured in place (`cpu_tune.py`), one a CPU family: those in `cpu_tables/` ship with the
+code, and `iddpm tune` stores the user's own, which goes before them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 Table = dict[str, dict[str, str]]  # {"float32": {shape's key: algorithm's name}, "bfloat16": ...}
-_SHIPPED = Path(__file__).with_name("cpu_tables.json")
+_SHIPPED = Path(__file__).with_name("cpu_tables")
 
 
 @dataclass(frozen=True)
@@ -91,12 +91,12 @@ def choose_block(channels: int, algorithm: Algorithm) -> int:
 def load_chooser(family: str | None = None) -> Chooser:
     """The choices on this machine: what the user's own table has, else what ships for the family.
 
-    Raises ValueError where the user's table cannot be read.
+    Raises ValueError where a table cannot be read.
     """
     family = cpu_family() if family is None else family
     measured: dict[str, dict[str, dict[int, str]]] = {}
-    for table in (_shipped().get(family, {}), load_user_table(user_table_path(family))):
-        for precision, entries in table.items():
+    for path in (_SHIPPED / f"{family}.json", user_table_path(family)):
+        for precision, entries in load_table(path).items():
             for key, algorithm in entries.items():
                 layer, _, batch = key.rpartition(" x")
                 measured.setdefault(precision, {}).setdefault(layer, {})[int(batch)] = algorithm
@@ -104,12 +104,12 @@ def load_chooser(family: str | None = None) -> Chooser:
 
 
 def user_table_path(family: str) -> Path:
-    """Where `iddpm_ext tune` stores what it measured."""
+    """Where `iddpm tune` stores what it measured."""
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(cache, "iddpm_ext", f"cpu-{family}.json")
 
 
-def load_user_table(path: Path) -> Table:
+def load_table(path: Path) -> Table:
     """The table at `path`, empty where there is none; ValueError if that is no table."""
     try:
         return check_table(json.loads(path.read_text()))
@@ -117,7 +117,7 @@ def load_user_table(path: Path) -> Table:
         return {}
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{path} must be a table that `iddpm_ext tune` wrote ({error}); tune again or delete it"
+            f"{path} must be a table that `iddpm tune` wrote ({error}); tune again or delete it"
         ) from None
 
 
@@ -135,12 +135,6 @@ def check_table(table: Any) -> Table:
             if not batch.isdecimal() or int(batch) < 1:
                 raise ValueError(f"{key!r} names no shape and batch")
     return table
-
-
-@lru_cache(maxsize=1)
-def _shipped() -> dict[str, Table]:
-    tables = json.loads(_SHIPPED.read_text())
-    return {family: check_table(table) for family, table in tables.items()}
 
 
 @lru_cache(maxsize=1)

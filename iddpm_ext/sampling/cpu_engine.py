@@ -97,7 +97,7 @@ class CPUEngine:
     def _build(self) -> None:
         self._parameters = list(self.model.parameters())
         self._seen = self._weights_state()
-        self._isa = _native.native().build_info()["isa"]
+        self.isa = _native.native().build_info()["isa"]
         packed: dict[tuple[int, str], Tensor] = {}
 
         def packer(module: nn.Module, form: str, make: Callable[[], Tensor]) -> Tensor:
@@ -193,6 +193,21 @@ class CPUEngine:
                 f"schedule has labels for, got {n}"
             )
         return self._run(x, out, *schedule.rows(step_index, n))
+
+    def prepare(self, x: Tensor, out: Tensor) -> Callable[[int], None]:
+        """A function that evaluates x into out, as they then are, at a step of the schedule.
+
+        It makes no checks: for chains, which own both tensors. x, out: as of a call, contiguous.
+        """
+        self._follow_weights()
+        self._require_x(x)
+        schedule, n = self._schedule, len(x)
+        assert schedule is not None and x.is_contiguous() and out.is_contiguous()
+
+        def evaluate(step_index: int) -> None:
+            self._run_rows(0, self.num_rows, x, out, *schedule.rows(step_index, n))
+
+        return evaluate
 
     def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
         """The network's output at any timesteps [n], with labels y [n] as in `UNet.forward`."""

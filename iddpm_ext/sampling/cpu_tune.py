@@ -22,7 +22,7 @@ from iddpm_ext.sampling.cpu_algorithms import (
     Algorithm,
     Table,
     cpu_family,
-    load_user_table,
+    load_table,
     user_table_path,
 )
 from iddpm_ext.sampling.cpu_engine import CPUEngine, why_not_served
@@ -61,7 +61,7 @@ def tune(
     if rounds < 1:
         raise ValueError(f"tune: rounds must be at least 1, got {rounds}")
     path = user_table_path(cpu_family()) if path is None else path
-    table = load_user_table(path)
+    table = load_table(path)
     for batch in batch_sizes:
         for precision, choices in measure(model, batch, rounds).items():
             table.setdefault(precision, {}).update(choices)
@@ -73,7 +73,11 @@ def measure(model: UNet, batch: int, rounds: int) -> Table:
     """The fastest algorithm of every convolution of `model` at one batch size."""
     served = why_not_served(model, torch.bfloat16) is None
     names = CANDIDATES["bfloat16" if served else "float32"]
-    times = {name: _times(model, batch, ALGORITHMS[name], rounds) for name in names}
+    runs = {name: _Run(model, batch, ALGORITHMS[name]) for name in names}
+    for _ in range(rounds):  # in turn: what disturbs one of them disturbs all
+        for run in runs.values():
+            run()
+    times = {name: run.times() for name, run in runs.items()}
     table: Table = {}
     for precision in ("float32", "bfloat16") if served else ("float32",):
         table[precision] = {
@@ -86,26 +90,31 @@ def measure(model: UNet, batch: int, rounds: int) -> Table:
     return table
 
 
-def _times(model: UNet, batch: int, algorithm: Algorithm, rounds: int) -> dict[str, float]:
-    """Seconds of the convolutions of every shape with one algorithm."""
-    precision = torch.bfloat16 if algorithm.bf16 else torch.float32
-    engine = CPUEngine(model, batch, dtype=precision, num_threads=1, algorithm=algorithm)
-    c = model.config
-    x = torch.zeros(batch, engine.in_channels, *engine.size)
-    labels = None if c.num_classes is None else torch.zeros(batch, dtype=torch.int64)
-    engine.set_schedule(torch.zeros(1), labels)
-    engine(x, 0)
-    seconds: dict[int, list[float]] = {row: [] for row, _ in engine.convolutions}
-    for _ in range(rounds):
-        for row in range(engine.num_rows):
+class _Run:
+    """A network with one algorithm for all convolutions; a call times each of them once."""
+
+    def __init__(self, model: UNet, batch: int, algorithm: Algorithm) -> None:
+        precision = torch.bfloat16 if algorithm.bf16 else torch.float32
+        self._engine = CPUEngine(model, batch, dtype=precision, num_threads=1, algorithm=algorithm)
+        classes = model.config.num_classes
+        labels = None if classes is None else torch.zeros(batch, dtype=torch.int64)
+        self._engine.set_schedule(torch.zeros(1), labels)
+        self._x = torch.zeros(batch, self._engine.in_channels, *self._engine.size)
+        self._seconds: dict[int, list[float]] = {row: [] for row, _ in self._engine.convolutions}
+
+    def __call__(self) -> None:
+        for row in range(self._engine.num_rows):
             start = time.process_time()
-            engine.run_row(row, x)
-            if row in seconds:
-                seconds[row].append(time.process_time() - start)
-    total: dict[str, float] = {}
-    for row, shape in engine.convolutions:
-        total[shape.key] = total.get(shape.key, 0.0) + statistics.median(seconds[row])
-    return total
+            self._engine.run_row(row, self._x)
+            if row in self._seconds:
+                self._seconds[row].append(time.process_time() - start)
+
+    def times(self) -> dict[str, float]:
+        """Median seconds of all convolutions of each shape."""
+        total: dict[str, float] = {}
+        for row, shape in self._engine.convolutions:
+            total[shape.key] = total.get(shape.key, 0.0) + statistics.median(self._seconds[row])
+        return total
 
 
 def _write(path: Path, table: Table) -> None:

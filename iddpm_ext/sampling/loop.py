@@ -10,6 +10,7 @@ from torch import Tensor
 
 from iddpm_ext.diffusion import Diffusion
 from iddpm_ext.random import STREAM_INITIAL, STREAM_REVERSE, NoiseKey, normal
+from iddpm_ext.sampling import cpu_chain
 from iddpm_ext.sampling.chain_step import ChainStep
 from iddpm_ext.sampling.classifier_guidance import CondFn
 from iddpm_ext.sampling.engines import Network, choose_network
@@ -167,12 +168,27 @@ def run(
     network = choose_network(request, evaluated(request))
     with progress_bar(request, len(chosen)) as bar:
         for images in chosen:
+            if callback is None and cpu_chain.serves(request, network):
+                results.append(_run_prepared(request, network, images, bar))
+                continue
             for step in _walk_batch(request, network, images):
                 if callback is not None:
                     callback(step)
                 bar.update()
             results.append(step.x.float())
     return torch.cat(results)
+
+
+def _run_prepared(request: Request, network: Network, images: range, bar: Any) -> Tensor:
+    """The last x of `_walk_batch`, faster, as nobody looks at the steps."""
+    samples = torch.arange(images.start, images.stop, device=request.device)
+    x = _initial(request, samples).contiguous()
+    with torch.no_grad():
+        step = cpu_chain.prepare(request, network, samples, x)
+        for i in reversed(range(request.diffusion.num_timesteps)):
+            step(i)
+            bar.update()
+    return x
 
 
 def walk(

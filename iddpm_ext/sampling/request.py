@@ -14,6 +14,7 @@ from iddpm_ext import foreign
 from iddpm_ext.diffusion import SAMPLERS as ONE_STEP_SAMPLERS
 from iddpm_ext.diffusion import Diffusion
 from iddpm_ext.interop.process import diffusion_of
+from iddpm_ext.interop.twin import twin
 from iddpm_ext.ops.spec import resolve_backend
 from iddpm_ext.random import STREAM_CHOICE, NoiseKey, integers
 from iddpm_ext.splice import Splice
@@ -92,7 +93,7 @@ def make_request(
     """
     if not callable(model):
         raise TypeError(f"sample: model must be callable, got {type(model).__name__}")
-    model, diffusion, image_shape = _adapted(model, diffusion, image_shape)
+    model, diffusion, image_shape = _adapted(model, diffusion, image_shape, engine)
     for name, flag in (
         ("clip", clip),
         ("engine", engine),
@@ -144,7 +145,10 @@ def make_request(
 
 
 def _adapted(
-    model: Callable[..., Tensor], diffusion: Diffusion | None, image_shape: Sequence[int] | None
+    model: Callable[..., Tensor],
+    diffusion: Diffusion | None,
+    image_shape: Sequence[int] | None,
+    engine: bool,
 ) -> tuple[Callable[..., Tensor], Diffusion | None, Sequence[int] | None]:
     """Networks and pipelines of diffusers as any other callable, with what they say of themselves."""
     if foreign.is_pipeline(model):
@@ -153,6 +157,8 @@ def _adapted(
         diffusion = diffusion_of(pipeline.scheduler.config) if diffusion is None else diffusion
     if foreign.is_unet2d(model):
         assert isinstance(model, nn.Module)
+        if engine and (ours := twin(model)) is not None:
+            return ours, diffusion, image_shape
         network = foreign.UNet2DNetwork(model)
         return network, diffusion, network.image_shape if image_shape is None else image_shape
     return model, diffusion, image_shape

@@ -12,11 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from iddpm_ext.checkpoint.tensors import read_safetensors
+from iddpm_ext.checkpoint.tensors import differences, read_file
 from iddpm_ext.checkpoint.torch_file import (
     is_torch_file,
     read_plain,
-    read_torch_file,
     require_dense,
 )
 from iddpm_ext.diffusion import Diffusion
@@ -73,29 +72,18 @@ def start_from(state: TrainState, config: TrainConfig) -> list[str]:
 def _read_weights(path: Path, state: TrainState) -> tuple[dict[str, Tensor], list[str]]:
     if not path.is_file():
         raise FileNotFoundError(f"train: init files must exist, got {str(path)!r}")
-    if is_torch_file(path):
-        metadata: Mapping[str, str] = {}
-        tensors = read_torch_file(path)
-    else:
-        metadata, tensors = read_safetensors(path)
+    metadata, tensors = read_file(path)
     notes = _compare(path, metadata, state)
     expected = state.model.state_dict()
     rows = expected[_LABELS].shape[0] if _LABELS in expected else 0
     if is_torch_file(path) and _LABELS in tensors and len(tensors[_LABELS]) > rows > 0:
         notes.append(f"{path} has {len(tensors[_LABELS])} classes, of which the run keeps {rows}")
         tensors[_LABELS] = tensors[_LABELS][:rows]
-    differences = [f"no {name}" for name in expected if name not in tensors]
-    differences += [f"also {name}" for name in tensors if name not in expected]
-    differences += [
-        f"{name} {list(tensors[name].shape)} instead of {list(value.shape)}"
-        for name, value in expected.items()
-        if name in tensors and tensors[name].shape != value.shape
-    ]
-    if differences:
-        more = f", and {len(differences) - 4} more" if len(differences) > 4 else ""
+    found = differences(expected, tensors)
+    if found:
         raise ValueError(
             f"train: {path} must fit the network that the run's settings describe, "
-            f"got {', '.join(differences[:4])}{more}"
+            f"got {'; '.join(found)}"
         )
     return tensors, notes
 

@@ -17,6 +17,7 @@ from iddpm_ext.data import ImageData, Order, batches, open_data
 from .config import TrainConfig
 from .initial import start_from
 from .log import RunLog
+from .memory import keep_freed_memory
 from .parallel import Parallel
 from .resume import find_resume
 from .signals import StopSignals
@@ -36,6 +37,7 @@ def train(config: TrainConfig) -> Path:
     and the place in the data are taken from the newest checkpoint that verifies. On the CPU with a fixed
     number of threads a run that was stopped and resumed ends with the same bits as one that was not.
     SIGTERM, SIGINT and SIGUSR1 save and return early. Under torchrun all processes train one network.
+    On the CPU the process keeps freed memory from then on (`memory.keep_freed_memory`).
 
     Raises:
         ValueError, FileNotFoundError: the data or the configuration cannot be used; see the message.
@@ -50,6 +52,8 @@ def train(config: TrainConfig) -> Path:
                 f"train: batch_size must be a multiple of accumulate {config.accumulate} times "
                 f"{parallel.size} processes, got {config.batch_size}"
             )
+        if parallel.device.type == "cpu":
+            keep_freed_memory()
         data = _open(config)
         out, folder = Path(config.out), Path(config.out) / "ckpt"
         newest, notes = find_resume(folder, config, parallel.size)

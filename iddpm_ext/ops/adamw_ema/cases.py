@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from iddpm_ext.ops import synthetic
+from iddpm_ext.ops import random_calls, synthetic
 from iddpm_ext.ops.spec import BadCase, Case
 
 # A scalar, odd lengths, a convolution's weights, more than one chunk, and nothing.
@@ -147,6 +147,32 @@ def bad_inputs(device: str) -> Iterator[BadCase]:
     yield bad("grad_scale shape", ValueError, "grad_scale must be", grad_scale=torch.ones(3))
     yield bad("found_inf number", TypeError, "found_inf must be a tensor", found_inf=True)
     yield bad("backend", ValueError, "backend must be one of", backend="opencl")
+
+
+def property_inputs(draw: random_calls.Draw, device: str, dtype: torch.dtype) -> dict[str, Any]:
+    shapes = [random_calls.image_shape(draw) for _ in range(draw.integer(0, 3))]
+    halves = (torch.float32, torch.bfloat16, torch.float16)
+
+    def like(dtype: torch.dtype = torch.float32) -> list[Tensor]:
+        drawn = [random_calls.values(draw, shape, device, dtype) for shape in shapes]
+        return [random_calls.relayout(draw, x, expand=False) for x in drawn]
+
+    one = torch.ones((), device=device)
+    decays = draw.choice(([0.9999], [], [0.0, 0.5, 1.0]))
+    step = draw.choice((1, 2, 1000, 10**7))
+    call: dict[str, Any] = {"params": like(), "grads": like(draw.choice(halves))}
+    call |= {"exp_avgs": like(), "exp_avg_sqs": [x.abs() for x in like()]}
+    call |= {"emas": [like() for _ in decays], "decays": decays}
+    call |= {"step": draw.choice((step, step * one)), "lr": draw.choice((1e-3, 1.0, 0.0))}
+    call |= {"betas": draw.choice(((0.9, 0.999), (0.0, 0.0), (0.5, 0.9999)))}
+    call |= {"eps": draw.choice((1e-8, 1e-3)), "weight_decay": draw.choice((0.0, 0.1))}
+    if draw.choice((False, True)):
+        call["copies"] = like(draw.choice(halves))
+    if draw.choice((False, True)):
+        call["grad_scale"] = one * draw.choice((2.0**-16, 3.0, float("nan")))
+    if draw.choice((False, True)):
+        call["found_inf"] = one * draw.choice((0, 1))
+    return call
 
 
 def benchmark_inputs(device: str) -> Iterator[Case]:

@@ -103,7 +103,7 @@ def launch_on(device: torch.device) -> Callable[..., None]:
             1.0 - lr * weight_decay,
             EMAS=emas,
             GRAD=dtypes[0],
-            COPY=dtypes[1] if rows[0][5] else -1,
+            COPY=dtypes[1] if any(row[5] for row in rows) else -1,
             STEP=factors[0] is not None,
             SCALE=factors[1] is not None,
             FOUND_INF=factors[2] is not None,

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from iddpm_ext.ops import synthetic
+from iddpm_ext.ops import random_calls, synthetic
 from iddpm_ext.ops.spec import BadCase, Case
 
 Shape = tuple[int, int, int, int]
@@ -61,6 +61,17 @@ def sample_inputs(device: str, dtype: torch.dtype) -> Iterator[Case]:
     last = call((2, 32, 6, 5), 16)
     weight = last["weight"].contiguous(memory_format=torch.channels_last)
     yield Case("channels_last weight", {**last, "weight": weight})
+
+
+def property_inputs(draw: random_calls.Draw, device: str, dtype: torch.dtype) -> dict[str, Any]:
+    n, c, h, w = random_calls.image_shape(draw)
+    columns, mean = draw.integer(1, 20), draw.choice((0.0, 1.0, -30.0))
+    call = _call((n, c, h, w), columns, device, dtype, channels_last=False, mean=mean)
+    # Finite numbers only: Winograd spreads an infinity over its tile.
+    call["x"] = random_calls.relayout(draw, call["x"])
+    if draw.choice((False, True)):
+        call["bias"] = None
+    return {**call, **{name: draw.choice((False, True)) for name in ("upscale", "exact")}}
 
 
 def bad_inputs(device: str) -> Iterator[BadCase]:

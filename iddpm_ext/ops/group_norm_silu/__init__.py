@@ -243,6 +243,7 @@ SPEC = register(
             "scale",
             "shift",
         ),
+        batched=("x", "x2", "scale", "shift", "residual"),
     )
 )
 

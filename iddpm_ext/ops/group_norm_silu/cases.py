@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from iddpm_ext.ops import synthetic
+from iddpm_ext.ops import random_calls, synthetic
 from iddpm_ext.ops.spec import BadCase, Case
 
 Shape = tuple[int, int, int, int]
@@ -70,6 +70,7 @@ def sample_inputs(device: str, dtype: torch.dtype) -> Iterator[Case]:
 
     for width in (1, 4, 12, 20, 28):
         yield Case(f"groups of {width}", call((2, 2 * width, 5, 3), 2))
+    yield Case("640 channels", call((1, 640, 3, 2), 32))
     yield Case("one group", call((2, 7, 3, 3), 1))
     yield Case("one pixel", call((3, 32, 1, 1), 2))
     yield Case("large image", call((1, 4, 70, 66), 2))
@@ -116,6 +117,33 @@ def bad_inputs(device: str) -> Iterator[BadCase]:
     yield bad("sum of one", ValueError, "return_sum must be False", return_sum=True)
     yield bad("device", ValueError, "must be on", residual=torch.empty_like(x, device="meta"))
     yield bad("backend", ValueError, "backend must be one of", backend="opencl")
+
+
+def property_inputs(draw: random_calls.Draw, device: str, dtype: torch.dtype) -> dict[str, Any]:
+    n, c, h, w = random_calls.image_shape(draw)
+    groups = draw.integer(1, 4)
+    first, second = c * groups, groups * draw.integer(0, 2)
+    maybe = (False, True)
+
+    def images(channels: int) -> torch.Tensor:
+        return random_calls.images(draw, (n, channels, h, w), device, dtype)
+
+    def numbers(*shape: int) -> torch.Tensor:
+        return random_calls.values(draw, shape, device, dtype, means=(0.0, 1.0), deviations=(1.0,))
+
+    call: dict[str, Any] = {"x": images(first), "num_groups": groups, "silu": draw.choice(maybe)}
+    call |= {"weight": numbers(first + second), "bias": numbers(first + second)}
+    if second:
+        call["x2"] = images(second)
+    if draw.choice(maybe):
+        call |= {"scale": numbers(n, first + second), "shift": numbers(n, first + second)}
+    if draw.choice(maybe):
+        call["residual"] = images(first)
+    if draw.choice(maybe):
+        call["channel_bias"] = numbers(first)
+    if "residual" in call or "channel_bias" in call:
+        call["return_sum"] = draw.choice(maybe)
+    return call
 
 
 def benchmark_inputs(device: str) -> Iterator[Case]:

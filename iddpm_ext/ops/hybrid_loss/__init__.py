@@ -187,6 +187,7 @@ SPEC = register(
         dtypes=dict.fromkeys(_KERNELS, FLOAT32_AND_HALVES),
         differentiable=("model_output",),
         stops_gradient=True,
+        batched=("model_output", "x_0", "x_t", "noise", "t"),
     )
 )
 

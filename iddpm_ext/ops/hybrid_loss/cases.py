@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from iddpm_ext.ops import synthetic
+from iddpm_ext.ops import random_calls, synthetic
 from iddpm_ext.ops.spec import BadCase, Case
 from iddpm_ext.random import NoiseKey
 
@@ -58,6 +58,13 @@ def bad_inputs(device: str) -> Iterator[BadCase]:
     yield bad("noise shape", ValueError, "noise must be of the shape", noise=noise[..., :7])
     yield bad("noise missing", TypeError, "noise must be a tensor or a NoiseKey", noise=None)
     yield bad("noise samples", ValueError, "noise.samples must be", noise=_key(3, device))
+
+
+def property_inputs(draw: random_calls.Draw, device: str, dtype: torch.dtype) -> dict[str, Any]:
+    call = random_calls.bound_call(draw, device, dtype, learned=True)
+    shape = call["x_t"].shape
+    call["noise"] = random_calls.noise(draw, shape, device, torch.float32)
+    return {**call, "vlb_weight": draw.choice((1e-3, 0.0, 1.0))}
 
 
 def benchmark_inputs(device: str) -> Iterator[Case]:

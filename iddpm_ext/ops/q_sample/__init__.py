@@ -124,6 +124,7 @@ SPEC = register(
         public=q_sample,
         kernels={"reference": reference.q_sample, **_KERNELS},
         differentiable=("x_0",),
+        batched=("x_0", "t", "noise"),
     )
 )
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from iddpm_ext.ops import synthetic
+from iddpm_ext.ops import random_calls, synthetic
 from iddpm_ext.ops.spec import BadCase, Case
 from iddpm_ext.random import NoiseKey
 
@@ -67,6 +67,16 @@ def bad_inputs(device: str) -> Iterator[BadCase]:
     yield bad("noise missing", TypeError, "noise must be a tensor or a NoiseKey", noise=None)
     yield bad("noise samples", ValueError, "noise.samples must be", noise=_key(3, device))
     yield bad("backend", ValueError, "backend must be one of", backend="opencl")
+
+
+def property_inputs(draw: random_calls.Draw, device: str, dtype: torch.dtype) -> dict[str, Any]:
+    shape = random_calls.image_shape(draw)
+    return {
+        "x_0": random_calls.images(draw, shape, device, dtype),
+        "t": random_calls.timesteps(draw, shape[0], device),
+        "table": synthetic.table(device),
+        "noise": random_calls.noise(draw, shape, device, dtype),
+    }
 
 
 def benchmark_inputs(device: str) -> Iterator[Case]:

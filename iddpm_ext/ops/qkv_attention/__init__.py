@@ -96,6 +96,7 @@ SPEC = register(
         },
         dtypes=dict.fromkeys(("cpu", "cuda"), FLOAT32_AND_HALVES),
         differentiable=("qkv",),
+        batched=("qkv",),
     )
 )
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from iddpm_ext.ops import synthetic
+from iddpm_ext.ops import random_calls, synthetic
 from iddpm_ext.ops.spec import BadCase, Case
 
 
@@ -82,6 +82,16 @@ def bad_inputs(device: str) -> Iterator[BadCase]:
         yield bad(f"heads {value}", TypeError, "num_heads must be an integer", num_heads=value)
     yield bad("order", ValueError, "order must be one of legacy, new, got", order="qkv")
     yield bad("backend", ValueError, "backend must be one of", backend="opencl")
+
+
+def property_inputs(draw: random_calls.Draw, device: str, dtype: torch.dtype) -> dict[str, Any]:
+    n, width, height, columns = random_calls.image_shape(draw)
+    heads, order = draw.integer(1, 3), draw.choice(("legacy", "new"))
+    shape = (n, 3 * heads * width, height, columns)
+    qkv = random_calls.images(
+        draw, shape, device, dtype, means=(0.0, 3.0), deviations=(1.0, 1e-3, 20.0)
+    )
+    return {"qkv": qkv, "num_heads": heads, "order": order}
 
 
 def benchmark_inputs(device: str) -> Iterator[Case]:

@@ -5,7 +5,12 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from iddpm_ext.ops.qkv_attention.layout import is_by_token, laid_out_like, split_heads
+from iddpm_ext.ops.qkv_attention.layout import (
+    empty_like_rows,
+    is_by_token,
+    laid_out_like,
+    split_heads,
+)
 
 
 def qkv_attention(qkv: Tensor, num_heads: int, order: str) -> Tensor:
@@ -16,7 +21,7 @@ def qkv_attention(qkv: Tensor, num_heads: int, order: str) -> Tensor:
     """
     n, channels, tokens = qkv.shape
     if qkv.numel() == 0:
-        return laid_out_like(qkv, qkv[:, : channels // 3].clone())
+        return empty_like_rows(qkv, channels // 3).zero_()
     by_token = qkv if is_by_token(qkv) else qkv.transpose(1, 2).contiguous().transpose(1, 2)
     q, k, v = (x.transpose(2, 3) for x in split_heads(by_token, num_heads, order))
     out = F.scaled_dot_product_attention(q, k, v)  # [N, heads, T, d]

@@ -147,6 +147,7 @@ SPEC = register(
         summary="one step of the reverse chain, ancestral or DDIM",
         public=reverse_step,
         kernels={"reference": reference.reverse_step, **_KERNELS},
+        batched=("x_t", "model_output", "t", "noise"),
     )
 )
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from iddpm_ext.ops import synthetic
+from iddpm_ext.ops import random_calls, synthetic
 from iddpm_ext.ops.spec import BadCase, Case
 from iddpm_ext.random import NoiseKey
 
@@ -93,6 +93,22 @@ def bad_inputs(device: str) -> Iterator[BadCase]:
     yield bad("noise type", TypeError, "noise must be a tensor, a NoiseKey", noise="white")
     yield bad("noise samples", ValueError, "noise.samples must be", noise=_key(3, device))
     yield bad("backend", ValueError, "backend must be one of", backend="opencl")
+
+
+def property_inputs(draw: random_calls.Draw, device: str, dtype: torch.dtype) -> dict[str, Any]:
+    shape = n, c, h, w = random_calls.image_shape(draw)
+    learned = draw.choice((True, False))
+    sampler, eta = draw.choice((("ddpm", 0.0), ("ddim", 0.0), ("ddim", 1.0)))
+    channels = 2 * c if learned or draw.choice((True, False)) else c
+    output_dtype = draw.choice((torch.float32, torch.bfloat16, torch.float16))
+    return {
+        "x_t": random_calls.images(draw, shape, device, dtype),
+        "model_output": random_calls.images(draw, (n, channels, h, w), device, output_dtype),
+        "t": random_calls.timesteps(draw, n, device),
+        "table": synthetic.table(device, learned=learned, sampler=sampler, eta=eta),
+        "noise": random_calls.noise(draw, shape, device, dtype),
+        "clip": draw.choice((True, False)),
+    }
 
 
 def benchmark_inputs(device: str) -> Iterator[Case]:

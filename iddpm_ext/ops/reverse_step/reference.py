@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from iddpm_ext.ops.columns import Column
@@ -40,7 +41,10 @@ def reverse_step(
         if model_output.shape[1] > channels:
             v = model_output[:, channels:].to(dtype)
             log_variance = log_variance + row[Column.LOG_VARIANCE_SCALE] * v
-        x_prev = x_prev + row[Column.NOISE_SCALE] * (0.5 * log_variance).exp() * noise.to(dtype)
+        scale = row[Column.NOISE_SCALE]
+        # Not a product with 0, which would make NaN of a log-variance that has no part in the step.
+        noisy = x_prev + scale * (0.5 * log_variance).exp() * noise.to(dtype)
+        x_prev = torch.where(scale != 0, noisy, x_prev)
     return _like(x_prev, x_t), _like(x_0, x_t)
 
 

@@ -146,6 +146,7 @@ SPEC = register(
         kernels={"reference": reference.vlb_terms, **_KERNELS},
         dtypes=dict.fromkeys(_KERNELS, FLOAT32_AND_HALVES),
         differentiable=("model_output",),
+        batched=("model_output", "x_0", "x_t", "t"),
     )
 )
 

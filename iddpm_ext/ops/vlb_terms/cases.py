@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from iddpm_ext.ops import synthetic
+from iddpm_ext.ops import random_calls, synthetic
 from iddpm_ext.ops.spec import BadCase, Case
 
 _call = synthetic.bound_call
@@ -40,6 +40,11 @@ def bad_inputs(device: str) -> Iterator[BadCase]:
         return BadCase(label, {**good, **change}, error, match)
 
     yield from synthetic.bad_bound_calls(bad, good)
+
+
+def property_inputs(draw: random_calls.Draw, device: str, dtype: torch.dtype) -> dict[str, Any]:
+    flags = {name: draw.choice((False, True)) for name in ("clip", "exact")}
+    return {**random_calls.bound_call(draw, device, dtype), **flags}
 
 
 def benchmark_inputs(device: str) -> Iterator[Case]:

@@ -179,6 +179,7 @@ SPEC = register(
         public=vlb_to_all,
         kernels={"reference": reference.vlb_to_all, **_KERNELS},
         dtypes=dict.fromkeys(_KERNELS, FLOAT32_AND_HALVES),
+        batched=("model_output", "x_0", "x_t", "t"),
     )
 )
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from iddpm_ext.ops import synthetic
+from iddpm_ext.ops import random_calls, synthetic
 from iddpm_ext.ops.spec import BadCase, Case
 
 _LAST = synthetic.NUM_TIMESTEPS - 1
@@ -67,6 +67,13 @@ def bad_inputs(device: str) -> Iterator[BadCase]:
     yield bad("targets rank", ValueError, r"targets must be \[S\]", targets=targets[None])
     for value in (_LAST + 1, -2 - _LAST, 2**40):
         yield bad(f"targets {value}", ValueError, f"got {value}", targets=targets * 0 + value)
+
+
+def property_inputs(draw: random_calls.Draw, device: str, dtype: torch.dtype) -> dict[str, Any]:
+    call = random_calls.bound_call(draw, device, dtype)
+    targets = [draw.integer(-1 - _LAST, _LAST) for _ in range(draw.integer(0, 4))]
+    call["targets"] = torch.tensor(targets, dtype=torch.int64, device=device)
+    return {**call, **{name: draw.choice((False, True)) for name in ("clip", "exact")}}
 
 
 def benchmark_inputs(device: str) -> Iterator[Case]:

@@ -1,4 +1,4 @@
-// A team of threads with scratch memory each.
+// A team of threads.
 #pragma once
 
 #include <cstdint>
@@ -11,9 +11,6 @@
 
 namespace iddpm {
 namespace IDDPM_ISA {
-
-// Below this many multiply-adds a team of threads costs more than it brings.
-constexpr int64_t kAttentionSerialBelow = 1 << 20;
 
 // Calls f(thread, threads) from every thread of a team, or once.
 template <typename F>

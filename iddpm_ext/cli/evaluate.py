@@ -1,0 +1,67 @@
+"""Compare samples with a reference: FID, KID, Inception Score, precision and recall."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+
+def run(
+    samples: Annotated[str, tyro.conf.Positional],
+    *,
+    reference: str,
+    extractor: str = "efficientnet-lite0",
+    metrics: tuple[str, ...] = ("fid", "precision_recall"),
+    n: int | None = None,
+    reference_n: int | None = None,
+    split: Literal["train", "test"] = "train",
+    steps: str = "50",
+    sampler: Literal["ddpm", "ddim", "dpm++"] = "ddpm",
+    eta: float = 0.0,
+    guidance_scale: float = 1.0,
+    seed: int = 0,
+    neighbours: tuple[int, ...] = (3, 5),
+    resamples: int = 20,
+    batch_size: int = 64,
+    device: str = "auto",
+    cache: str | None = None,
+    out: Path | None = None,
+) -> None:
+    """Evaluates samples and prints every number with its interval.
+
+    Args:
+        samples: a folder, .zip or .npz of images, or a checkpoint, which is sampled.
+        reference: a folder, .zip, .npz, IDX or CIFAR data, usually what the model was trained on.
+        extractor: efficientnet-lite0 (-112 to resize to 112), pixels, or a file: FID's
+            inception-2015-12-05.pt, pt_inception-2015-12-05-6726825d.pth, TorchScript or ONNX.
+        metrics: of fid, sfid, kid, inception_score, precision_recall.
+        n: how many samples; all, or 10000 of a checkpoint.
+        reference_n: how many reference images; all if left out.
+        split: of data that has both.
+        steps: of a checkpoint's sampling, as of `iddpm sample`.
+        sampler: ancestral (ddpm), DDIM, or DPM-Solver++ (dpm++).
+        eta: the noise of DDIM, from 0 to 1.
+        guidance_scale: of classifier-free guidance; 1 is without.
+        seed: names all noise.
+        neighbours: the k of precision and recall.
+        resamples: halves of the samples that an interval is made of; 0 for none.
+        batch_size: images at once.
+        device: auto, cpu, cuda or cuda:1.
+        cache: folder for the reference's statistics; "" for none.
+        out: a .json file for the numbers.
+    """
+    from iddpm_ext.checkpoint.write import write_whole
+    from iddpm_ext.cli._common import pick_device, read_steps
+    from iddpm_ext.evaluation import evaluate
+
+    found = evaluate(
+        samples, reference, extractor=extractor, metrics=metrics, n=n, reference_n=reference_n,
+        split=split, steps=read_steps(steps), sampler=sampler, eta=eta,
+        guidance_scale=guidance_scale, seed=seed, neighbours=neighbours, resamples=resamples,
+        batch_size=batch_size, device=pick_device(device), cache=cache,
+    )  # fmt: skip
+    print(found)
+    if out is not None:
+        write_whole(out, (found.to_json() + "\n").encode())

@@ -1,0 +1,16 @@
+"""Samples against a reference: where images come from, what extracts features, what is reported."""
+
+from __future__ import annotations
+
+from .compare import METRICS, Evaluation, Score, evaluate
+from .extractors import Extraction, Extractor, open_extractor
+
+__all__ = [
+    "METRICS",
+    "Evaluation",
+    "Extraction",
+    "Extractor",
+    "Score",
+    "evaluate",
+    "open_extractor",
+]

@@ -1,0 +1,298 @@
+"""`evaluate`: from two sets of images to named numbers."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from iddpm_ext.evaluation.extraction import FeatureSet, cached_extract, extract
+from iddpm_ext.evaluation.extractors import INCEPTION, Extractor, ExtractorSpec, open_extractor
+from iddpm_ext.evaluation.images import Images, Recipe, open_images
+from iddpm_ext.metrics import (
+    Interval,
+    Neighbourhoods,
+    frechet_distance,
+    half_sample_interval,
+    inception_score,
+    kernel_distance,
+)
+
+METRICS = ("fid", "sfid", "kid", "inception_score", "precision_recall")
+# What the original evaluator compares neighbourhoods with.
+_KEPT = 10_000
+
+
+@dataclass(frozen=True)
+class Score:
+    """A number and its 95 % interval, None where none was asked for or can be told."""
+
+    value: float
+    ci95: Interval | None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` found.
+
+    scores: by name: fid, sfid, kid for FID's Inception and fd, sfd, kd for any other network,
+    inception_score, precision_k3, recall_k3 and so on, each followed by "-" and the extractor.
+    samples, reference: what they were. sample_count, reference_count: how many. extractor: its
+    name. seconds: the time it took.
+    """
+
+    scores: dict[str, Score]
+    samples: str
+    sample_count: int
+    reference: str
+    reference_count: int
+    extractor: str
+    seconds: float
+
+    def __getitem__(self, name: str) -> float:
+        """The value of a score."""
+        return self.scores[name].value
+
+    def to_json(self) -> str:
+        """Everything, as an object."""
+        scores = {
+            name: {"value": score.value, "ci95": score.ci95 and list(score.ci95)}
+            for name, score in self.scores.items()
+        }
+        return json.dumps({**self.__dict__, "scores": scores}, indent=1)
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.sample_count} samples ({self.samples})",
+            f"{self.reference_count} reference images ({self.reference})",
+        ]
+        for name, score in self.scores.items():
+            interval = ""
+            if score.ci95 is not None:
+                interval = f"  95 % {score.ci95.low:.6g} .. {score.ci95.high:.6g}"
+            lines.append(f"{name:<44}{score.value:>12.6g}{interval}")
+        return "\n".join(lines)
+
+
+def evaluate(
+    samples: Images,
+    reference: Images,
+    *,
+    extractor: ExtractorSpec,
+    metrics: Sequence[str] = ("fid", "precision_recall"),
+    n: int | None = None,
+    reference_n: int | None = None,
+    split: str = "train",
+    steps: Any = 50,
+    sampler: str = "ddpm",
+    eta: float = 0.0,
+    guidance_scale: float = 1.0,
+    seed: int = 0,
+    neighbours: Sequence[int] = (3, 5),
+    resamples: int = 20,
+    batch_size: int = 64,
+    device: torch.device | str = "cpu",
+    cache: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> Evaluation:
+    """Compares samples with a reference by the features of a network.
+
+    Args:
+        samples: a folder, zip, .npz (`arr_0`) or anything else that `open_data` reads; a tensor or
+            an iterable of tensors [N, C, H, W], floating in [-1, 1] or uint8; a `UNet` or a name or
+            file of `load`, which is sampled while features are extracted, classes taking turns.
+        reference: the same; usually the training data.
+        extractor: what `open_extractor` takes: FID's Inception is a file that you have.
+        metrics: of "fid", "sfid", "kid", "inception_score", "precision_recall". With an extractor
+            other than FID's Inception the first three are called fd, sfd and kd.
+        n: how many samples; all, or 10,000 of a model. The paper takes 50,000.
+        reference_n: how many reference images; all if None.
+        split: of data that has "train" and "test".
+        steps, sampler, eta, guidance_scale, seed: of `sample`, for a model.
+        neighbours: the k of precision and recall, whose real neighbourhoods are those of the first
+            10,000 reference images; "kid" compares with these too.
+        resamples: halves of the samples that an interval is made of; 0 for no intervals, and for
+            feature vectors that are kept for "kid" and "precision_recall" alone.
+        batch_size: images at once.
+        device: of the model that samples and of the extractor.
+        cache: folder for the reference's statistics, .npz files; `iddpm_ext` in the user's cache
+            folder if None, "" for none.
+        progress: show a bar where stderr is a terminal.
+
+    Returns:
+        an `Evaluation`. Intervals are over the samples, the reference held fixed (of recall: over
+        the reference); see `half_sample_interval`. They know nothing of the bias that few samples
+        give a Fréchet distance.
+
+    Raises:
+        ValueError, TypeError, FileNotFoundError, RuntimeError: for an argument that cannot be used.
+    """
+    _check(metrics, n, reference_n, neighbours, resamples, batch_size)
+    began = time.perf_counter()
+    network = open_extractor(extractor, device)
+    recipe = Recipe(n or 10_000, steps, sampler, eta, guidance_scale, seed)
+    drawn = open_images(
+        "samples", samples, n=n, split=split, batch_size=batch_size, recipe=recipe, device=device
+    )
+    real = open_images(
+        "reference", reference, n=reference_n, split=split, batch_size=batch_size,
+        recipe=Recipe(reference_n or 10_000, steps, sampler, eta, guidance_scale, seed + 1),
+        device=device,
+    )  # fmt: skip
+    others = {"kid", "precision_recall"} & set(metrics)
+    b = cached_extract(real, network, keep=_KEPT, cache=_cache(cache), progress=progress)
+    keep = None if others or resamples else 0
+    a = extract(drawn, network, keep=keep, progress=progress)
+    scores: dict[str, Score] = {}
+    for metric in metrics:
+        scores.update(_SCORES[metric](a, b, network, tuple(neighbours), resamples))
+    return Evaluation(
+        scores, drawn.what, a.count, real.what, b.count, network.name,
+        round(time.perf_counter() - began, 1),
+    )  # fmt: skip
+
+
+def _named(metric: str, extractor: Extractor) -> str:
+    """FID is the Fréchet distance of one network only."""
+    if extractor.name != INCEPTION:
+        metric = {"fid": "fd", "sfid": "sfd", "kid": "kd"}.get(metric, metric)
+    return f"{metric}-{extractor.name}"
+
+
+def _fid(
+    a: FeatureSet, b: FeatureSet, extractor: Extractor, _: tuple[int, ...], resamples: int
+) -> dict[str, Score]:
+    value = frechet_distance(a.statistics, b.statistics)
+
+    def of_half(half: Tensor) -> float:
+        return frechet_distance(a.features[half], b.statistics)
+
+    interval = _interval(value, a.count, of_half, resamples)
+    return {_named("fid", extractor): Score(value, interval)}
+
+
+def _sfid(
+    a: FeatureSet, b: FeatureSet, extractor: Extractor, _: tuple[int, ...], resamples: int
+) -> dict[str, Score]:
+    if a.spatial is None or b.spatial is None:
+        raise ValueError(
+            "evaluate: metrics must be without 'sfid' where the extractor gives no spatial "
+            f"features, got {extractor.name}"
+        )
+    # Its features are 2023 an image and are not kept: no interval.
+    return {_named("sfid", extractor): Score(frechet_distance(a.spatial, b.spatial), None)}
+
+
+def _kid(
+    a: FeatureSet, b: FeatureSet, extractor: Extractor, _: tuple[int, ...], resamples: int
+) -> dict[str, Score]:
+    value = kernel_distance(a.features, b.features).value
+
+    def of_half(half: Tensor) -> float:
+        return kernel_distance(a.features[half], b.features, subsets=10).value
+
+    interval = _interval(value, a.count, of_half, resamples)
+    return {_named("kid", extractor): Score(value, interval)}
+
+
+def _inception_score(
+    a: FeatureSet, b: FeatureSet, extractor: Extractor, _: tuple[int, ...], resamples: int
+) -> dict[str, Score]:
+    p = a.probabilities
+    if p is None:
+        raise ValueError(
+            "evaluate: metrics must be without 'inception_score' where the extractor gives no "
+            f"probabilities, got {extractor.name}"
+        )
+    splits = min(10, a.count)
+    value = inception_score(p, splits=splits).value
+    halves = min(splits, max(1, a.count // 2))
+
+    def of_half(half: Tensor) -> float:
+        return inception_score(p[half], splits=halves).value
+
+    interval = _interval(value, a.count, of_half, resamples)
+    return {_named("inception_score", extractor): Score(value, interval)}
+
+
+def _precision_recall(
+    a: FeatureSet, b: FeatureSet, extractor: Extractor, neighbours: tuple[int, ...], resamples: int
+) -> dict[str, Score]:
+    scores = {}
+    for k in neighbours:
+        precision = Neighbourhoods(b.features, k).contain(a.features)
+        recall = Neighbourhoods(a.features, k).contain(b.features)
+        for name, inside in ((f"precision_k{k}", precision), (f"recall_k{k}", recall)):
+            share = float(inside.double().mean())
+            interval = _share_interval(share, len(inside)) if resamples else None
+            scores[_named(name, extractor)] = Score(share, interval)
+    return scores
+
+
+_SCORES = {
+    "fid": _fid,
+    "sfid": _sfid,
+    "kid": _kid,
+    "inception_score": _inception_score,
+    "precision_recall": _precision_recall,
+}
+
+
+def _interval(value: float, count: int, of_half: Any, resamples: int) -> Interval | None:
+    if resamples == 0 or count < 4:
+        return None
+    with warnings.catch_warnings():
+        # That a half has few samples was said of the whole, or is of no interest.
+        warnings.simplefilter("ignore", UserWarning)
+        return half_sample_interval(value, count, of_half, resamples=resamples)
+
+
+def _share_interval(share: float, count: int) -> Interval:
+    """Wilson's interval of a share of `count`."""
+    z = 1.96
+    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
+    reach = z / (1 + z * z / count)
+    reach *= math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    return Interval(max(0.0, centre - reach), min(1.0, centre + reach))
+
+
+def _cache(given: str | os.PathLike[str] | None) -> Path | None:
+    if given is not None:
+        return Path(given) if os.fspath(given) else None
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "iddpm_ext" / "reference"
+
+
+def _check(
+    metrics: Sequence[str],
+    n: int | None,
+    reference_n: int | None,
+    neighbours: Sequence[int],
+    resamples: int,
+    batch_size: int,
+) -> None:
+    unknown = [metric for metric in metrics if metric not in METRICS]
+    if isinstance(metrics, str) or unknown or not metrics:
+        raise ValueError(f"evaluate: metrics must be of {', '.join(METRICS)}, got {metrics!r}")
+    checks = [("n", n, 2), ("reference_n", reference_n, 2), ("batch_size", batch_size, 1)]
+    checks += [("neighbours", k, 1) for k in neighbours]
+    for name, value, least in checks:
+        if value is not None and not _is_int(value, least):
+            raise ValueError(f"evaluate: {name} must be an int of at least {least}, got {value!r}")
+    if resamples != 0 and not _is_int(resamples, 2):
+        raise ValueError(
+            f"evaluate: resamples must be 0 or an int of at least 2, got {resamples!r}"
+        )
+
+
+def _is_int(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least

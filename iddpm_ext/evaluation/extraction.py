@@ -1,0 +1,129 @@
+"""Features of an image set, streamed into moments and kept where a metric needs them all."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from iddpm_ext.checkpoint.write import write_whole
+from iddpm_ext.evaluation.extractors import Extractor
+from iddpm_ext.evaluation.images import ImageSet
+from iddpm_ext.metrics import FeatureStatistics, Moments
+
+_FORMAT = 1
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureSet:
+    """What is known of one set of images.
+
+    statistics: of features; spatial: of sFID's features, or None. features: float32 [M, D] of the
+    first M images. probabilities: float32 [N, K] of all, or None. count: N.
+    """
+
+    count: int
+    statistics: FeatureStatistics
+    spatial: FeatureStatistics | None
+    features: Tensor
+    probabilities: Tensor | None
+
+
+def extract(
+    images: ImageSet, extractor: Extractor, *, keep: int | None, progress: bool
+) -> FeatureSet:
+    """The features of a set, in one pass.
+
+    keep: how many feature vectors to hold in memory; None for all.
+    """
+    from tqdm import tqdm
+
+    moments, spatial = Moments(), Moments()
+    kept: list[Tensor] = []
+    probabilities: list[Tensor] = []
+    count, with_spatial = 0, True
+    with tqdm(
+        total=images.count, desc=images.what, unit="image", leave=False,
+        disable=None if progress else True,
+    ) as bar:  # fmt: skip
+        for batch in images:
+            found = extractor(batch)
+            features = found.features.cpu()
+            moments.update(features)
+            with_spatial = with_spatial and found.spatial is not None
+            if found.spatial is not None:
+                spatial.update(found.spatial.cpu())
+            if keep is None or count < keep:
+                kept.append(features[: None if keep is None else keep - count].float())
+            if found.probabilities is not None:
+                probabilities.append(found.probabilities.cpu().float())
+            count += len(batch)
+            bar.update(len(batch))
+    if count < 2:
+        raise ValueError(f"evaluate: {images.what} must have at least 2 images, got {count}")
+    return FeatureSet(
+        count,
+        moments.statistics(),
+        spatial.statistics() if with_spatial else None,
+        torch.cat(kept) if kept else torch.empty(0, len(moments.statistics().mean)),
+        torch.cat(probabilities) if probabilities else None,
+    )
+
+
+def cached_extract(
+    images: ImageSet, extractor: Extractor, *, keep: int, cache: Path | None, progress: bool
+) -> FeatureSet:
+    """`extract`, or what it gave before for the same images, extractor and `keep`.
+
+    cache: a folder of .npz files; None, or a set or extractor without fingerprint, for none.
+    Probabilities are not kept: only samples need them.
+    """
+    if cache is None or not images.fingerprint or not extractor.fingerprint:
+        return extract(images, extractor, keep=keep, progress=progress)
+    key = json.dumps([_FORMAT, images.fingerprint, extractor.fingerprint, keep])
+    path = cache / f"{extractor.name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
+    if path.exists():
+        return _read(path)
+    found = extract(images, extractor, keep=keep, progress=progress)
+    _write(path, found, json.dumps({"images": images.what, "extractor": extractor.name}))
+    return found
+
+
+def _write(path: Path, found: FeatureSet, description: str) -> None:
+    arrays = {
+        "count": np.array(found.count),
+        "mean": found.statistics.mean.numpy(),
+        "covariance": found.statistics.covariance.numpy(),
+        "features": found.features.numpy(),
+        "description": np.array(description),
+    }
+    if found.spatial is not None:
+        arrays["spatial_mean"] = found.spatial.mean.numpy()
+        arrays["spatial_covariance"] = found.spatial.covariance.numpy()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = io.BytesIO()
+    np.savez(file, **arrays)  # type: ignore[arg-type]
+    write_whole(path, file.getvalue())
+
+
+def _read(path: Path) -> FeatureSet:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: torch.from_numpy(file[name]) for name in file.files if name[0] != "d"}
+        count = int(arrays["count"])
+        spatial = None
+        if "spatial_mean" in arrays:
+            spatial = FeatureStatistics(arrays["spatial_mean"], arrays["spatial_covariance"], count)
+        statistics = FeatureStatistics(arrays["mean"], arrays["covariance"], count)
+        return FeatureSet(count, statistics, spatial, arrays["features"], None)
+    except Exception as error:  # zipfile, numpy and the keys each have their own
+        raise ValueError(
+            f"evaluate: cache must hold whole files, got {path}, which cannot be read ({error}): "
+            "delete it"
+        ) from error

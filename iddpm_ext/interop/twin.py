@@ -1,0 +1,73 @@
+"""A `UNet` in the place of a `UNet2DModel` on the CPU, where the engine runs the one and not the other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from iddpm_ext.unet import UNet
+
+_ATTRIBUTE = "_iddpm_twin"
+
+
+class _Kept:
+    """The twin and what it was made of. Copies and pickles of the network go without."""
+
+    def __init__(self, signature: object = None, model: UNet | None = None) -> None:
+        self.signature, self.model = signature, model
+
+    def __deepcopy__(self, memo: object) -> _Kept:
+        return _Kept()
+
+    def __reduce__(self) -> tuple[type[_Kept], tuple[()]]:
+        return (_Kept, ())
+
+
+def twin(unet: nn.Module) -> UNet | None:
+    """A UNet with the weights of a `UNet2DModel` as they are now, or None where there is none.
+
+    None for networks on another device or of another dtype than float32, of another kind than the
+    paper's, and for those that someone has changed: with hooks, adapters or processors of their own.
+    It is kept with the network until a weight changes.
+    """
+    parameters = list(unet.parameters())
+    if any(p.device.type != "cpu" or p.dtype != torch.float32 for p in parameters):
+        return None
+    if _is_changed(unet):
+        return None
+    signature = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters]
+    kept: _Kept = unet.__dict__.setdefault(_ATTRIBUTE, _Kept())
+    if kept.signature != signature:
+        kept.signature, kept.model = signature, _converted(unet)
+    return kept.model
+
+
+def _converted(unet: Any) -> UNet | None:
+    from iddpm_ext.interop.convert import from_diffusers
+
+    try:
+        return from_diffusers(unet)
+    except ValueError:
+        return None
+
+
+def _is_changed(unet: nn.Module) -> bool:
+    """Whether the network computes something else than its configuration and tensors say."""
+    from iddpm_ext.interop.diffusers_blocks import QKVAttentionProcessor
+    from iddpm_ext.interop.library import AttnProcessor, AttnProcessor2_0, UNet2DModel
+    from iddpm_ext.interop.unet2d import IDDPMUNet2DModel
+
+    if type(unet) not in (UNet2DModel, IDDPMUNet2DModel):
+        return True
+    processors = (AttnProcessor, AttnProcessor2_0, QKVAttentionProcessor)
+    for module in unet.modules():
+        library = type(module).__module__.partition(".")[0]
+        hooks = module._forward_hooks or module._forward_pre_hooks
+        own = type(getattr(module, "processor", None)) not in (*processors, type(None))
+        if library not in ("torch", "diffusers", "iddpm_ext") or hooks or own:
+            return True
+        if "forward" in module.__dict__:
+            return True
+    return False

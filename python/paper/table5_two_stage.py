@@ -1,0 +1,91 @@
+"""Table 5: one stage against two: a small base and an upsampler, trained alike.
+
+Both pairs see the same number of steps in all: the single stage gets the sum of the two.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from common import SMALL, arguments, axes, distance, images_of, progress, trained, write
+
+import iddpm_ext
+from iddpm_ext import Diffusion, UNet, UNetConfig
+from iddpm_ext.random import STREAM_FORWARD, NoiseKey
+
+
+def halved(images: torch.Tensor) -> torch.Tensor:
+    """Images of half the size, by averaging."""
+    return torch.nn.functional.avg_pool2d(images, 2)
+
+
+def upsampler(images: torch.Tensor, steps: int, width: int, total: int) -> UNet:
+    """A super-resolution network of these images, trained by L_hybrid."""
+    model = UNet(UNetConfig(
+        image_size=images.shape[-1], in_channels=images.shape[1], out_channels=2 * images.shape[1],
+        model_channels=width, num_res_blocks=1, channel_mult=(1, 1, 1), attention_resolutions=(7,),
+        super_resolution=True,
+    ))  # fmt: skip
+    model.diffusion = process = Diffusion("cosine", total)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=SMALL["lr"], weight_decay=0.0)
+    batch = SMALL["batch_size"]
+    generator = torch.Generator().manual_seed(0)
+    for step in progress(range(steps), "upsampler"):
+        chosen = torch.randint(len(images), (batch,), generator=generator)
+        x_0, t = images[chosen], torch.randint(total, (batch,), generator=generator)
+        key = NoiseKey(0, STREAM_FORWARD, torch.arange(step * batch, (step + 1) * batch), 0)
+        losses = process.training_losses(model, x_0, t, key, model_kwargs={"low_res": halved(x_0)})
+        optimizer.zero_grad()
+        losses["loss"].mean().backward()
+        optimizer.step()
+    return model.eval()
+
+
+def main() -> None:
+    """Trains three networks, samples both ways, measures and shows both."""
+    flags = arguments(
+        __doc__, checkpoint=False, train_steps=(1500, 15), width=(32, 32), samples=(300, 30),
+        references=(1000, 60), sample_steps=(50, 10), diffusion_steps=(1000, 100),
+        training_images=(10000, 200), extractor=("efficientnet-lite0-112", "pixels"),
+    )  # fmt: skip
+    images, _ = images_of(flags.data, flags.training_images, split="train")
+    options: dict[str, Any] = {
+        "model_channels": flags.width, "diffusion_steps": flags.diffusion_steps,
+        "log_every": flags.train_steps,
+    }  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        small = Path(folder) / "small.npz"
+        levels = ((halved(images) + 1) * 127.5).round().byte().permute(0, 2, 3, 1)
+        np.savez(small, levels.numpy())
+        base, _ = trained(
+            flags.out, "table5 base", data=str(small), steps=flags.train_steps,
+            **{**options, "channel_mult": (1, 1)},
+        )  # fmt: skip
+    single, _ = trained(
+        flags.out, "table5 single", data=flags.data, steps=2 * flags.train_steps, **options
+    )
+    enlarging = upsampler(images, flags.train_steps, flags.width, flags.diffusion_steps)
+    two = iddpm_ext.sample_two_stage(
+        base, enlarging, flags.sample_steps, n=flags.samples, progress=False
+    ).images
+    one = iddpm_ext.sample(single, flags.sample_steps, n=flags.samples, progress=False)
+    rows = []
+    figure, panels = axes("one stage", "two stages", size=(3.0, 3.2))
+    for name, x, panel in (("one stage", one, panels[0]), ("two stages", two, panels[1])):
+        value, half = distance(x, flags.data, flags)
+        rows.append({"model": name, "fd": value, "ci95_half": half})
+        grid = torch.cat([torch.cat(list(row), -1) for row in x[:16].split(4)], -2)
+        panel.imshow(
+            (grid.clamp(-1, 1) + 1).div(2).permute(1, 2, 0).squeeze(-1), cmap="gray", vmin=0, vmax=1
+        )
+        panel.set(xticks=[], yticks=[])
+        panel.set_title(f"{name}: FD {value:.4g}", fontsize=10)
+    write(flags, "table5_two_stage", rows, figure, extractor=flags.extractor)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,307 @@
+"""`evaluate`: every source of images, every extractor, the names of the numbers, the cache."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+import iddpm_ext
+from iddpm_ext import evaluate, save_images
+from iddpm_ext.cli import main
+from iddpm_ext.evaluation import extractors, open_extractor
+from iddpm_ext.metrics import frechet_distance, kernel_distance, precision_recall
+
+pytestmark = pytest.mark.filterwarnings("ignore:frechet_distance")
+
+
+def levels(seed: int, n: int, c: int = 3, size: int = 12, low: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(low, 256, (n, c, size, size), generator=generator).byte()
+
+
+def pixels(images: Tensor) -> Tensor:
+    return open_extractor("pixels")(images.expand(-1, 3, -1, -1)).features
+
+
+def plain(samples: Any, reference: Any, **options: Any) -> Any:
+    defaults: dict[str, Any] = {
+        "extractor": "pixels", "metrics": ("fid",), "resamples": 0, "cache": "", "progress": False,
+    }  # fmt: skip
+    return evaluate(samples, reference, **{**defaults, **options})
+
+
+# ---- the numbers
+
+
+def test_the_numbers_are_those_of_the_metrics_on_the_features():
+    a, b = levels(0, 150, low=40), levels(1, 170)
+    got = plain(a, b, metrics=("fid", "kid", "precision_recall"), neighbours=(3, 5), batch_size=64)
+    x, y = pixels(a), pixels(b)
+    assert list(got.scores) == [
+        "fd-pixels-8x8", "kd-pixels-8x8", "precision_k3-pixels-8x8", "recall_k3-pixels-8x8",
+        "precision_k5-pixels-8x8", "recall_k5-pixels-8x8",
+    ]  # fmt: skip
+    # Roots of eigenvalues near 0 differ in rounding, as batches are summed in another order.
+    assert got["fd-pixels-8x8"] == pytest.approx(frechet_distance(x, y), rel=1e-6)
+    assert got["kd-pixels-8x8"] == pytest.approx(
+        kernel_distance(x.float(), y.float()).value, rel=1e-6
+    )
+    for k in (3, 5):
+        expected = precision_recall(y.float(), x.float(), k)
+        found = got[f"precision_k{k}-pixels-8x8"], got[f"recall_k{k}-pixels-8x8"]
+        assert found == pytest.approx(tuple(expected), abs=1e-12)
+    assert (got.sample_count, got.reference_count) == (150, 170)
+
+
+def test_an_interval_covers_other_samples_of_the_same_kind():
+    reference, name = levels(1, 400), "fd-pixels-4x4"
+    options: dict[str, Any] = {"extractor": extractors.Pixels(4)}
+    got = plain(levels(0, 200, low=60), reference, resamples=30, **options)
+    low, high = got.scores[name].ci95
+    others = [
+        plain(levels(seed, 200, low=60), reference, **options)[name] for seed in range(10, 22)
+    ]
+    assert 0.4 < (high - low) / (2 * 1.96 * float(np.std(others))) < 2.5
+    assert low < np.mean(others) < high
+
+
+def test_floating_images_are_rounded_to_the_levels_of_files():
+    a, b = levels(0, 60), levels(1, 60)
+    floating = a.float() / 127.5 - 1
+    assert plain(floating, b)["fd-pixels-8x8"] == plain(a, b)["fd-pixels-8x8"]
+
+
+# ---- where images come from
+
+
+def test_every_source_of_the_same_images_gives_the_same_number(tmp_path):
+    a, b = levels(0, 40), levels(1, 50)
+    expected = plain(a, b, batch_size=7)["fd-pixels-8x8"]
+    folder = save_images(a.float() / 127.5 - 1, tmp_path / "images")
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+        for file in folder.iterdir():
+            archive.write(file, file.name)
+    original = tmp_path / "samples_40x12x12x3.npz"
+    np.savez(original, a.permute(0, 2, 3, 1).numpy())
+    sources = {
+        "folder": folder, "zip": tmp_path / "images.zip", "npz": str(original),
+        "batches": iter(a.split(11)),
+    }  # fmt: skip
+    for name, source in sources.items():
+        assert plain(source, b)["fd-pixels-8x8"] == pytest.approx(expected, rel=1e-6), name
+
+
+def test_n_takes_that_many_and_no_more():
+    a, b = levels(0, 40), levels(1, 50)
+    expected = plain(a[:25], b[:30])["fd-pixels-8x8"]
+    endless = (levels(0, 40)[i : i + 10] for i in range(0, 40, 10))
+    for source in (a, endless):
+        got = plain(source, b, n=25, reference_n=30)
+        assert got["fd-pixels-8x8"] == pytest.approx(expected, rel=1e-6)
+        assert (got.sample_count, got.reference_count) == (25, 30)
+
+
+def test_a_checkpoint_is_sampled_as_sample_does():
+    """Image i of the evaluation is image i of one call of `sample`, whatever the batches."""
+    x = iddpm_ext.sample(
+        iddpm_ext.load("fashion-mnist"), 4, n=20, labels=[i % 10 for i in range(20)], seed=3,
+        sampler="dpm++", progress=False,
+    )  # fmt: skip
+    reference = levels(1, 30, c=1, size=28)
+    got = plain("fashion-mnist", reference, n=20, steps=4, seed=3, sampler="dpm++", batch_size=8)
+    assert got["fd-pixels-8x8"] == pytest.approx(plain(x, reference)["fd-pixels-8x8"], rel=1e-3)
+    assert got.samples == "20 samples of fashion-mnist (dpm++, 4 steps)"
+
+
+# ---- extractors
+
+
+class Two(nn.Module):
+    """A network with features, probabilities and sFID's features, and Inception's two flags."""
+
+    def forward(
+        self, x: Tensor, return_features: bool = False, no_output_bias: bool = False
+    ) -> Tensor:
+        pooled = torch.nn.functional.adaptive_avg_pool2d(x.float(), 2).flatten(1)
+        if return_features:
+            return pooled
+        return (pooled / 50 + (0.0 if no_output_bias else 1.0)).softmax(1)
+
+
+def test_a_script_of_the_right_hash_is_called_inception_and_any_other_is_not(tmp_path, monkeypatch):
+    path = tmp_path / "inception-2015-12-05.pt"
+    torch.jit.script(Two()).save(str(path))
+    with pytest.raises(
+        ValueError, match=r"open_extractor: inception-2015-12-05.pt must have the SHA"
+    ):
+        open_extractor(path)
+    renamed = path.rename(tmp_path / "mine.pt")
+    digest = extractors._sha256(renamed)
+    assert open_extractor(renamed).name == f"mine-{digest[:8]}"
+    monkeypatch.setattr(extractors, "INCEPTION_SCRIPT_SHA256", digest)
+    a, b = levels(0, 40), levels(1, 40, low=50)
+    got = plain(a, b, extractor=renamed, metrics=("fid", "kid", "inception_score"))
+    assert list(got.scores) == [
+        f"{m}-inception-2015-12-05" for m in ("fid", "kid", "inception_score")
+    ]
+    expected = frechet_distance(Two()(a, return_features=True), Two()(b, return_features=True))
+    assert got["fid-inception-2015-12-05"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_callables_scripts_and_onnx_files_of_one_network_agree(tmp_path):
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    a, b = levels(0, 40), levels(1, 40, low=50)
+
+    class Mean(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.float().mean((2, 3))
+
+    torch.jit.script(Mean()).save(str(tmp_path / "mean.pt"))
+    node = onnx.helper.make_node("GlobalAveragePool", ["x"], ["pooled"])
+    flat = onnx.helper.make_node("Flatten", ["pooled"], ["features"])
+    graph = onnx.helper.make_graph(
+        [node, flat], "mean",
+        [onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["n", 3, 12, 12])],
+        [onnx.helper.make_tensor_value_info("features", onnx.TensorProto.FLOAT, ["n", 3])],
+    )  # fmt: skip
+    model = onnx.helper.make_model(
+        graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8
+    )
+    onnx.save(model, tmp_path / "mean.onnx")
+
+    def mean(x: Tensor) -> Tensor:
+        return x.float().mean((2, 3))
+
+    values = []
+    for spec in (mean, tmp_path / "mean.pt", tmp_path / "mean.onnx"):
+        (score,) = plain(a, b, extractor=spec).scores.items()
+        assert score[0].startswith("fd-mean")
+        values.append(score[1].value)
+    assert values == pytest.approx([values[0]] * 3, rel=1e-5)
+
+
+def test_spatial_features_give_sfid_and_their_absence_is_refused():
+    def spatial(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        pooled = x.float().mean((2, 3))
+        return pooled, pooled.softmax(1), x.float()[:, 0, :2].flatten(1)
+
+    a, b = levels(0, 60), levels(1, 60, low=50)
+    got = plain(a, b, extractor=spatial, metrics=("sfid",))
+    expected = frechet_distance(spatial(a)[2], spatial(b)[2])
+    assert got["sfd-spatial"] == pytest.approx(expected, rel=1e-6)
+    with pytest.raises(ValueError, match=r"metrics must be without 'sfid' .* got pixels-8x8"):
+        plain(a, b, metrics=("sfid",))
+    with pytest.raises(ValueError, match="metrics must be without 'inception_score'"):
+        plain(a, b, metrics=("inception_score",))
+
+
+def test_efficientnet_tells_noisier_images_from_less_noisy_ones():
+    pytest.importorskip("efficientnet_lite_pytorch")
+    model = iddpm_ext.load("fashion-mnist")
+    real = iddpm_ext.sample(model, 4, n=24, labels=[i % 10 for i in range(24)], progress=False)
+    noise = torch.randn(real.shape, generator=torch.Generator().manual_seed(0))
+    distances = [
+        plain(real + scale * noise, real, extractor="efficientnet-lite0-64")[
+            "fd-efficientnet-lite0-64"
+        ]
+        for scale in (0.0, 0.1, 0.3)
+    ]
+    assert distances[0] < 1e-3 < distances[1] < distances[2]
+    found = open_extractor("efficientnet-lite0-64")(levels(0, 2))
+    assert found.features.shape == (2, 1280)
+    assert found.probabilities is not None
+    torch.testing.assert_close(found.probabilities.sum(1), torch.ones(2))
+
+
+# ---- the cache
+
+
+def test_the_reference_is_extracted_once_and_again_when_it_changed(tmp_path):
+    folder = save_images(levels(1, 30).float() / 127.5 - 1, tmp_path / "reference")
+    seen: list[int] = []
+
+    class Counting(extractors.Pixels):
+        def __call__(self, images: Tensor) -> Any:
+            seen.append(len(images))
+            return super().__call__(images)
+
+    a, cache = levels(0, 20), tmp_path / "cache"
+    options: dict[str, Any] = {
+        "extractor": Counting(), "cache": cache, "metrics": ("fid", "precision_recall"),
+    }  # fmt: skip
+    first = plain(a, folder, **options)
+    assert seen == [30, 20]
+    second = plain(a, folder, **options)
+    assert seen == [30, 20, 20]
+    assert second.scores == first.scores
+    (file,) = cache.iterdir()
+    assert file.suffix == ".npz" and file.name.startswith("pixels-8x8-")
+    Image.fromarray(np.zeros((12, 12, 3), np.uint8)).save(folder / "new.png")
+    assert plain(a, folder, **options).reference_count == 31
+    file.write_bytes(file.read_bytes()[:100])
+    (folder / "new.png").unlink()
+    with pytest.raises(ValueError, match=r"evaluate: cache must hold whole files, got .*\.npz"):
+        plain(a, folder, **options)
+
+
+def test_nothing_is_cached_of_a_callable(tmp_path):
+    plain(levels(0, 9), levels(1, 9), extractor=lambda x: x.float().mean((2, 3)), cache=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- the command
+
+
+def test_the_command_prints_and_writes_what_the_function_gives(tmp_path, capsys):
+    a, b = (save_images(levels(i, 30).float() / 127.5 - 1, tmp_path / str(i)) for i in (0, 1))
+    out = tmp_path / "numbers.json"
+    status = main(
+        ["evaluate", str(a), "--reference", str(b), "--extractor", "pixels", "--metrics", "fid,kid",
+         "--resamples", "4", "--cache", "", "--out", str(out)]
+    )  # fmt: skip
+    assert status == 0
+    written = json.loads(out.read_text())
+    expected = plain(a, b, metrics=("fid", "kid"), resamples=4)
+    assert written["scores"] == json.loads(expected.to_json())["scores"]
+    assert written["sample_count"] == 30 and len(written["scores"]["fd-pixels-8x8"]["ci95"]) == 2
+    printed = capsys.readouterr().out
+    assert "30 samples (0 (train))" in printed and "fd-pixels-8x8" in printed
+
+
+@pytest.mark.parametrize(
+    "changes, error, message",
+    [
+        ({"metrics": ("fvd",)}, ValueError, "evaluate: metrics must be of fid, sfid, kid"),
+        ({"metrics": "fid"}, ValueError, "evaluate: metrics must be of"),
+        ({"n": 1}, ValueError, "evaluate: n must be an int of at least 2, got 1"),
+        ({"neighbours": (0,)}, ValueError, "evaluate: neighbours must be an int of at least 1"),
+        ({"resamples": 1}, ValueError, "evaluate: resamples must be 0 or an int of at least 2"),
+        ({"extractor": "inception"}, ValueError, "open_extractor: spec must be efficientnet-lite0"),
+        ({"extractor": "/no/such.pt"}, FileNotFoundError, "open_extractor: spec must exist"),
+        ({"extractor": 3}, TypeError, "open_extractor: spec must be a name or callable, got 3"),
+        ({"extractor": lambda x: x}, ValueError, r"evaluate: extractor must give \[N, D\]"),
+        ({"samples": torch.zeros(3, 2, 4, 4)}, ValueError, r"evaluate: samples must be \[N, C, H, W\]"),
+        ({"samples": 3}, TypeError, "evaluate: samples must be a path, a tensor, a UNet"),
+        ({"samples": levels(0, 1)}, ValueError, "a tensor must have at least 2 images, got 1"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_refused(changes, error, message):
+    arguments: dict[str, Any] = {"samples": levels(0, 9), "reference": levels(1, 9), **changes}
+    with pytest.raises(error, match=message):
+        plain(arguments.pop("samples"), arguments.pop("reference"), **arguments)
+
+
+def test_a_weights_file_of_another_hash_is_not_fids(tmp_path: Path):
+    path = tmp_path / "pt_inception-2015-12-05-6726825d.pth"
+    path.write_bytes(b"something else")
+    with pytest.raises(ValueError, match=r"a .pth file must be FID's Inception, whose SHA-256"):
+        open_extractor(path)
