@@ -10,12 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from likelihood_model import STEPS, images, trained
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # benchmarks are programs of the repository, not of the wheel
 
 from benchmarks import ops as ops_benchmark  # noqa: E402
 from benchmarks import sequences  # noqa: E402
+from benchmarks.likelihood import uniform_evaluations  # noqa: E402
+from iddpm_ext import nll  # noqa: E402
 from iddpm_ext.ops.spec import REGISTRY  # noqa: E402
 
 
@@ -57,3 +60,17 @@ def test_the_op_benchmark_writes_its_rows(tmp_path):
     variants = {row["variant"] for row in record["rows"]}
     assert {"eager", "original"} <= variants
     assert all(row["correct"] for row in record["rows"])
+
+
+def test_the_benchmark_knows_what_uniform_steps_would_cost():
+    result = nll(trained(), images(30, 7))
+    steps = result.per_step
+    # One uniform draw is T l_t: its variance within an image, from many of them.
+    generator = torch.Generator().manual_seed(0)
+    t = torch.randint(STEPS, (400_000,), generator=generator)
+    spread = steps.bpd_error[t] * steps.count[t].sqrt() * torch.randn(len(t), generator=generator)
+    drawn = STEPS * (steps.bpd[t] + spread)
+    between = float(result.per_image_bpd.var())
+    variance = float(drawn.var()) - between
+    wanted = variance * (1.96 / 0.01) ** 2 / 30
+    assert uniform_evaluations(result, 0.01) == pytest.approx(wanted, rel=0.05)

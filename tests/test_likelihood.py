@@ -150,6 +150,21 @@ def test_damaged_state_costs_evaluations_but_changes_nothing(tmp_path, monkeypat
     assert torch.equal(resumed.per_image_bpd, whole.per_image_bpd)
 
 
+def test_what_is_evaluated_after_damage_is_kept(tmp_path, monkeypatch):
+    x_0 = images(3, 4)
+    for batches, torn in ((9, 5), (6, 0)):
+        with monkeypatch.context() as patch:
+            stop_after(patch, batches)
+            with pytest.raises(Interrupted):
+                nll(trained(), x_0, batch_size=8, state=tmp_path)
+        (path,) = tmp_path.iterdir()
+        path.write_bytes(path.read_bytes()[: -torn or None])
+    with monkeypatch.context() as patch:
+        rest = stop_after(patch, -1)
+        whole = nll(trained(), x_0, batch_size=8, state=tmp_path)
+    assert sum(rest) == whole.evaluations - 8 * (9 - 1 + 6)
+
+
 def test_other_settings_do_not_take_up_a_run_that_was_interrupted(tmp_path, monkeypatch):
     x_0 = images(3, 4)
     with monkeypatch.context() as patch:
