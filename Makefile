@@ -17,7 +17,7 @@ CPP_FILES = $(shell find csrc tests benchmarks -name '*.cpp' -o -name '*.h' -o -
 BUILD_INPUTS = setup.py $(wildcard tools/*.py) $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help build sample test train bench check sanitize gpu-check soak clean
+.PHONY: help build sample test train bench paper check sanitize gpu-check soak clean
 
 help: ## print this list
 	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' Makefile | expand -t 14
@@ -46,6 +46,9 @@ train: $(VENV)/.ok $(VENV)/.built ## train the bundled model's network on Fashio
 bench: $(VENV)/.ok $(VENV)/.built ## the CPU engine against other runtimes (those that are installed)
 	$(INSTALL) --no-build-isolation -e '.[bench]'
 	$(PY) -m benchmarks.end_to_end --device cpu
+
+paper: $(VENV)/.dev $(VENV)/.built ## every figure and table of the paper at toy size into runs/paper (DATA=...)
+	$(PY) python/paper/all.py --toy --data $(DATA) --out runs/paper
 
 sanitize: $(VENV)/.dev ## run the test suite with the C++ code under AddressSanitizer and UBSan
 	CXX=g++ tools/sanitize.sh $(PY) $(TESTS)
