@@ -5,21 +5,23 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from ranks import Rank, finish, started
 
 from iddpm_ext.training import TrainConfig, train
 from iddpm_ext.training.checkpoints import read_state, read_tensors, verify_checkpoint
 
-pytestmark = pytest.mark.slow  # two processes that wait for each other: run by `make soak`
+# Seconds. A dead peer is noticed at once; this is for a machine with much else to do.
+_TIMEOUT = 120
 
 _PROGRAM = """
 import sys, json, torch
@@ -48,31 +50,11 @@ def _config(data: str, out: Path, **changes) -> TrainConfig:
     return replace(base, **changes)
 
 
-def _launch(configs: list[TrainConfig], folder: Path, size: int = 2) -> list[subprocess.Popen]:
-    """Starts `size` processes that run these trainings one after the other, as torchrun would."""
+def _training(configs: list[TrainConfig], folder: Path) -> AbstractContextManager[list[Rank]]:
+    """Two processes that run these trainings one after the other."""
     listing = folder / "configs.jsonl"
     listing.write_text("".join(json.dumps(c.to_dict()) + "\n" for c in configs))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    processes = []
-    for rank in range(size):
-        environment = {
-            **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size),
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join(sys.path), "IDDPM_DIST_TIMEOUT": "30",
-        }  # fmt: skip
-        command = [sys.executable, "-c", _PROGRAM, str(listing)]
-        processes.append(
-            subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
-        )
-    return processes
-
-
-def _finish(processes: list[subprocess.Popen], timeout: float = 200) -> list[str]:
-    outputs = [process.communicate(timeout=timeout)[1] for process in processes]
-    assert [p.returncode for p in processes] == [0] * len(processes), outputs
-    return outputs
+    return started(["-c", _PROGRAM, str(listing)], folder, IDDPM_DIST_TIMEOUT=str(_TIMEOUT))
 
 
 def _losses(out: Path) -> list[float]:
@@ -84,75 +66,197 @@ def _tensors(out: Path, file: str, step: int = 4) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
+def one(data, tmp_path_factory) -> Path:
+    """What one process makes of the whole batch."""
+    out = tmp_path_factory.mktemp("one")
+    train(_config(data, out))
+    return out
+
+
+@pytest.fixture(scope="module")
 def runs(data, tmp_path_factory) -> Path:
-    """One process; two with DDP; two with FSDP2; DDP with accumulation; one resumed by two."""
+    """Two processes with DDP; with accumulation; and one that a single process began."""
     folder = tmp_path_factory.mktemp("runs")
-    train(_config(data, folder / "one"))
     train(_config(data, folder / "shared", steps=2))
     configs = [
         _config(data, folder / "ddp"),
-        _config(data, folder / "fsdp", fsdp=True),
         _config(data, folder / "parts", accumulate=2),
         _config(data, folder / "shared"),
     ]
-    (folder / "errors.txt").write_text("".join(_finish(_launch(configs, folder))))
+    with _training(configs, folder) as ranks:
+        finish(ranks)
+    (folder / "notes.txt").write_text("".join(rank.complained() for rank in ranks))
     return folder
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp", "parts", "shared"])
-def test_two_processes_have_the_losses_of_one(runs, name):
-    assert _losses(runs / name) == pytest.approx(_losses(runs / "one"), rel=1e-4)
+@pytest.fixture(scope="module")
+def sharded(data, tmp_path_factory) -> Path:
+    """Two processes with FSDP2."""
+    folder = tmp_path_factory.mktemp("sharded")
+    with _training([_config(data, folder / "fsdp", fsdp=True)], folder) as ranks:
+        finish(ranks)
+    return folder / "fsdp"
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp", "parts", "shared"])
-def test_the_importance_sampler_learns_the_same_on_two_processes(runs, name):
-    one, two = (_tensors(runs / n, "timesteps.safetensors") for n in ("one", name))
-    assert torch.equal(one["counts"], two["counts"])
-    torch.testing.assert_close(one["losses"], two["losses"], rtol=1e-3, atol=1e-5)
+def _agree(one: Path, two: Path) -> None:
+    assert _losses(two) == pytest.approx(_losses(one), rel=1e-4)
+    _same_network(one, two)
+    # The importance sampler's history: how often each step was drawn, and its losses.
+    a, b = (_tensors(out, "timesteps.safetensors") for out in (one, two))
+    assert torch.equal(a["counts"], b["counts"])
+    torch.testing.assert_close(a["losses"], b["losses"], rtol=1e-3, atol=1e-5)
 
 
-def test_sharded_and_replicated_training_agree(runs):
+def _same_network(one: Path, two: Path) -> None:
     for file in ("model.safetensors", "ema_0.9.safetensors"):
-        ddp, fsdp = (_tensors(runs / name, file) for name in ("ddp", "fsdp"))
-        assert ddp.keys() == fsdp.keys()
+        a, b = (_tensors(out, file) for out in (one, two))
+        assert a.keys() == b.keys()
         # Of the whole network: AdamW makes a full step of any sign of a gradient that is all rounding,
         # as those behind the layers that begin at zero are.
-        difference = sum(float((fsdp[name] - value).square().sum()) for name, value in ddp.items())
-        assert difference <= 1e-6 * sum(float(value.square().sum()) for value in ddp.values())
+        difference = sum(float((b[name] - value).square().sum()) for name, value in a.items())
+        assert difference <= 1e-6 * sum(float(value.square().sum()) for value in a.values())
+
+
+@pytest.mark.parametrize("name", ["ddp", "parts", "shared"])
+def test_two_processes_train_the_network_and_the_sampler_of_one(one, runs, name):
+    _agree(one, runs / name)
+
+
+@pytest.mark.slow
+def test_sharded_processes_train_the_network_and_the_sampler_of_one(one, sharded):
+    _agree(one, sharded)
 
 
 def test_resuming_with_more_processes_says_so(runs):
-    assert "the run has 2 processes now, 1 before" in (runs / "errors.txt").read_text()
+    assert "the run has 2 processes now, 1 before" in (runs / "notes.txt").read_text()
     assert read_state(runs / "shared" / "ckpt" / "step-4")["processes"] == 2
 
 
+@pytest.mark.slow
 def test_stopping_one_process_stops_and_saves_both(data, tmp_path):
     config = _config(data, tmp_path / "out", steps=100_000, save_every=100_000)
-    processes = _launch([config], tmp_path)
-    _wait_for_records(tmp_path / "out")
-    processes[1].send_signal(signal.SIGTERM)
-    _finish(processes)
+    with _training([config], tmp_path) as ranks:
+        _wait_for_records(tmp_path / "out")
+        ranks[1].send_signal(signal.SIGTERM)
+        finish(ranks)
     (path,) = (tmp_path / "out" / "ckpt").glob("step-*")
     assert verify_checkpoint(path) is None
 
 
 def test_a_dead_process_does_not_leave_the_other_waiting(data, tmp_path):
     config = _config(data, tmp_path / "out", steps=100_000, save_every=100_000)
-    processes = _launch([config], tmp_path)
-    _wait_for_records(tmp_path / "out")
-    processes[1].kill()
-    processes[0].communicate(timeout=60)
-    assert processes[0].returncode != 0
-    processes[1].communicate()
+    with _training([config], tmp_path) as ranks:
+        _wait_for_records(tmp_path / "out")
+        ranks[1].kill()
+        assert ranks[0].wait(_TIMEOUT) != 0
 
 
+@pytest.mark.slow
 def test_a_batch_that_cannot_be_shared_is_refused(data, tmp_path):
-    processes = _launch([_config(data, tmp_path / "out", batch_size=3)], tmp_path)
-    errors = [process.communicate(timeout=100)[1] for process in processes]
-    assert all(process.returncode == 1 for process in processes)
-    assert all(
-        "batch_size must be a multiple of accumulate 1 times 2 processes" in e for e in errors
-    )
+    with _training([_config(data, tmp_path / "out", batch_size=3)], tmp_path) as ranks:
+        assert [rank.wait(_TIMEOUT) for rank in ranks] == [1, 1]
+    rule = "batch_size must be a multiple of accumulate 1 times 2 processes"
+    assert all(rule in rank.complained() for rank in ranks)
+
+
+# Two processes that meet six times, rank 0 the slower one at some and rank 1 at others; first where rank 0
+# serves the store, then where their parent does. Forked, so that they start at once on a port just found.
+_GROUPS = """
+import os, socket, sys, time
+from datetime import timedelta
+import torch, torch.distributed as dist
+from iddpm_ext import process_group
+
+def rank(number):
+    os.environ["RANK"] = str(number)
+    for meeting in range(6):
+        process_group.begin("gloo", timedelta(seconds=20))
+        total = torch.ones(1)
+        dist.all_reduce(total)
+        assert total == 2
+        dist.destroy_process_group()
+        if meeting % 2 == number:
+            time.sleep(0.05)
+
+with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+os.environ.update(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", GLOO_SOCKET_IFNAME="lo")
+for served in (False, True):
+    if served:
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        port = store.port
+    os.environ.update(MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE=str(served))
+    children = []
+    for number in range(2):
+        child = os.fork()
+        if child == 0:
+            try:
+                rank(number)
+            except BaseException as error:
+                print(f"rank {number}, served {served}: {error}", flush=True)
+                os._exit(1)
+            os._exit(0)
+        children.append(child)
+    if any([os.waitpid(child, 0)[1] for child in children]):
+        sys.exit(1)
+"""
+
+
+def test_groups_follow_one_another_in_the_same_processes():
+    variables = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    program = [sys.executable, "-c", _GROUPS]
+    result = subprocess.run(program, env=variables, capture_output=True, text=True, timeout=200)
+    assert result.returncode == 0, result.stdout
+
+
+# The same gradients to an optimiser of whole parameters and to one of their shards. Rows that two do not
+# divide; a single row, of which rank 1 has nothing; a matrix that fills several blocks of the kernel.
+_OPTIMISERS = """
+import copy, torch
+from datetime import timedelta
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import distribute_tensor
+from iddpm_ext import process_group
+from iddpm_ext.training.optimizer import AdamWEMA, MOMENTS
+
+torch.set_num_threads(1)
+process_group.begin("gloo", timedelta(seconds=120))
+torch.manual_seed(0)
+shapes = ((5, 3), (1,), (1, 7), (257, 33), (16, 3, 3, 3))
+whole = torch.nn.ParameterList(torch.nn.Parameter(torch.randn(s)) for s in shapes)
+parts = copy.deepcopy(whole)
+fully_shard(parts)
+assert [p.to_local().shape[0] for p in parts] == ([3, 1, 1, 129, 8], [2, 0, 0, 128, 8])[dist.get_rank()]
+
+def optimiser(model):
+    averages = {d: {n: p.detach().clone() for n, p in model.named_parameters()} for d in (0.9, 0.99)}
+    return AdamWEMA(model.parameters(), averages, lr=1e-2, weight_decay=0.1), averages
+
+(a, a_averages), (b, b_averages) = optimiser(whole), optimiser(parts)
+for bad, factor in ((0.0, None), (1.0, 1.0), (0.0, 0.25)):
+    for p, q in zip(whole, parts, strict=True):
+        p.grad = torch.randn(p.shape)
+        q.grad = distribute_tensor(p.grad, q.device_mesh, q.placements)
+    for o in (a, b):
+        clip = None if factor is None else torch.tensor(factor)
+        o.step(decays=(0.9, 0.99), bad=torch.tensor(bad), factor=clip)
+assert a.updates == b.updates == 2
+for p, q in zip(whole, parts, strict=True):
+    assert torch.equal(p, q.full_tensor())
+    for moment in MOMENTS:
+        assert torch.equal(a.state[p][moment], b.state[q][moment].full_tensor())
+for decay, values in a_averages.items():
+    for name, value in values.items():
+        assert torch.equal(value, b_averages[decay][name].full_tensor())
+dist.destroy_process_group()
+"""
+
+
+def test_the_optimiser_gives_shards_the_bits_of_whole_parameters(tmp_path):
+    with started(["-c", _OPTIMISERS], tmp_path) as ranks:
+        finish(ranks)
 
 
 def _wait_for_records(out: Path) -> None:

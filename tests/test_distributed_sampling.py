@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
-
 import torch
+from ranks import finish, started
 
 from iddpm_ext import Diffusion, sample
 
@@ -31,25 +26,10 @@ if x is not None:
 """
 
 
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
 def test_two_processes_draw_the_images_of_one(tmp_path):
-    common = {
-        **os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
-        "WORLD_SIZE": "2", "PYTHONPATH": str(Path(__file__).parent.parent),
-    }  # fmt: skip
     path = tmp_path / "x.pt"
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, str(path)], env={**common, "RANK": str(rank)}
-        )
-        for rank in range(2)
-    ]
-    assert [process.wait(timeout=120) for process in ranks] == [0, 0]
+    with started(["-c", PROGRAM, str(path)], tmp_path) as ranks:
+        finish(ranks)
     alone = sample(
         lambda x, t: 0.5 * x + 0.01 * t.view(-1, 1, 1, 1).cos(), 5, n=5, seed=3, batch_size=1,
         diffusion=Diffusion("cosine", 50, variance="fixed_small"), image_shape=(1, 2, 3),

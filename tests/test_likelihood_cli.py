@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from likelihood_model import images, trained
+from ranks import finish, started
 
 import iddpm_ext
 from iddpm_ext import nll
@@ -67,21 +67,9 @@ def test_errors_are_one_line(files, tmp_path, capsys):
 
 
 def test_two_processes_find_what_one_finds(files, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {
-        **os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2",
-        "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
     shared = tmp_path / "shared"
-    call = [sys.executable, "-m", "iddpm_ext", *command(files, shared)]
-    ranks = [
-        subprocess.Popen(call, env={**common, "RANK": str(rank)}, stdout=subprocess.PIPE)
-        for rank in range(2)
-    ]
-    said = [process.communicate(timeout=200)[0].decode() for process in ranks]
-    assert [process.returncode for process in ranks] == [0, 0]
+    with started(["-m", "iddpm_ext", *command(files, shared)], tmp_path) as ranks:
+        said = finish(ranks)
     assert "bits/dim" in said[0] and said[1] == ""
     assert main(command(files, tmp_path / "alone")) == 0
     one, two = (

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from iddpm_ext import process_group
 from iddpm_ext.sampling.loop import batches, run
 from iddpm_ext.sampling.request import Request
 
@@ -46,7 +47,7 @@ class Processes:
 
     def __enter__(self) -> Processes:
         if self.size > 1 and not dist.is_initialized():
-            dist.init_process_group("gloo")
+            process_group.begin("gloo")
             self._began = True
         return self
 

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from iddpm_ext import process_group
 from iddpm_ext.unet import UNet
 
 # A rank whose peer has died must not wait for ever.
@@ -38,7 +39,7 @@ class Parallel:
             torch.cuda.set_device(self.device)
         if self._owns_group:
             backend = "nccl" if self.device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=_TIMEOUT)
+            process_group.begin(backend, _TIMEOUT)
         active = dist.is_initialized()
         self.rank = dist.get_rank() if active else 0
         self.size = dist.get_world_size() if active else 1
