@@ -42,7 +42,9 @@ def main() -> None:
         for step, value, noisy in zip(steps, bound, scale, strict=True):
             rows.append({"run": name, "step": step, "bound_bpd": value, "grad_noise_scale": noisy})
     curve.set(xlabel="training step", ylabel="bits/dim (training)", yscale="log")
-    noise.set(xlabel="training step", ylabel="images", yscale="log")
+    noise.set(
+        xlabel="training step", ylabel="images", yscale="symlog"
+    )  # an estimate may be negative
     curve.legend(fontsize=8)
     write(flags, "fig6_7_objectives", rows, figure, diffusion_steps=flags.diffusion_steps)
 
