@@ -53,9 +53,9 @@ def real(value):
     tables.append(array.array("q", real(value["table"])))
     return tables[-1].buffer_info()[0]
 
-getattr(module, task["call"])(*real(task["arguments"]))
+result = getattr(module, task["call"])(*real(task["arguments"]))
 after = {n: base64.b64encode(v).decode() for n, v in buffers.items()}
-json.dump({"isa": module.build_info()["isa"], "buffers": after}, sys.stdout)
+json.dump({"isa": module.build_info()["isa"], "result": result, "buffers": after}, sys.stdout)
 """
 
 
@@ -74,13 +74,14 @@ def emulate(cpu: str, call: str, buffers: dict[str, np.ndarray], arguments: list
 
 
 def changed(
-    cpu: str, isa: str, call: str, buffers: dict[str, np.ndarray], arguments: list[Any]
-) -> dict[str, torch.Tensor]:
-    """The buffers after the call, which must have run on this instruction set."""
+    cpu: str, isa: str, call: str, buffers: dict[str, np.ndarray], arguments: list[Any],
+    result: int | None = None,
+) -> dict[str, torch.Tensor]:  # fmt: skip
+    """The buffers after the call, which must have run on this instruction set with this result."""
     process = emulate(cpu, call, buffers, arguments)
     assert process.returncode == 0, (process.returncode, process.stderr)
     answer = json.loads(process.stdout)
-    assert answer["isa"] == isa
+    assert (answer["isa"], answer["result"]) == (isa, result)
     return {
         name: torch.frombuffer(bytearray(base64.b64decode(raw)), dtype=torch.float32)
         for name, raw in answer["buffers"].items()
@@ -131,6 +132,30 @@ def test_an_older_cpu_makes_the_same_update(cpu, isa):
     )  # fmt: skip
     for name in names:
         torch.testing.assert_close(got[name].double(), wanted[name], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(("cpu", "isa", "result"), [(*CPUS[0], 1), (*CPUS[1], 0)])
+def test_an_older_cpu_convolves_alike_or_says_that_it_cannot(cpu, isa, result):
+    n, h, w, channels, columns = 2, 5, 7, 16, 32
+    draw = np.random.default_rng(2)
+    buffers = {
+        "x": draw.standard_normal((n, h, w, channels)).astype(np.float32),
+        "weight": draw.standard_normal((columns, channels, 3, 3)).astype(np.float32),
+        "bias": draw.standard_normal(columns).astype(np.float32),
+        "y": np.full((n, h, w, columns), np.nan, np.float32),
+    }
+    arguments = [
+        [n, h, w, channels, columns], 0, [{"at": "x"}, channels],
+        [{"at": "weight"}, channels * 9, 9, 3, 1], {"at": "bias"}, [{"at": "y"}, columns], 4, 0, 2,
+    ]  # fmt: skip
+    y = changed(cpu, isa, "conv3x3_cpu", buffers, arguments, result)["y"].view(n, h, w, columns)
+    if result:  # there is no such kernel for this instruction set, and nothing was written
+        assert y.isnan().all()
+        return
+    x, weight, bias = (torch.from_numpy(buffers[k]).double() for k in ("x", "weight", "bias"))
+    wanted = torch.nn.functional.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=1)
+    # F(4 x 4, 3 x 3) in float32 over 16 channels of unit variance: sums of about 12.
+    torch.testing.assert_close(y.permute(0, 3, 1, 2).double(), wanted, rtol=0, atol=5e-5)
 
 
 def test_a_cpu_without_sse_4_2_is_refused_by_name():
