@@ -50,11 +50,13 @@ def _config(data: str, out: Path, **changes) -> TrainConfig:
     return replace(base, **changes)
 
 
-def _training(configs: list[TrainConfig], folder: Path) -> AbstractContextManager[list[Rank]]:
+def _training(
+    configs: list[TrainConfig], folder: Path, timeout: float = _TIMEOUT
+) -> AbstractContextManager[list[Rank]]:
     """Two processes that run these trainings one after the other."""
     listing = folder / "configs.jsonl"
     listing.write_text("".join(json.dumps(c.to_dict()) + "\n" for c in configs))
-    return started(["-c", _PROGRAM, str(listing)], folder, IDDPM_DIST_TIMEOUT=str(_TIMEOUT))
+    return started(["-c", _PROGRAM, str(listing)], folder, IDDPM_DIST_TIMEOUT=str(timeout))
 
 
 def _losses(out: Path) -> list[float]:
@@ -148,6 +150,15 @@ def test_a_dead_process_does_not_leave_the_other_waiting(data, tmp_path):
     with _training([config], tmp_path) as ranks:
         _wait_for_records(tmp_path / "out")
         ranks[1].kill()
+        assert ranks[0].wait(_TIMEOUT) != 0
+
+
+@pytest.mark.slow
+def test_a_stopped_process_keeps_the_other_waiting_for_the_time_out_only(data, tmp_path):
+    config = _config(data, tmp_path / "out", steps=100_000, save_every=100_000)
+    with _training([config], tmp_path, timeout=20) as ranks:
+        _wait_for_records(tmp_path / "out")
+        ranks[1].send_signal(signal.SIGSTOP)
         assert ranks[0].wait(_TIMEOUT) != 0
 
 
