@@ -2,7 +2,9 @@
 
 One process, variants interleaved; one thread is timed by process CPU time, which other load on the
 machine hardly moves, more threads by wall time. `engine` takes its embedding projections from the
-schedule's table, as in sampling; `engine, any t` computes them at every call, as all peers do.
+schedule's table, as in sampling; `engine, any t` computes them at every call, as all peers do: each
+row says which. A peer that is not installed, refuses the network or takes longer than
+`--build-seconds` to build (torch.compile takes minutes) is reported with its reason.
 """
 
 from __future__ import annotations
@@ -10,8 +12,11 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import signal
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,52 +28,82 @@ from benchmarks.context import context
 from benchmarks.networks import CONFIGS, make_inputs, make_network
 from benchmarks.peers import PEERS, Peer
 from benchmarks.timing import interleave, summary
-from iddpm_ext.sampling.cpu_engine import CPUEngine
+from iddpm_ext.sampling.cpu_engine import CPUEngine, NotServed
 from iddpm_ext.unet import UNet
 
 TIMES = (37.0, 500.0, 999.0)  # where errors are measured; the middle one is timed
 PACKAGES = ("torch", "onnxruntime", "openvino", "diffusers")
-OURS = ("engine", "engine exact", "engine, any t")
+OURS = ("engine", "engine exact", "engine, any t", "engine bf16")
+_PER_CALL, _TABLE = "computed at every call", "from the schedule's table"
+
+
+@contextmanager
+def time_box(seconds: int) -> Iterator[None]:
+    """Raises TimeoutError within, after so many seconds."""
+
+    def stop(*_: Any) -> None:
+        raise TimeoutError
+
+    previous = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, previous)
+
+
+def build_ours(model: UNet, x: Tensor, labels: Tensor | None, threads: int, name: str) -> Peer:
+    """The engine in one of its ways."""
+    dtype = torch.bfloat16 if "bf16" in name else torch.float32
+    engine = CPUEngine(model, len(x), dtype=dtype, exact="exact" in name, num_threads=threads)
+    if "any t" in name:
+        return lambda x, t: engine.forward(x, t, labels)
+    engine.set_schedule(torch.tensor(TIMES), labels)
+    return lambda x, t: engine(x, TIMES.index(float(t[0])))
 
 
 def build(
-    model: UNet, x: Tensor, labels: Tensor | None, threads: int, names: list[str]
+    model: UNet, x: Tensor, labels: Tensor | None, threads: int, names: list[str], seconds: int
 ) -> tuple[dict[str, Peer], dict[str, str]]:
     """Callables (x, timesteps) by name, and the reasons why others are missing."""
     calls: dict[str, Peer] = {}
     missing: dict[str, str] = {}
-    for name in OURS:
-        engine = CPUEngine(model, len(x), exact="exact" in name, num_threads=threads)
-        if "any t" in name:
-            calls[name] = lambda x, t, e=engine: e.forward(x, t, labels)
-        else:
-            engine.set_schedule(torch.tensor(TIMES), labels)
-            calls[name] = lambda x, t, e=engine: e(x, TIMES.index(float(t[0])))
-    for name in names:
+    for name in (*OURS, *names):
         print(f"  building {name}", file=sys.stderr, flush=True)
+        began = time.monotonic()
         try:
-            calls[name] = PEERS[name](model, x, labels, threads)
-            calls[name](x, torch.full((len(x),), TIMES[1]))
+            with time_box(seconds):
+                if name in OURS:
+                    calls[name] = build_ours(model, x, labels, threads, name)
+                else:
+                    calls[name] = PEERS[name](model, x, labels, threads)
+                calls[name](x, torch.full((len(x),), TIMES[1]))
         except Exception as error:
+            if name in OURS and not isinstance(error, NotServed):
+                raise
             calls.pop(name, None)
-            missing[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            if time.monotonic() - began >= seconds:  # compilers report the alarm in their own words
+                reason = f"not built within {seconds} s"
+            missing[name] = reason
             print(f"  {name} is missing: {missing[name]}", file=sys.stderr, flush=True)
     return calls, missing
 
 
-def errors(calls: dict[str, Peer], model: UNet, x: Tensor, labels: Tensor | None) -> dict[str, Any]:
-    """Largest difference from float64 over largest output, the worst of TIMES."""
+def errors(
+    calls: dict[str, Peer], model: UNet, x: Tensor, labels: Tensor | None
+) -> dict[str, list[float]]:
+    """Largest difference from float64 over largest output, at each of TIMES."""
     exact = copy.deepcopy(model).double()
-    worst: dict[str, Any] = dict.fromkeys(calls, 0.0)
-    for time in TIMES:
-        t = torch.full((len(x),), time)
+    gaps: dict[str, list[float]] = {name: [] for name in calls if name != "diffusers"}
+    for moment in TIMES:
+        t = torch.full((len(x),), moment)
         truth = exact(x.double(), t.double(), labels)
-        for name, call in calls.items():
-            gap = (call(x, t).double() - truth).abs().max() / truth.abs().max()
-            worst[name] = max(worst[name], gap.item())
-    if "diffusers" in worst:
-        worst["diffusers"] = None  # its weights are its own
-    return worst
+        for name, measured in gaps.items():  # the weights of diffusers' network are its own
+            gap = (calls[name](x, t).double() - truth).abs().max() / truth.abs().max()
+            measured.append(gap.item())
+    return gaps
 
 
 def forward_variants(calls: dict[str, Peer], x: Tensor) -> dict[str, Callable[[], Any]]:
@@ -87,8 +122,13 @@ def step_variants(
     plain = {**common, "labels": labels, "engine": False, "backend": "reference"}
     variants: dict[str, Callable[[], Any]] = {
         "engine": lambda: iddpm_ext.sample(model, labels=labels, **common),
+        "engine bf16": lambda: iddpm_ext.sample(
+            model, labels=labels, dtype=torch.bfloat16, **common
+        ),
         "eager": lambda: iddpm_ext.sample(model, **plain),
     }
+    if "engine bf16" not in calls:
+        del variants["engine bf16"]
     for name, call in calls.items():
         if name in variants or name in OURS:
             continue
@@ -104,9 +144,9 @@ def measure(args: argparse.Namespace, config: str, batch: int, threads: int) -> 
     torch.set_num_threads(threads)
     model = make_network(config)
     x, labels = make_inputs(model, batch)
-    calls, missing = build(model, x, labels, threads, args.peers)
+    calls, missing = build(model, x, labels, threads, args.peers, args.build_seconds)
     clock = "process CPU time" if threads == 1 else "wall time"
-    worst = errors(calls, model, x, labels)
+    gaps = errors(calls, model, x, labels)
     head = {"config": config, "batch": batch, "threads": threads, "clock": clock}
     rows = [{**head, "what": "forward", "name": n, "missing": why} for n, why in missing.items()]
     timings = {"forward": interleave(forward_variants(calls, x), rounds=args.rounds, clock=clock)}
@@ -121,8 +161,11 @@ def measure(args: argparse.Namespace, config: str, batch: int, threads: int) -> 
             numbers = summary(values)
             row = {**head, "what": what, "name": name, **numbers, "rounds": len(values)}
             row["engine_is_faster_by"] = numbers["median_ms"] / ours
-            if what == "forward":
-                row["error"] = worst[name]
+            from_table = name in OURS and "any t" not in name
+            row["embedding"] = _TABLE if from_table else _PER_CALL
+            if what == "forward" and name in gaps:
+                row["error"] = max(gaps[name])
+                row["error_by_t"] = dict(zip(map(str, TIMES), gaps[name], strict=True))
             rows.append(row)
             print(_line(row), flush=True)
     return rows
@@ -151,6 +194,7 @@ def main() -> None:
     parser.add_argument("--peers", type=_listed(str), default=list(PEERS))
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--steps", type=int, default=10, help="of the timed chain; 0: none")
+    parser.add_argument("--build-seconds", type=int, default=600, help="for each peer")
     parser.add_argument("--output", type=Path, help="JSON file")
     args = parser.parse_args()
     rows = []

@@ -5,20 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+import iddpm_ext
 from iddpm_ext import Diffusion
 from iddpm_ext.unet import UNet, UNetConfig
 
 CONFIGS = {
-    "bundled": UNetConfig(
-        image_size=28,
-        in_channels=1,
-        out_channels=2,
-        model_channels=32,
-        num_res_blocks=2,
-        channel_mult=(1, 2, 3),
-        attention_resolutions=(14, 7),
-        num_classes=10,
-    ),
+    "bundled": iddpm_ext.load("fashion-mnist").config,
     "small": UNetConfig(image_size=32, model_channels=32, num_res_blocks=1),
     "cifar": UNetConfig(image_size=32, model_channels=128, num_res_blocks=3),
 }

@@ -36,6 +36,12 @@ def eager(model: UNet, x: Tensor, labels: Tensor | None, threads: int) -> Peer:
     return _labelled(_plain(model), labels)
 
 
+def eager_channels_last(model: UNet, x: Tensor, labels: Tensor | None, threads: int) -> Peer:
+    """The same with images and weights in oneDNN's own order."""
+    network = _labelled(_plain(model).to(memory_format=torch.channels_last), labels)
+    return lambda x, t: network(x.contiguous(memory_format=torch.channels_last), t)
+
+
 def module(model: UNet, x: Tensor, labels: Tensor | None, threads: int) -> Peer:
     """Our own module without the engine: fused GroupNorm and attention ops."""
     return _labelled(copy.deepcopy(model), labels)
@@ -161,6 +167,7 @@ def openvino_bfloat16(model: UNet, x: Tensor, labels: Tensor | None, threads: in
 
 PEERS: dict[str, Callable[[UNet, Tensor, Tensor | None, int], Peer]] = {
     "eager": eager,
+    "eager NHWC": eager_channels_last,
     "module": module,
     "compile": compile_default,
     "compile freezing": compile_freezing,

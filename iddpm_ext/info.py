@@ -49,7 +49,11 @@ def _cpu_build() -> Iterator[tuple[str, str]]:
     sanitizers = f", sanitizers {info['sanitize']}" if info["sanitize"] else ""
     yield "C++ kernels", f"built with {info['compiler']}, {openmp}{sanitizers}"
     available, compiled = ", ".join(info["isa_available"]), ", ".join(info["isa_compiled"])
-    yield "instruction set", f"{info['isa']} (this CPU runs {available}; compiled: {compiled})"
+    products = " with bfloat16 products" if info.get("bf16") else ""
+    yield (
+        "instruction set",
+        f"{info['isa']}{products} (this CPU runs {available}; compiled: {compiled})",
+    )
     yield "threads", str(torch.get_num_threads())
 
 

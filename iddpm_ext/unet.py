@@ -100,6 +100,10 @@ class Conv3x3(nn.Conv2d):
     def forward(self, x: Tensor, upscale: bool = False) -> Tensor:
         """x [N, C, H, W] -> [N, K, H, W], or [N, K, 2H, 2W] with `upscale`."""
         if _trains_on_cpu(x, self.weight, self.backend):
+            if torch.is_autocast_enabled("cpu"):
+                x = x.to(
+                    torch.get_autocast_dtype("cpu")
+                )  # as autocast does; the weights stay whole
             return conv3x3(x, self.weight, self.bias, upscale=upscale, backend=self.backend)
         return super().forward(_doubled(x) if upscale else x)
 

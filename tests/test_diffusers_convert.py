@@ -221,3 +221,18 @@ def test_convert_names_what_it_cannot_write(tmp_path, capsys):
     assert main(["convert", "fashion-mnist", str(tmp_path / "a.bin")]) == 1
     assert "target must end in .safetensors or .onnx" in capsys.readouterr().err
     assert list(Path(tmp_path).iterdir()) == []
+
+
+def test_convert_takes_an_openai_file_and_its_flags(tmp_path, capsys):
+    model = small_network(VARIANTS["heads of two widths"])
+    torch.save(model.state_dict(), tmp_path / "ema_0.9999_000100.pt")
+    source, folder = str(tmp_path / "ema_0.9999_000100.pt"), tmp_path / "pipe"
+    flags = (
+        "--image_size 16 --num_heads 2 --noise_schedule linear --diffusion_steps 1000 "
+        "--learn_sigma True --predict_xstart False --rescale_timesteps False"
+    )
+    assert main(["convert", source, str(folder), "--verify", f"--flags={flags}"]) == 0, (
+        capsys.readouterr().err
+    )
+    assert float(capsys.readouterr().out.splitlines()[-1].split()[2].rstrip(",")) < 1e-5
+    assert read_folder(folder).diffusion == Diffusion("linear", 1000, rescale_timesteps=False)

@@ -19,8 +19,9 @@ def variant(**changes) -> UNetConfig:
 
 CONFIGS = {
     "plain": SMALL,
-    "labels": variant(num_classes=5, num_head_channels=16, use_scale_shift_norm=False),
-    "super-resolution": variant(super_resolution=True, resblock_updown=True),
+    "options": variant(
+        num_classes=5, num_head_channels=16, super_resolution=True, resblock_updown=True
+    ),
 }
 
 
@@ -38,7 +39,7 @@ def inputs(model, n: int) -> dict[str, torch.Tensor]:
     return values
 
 
-@pytest.mark.parametrize("name", ["plain", "labels"])
+@pytest.mark.parametrize("name", CONFIGS)
 def test_the_exported_program_has_no_operator_of_ours_and_takes_any_batch(name):
     model = small_network(CONFIGS[name])
     program = iddpm_ext.export_program(model)
@@ -53,9 +54,8 @@ def test_the_exported_program_has_no_operator_of_ours_and_takes_any_batch(name):
         assert (got - expected).abs().max() <= 1e-5
 
 
-@pytest.mark.parametrize("name", ["labels", "super-resolution"])
-def test_onnx_runtime_computes_the_same_at_any_batch(name, tmp_path):
-    model = small_network(CONFIGS[name])
+def test_onnx_runtime_computes_the_same_at_any_batch(tmp_path):
+    model = small_network(CONFIGS["options"])
     path = iddpm_ext.export_onnx(model, tmp_path / "model.onnx")
     assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
     onnx.checker.check_model(str(path))

@@ -171,7 +171,9 @@ def _named(metric: str, extractor: Extractor) -> str:
 def _fid(
     a: FeatureSet, b: FeatureSet, extractor: Extractor, _: tuple[int, ...], resamples: int
 ) -> dict[str, Score]:
-    value = frechet_distance(a.statistics, b.statistics)
+    # Few samples are quicker as they are than as a covariance.
+    few = len(a.features) == a.count <= a.features.shape[1]
+    value = frechet_distance(a.features if few else a.statistics, b.statistics)
 
     def of_half(half: Tensor) -> float:
         return frechet_distance(a.features[half], b.statistics)

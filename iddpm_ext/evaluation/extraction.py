@@ -24,7 +24,7 @@ _FORMAT = 1
 class FeatureSet:
     """What is known of one set of images.
 
-    statistics: of features; spatial: of sFID's features, or None. features: float32 [M, D] of the
+    statistics: of features; spatial: of sFID's features, or None. features: [M, D] of the
     first M images. probabilities: float32 [N, K] of all, or None. count: N.
     """
 
@@ -60,7 +60,7 @@ def extract(
             if found.spatial is not None:
                 spatial.update(found.spatial.cpu())
             if keep is None or count < keep:
-                kept.append(features[: None if keep is None else keep - count].float())
+                kept.append(features[: None if keep is None else keep - count])
             if found.probabilities is not None:
                 probabilities.append(found.probabilities.cpu().float())
             count += len(batch)

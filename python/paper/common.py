@@ -7,6 +7,7 @@ import csv
 import io
 import json
 import platform
+import shutil
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -152,13 +153,14 @@ def bits(model: iddpm_ext.UNet, flags: Any, **options: Any) -> Likelihood:
     )  # fmt: skip
 
 
-def trained(out: Path, name: str, **settings: Any) -> tuple[iddpm_ext.UNet, list[dict[str, Any]]]:
-    """A network trained for one row of a table, and the records of its run."""
-    folder = out / "runs" / name
-    config = TrainConfig(
-        **{**SMALL, "out": str(folder), "save_every": settings["steps"], **settings}
-    )
-    model = iddpm_ext.load(train(config))
+def trained(flags: Any, name: str, **settings: Any) -> tuple[iddpm_ext.UNet, list[dict[str, Any]]]:
+    """A network trained anew for one row of a table, and the records of its run."""
+    folder = flags.out / "runs" / name.replace(" ", "-").replace(",", "")
+    if folder.exists():
+        shutil.rmtree(folder)
+    settings = {**SMALL, **({"batch_size": 4} if flags.toy else {}), **settings}
+    config = TrainConfig(out=str(folder), save_every=settings["steps"], **settings)
+    model = iddpm_ext.load(train(config) / f"ema_{config.ema[0]}.safetensors")
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return model, [json.loads(line) for line in lines]
 

@@ -28,15 +28,15 @@ def forward_flops(model: iddpm_ext.UNet) -> int:
 def main() -> None:
     """Trains each width for each number of steps and fits a line through the logarithms."""
     flags = arguments(
-        __doc__, checkpoint=False, widths=([32, 64], [32, 64]), train_steps=([500, 1500, 3000], [10, 30]),
+        __doc__, checkpoint=False, widths=([32, 64], [32, 64]), train_steps=([500, 1500, 3000], [4, 12]),
         samples=(300, 30), references=(1000, 60), images=(16, 8), budget=(100, 20), sample_steps=(50, 10),
-        diffusion_steps=(4000, 400), extractor=("efficientnet-lite0-112", "pixels"),
+        diffusion_steps=(4000, 100), extractor=("efficientnet-lite0-112", "pixels"),
     )  # fmt: skip
     rows = []
     for width in flags.widths:
         for steps in progress(flags.train_steps, f"width {width}"):
             model, _ = trained(
-                flags.out, f"fig10 {width} {steps}", data=flags.data, steps=steps, model_channels=width,
+                flags, f"fig10 {width} {steps}", data=flags.data, steps=steps, model_channels=width,
                 diffusion_steps=flags.diffusion_steps, lr=1e-3 / (width / 32) ** 0.5, log_every=steps,
             )  # fmt: skip
             compute = 3 * forward_flops(model) * 32 * steps

@@ -6,7 +6,7 @@ drawn by importance; a point is the mean of a bin of neighbouring steps.
 
 from __future__ import annotations
 
-from itertools import pairwise
+import itertools
 
 import torch
 from common import arguments, axes, bits, write
@@ -24,7 +24,7 @@ def main() -> None:
     total = len(found.per_step_bpd)
     edges = torch.logspace(0, torch.log10(torch.tensor(float(total))), flags.bins + 1).double()
     rows = []
-    for low, high in pairwise(edges):
+    for low, high in itertools.pairwise(edges):
         inside = (t >= low) & (t < high)
         if inside.any():
             rows.append({

@@ -17,9 +17,8 @@ def main() -> None:
         place = (chain.timesteps + 1) / flags.steps
         panel.plot(place, chain.alphas_cumprod, label=schedule)
         for i in range(0, flags.steps, max(1, flags.steps // 100)):
-            rows.append({
-                "schedule": schedule, "t_over_T": float(place[i]), "alpha_bar": float(chain.alphas_cumprod[i]),
-            })  # fmt: skip
+            x, y = float(place[i]), float(chain.alphas_cumprod[i])
+            rows.append({"schedule": schedule, "t_over_T": x, "alpha_bar": y})
         share = float((chain.alphas_cumprod < 1e-2).double().mean())
         rows.append({"schedule": schedule, "share_of_steps_below_0.01": share})
     panel.set(xlabel="t / T", ylabel="alpha_bar_t")

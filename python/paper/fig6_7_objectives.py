@@ -21,7 +21,7 @@ RUNS: dict[str, dict[str, Any]] = {
 def main() -> None:
     """Trains, and draws smoothed curves."""
     flags = arguments(
-        __doc__, checkpoint=False, steps=(3000, 60), diffusion_steps=(100, 20), width=(32, 32)
+        __doc__, checkpoint=False, steps=(3000, 24), diffusion_steps=(100, 10), width=(32, 32)
     )
     figure, (curve, noise) = axes(
         "Figure 6: bound while training", "Figure 7: gradient-noise scale"
@@ -29,7 +29,7 @@ def main() -> None:
     rows = []
     for name, settings in RUNS.items():
         _, records = trained(
-            flags.out, f"fig6 {name}", data=flags.data, steps=flags.steps, accumulate=2,
+            flags, f"fig6 {name}", data=flags.data, steps=flags.steps, accumulate=2,
             diffusion_steps=flags.diffusion_steps, model_channels=flags.width, noise_scale=True,
             log_every=max(1, flags.steps // 60), **settings,
         )  # fmt: skip

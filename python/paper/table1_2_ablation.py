@@ -23,9 +23,9 @@ ROWS = [
 def main() -> None:
     """Trains the six networks and measures each."""
     flags = arguments(
-        __doc__, checkpoint=False, train_steps=(3000, 30), width=(32, 32), samples=(300, 30),
+        __doc__, checkpoint=False, train_steps=(3000, 8), width=(32, 32), samples=(300, 30),
         references=(1000, 60), images=(32, 8), budget=(100, 20), sample_steps=(50, 10),
-        short=(1000, 100), long=(4000, 400), extractor=("efficientnet-lite0-112", "pixels"),
+        short=(1000, 50), long=(4000, 100), extractor=("efficientnet-lite0-112", "pixels"),
     )  # fmt: skip
     rows = []
     for length, schedule, objective in ROWS:
@@ -36,7 +36,7 @@ def main() -> None:
         if objective == "vlb":
             settings["timestep_sampler"] = "loss-second-moment"
         model, _ = trained(
-            flags.out, f"table1 {total} {schedule} {objective}", data=flags.data,
+            flags, f"table1 {total} {schedule} {objective}", data=flags.data,
             steps=flags.train_steps, diffusion_steps=total, schedule=schedule,
             model_channels=flags.width, log_every=flags.train_steps, **settings,
         )  # fmt: skip

@@ -32,7 +32,7 @@ def upsampler(images: torch.Tensor, steps: int, width: int, total: int) -> UNet:
     ))  # fmt: skip
     model.diffusion = process = Diffusion("cosine", total)
     optimizer = torch.optim.AdamW(model.parameters(), lr=SMALL["lr"], weight_decay=0.0)
-    batch = SMALL["batch_size"]
+    batch = min(SMALL["batch_size"], len(images) // 8)
     generator = torch.Generator().manual_seed(0)
     for step in progress(range(steps), "upsampler"):
         chosen = torch.randint(len(images), (batch,), generator=generator)
@@ -48,9 +48,9 @@ def upsampler(images: torch.Tensor, steps: int, width: int, total: int) -> UNet:
 def main() -> None:
     """Trains three networks, samples both ways, measures and shows both."""
     flags = arguments(
-        __doc__, checkpoint=False, train_steps=(1500, 15), width=(32, 32), samples=(300, 30),
+        __doc__, checkpoint=False, train_steps=(1500, 8), width=(32, 32), samples=(300, 30),
         references=(1000, 60), sample_steps=(50, 10), diffusion_steps=(1000, 100),
-        training_images=(10000, 200), extractor=("efficientnet-lite0-112", "pixels"),
+        training_images=(10000, 64), extractor=("efficientnet-lite0-112", "pixels"),
     )  # fmt: skip
     images, _ = images_of(flags.data, flags.training_images, split="train")
     options: dict[str, Any] = {
@@ -62,11 +62,11 @@ def main() -> None:
         levels = ((halved(images) + 1) * 127.5).round().byte().permute(0, 2, 3, 1)
         np.savez(small, levels.numpy())
         base, _ = trained(
-            flags.out, "table5 base", data=str(small), steps=flags.train_steps,
+            flags, "table5 base", data=str(small), steps=flags.train_steps,
             **{**options, "channel_mult": (1, 1)},
         )  # fmt: skip
     single, _ = trained(
-        flags.out, "table5 single", data=flags.data, steps=2 * flags.train_steps, **options
+        flags, "table5 single", data=flags.data, steps=2 * flags.train_steps, **options
     )
     enlarging = upsampler(images, flags.train_steps, flags.width, flags.diffusion_steps)
     two = iddpm_ext.sample_two_stage(

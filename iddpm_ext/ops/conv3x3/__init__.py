@@ -40,7 +40,7 @@ def conv3x3(
 
     Args:
         x: [N, C, H, W], any strides; channels_last of any pitch is read in place. float32 or bfloat16;
-            any floating dtype for the reference. Under autocast it is cast as a convolution's input is.
+            any floating dtype for the reference. Autocast leaves it alone.
         weight: [K, C, 3, 3], bias: [K], any floating dtype. Both enter the CPU kernels in float32.
         upscale: double height and width by nearest neighbour before.
         exact: keep to transforms whose error is that of direct convolution.
@@ -65,9 +65,6 @@ def conv3x3(
         checks.floating(NAME, "bias", bias)
         checks.shape(NAME, "bias", bias, (weight.shape[0],), "[K] =")
     checks.same_device(NAME, x, weight=weight, bias=bias)
-    device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        x = x.to(torch.get_autocast_dtype(device)) if x.dtype != torch.float64 else x
     chosen = resolve_backend(NAME, backend, x.device, x.dtype)
     if chosen == "reference":
         return reference.conv3x3(x, weight, bias, bool(upscale), bool(exact))

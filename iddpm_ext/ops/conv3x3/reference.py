@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from iddpm_ext.ops.group_norm_silu.layout import memory_format
+from iddpm_ext.ops.rows import no_autocast
 
 
 def conv3x3(
@@ -14,5 +15,6 @@ def conv3x3(
     """x [N, C, H, W], weight [K, C, 3, 3], bias [K] -> y [N, K, H, W] or [N, K, 2H, 2W], laid out like x."""
     source = F.interpolate(x, scale_factor=2.0, mode="nearest") if upscale else x
     bias = None if bias is None else bias.to(x.dtype)
-    y = F.conv2d(source, weight.to(x.dtype), bias, padding=1)
+    with no_autocast(x.device.type):
+        y = F.conv2d(source, weight.to(x.dtype), bias, padding=1)
     return y.contiguous(memory_format=memory_format(x))
