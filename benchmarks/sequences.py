@@ -171,8 +171,36 @@ def qkv_attention(qkv: Tensor, num_heads: int) -> Tensor:
     return unet_plain.qkv_attention(qkv, num_heads)
 
 
+def adamw_ema(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    emas: list[list[Tensor]],
+    *,
+    step: int,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    decays: tuple[float, ...],
+) -> None:
+    """PyTorch's fused AdamW, and its multi-tensor interpolation for each average."""
+    steps = [torch.full((), float(step), device=p.device) for p in params]
+    torch._fused_adamw_(
+        *(params, grads, exp_avgs, exp_avg_sqs, [], steps),
+        lr=lr, beta1=betas[0], beta2=betas[1], weight_decay=weight_decay, eps=eps,
+        amsgrad=False, maximize=False,
+    )  # fmt: skip
+    for average, decay in zip(emas, decays, strict=True):
+        torch._foreach_lerp_(average, params, 1 - decay)
+
+
 #: PyTorch's own functions, where an op's equation would be a slow way to write it.
-PLAIN: dict[str, Callable[..., Any]] = {"group_norm_silu": unet_plain.group_norm_silu}
+PLAIN: dict[str, Callable[..., Any]] = {
+    "group_norm_silu": unet_plain.group_norm_silu,
+    "adamw_ema": adamw_ema,
+}
 
 
 def sequence(name: str, kwargs: dict[str, Any]) -> Callable[..., Any] | None:
