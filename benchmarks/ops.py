@@ -168,6 +168,13 @@ def measure(
 ) -> Iterator[Row]:
     """All rows of one call."""
     calls = functions(spec, case, device, compile)
+    if COMPILED in calls:
+        try:
+            runner(spec, calls[COMPILED], "forward")(prepared(spec, case, "forward"))
+        except Exception as error:  # what a compiler cannot take is one variant less
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            print(f"{spec.name} {case.label}: not compiled: {reason[:150]}", flush=True)
+            del calls[COMPILED]
     size = spec.minimum_bytes(case.kwargs)
     flops = spec.flops(case.kwargs)
     for what in ("forward", "forward+gradient") if spec.differentiable else ("forward",):
