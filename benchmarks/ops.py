@@ -148,8 +148,9 @@ def errors(
     found = {}
     for name, function in calls.items():
         found[name] = error(runner(spec, function, what)(prepared(spec, case, what)), exact)
-    own = found[EAGER]
-    return found, {name: e <= max(ERROR_RATIO * own, 1e-6) for name, e in found.items()}
+    # Roundings are of the largest value, which is some four times the root mean square.
+    allowed = max(ERROR_RATIO * found[EAGER], 4 * spec.roundings * torch.finfo(torch.float32).eps)
+    return found, {name: e <= allowed for name, e in found.items()}
 
 
 def prepared(
