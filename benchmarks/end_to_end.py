@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import signal
 import sys
 import time
@@ -24,7 +23,7 @@ import torch
 from torch import Tensor
 
 import iddpm_ext
-from benchmarks.context import context
+from benchmarks.context import context, write_json
 from benchmarks.networks import CONFIGS, make_inputs, make_network
 from benchmarks.peers import PEERS, Peer
 from benchmarks.timing import interleave, summary
@@ -204,10 +203,8 @@ def main() -> None:
                 for threads in args.threads:
                     rows += measure(args, config, batch, threads)
                     if args.output:
-                        text = json.dumps(
-                            {**context("benchmarks.end_to_end", PACKAGES), "rows": rows}, indent=1
-                        )
-                        args.output.write_text(text + "\n")
+                        head = context("benchmarks.end_to_end", PACKAGES)
+                        write_json(args.output, {**head, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -60,12 +60,8 @@ def tensors(value: Any) -> list[Tensor]:
     """The tensors in a result or in arguments, in order."""
     if isinstance(value, Tensor):
         return [value]
-    items = value.values() if isinstance(value, dict) else value
-    return (
-        [x for item in items for x in tensors(item)]
-        if isinstance(items, (list, tuple, type({}.values())))
-        else []
-    )
+    items = list(value.values()) if isinstance(value, dict) else value
+    return [x for item in items for x in tensors(item)] if isinstance(items, (list, tuple)) else []
 
 
 def copies(kwargs: dict[str, Any], dtype: torch.dtype | None = None) -> dict[str, Any]:

@@ -11,9 +11,9 @@ import copy
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks import sequences
 from iddpm_ext import ops
 from iddpm_ext.diffusion import Diffusion
 from iddpm_ext.unet import GroupNormSiLU, UNet
@@ -35,11 +35,10 @@ class GroupNorm32(GroupNormSiLU):
         """As `GroupNormSiLU.forward`."""
         if channel_bias is not None:
             x = x + channel_bias[..., None, None]
-        weight, bias = self.weight.float(), self.bias.float()
-        h = F.group_norm(x.float(), self.num_groups, weight, bias, self.eps).type(x.dtype)
-        if scale is not None and shift is not None:
-            h = h * (1 + scale[..., None, None]) + shift[..., None, None]
-        return h * torch.sigmoid(h) if self.silu else h
+        return sequences.group_norm_silu(
+            *(x, self.num_groups, self.weight, self.bias),
+            eps=self.eps, scale=scale, shift=shift, silu=self.silu,
+        )  # fmt: skip
 
 
 def original_network(model: UNet) -> UNet:

@@ -156,14 +156,16 @@ def group_norm_silu(
     weight: Tensor,
     bias: Tensor,
     *,
+    eps: float = 1e-5,
     scale: Tensor | None = None,
     shift: Tensor | None = None,
+    silu: bool = True,
 ) -> Tensor:
     """GroupNorm in float32, scale and shift, and SiLU as a product with a sigmoid."""
-    h = torch.nn.functional.group_norm(x.float(), num_groups, weight, bias).type(x.dtype)
+    h = torch.group_norm(x.float(), num_groups, weight.float(), bias.float(), eps).type(x.dtype)
     if scale is not None and shift is not None:
         h = h * (1 + scale[:, :, None, None]) + shift[:, :, None, None]
-    return h * torch.sigmoid(h)
+    return h * torch.sigmoid(h) if silu else h
 
 
 def qkv_attention(qkv: Tensor, num_heads: int) -> Tensor:
