@@ -10,7 +10,9 @@ import platform
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ DATA = "/usr/share/datasets/fashion-mnist"
 #: A network that a CPU trains: the bundled model's shape, thinner.
 SMALL = {
     "num_res_blocks": 1, "channel_mult": (1, 1, 1), "attention_resolutions": (7,), "lr": 1e-3,
-    "batch_size": 32, "ema": (0.99,), "progress": False,
+    "batch_size": 32, "ema": (0.995,), "progress": False, "sample_every": 0,
 }  # fmt: skip
 
 
@@ -55,6 +57,7 @@ def arguments(description: str | None, *, checkpoint: bool = True, **defaults: A
             setattr(found, name, toy if found.toy else full)
     found.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
+    warnings.simplefilter("once", UserWarning)  # that samples are few: at every distance otherwise
     found.began = time.perf_counter()
     return found
 
@@ -154,15 +157,31 @@ def bits(model: iddpm_ext.UNet, flags: Any, **options: Any) -> Likelihood:
 
 
 def trained(flags: Any, name: str, **settings: Any) -> tuple[iddpm_ext.UNet, list[dict[str, Any]]]:
-    """A network trained anew for one row of a table, and the records of its run."""
+    """A network trained for one row of a table, with averaged weights, and the records of its run.
+
+    A training that was made before with the same settings is taken from `runs` in the folder of the
+    results; one of fewer steps is continued, so that one training serves a whole learning curve.
+    """
     folder = flags.out / "runs" / name.replace(" ", "-").replace(",", "")
-    if folder.exists():
-        shutil.rmtree(folder)
     settings = {**SMALL, **({"batch_size": 4} if flags.toy else {}), **settings}
-    config = TrainConfig(out=str(folder), save_every=settings["steps"], **settings)
-    model = iddpm_ext.load(train(config) / f"ema_{config.ema[0]}.safetensors")
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return model, [json.loads(line) for line in lines]
+    config = TrainConfig(out=str(folder), save_every=settings["steps"], keep=1000, **settings)
+    if folder.exists() and not _same_training(folder, config):
+        shutil.rmtree(folder)
+    checkpoint = folder / "ckpt" / f"step-{config.steps}"
+    if not checkpoint.exists() and train(config) != checkpoint:
+        raise KeyboardInterrupt  # it saved and stopped, and the next call goes on from there
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    model = iddpm_ext.load(checkpoint / f"ema_{config.ema[0]}.safetensors")
+    return model, [record for record in records if record["step"] <= config.steps]
+
+
+def _same_training(folder: Path, config: TrainConfig) -> bool:
+    """Whether the run in a folder differs from this one in its length alone."""
+    try:
+        before = TrainConfig.from_json(folder / "config.json")
+    except (OSError, ValueError):
+        return False
+    return replace(before, steps=config.steps, save_every=config.save_every) == config
 
 
 def distance(model: Any, data: str, flags: Any, **sampling: Any) -> tuple[float, float]:

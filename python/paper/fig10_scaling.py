@@ -8,7 +8,7 @@ counts 3 forward passes an image and step, 2 operations a multiply-add, and lr f
 from __future__ import annotations
 
 import torch
-from common import arguments, axes, bits, distance, progress, trained, write
+from common import SMALL, arguments, axes, bits, distance, progress, trained, write
 from torch.utils.flop_counter import FlopCounterMode
 
 import iddpm_ext
@@ -28,18 +28,19 @@ def forward_flops(model: iddpm_ext.UNet) -> int:
 def main() -> None:
     """Trains each width for each number of steps and fits a line through the logarithms."""
     flags = arguments(
-        __doc__, checkpoint=False, widths=([32, 64], [32, 64]), train_steps=([500, 1500, 3000], [4, 12]),
-        samples=(300, 30), references=(1000, 60), images=(16, 8), budget=(100, 20), sample_steps=(50, 10),
-        diffusion_steps=(4000, 100), extractor=("efficientnet-lite0-112", "pixels"),
+        __doc__, checkpoint=False, widths=([32, 64, 96], [32, 64]),
+        train_steps=([250, 500, 1000, 2000], [4, 12]), samples=(500, 30), references=(5000, 60),
+        images=(100, 8), budget=(100, 20), sample_steps=(50, 10), diffusion_steps=(4000, 100),
+        extractor=("efficientnet-lite0-112", "pixels"),
     )  # fmt: skip
     rows = []
     for width in flags.widths:
         for steps in progress(flags.train_steps, f"width {width}"):
             model, _ = trained(
-                flags, f"fig10 {width} {steps}", data=flags.data, steps=steps, model_channels=width,
-                diffusion_steps=flags.diffusion_steps, lr=1e-3 / (width / 32) ** 0.5, log_every=steps,
+                flags, f"fig10 {width}", data=flags.data, steps=steps, model_channels=width,
+                diffusion_steps=flags.diffusion_steps, lr=1e-3 / (width / 32) ** 0.5, log_every=10,
             )  # fmt: skip
-            compute = 3 * forward_flops(model) * 32 * steps
+            compute = 3 * forward_flops(model) * SMALL["batch_size"] * steps
             value, half = distance(model, flags.data, flags, steps=flags.sample_steps)
             found = bits(model, flags)
             rows.append({

@@ -1,0 +1,38 @@
+"""The trainings that Figures 4, 6 and 7 and Tables 1 and 2 share: one network, made once each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from common import trained
+
+import iddpm_ext
+
+#: Flags of the programs that use these trainings, as `common.arguments` takes them. An importance
+#: sampler starts once it has seen ten losses of every t: some 24 T images, so that T is not 4000.
+FLAGS: dict[str, Any] = {
+    "train_steps": (2000, 8), "width": (32, 32), "short": (250, 25), "long": (1000, 50),
+}  # fmt: skip
+
+
+def ablation(
+    flags: Any,
+    schedule: str = "cosine",
+    objective: str = "hybrid",
+    sampler: str = "uniform",
+    *,
+    short: bool = False,
+) -> tuple[iddpm_ext.UNet, list[dict[str, Any]]]:
+    """The network of one row, with averaged weights, and the records of its training.
+
+    The objective "simple" has the paper's fixed variance, beta. The batch is computed in two halves,
+    from which the gradient-noise scale follows.
+    """
+    total = flags.short if short else flags.long
+    return trained(
+        flags, f"ablation {total} {schedule} {objective} {sampler}", data=flags.data,
+        steps=flags.train_steps, diffusion_steps=total, schedule=schedule, objective=objective,
+        variance="fixed_large" if objective == "simple" else "learned_range",
+        timestep_sampler=sampler, model_channels=flags.width, accumulate=2, noise_scale=True,
+        log_every=max(1, flags.train_steps // 50),
+    )  # fmt: skip
