@@ -57,7 +57,8 @@ def arguments(description: str | None, *, checkpoint: bool = True, **defaults: A
             setattr(found, name, toy if found.toy else full)
     found.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
-    warnings.simplefilter("once", UserWarning)  # that samples are few: at every distance otherwise
+    if found.toy:  # where few samples need no mention
+        warnings.filterwarnings("ignore", message=".*its covariance is singular")
     found.began = time.perf_counter()
     return found
 
