@@ -13,8 +13,8 @@ from common import arguments, progress, table_figure, write  # isort: skip
 def main() -> None:
     """Samples every class evenly at each scale."""
     flags = arguments(
-        __doc__, samples=(500, 30), references=(2000, 60), steps=(50, 5), scales=([1.0, 2.0], [1.0]),
-        extractor=("efficientnet-lite0-112", "pixels"),
+        __doc__, samples=(1000, 30), references=(5000, 60), steps=(50, 5),
+        scales=([1.0, 1.5, 2.0, 3.0], [1.0]), extractor=("efficientnet-lite0-112", "pixels"),
     )  # fmt: skip
     model = iddpm_ext.load(flags.checkpoint)
     rows = []
