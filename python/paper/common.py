@@ -159,7 +159,7 @@ def trained(flags: Any, name: str, **settings: Any) -> tuple[iddpm_ext.UNet, lis
     if folder.exists():
         shutil.rmtree(folder)
     settings = {**SMALL, **({"batch_size": 4} if flags.toy else {}), **settings}
-    config = TrainConfig(out=str(folder), save_every=settings["steps"], **settings)
+    config = TrainConfig(out=str(folder), save_every=settings["steps"], sample_every=0, **settings)
     model = iddpm_ext.load(train(config) / f"ema_{config.ema[0]}.safetensors")
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return model, [json.loads(line) for line in lines]
