@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,7 +42,7 @@ def _config(data: str, out: Path, **changes) -> TrainConfig:
     base = TrainConfig(
         data=data, out=str(out), steps=4, batch_size=4, model_channels=32, num_res_blocks=1,
         channel_mult=(1,), attention_resolutions=(), diffusion_steps=50, lr=1e-3, ema=(0.9,),
-        save_every=2, log_every=2, progress=False, device="cpu",
+        save_every=2, log_every=2, sample_every=0, progress=False, device="cpu",
     )  # fmt: skip
     return replace(base, **changes)
 
@@ -90,6 +93,21 @@ def test_loss_falls_and_the_run_folder_is_complete(data, tmp_path):
         "images_per_second",
     }
     assert wanted <= records[-1].keys()
+
+
+def test_losses_are_logged_as_of_evenly_drawn_steps_whatever_draws_them(data, tmp_path):
+    """The importance sampler draws the steps that lose most: unweighted means would be five times these."""
+    logged = {}
+    for sampler in ("uniform", "loss-second-moment"):
+        train(
+            _config(
+                data, tmp_path / sampler, timestep_sampler=sampler, objective="vlb", lr=1e-12,
+                diffusion_steps=10, batch_size=8, steps=300, save_every=300, log_every=100,
+            )
+        )  # fmt: skip
+        late = _records(tmp_path / sampler)[1:]  # without the steps in which the sampler is uniform
+        logged[sampler] = np.mean([[record["loss"], record["vlb_bpd"]] for record in late], axis=0)
+    assert logged["loss-second-moment"] == pytest.approx(logged["uniform"], rel=0.25)
 
 
 @pytest.mark.parametrize("objective", ["simple", "hybrid", "vlb"])
@@ -199,6 +217,59 @@ def test_a_finished_run_returns_at_once_and_an_empty_folder_starts(data, tmp_pat
     assert "nothing to do" in capsys.readouterr().err
 
 
+def _grids(out: Path) -> list[str]:
+    return sorted(path.name for path in (out / "samples").glob("*"))
+
+
+def test_a_run_without_further_settings_draws_its_last_step_once(data, tmp_path, monkeypatch):
+    import iddpm_ext
+
+    written = []
+    save_images = iddpm_ext.save_images
+    monkeypatch.setattr(
+        iddpm_ext, "save_images", lambda *a, **k: written.append(a[1].name) or save_images(*a, **k)
+    )
+    default = TrainConfig().sample_every
+    assert default == 1000
+    train(_config(data, tmp_path / "a", steps=2, sample_every=default, sample_steps=2))
+    assert _grids(tmp_path / "a") == written == ["step-2.png"]
+    written.clear()
+    train(_config(data, tmp_path / "b", steps=4, sample_every=2, sample_steps=2))
+    assert _grids(tmp_path / "b") == written == ["step-2.png", "step-4.png"]
+    train(_config(data, tmp_path / "c", steps=2, sample_every=0))
+    assert not (tmp_path / "c" / "samples").exists()
+
+
+def test_grids_change_no_bit_of_the_run(data, tmp_path):
+    changes = {"dropout": 0.2, "flip": True}
+    plain = train(_config(data, tmp_path / "a", **changes))
+    config = _config(data, tmp_path / "b", sample_every=1, sample_steps=2, **changes)
+    _train_until(config, 3)
+    drawn = train(config)
+    for file in ("model.safetensors", "ema_0.9.safetensors", "optim.safetensors"):
+        assert _same(read_tensors(drawn, file), read_tensors(plain, file)), file
+    assert _grids(tmp_path / "b") == ["step-1.png", "step-2.png", "step-4.png"]
+
+
+@pytest.mark.parametrize("steps", [3, 1000], ids=["the last step's", "another's"])
+def test_a_wish_to_stop_ends_a_grid_half_way(data, tmp_path, steps, monkeypatch, capsys):
+    import iddpm_ext
+
+    walk, taken = iddpm_ext.sample_progressive, []
+
+    def signalled(*arguments, **settings):
+        for step in walk(*arguments, **settings):
+            taken.append(step.t)
+            if len(taken) == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield step
+
+    monkeypatch.setattr(iddpm_ext, "sample_progressive", signalled)
+    path = train(_config(data, tmp_path, steps=steps, save_every=1000, sample_every=3))
+    assert len(taken) == 2 and _grids(tmp_path) == []
+    assert verify_checkpoint(path) is None and path.name == f"step-{min(steps, 4)}"
+
+
 def test_resuming_with_another_batch_size_says_so_and_continues_the_data(data, tmp_path, capsys):
     train(_config(data, tmp_path))
     path = train(_config(data, tmp_path, steps=6, batch_size=2))
@@ -296,6 +367,7 @@ def test_gradient_noise_scale_is_that_of_known_gradients():
         ({"objective": "hybrid", "variance": "fixed_small"}, "objective must be simple or vlb"),
         ({"label_dropout": 0.1}, "label_dropout must be 0 without class_cond"),
         ({"noise_scale": True}, "accumulate must be at least 2"),
+        ({"noise_scale": True, "accumulate": 2, "fsdp": True}, "noise_scale must be off with fsdp"),
         ({"batch_size": 5, "accumulate": 2}, "batch_size must be a multiple"),
         ({"device": "tpu"}, "device must be"),
         ({"fsdp": True}, "fsdp must be off"),
@@ -314,7 +386,105 @@ def test_classes_are_asked_of_data_that_has_them(tmp_path):
         train(_config(str(tmp_path / "a.npy"), tmp_path, class_cond=True))
 
 
+def _folder_of_classes(path: Path) -> Path:
+    """Two classes of three images, an unreadable one among them, and an empty class."""
+    from PIL import Image
+
+    for name in "ab":
+        (path / name).mkdir(parents=True)
+        for i in range(3):
+            Image.new("RGB", (8, 8), (80 * i, 0, 0)).save(path / name / f"{i}.png")
+    (path / "a" / "1.png").write_bytes(b"no image")
+    (path / "empty").mkdir()
+    return path
+
+
+def test_sizes_that_differ_are_refused_before_any_work(tmp_path):
+    from PIL import Image
+
+    folder = _folder_of_classes(tmp_path / "d")
+    Image.new("RGB", (8, 9)).save(folder / "b" / "2.png")
+    with pytest.raises(ValueError, match="image_size must be given where sizes differ"):
+        train(_config(str(folder), tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_odd_about_the_data_is_said_once(tmp_path, capsys):
+    folder = _folder_of_classes(tmp_path / "d")
+    odd = {"class_cond": True, "attention_resolutions": (8, 5, 3), "steps": 8}
+    train(_config(str(folder), tmp_path / "out", **odd))
+    said = capsys.readouterr().err
+    assert said.count("the class empty has no images") == 1
+    assert said.count("names 5, 3, but the features are 8 wide: no attention there") == 1
+    assert said.count("skipped an image: ") == said.count("a/1.png") == 1
+    # All 32 places of 8 steps, in passes over 6 images.
+    assert _records(tmp_path / "out")[-1]["bad_images"] in (5, 6)
+    train(_config(str(folder), tmp_path / "b", attention_resolutions=(8,)))
+    said = capsys.readouterr().err
+    assert "has no images" not in said and "attention" not in said
+
+
+def test_a_signal_to_the_decoding_processes_too_saves_all_the_same(data, tmp_path):
+    """As `timeout`, Slurm and systemd send it: to every process of the run."""
+    program = (
+        "import sys; from iddpm_ext.training import TrainConfig, train;"
+        "train(TrainConfig.from_json(sys.argv[1]))"
+    )
+    config = _config(data, tmp_path / "out", steps=100_000, save_every=100_000, workers=2)
+    (tmp_path / "c.json").write_text(json.dumps({**config.to_dict(), "log_every": 1}))
+    variables = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", program, str(tmp_path / "c.json")]
+    process = subprocess.Popen(command, env=variables, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 100
+        while time.monotonic() < deadline and process.poll() is None:
+            if (tmp_path / "out" / "metrics.jsonl").exists() and _records(tmp_path / "out"):
+                break
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGTERM)
+        assert process.wait(100) == 0
+    finally:
+        process.kill()
+    ((_, path),) = list_checkpoints(tmp_path / "out" / "ckpt")
+    assert verify_checkpoint(path) is None
+
+
+def test_numbers_that_are_not_finite_are_null_in_the_records(tmp_path):
+    from iddpm_ext.training.log import RunLog
+
+    quiet = {"main": True, "tensorboard": False, "progress": False}
+    with RunLog(tmp_path, 0, 10, **quiet) as log:
+        values = {"step": 1, "loss": float("nan"), "images_per_second": 2.5}
+        log.record({**values, "grad_noise_scale": float("inf")})
+
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is no JSON")
+
+    line = (tmp_path / "metrics.jsonl").read_text()
+    assert json.loads(line, parse_constant=refuse) == {
+        "step": 1, "loss": None, "images_per_second": 2.5, "grad_noise_scale": None,
+    }  # fmt: skip
+
+
+def test_tensorboard_gets_the_numbers_of_the_records(data, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = _config(data, tmp_path, tensorboard=True)
+    _train_until(replace(config, save_every=3), 3)
+    train(config)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    records = _records(tmp_path)
+    assert [r["step"] for r in records] == [2, 3, 4]
+    for name in ("loss", "grad_norm", "lr", "images_per_second"):
+        written = [(e.step, e.value) for e in events.Scalars(name)]
+        assert written == [(r["step"], pytest.approx(r[name])) for r in records], name
+    assert {f"loss_q{i}" for i in range(4)} <= set(events.Tags()["scalars"])
+
+
 def test_unknown_settings_in_a_file_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="TrainConfig: path must be a file, got"):
+        TrainConfig.from_json(tmp_path / "c.json")
     (tmp_path / "c.json").write_text('{"data": "d", "out": "o", "stepps": 3}')
     with pytest.raises(ValueError, match="stepps"):
         TrainConfig.from_json(tmp_path / "c.json")
@@ -378,6 +548,14 @@ def test_only_the_newest_are_kept(tmp_path):
     for step in (1, 2, 10, 11):
         _write(tmp_path, step, keep=2)
     assert [step for step, _ in list_checkpoints(tmp_path)] == [11, 10]
+
+
+def test_an_unsound_later_checkpoint_takes_no_ones_place(tmp_path):
+    (tmp_path / "step-9").mkdir()
+    for step in (1, 2, 3):
+        path = _write(tmp_path, step, keep=1)
+        assert newest_checkpoint(tmp_path)[0] == path
+    assert [step for step, _ in list_checkpoints(tmp_path)] == [9, 3]
 
 
 def test_checkpoint_files_are_readable_as_the_umask_says(tmp_path):

@@ -19,7 +19,7 @@ _CHOICE_DRAW = 2
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _QUARTILES = 4
 
-# What a step returns, in this order, after which come the sums and counts of the loss by quartile of t.
+# What a step returns, in this order, after which come the sums and weights of the loss by quartile of t.
 MEASURES = ("loss", "mse", "vlb_bpd", "grad_norm", "noise_small", "noise_big")
 
 
@@ -147,16 +147,20 @@ def _clip_factor(norm: Tensor, largest: float | None) -> Tensor | None:
 def _measures(
     config: TrainConfig, state: TrainState, losses: dict[str, Tensor], norm: Tensor, small: Tensor
 ) -> Tensor:
+    # Weighted, as importance-sampled steps are drawn more often the more they lose.
+    weight = losses["weight"].float()
     quartile = losses["t"] * _QUARTILES // config.diffusion_steps
     zeros = torch.zeros(_QUARTILES, device=norm.device)
-    sums = zeros.index_add(0, quartile, losses["loss"].float())
-    counts = zeros.index_add(0, quartile, torch.ones_like(losses["loss"], dtype=torch.float32))
-    means = [losses[name].float().mean() for name in ("loss", "mse", "vlb")]
+    sums = zeros.index_add(0, quartile, losses["loss"].float() * weight)
+    counts = zeros.index_add(0, quartile, weight)
+    means = [(losses[name].float() * weight).mean() for name in ("loss", "mse", "vlb")]
     return torch.cat([torch.stack([*means, norm, small, norm**2]), sums, counts])
 
 
 def summarise(config: TrainConfig, measures: Tensor, size: int) -> dict[str, float]:
     """What to log of the measures' mean over steps and processes: the losses, and their split by t.
+
+    All are of t drawn evenly, whatever drew it: the importance sampler's weights are in them.
 
     `loss_q0` .. `loss_q3` are the mean losses in the quarters of the chain, `grad_noise_scale` the
     simple noise scale tr(S) / |G|^2 in images (McCandlish et al. 2018, appendix A.1).
