@@ -10,8 +10,10 @@ import iddpm_ext
 
 #: Flags of the programs that use these trainings, as `common.arguments` takes them. An importance
 #: sampler starts once it has seen ten losses of every t: some 24 T images, so that T is not 4000.
+#: L_vlb diverges at the others' rate of 1e-3, so it is compared with L_hybrid at a lower one, vlb_lr.
 FLAGS: dict[str, Any] = {
     "train_steps": (2000, 8), "width": (32, 32), "short": (250, 25), "long": (1000, 50),
+    "vlb_lr": (2e-4, 2e-4),
 }  # fmt: skip
 
 
@@ -22,17 +24,20 @@ def ablation(
     sampler: str = "uniform",
     *,
     short: bool = False,
+    lr: float | None = None,
 ) -> tuple[iddpm_ext.UNet, list[dict[str, Any]]]:
     """The network of one row, with averaged weights, and the records of its training.
 
-    The objective "simple" has the paper's fixed variance, beta. The batch is computed in two halves,
+    lr: None for the others' rate. The objective "simple" has the paper's fixed variance, beta. The batch is computed in two halves,
     from which the gradient-noise scale follows.
     """
     total = flags.short if short else flags.long
+    settings = {} if lr is None else {"lr": lr}
+    name = "" if lr is None else f" lr {lr:g}"
     return trained(
-        flags, f"ablation {total} {schedule} {objective} {sampler}", data=flags.data,
+        flags, f"ablation {total} {schedule} {objective} {sampler}{name}", data=flags.data,
         steps=flags.train_steps, diffusion_steps=total, schedule=schedule, objective=objective,
         variance="fixed_large" if objective == "simple" else "learned_range",
         timestep_sampler=sampler, model_channels=flags.width, accumulate=2, noise_scale=True,
-        log_every=max(1, flags.train_steps // 50),
+        log_every=max(1, flags.train_steps // 50), **settings,
     )  # fmt: skip

@@ -30,7 +30,7 @@ def main() -> None:
     )
     rows = []
     for name, (objective, sampler, colour) in progress(list(RUNS.items()), "trainings"):
-        _, records = ablation(flags, objective=objective, sampler=sampler)
+        _, records = ablation(flags, objective=objective, sampler=sampler, lr=flags.vlb_lr)
         steps = [record["step"] for record in records]
         # vlb_bpd is one term at a t drawn evenly, or weighted to be so: T of them are the bound.
         bound = [record["vlb_bpd"] * flags.long for record in records]
@@ -44,7 +44,7 @@ def main() -> None:
     curve.set(xlabel="training step", ylabel="bits/dim (training)", yscale="log")
     noise.set(xlabel="training step", ylabel="images", yscale="log")
     curve.legend(fontsize=8)
-    write(flags, "fig6_7_objectives", rows, figure, diffusion_steps=flags.long)
+    write(flags, "fig6_7_objectives", rows, figure, diffusion_steps=flags.long, lr=flags.vlb_lr)
 
 
 if __name__ == "__main__":
