@@ -28,8 +28,8 @@ def ablation(
 ) -> tuple[iddpm_ext.UNet, list[dict[str, Any]]]:
     """The network of one row, with averaged weights, and the records of its training.
 
-    lr: None for the others' rate. The objective "simple" has the paper's fixed variance, beta. The batch is computed in two halves,
-    from which the gradient-noise scale follows.
+    lr: None for the others' rate. The objective "simple" has the paper's fixed variance, beta. The
+    batch is computed in two halves, from which the gradient-noise scale follows.
     """
     total = flags.short if short else flags.long
     settings = {} if lr is None else {"lr": lr}
