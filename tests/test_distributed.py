@@ -44,7 +44,7 @@ def _config(data: str, out: Path, **changes) -> TrainConfig:
     base = TrainConfig(
         data=data, out=str(out), steps=4, batch_size=8, model_channels=32, num_res_blocks=1,
         channel_mult=(1,), attention_resolutions=(), diffusion_steps=2, objective="vlb",
-        timestep_sampler="loss-second-moment", ema=(0.9,), save_every=2, log_every=1,
+        timestep_sampler="loss-second-moment", ema=(0.9,), save_every=2, log_every=1, sample_every=0,
         progress=False, device="cpu", class_cond=True, label_dropout=0.2, lr=1e-4,
     )  # fmt: skip
     return replace(base, **changes)

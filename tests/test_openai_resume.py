@@ -36,7 +36,7 @@ def config_of(data: str, out: Path, **changes) -> TrainConfig:
     base = TrainConfig(
         data=data, out=str(out), steps=4, batch_size=4, model_channels=64, num_res_blocks=1,
         channel_mult=(1, 2), attention_resolutions=(4,), diffusion_steps=50, lr=LR, ema=(DECAY,),
-        save_every=100, log_every=100, progress=False, device="cpu", ema_warmup=False,
+        save_every=100, log_every=100, sample_every=0, progress=False, device="cpu", ema_warmup=False,
     )  # fmt: skip
     return replace(base, **changes)
 

@@ -39,7 +39,7 @@ def _config(data: str, out: Path, **changes) -> TrainConfig:
     base = TrainConfig(
         data=data, out=str(out), steps=4, batch_size=4, model_channels=32, num_res_blocks=1,
         channel_mult=(1,), attention_resolutions=(), diffusion_steps=50, lr=1e-3, ema=(0.9,),
-        save_every=2, log_every=2, progress=False, device="cpu",
+        save_every=2, log_every=2, sample_every=0, progress=False, device="cpu",
     )  # fmt: skip
     return replace(base, **changes)
 
@@ -197,6 +197,59 @@ def test_a_finished_run_returns_at_once_and_an_empty_folder_starts(data, tmp_pat
     stamp = first.stat().st_mtime_ns
     assert train(config) == first and first.stat().st_mtime_ns == stamp
     assert "nothing to do" in capsys.readouterr().err
+
+
+def _grids(out: Path) -> list[str]:
+    return sorted(path.name for path in (out / "samples").glob("*"))
+
+
+def test_a_run_without_further_settings_draws_its_last_step_once(data, tmp_path, monkeypatch):
+    import iddpm_ext
+
+    written = []
+    save_images = iddpm_ext.save_images
+    monkeypatch.setattr(
+        iddpm_ext, "save_images", lambda *a, **k: written.append(a[1].name) or save_images(*a, **k)
+    )
+    default = TrainConfig().sample_every
+    assert default == 1000
+    train(_config(data, tmp_path / "a", steps=2, sample_every=default, sample_steps=2))
+    assert _grids(tmp_path / "a") == written == ["step-2.png"]
+    written.clear()
+    train(_config(data, tmp_path / "b", steps=4, sample_every=2, sample_steps=2))
+    assert _grids(tmp_path / "b") == written == ["step-2.png", "step-4.png"]
+    train(_config(data, tmp_path / "c", steps=2, sample_every=0))
+    assert not (tmp_path / "c" / "samples").exists()
+
+
+def test_grids_change_no_bit_of_the_run(data, tmp_path):
+    changes = {"dropout": 0.2, "flip": True}
+    plain = train(_config(data, tmp_path / "a", **changes))
+    config = _config(data, tmp_path / "b", sample_every=1, sample_steps=2, **changes)
+    _train_until(config, 3)
+    drawn = train(config)
+    for file in ("model.safetensors", "ema_0.9.safetensors", "optim.safetensors"):
+        assert _same(read_tensors(drawn, file), read_tensors(plain, file)), file
+    assert _grids(tmp_path / "b") == ["step-1.png", "step-2.png", "step-4.png"]
+
+
+@pytest.mark.parametrize("steps", [3, 1000], ids=["the last step's", "another's"])
+def test_a_wish_to_stop_ends_a_grid_half_way(data, tmp_path, steps, monkeypatch, capsys):
+    import iddpm_ext
+
+    walk, taken = iddpm_ext.sample_progressive, []
+
+    def signalled(*arguments, **settings):
+        for step in walk(*arguments, **settings):
+            taken.append(step.t)
+            if len(taken) == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield step
+
+    monkeypatch.setattr(iddpm_ext, "sample_progressive", signalled)
+    path = train(_config(data, tmp_path, steps=steps, save_every=1000, sample_every=3))
+    assert len(taken) == 2 and _grids(tmp_path) == []
+    assert verify_checkpoint(path) is None and path.name == f"step-{min(steps, 4)}"
 
 
 def test_resuming_with_another_batch_size_says_so_and_continues_the_data(data, tmp_path, capsys):

@@ -72,7 +72,7 @@ class TrainConfig:
         noise_scale: log the gradient-noise scale; needs accumulate of at least 2.
         save_every: steps between checkpoints.
         keep: checkpoints that stay.
-        sample_every: steps between grids of samples; 0 for none.
+        sample_every: steps between grids of samples, and one after the last step; 0 for none at all.
         sample_steps: sampling steps of a grid.
         sample_count: images of a grid.
         log_every: steps between records in metrics.jsonl.
@@ -128,7 +128,7 @@ class TrainConfig:
     noise_scale: bool = False
     save_every: int = 1000
     keep: int = 3
-    sample_every: int = 0
+    sample_every: int = 1000
     sample_steps: int = 50
     sample_count: int = 16
     log_every: int = 50

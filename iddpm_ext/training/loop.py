@@ -108,8 +108,8 @@ def _run(
             log.record({**meter.record(), "bad_images": bad_images})
         if save:
             path = state.save(folder, config, parallel)
-        if config.sample_every and state.step % config.sample_every == 0:
-            _draw_samples(config, state, parallel)
+        if config.sample_every and (done or state.step % config.sample_every == 0):
+            _draw_samples(config, state, parallel, stop)
         if stopping and not done:
             log.say(f"stopped by {stop.received or 'another process'}; saved {path}")
         if done or stopping:
@@ -170,13 +170,18 @@ def _require_finite(state: TrainState, folder: Path) -> None:
         )
 
 
-def _draw_samples(config: TrainConfig, state: TrainState, parallel: Parallel) -> None:
-    """A grid of samples with the averaged weights in out/samples, always from the same noise."""
+def _draw_samples(
+    config: TrainConfig, state: TrainState, parallel: Parallel, stop: StopSignals
+) -> None:
+    """A grid of samples with the averaged weights in out/samples, always from the same noise.
+
+    None once the run is asked to stop, also where that happens half way: who asks may not wait so long.
+    """
     model = state.averaged_model(parallel)
     if model is not None:
         classes = model.config.num_classes
         labels = None if classes is None else torch.arange(config.sample_count) % classes
-        images = iddpm_ext.sample(
+        chain = iddpm_ext.sample_progressive(
             model,
             steps=min(config.sample_steps, config.diffusion_steps),
             n=config.sample_count,
@@ -184,15 +189,20 @@ def _draw_samples(config: TrainConfig, state: TrainState, parallel: Parallel) ->
             seed=config.seed,
             progress=False,
         )
-        folder = Path(config.out) / "samples"
-        folder.mkdir(exist_ok=True)
-        iddpm_ext.save_images(
-            images,
-            folder / f"step-{state.step}.png",
-            recipe={"step": state.step, "seed": config.seed, "steps": config.sample_steps},
-            labels=labels,
-            class_names=state.class_names,
-        )
+        for step in chain:
+            images = step.x
+            if stop.received is not None:
+                break
+        else:
+            folder = Path(config.out) / "samples"
+            folder.mkdir(exist_ok=True)
+            iddpm_ext.save_images(
+                images,
+                folder / f"step-{state.step}.png",
+                recipe={"step": state.step, "seed": config.seed, "steps": config.sample_steps},
+                labels=labels,
+                class_names=state.class_names,
+            )
     parallel.barrier()
 
 

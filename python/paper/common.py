@@ -165,7 +165,9 @@ def trained(flags: Any, name: str, **settings: Any) -> tuple[iddpm_ext.UNet, lis
     """
     folder = flags.out / "runs" / name.replace(" ", "-").replace(",", "")
     settings = {**SMALL, **({"batch_size": 4} if flags.toy else {}), **settings}
-    config = TrainConfig(out=str(folder), save_every=settings["steps"], keep=1000, **settings)
+    config = TrainConfig(
+        out=str(folder), save_every=settings["steps"], keep=1000, sample_every=0, **settings
+    )
     if folder.exists() and not _same_training(folder, config):
         shutil.rmtree(folder)
     checkpoint = folder / "ckpt" / f"step-{config.steps}"
