@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 TESTS ?= tests
 # Of `make train`: a folder with the four IDX files (Debian package dataset-fashion-mnist), and how long.
 DATA ?= /usr/share/datasets/fashion-mnist
-STEPS ?= 8000
+STEPS ?= 16000
 
 PY = $(VENV)/bin/python
 INSTALL = $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
@@ -41,7 +41,7 @@ build: $(VENV)/.ok ## compile the module in place and say what was built
 train: $(VENV)/.ok $(VENV)/.built ## train the bundled model's network on Fashion-MNIST (DATA=..., STEPS=...) into runs/
 	$(PY) -m iddpm_ext train --data $(DATA) --out runs/fashion-mnist --steps $(STEPS) --batch-size 32 --class-cond \
 	  --label-dropout 0.1 --model-channels 64 --num-res-blocks 1 --channel-mult 1,1,1 --attention-resolutions 7 \
-	  --lr 1e-3 --resume auto
+	  --lr 1e-3 --lr-warmup 200 --lr-decay --grad-clip 1 --ema 0.999,0.9999 --dtype bfloat16
 
 bench: $(VENV)/.ok $(VENV)/.built ## the CPU engine against other runtimes (those that are installed)
 	$(INSTALL) --no-build-isolation -e '.[bench]'

@@ -13,7 +13,15 @@ import pytest
 import torch
 from PIL import Image
 
-from iddpm_ext.data import BadImage, FileData, Order, batches, check_data, open_data
+from iddpm_ext.data import (
+    BadImage,
+    FileData,
+    Order,
+    batches,
+    check_data,
+    empty_classes,
+    open_data,
+)
 from iddpm_ext.data import image as image_module
 from iddpm_ext.data.image import fit, open_image, to_array
 
@@ -388,3 +396,37 @@ def test_hub_data_sets_saved_to_disk_are_read(tmp_path):
     assert np.array_equal(
         ((x[0] + 1) * 127.5).round().byte().permute(1, 2, 0), np.asarray(images[2])
     )
+
+
+def test_one_image_of_another_size_counts_as_unreadable(tmp_path):
+    for i in range(130):  # 64 are looked at, among them neither the second nor the third
+        _png(tmp_path / f"{i:03}.png", _noise(i, 4, 6 if i == 1 else 4))
+    data = open_data(tmp_path)
+    x, used, complaints = data.images(torch.tensor([0, 1]))
+    assert used.tolist() == [0, 2] and x.shape == (2, 1, 4, 4)
+    assert len(complaints) == 1 and "001.png: must be 4x4" in complaints[0]
+    with pytest.raises(BadImage, match=r"001\.png: must be 4x4 like the others, or image_size"):
+        open_data(tmp_path, bad_images="stop").images(torch.tensor([1]))
+
+
+def test_what_pillow_calls_a_bomb_is_told_by_our_limit(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    file = io.BytesIO()
+    Image.new("L", (50, 50)).save(file, "PNG")
+    with pytest.raises(BadImage, match="at most 100000000 pixels, got a decompression bomb"):
+        open_image(file.getvalue(), "x")
+
+
+def test_empty_classes_are_told_of_folders_zips_and_labels(tmp_path):
+    folder = _classes(tmp_path / "d", {"ab": 2, "c": 2})
+    for name in ("a", "b", "z"):
+        (folder / name).mkdir()
+    with zipfile.ZipFile(tmp_path / "d.zip", "w") as archive:
+        for path in sorted(folder.rglob("*")):
+            archive.write(path, path.relative_to(folder))
+    np.savez(tmp_path / "d.npz", images=_noise(0, 4, 6, 6), labels=np.array([0, 3, 3, 0]))
+    expected = {"d": ["a", "b", "z"], "d.zip": ["a", "b", "z"], "d.npz": ["1", "2"]}
+    for name, empty in expected.items():
+        assert empty_classes(open_data(tmp_path / name)) == empty
+        report = check_data(tmp_path / name)
+        assert report.empty_classes == empty and not report.sound

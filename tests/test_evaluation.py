@@ -99,6 +99,13 @@ def test_every_source_of_the_same_images_gives_the_same_number(tmp_path):
         assert plain(source, b)["fd-pixels-8x8"] == pytest.approx(expected, rel=1e-6), name
 
 
+def test_an_unreadable_image_is_not_replaced_by_its_neighbour(tmp_path):
+    folder = save_images(levels(0, 100).float() / 127.5 - 1, tmp_path / "images")
+    sorted(folder.iterdir())[1].write_bytes(b"no image")  # not among those that opening looks at
+    with pytest.raises(ValueError, match="must be an image"):
+        plain(folder, levels(1, 50))
+
+
 def test_n_takes_that_many_and_no_more():
     a, b = levels(0, 40), levels(1, 50)
     expected = plain(a[:25], b[:30])["fd-pixels-8x8"]

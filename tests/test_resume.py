@@ -42,8 +42,8 @@ for line in sys.stdin:
             data=sys.argv[1], out=out, steps=int(sys.argv[2]), batch_size=2, model_channels=32,
             num_res_blocks=1, channel_mult=(1,), attention_resolutions=(), diffusion_steps=4,
             objective="vlb", timestep_sampler="loss-second-moment", dropout=0.1, ema=(0.5, 0.9),
-            lr=1e-3, lr_decay=True, save_every=int(save_every), keep=2, log_every=1, sample_every=0, progress=False,
-            device="cpu", flip=True,
+            lr=1e-3, lr_decay=True, save_every=int(save_every), keep=2, log_every=1, sample_every=0,
+            progress=False, device="cpu", flip=True,
         ))
         os._exit(0)
     print(child, flush=True)

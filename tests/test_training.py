@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -349,6 +352,7 @@ def test_gradient_noise_scale_is_that_of_known_gradients():
         ({"objective": "hybrid", "variance": "fixed_small"}, "objective must be simple or vlb"),
         ({"label_dropout": 0.1}, "label_dropout must be 0 without class_cond"),
         ({"noise_scale": True}, "accumulate must be at least 2"),
+        ({"noise_scale": True, "accumulate": 2, "fsdp": True}, "noise_scale must be off with fsdp"),
         ({"batch_size": 5, "accumulate": 2}, "batch_size must be a multiple"),
         ({"device": "tpu"}, "device must be"),
         ({"fsdp": True}, "fsdp must be off"),
@@ -367,7 +371,105 @@ def test_classes_are_asked_of_data_that_has_them(tmp_path):
         train(_config(str(tmp_path / "a.npy"), tmp_path, class_cond=True))
 
 
+def _folder_of_classes(path: Path) -> Path:
+    """Two classes of three images, an unreadable one among them, and an empty class."""
+    from PIL import Image
+
+    for name in "ab":
+        (path / name).mkdir(parents=True)
+        for i in range(3):
+            Image.new("RGB", (8, 8), (80 * i, 0, 0)).save(path / name / f"{i}.png")
+    (path / "a" / "1.png").write_bytes(b"no image")
+    (path / "empty").mkdir()
+    return path
+
+
+def test_sizes_that_differ_are_refused_before_any_work(tmp_path):
+    from PIL import Image
+
+    folder = _folder_of_classes(tmp_path / "d")
+    Image.new("RGB", (8, 9)).save(folder / "b" / "2.png")
+    with pytest.raises(ValueError, match="image_size must be given where sizes differ"):
+        train(_config(str(folder), tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_odd_about_the_data_is_said_once(tmp_path, capsys):
+    folder = _folder_of_classes(tmp_path / "d")
+    odd = {"class_cond": True, "attention_resolutions": (8, 5, 3), "steps": 8}
+    train(_config(str(folder), tmp_path / "out", **odd))
+    said = capsys.readouterr().err
+    assert said.count("the class empty has no images") == 1
+    assert said.count("names 5, 3, but the features are 8 wide: no attention there") == 1
+    assert said.count("skipped an image: ") == said.count("a/1.png") == 1
+    # All 32 places of 8 steps, in passes over 6 images.
+    assert _records(tmp_path / "out")[-1]["bad_images"] in (5, 6)
+    train(_config(str(folder), tmp_path / "b", attention_resolutions=(8,)))
+    said = capsys.readouterr().err
+    assert "has no images" not in said and "attention" not in said
+
+
+def test_a_signal_to_the_decoding_processes_too_saves_all_the_same(data, tmp_path):
+    """As `timeout`, Slurm and systemd send it: to every process of the run."""
+    program = (
+        "import sys; from iddpm_ext.training import TrainConfig, train;"
+        "train(TrainConfig.from_json(sys.argv[1]))"
+    )
+    config = _config(data, tmp_path / "out", steps=100_000, save_every=100_000, workers=2)
+    (tmp_path / "c.json").write_text(json.dumps({**config.to_dict(), "log_every": 1}))
+    variables = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", program, str(tmp_path / "c.json")]
+    process = subprocess.Popen(command, env=variables, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 100
+        while time.monotonic() < deadline and process.poll() is None:
+            if (tmp_path / "out" / "metrics.jsonl").exists() and _records(tmp_path / "out"):
+                break
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGTERM)
+        assert process.wait(100) == 0
+    finally:
+        process.kill()
+    ((_, path),) = list_checkpoints(tmp_path / "out" / "ckpt")
+    assert verify_checkpoint(path) is None
+
+
+def test_numbers_that_are_not_finite_are_null_in_the_records(tmp_path):
+    from iddpm_ext.training.log import RunLog
+
+    quiet = {"main": True, "tensorboard": False, "progress": False}
+    with RunLog(tmp_path, 0, 10, **quiet) as log:
+        values = {"step": 1, "loss": float("nan"), "images_per_second": 2.5}
+        log.record({**values, "grad_noise_scale": float("inf")})
+
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is no JSON")
+
+    line = (tmp_path / "metrics.jsonl").read_text()
+    assert json.loads(line, parse_constant=refuse) == {
+        "step": 1, "loss": None, "images_per_second": 2.5, "grad_noise_scale": None,
+    }  # fmt: skip
+
+
+def test_tensorboard_gets_the_numbers_of_the_records(data, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = _config(data, tmp_path, tensorboard=True)
+    _train_until(replace(config, save_every=3), 3)
+    train(config)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    records = _records(tmp_path)
+    assert [r["step"] for r in records] == [2, 3, 4]
+    for name in ("loss", "grad_norm", "lr", "images_per_second"):
+        written = [(e.step, e.value) for e in events.Scalars(name)]
+        assert written == [(r["step"], pytest.approx(r[name])) for r in records], name
+    assert {f"loss_q{i}" for i in range(4)} <= set(events.Tags()["scalars"])
+
+
 def test_unknown_settings_in_a_file_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="TrainConfig: path must be a file, got"):
+        TrainConfig.from_json(tmp_path / "c.json")
     (tmp_path / "c.json").write_text('{"data": "d", "out": "o", "stepps": 3}')
     with pytest.raises(ValueError, match="stepps"):
         TrainConfig.from_json(tmp_path / "c.json")
@@ -431,6 +533,14 @@ def test_only_the_newest_are_kept(tmp_path):
     for step in (1, 2, 10, 11):
         _write(tmp_path, step, keep=2)
     assert [step for step, _ in list_checkpoints(tmp_path)] == [11, 10]
+
+
+def test_an_unsound_later_checkpoint_takes_no_ones_place(tmp_path):
+    (tmp_path / "step-9").mkdir()
+    for step in (1, 2, 3):
+        path = _write(tmp_path, step, keep=1)
+        assert newest_checkpoint(tmp_path)[0] == path
+    assert [step for step, _ in list_checkpoints(tmp_path)] == [9, 3]
 
 
 def test_checkpoint_files_are_readable_as_the_umask_says(tmp_path):

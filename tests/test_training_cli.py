@@ -49,7 +49,7 @@ def test_the_documented_flags_make_a_run_and_a_file_repeats_it(data, tmp_path, c
 
 def test_a_wrong_setting_is_one_line_and_status_1(data, tmp_path, capsys):
     assert main(["train", "--data", data, "--out", str(tmp_path / "x"), "--lr", "0"]) == 1
-    assert capsys.readouterr().err == "iddpm train: train: lr must be above 0, got 0.0\n"
+    assert capsys.readouterr().err == "iddpm train: lr must be above 0, got 0.0\n"
     assert main(["train", "--out", str(tmp_path / "x")]) == 1
     assert "data must be given" in capsys.readouterr().err
 

@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if debug:
             raise
-        text = " ".join(str(error).split()) or type(error).__name__
+        text = " ".join(str(error).split()).removeprefix(f"{verb}: ") or type(error).__name__
         print(f"iddpm {verb}: {text}", file=sys.stderr)
         return 1
     return status or 0

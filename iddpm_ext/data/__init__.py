@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .arrays import ArrayData
-from .check import DataReport, check_data
+from .check import DataReport, check_data, empty_classes
 from .files import BAD_IMAGES, FileData
 from .idx import read_idx
 from .image import BadImage
@@ -22,6 +22,7 @@ __all__ = [
     "Order",
     "batches",
     "check_data",
+    "empty_classes",
     "open_data",
     "read_idx",
 ]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from .files import FileData, Folder, class_of_each
+from .files import FileData, class_of_each
 from .image import BadImage, bit_depth, is_grey, open_image
 from .source import ImageData, open_data
 
@@ -70,6 +70,17 @@ def check_data(path: str | Path, *, split: str = "train") -> DataReport:
     return report
 
 
+def empty_classes(data: ImageData) -> list[str]:
+    """The classes without an image: folders without a file, or labels that do not occur."""
+    if isinstance(data, FileData):
+        return data.source.empty_folders()
+    labels = data.labels(torch.arange(len(data)))
+    if labels is None or data.class_names is None:
+        return []
+    counts = torch.bincount(labels, minlength=len(data.class_names)).tolist()
+    return [name for name, count in zip(data.class_names, counts, strict=True) if not count]
+
+
 def _check_files(data: FileData, report: DataReport) -> None:
     classes = class_of_each(data.names)
     for i, name in enumerate(data.names):
@@ -84,8 +95,7 @@ def _check_files(data: FileData, report: DataReport) -> None:
         report.bits[str(bit_depth(image))] += 1
         if classes is not None:
             report.classes[classes[i]] += 1
-    if isinstance(data.source, Folder):
-        report.empty_classes = data.source.empty_folders()
+    report.empty_classes = empty_classes(data)
     if classes is not None:
         report.empty_classes += sorted(set(classes) - set(report.classes))
 
@@ -108,8 +118,7 @@ def _check_arrays(data: ImageData, report: DataReport) -> None:
         labels = data.labels(indices)
         if labels is not None and data.class_names is not None:
             report.classes.update(data.class_names[label] for label in labels.tolist())
-    if data.class_names is not None:
-        report.empty_classes = [name for name in data.class_names if not report.classes[name]]
+    report.empty_classes = empty_classes(data)
 
 
 def _add_notes(report: DataReport) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import zipfile
+from bisect import bisect_left
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
@@ -62,7 +63,12 @@ class Zip:
         """Names of the directory members under which no file is, sorted."""
         files = self.names()
         folders = [i.filename for i in self._archive().infolist() if i.is_dir()]
-        return sorted(f.rstrip("/") for f in folders if not any(n.startswith(f) for n in files))
+        empty = []
+        for folder in folders:
+            first = bisect_left(files, folder)  # what is in the folder comes from there on
+            if not any(name.startswith(folder) for name in files[first : first + 1]):
+                empty.append(folder.rstrip("/"))
+        return sorted(empty)
 
     def read(self, name: str) -> bytes:
         """The bytes of one member; BadImage when it is damaged, encrypted or claims to be huge."""
@@ -99,16 +105,17 @@ class FileData:
     Args:
         source: a `Folder` or a `Zip`.
         split: "train" or "test"; where the top folders bear such names, only its own is read.
-        image_size: side of the square that each image is brought to; None demands that all have one size.
+        image_size: side of the square that each image is brought to; None demands that all have one size:
+            an image of another counts as unreadable, and where 64 spread over the data differ, none is given.
         channels: 1 or 3; None takes 1 where every one of the first images is grey.
-        bad_images: "skip" replaces an unreadable image by the next readable one and tells its name;
+        bad_images: "skip" replaces an unreadable image by the next readable one and names it;
             "stop" raises BadImage.
 
     Classes are the first folders below the split, or else the file names up to the first "_" (the
     original's rule), when that gives at least two classes with two images each on average.
 
     Raises:
-        ValueError: no images, no readable ones among the first, or sizes that differ.
+        ValueError: no images, or no readable ones among those 64.
     """
 
     def __init__(
@@ -138,6 +145,7 @@ class FileData:
             number = {name: i for i, name in enumerate(self.class_names)}
             self._labels = torch.tensor([number[name] for name in classes])
         self._size = image_size
+        self._differing: str | None = None
         self.image_shape = self._probe(channels)
 
     def __len__(self) -> int:
@@ -155,8 +163,12 @@ class FileData:
 
         Raises:
             BadImage: an unreadable image with bad_images="stop", or a whole run of them.
-            ValueError: an image of another size than the first, with no image_size given.
+            ValueError: sizes differ, with no image_size given.
         """
+        if self._differing is not None:
+            raise ValueError(
+                f"open_data: image_size must be given where sizes differ, got {self._differing}"
+            )
         complaints: list[str] = []
         found = [self._nearest(int(index), complaints) for index in indices]
         stacked = np.stack([array for array, _ in found]).transpose(0, 3, 1, 2)
@@ -184,9 +196,9 @@ class FileData:
         channels, *size = self.image_shape
         array = to_array(open_image(self.source.read(name), label), channels, self._size)
         if list(array.shape[:2]) != size:
-            raise ValueError(
-                f"open_data: image_size must be given where sizes differ, got {size[1]}x{size[0]} and "
-                f"{array.shape[1]}x{array.shape[0]} in {label}"
+            raise BadImage(
+                f"{label}: must be {size[1]}x{size[0]} like the others, or image_size given, "
+                f"got {array.shape[1]}x{array.shape[0]}"
             )
         return array
 
@@ -204,7 +216,10 @@ class FileData:
                     raise
                 problem = str(error)
                 continue
-            size = (image.height, image.width) if size is None else size
+            own = (image.height, image.width)
+            size = own if size is None else size
+            if self._size is None and own != size:
+                self._differing = f"{size[1]}x{size[0]} and {own[1]}x{own[0]} in {name}"
             grey = grey and is_grey(image)
         if size is None:
             raise BadImage(f"open_data: path must hold readable images, got {problem}")

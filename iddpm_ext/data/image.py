@@ -39,9 +39,13 @@ def open_image(data: bytes | BinaryIO, name: str) -> Image.Image:
             return ImageOps.exif_transpose(image)
     except BadImage:
         raise
+    except Image.DecompressionBombError as error:
+        raise BadImage(
+            f"{name}: must have at most {MAX_PIXELS} pixels, got a decompression bomb"
+        ) from error
     except UnidentifiedImageError as error:
         raise BadImage(f"{name}: must be an image, got a file of no known format") from error
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
         raise BadImage(f"{name}: must be a complete image, got {error}") from error
     except (
         Exception

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -30,13 +31,16 @@ def batches(
 ) -> Iterator[Batch]:
     """The batches at these lists of positions, in this order whatever the number of workers.
 
-    workers: processes that read and decode; 0 does it in this one.
+    workers: processes that read and decode; 0 does it in this one. They end with it, and by no signal
+        that asks for an end: whoever sends that to the whole process group means the run, which may want
+        more batches before it stops.
     """
     loader = DataLoader(
         _Positions(data, order),
         batch_sampler=positions,
         num_workers=workers,
         collate_fn=_only,
+        worker_init_fn=_ignore_signals,
         # Its own generator: the loader would otherwise advance the global one.
         generator=torch.Generator(),
     )
@@ -54,6 +58,11 @@ class _Positions(Dataset):
 
     def __getitem__(self, position: int) -> Batch:
         return self.__getitems__([position])[0]
+
+
+def _ignore_signals(worker: int) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _only(batch: list[Batch]) -> Batch:

@@ -88,7 +88,7 @@ def open_images(
         parts = map(_levels, chosen.split(batch_size))
         return ImageSet("a tensor", len(chosen), f"{list(chosen.shape)} {digest}", iter(parts))
     if isinstance(images, (str, os.PathLike)):
-        data = open_data(Path(images), split=split)
+        data = open_data(Path(images), split=split, bad_images="stop")
         return _read(data, n, batch_size, f"{Path(images).name} ({split})", _files(Path(images)))
     if hasattr(images, "images") and hasattr(images, "image_shape"):
         return _read(cast(ImageData, images), n, batch_size, type(images).__name__, "")

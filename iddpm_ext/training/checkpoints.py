@@ -31,7 +31,7 @@ def write_checkpoint(
     state: Mapping[str, Any],
     keep: int,
 ) -> Path:
-    """Writes `folder/step-N` and deletes all but the newest `keep`.
+    """Writes `folder/step-N` and deletes all but the newest `keep` up to it.
 
     tensors: file name -> (tensors by name, text metadata or None). state: JSON-ready.
     What a killed process left half-written is removed first. Returns the checkpoint's path. Raises
@@ -65,7 +65,8 @@ def write_checkpoint(
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    for _, old in list_checkpoints(folder)[keep:]:
+    # Those of later steps were found unsound, else the run had gone on from them: they take no one's place.
+    for _, old in [entry for entry in list_checkpoints(folder) if entry[0] <= step][keep:]:
         shutil.rmtree(old)
     return final
 

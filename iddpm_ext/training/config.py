@@ -166,6 +166,10 @@ class TrainConfig:
             raise ValueError(
                 f"train: accumulate must be at least 2 for noise_scale, got {self.accumulate}"
             )
+        if self.noise_scale and self.fsdp:
+            raise ValueError(
+                "train: noise_scale must be off with fsdp, which keeps no gradient of a part, got on"
+            )
         if self.objective == "hybrid" and not self.variance.startswith("learned"):
             raise ValueError(
                 f"train: objective must be simple or vlb for variance {self.variance}, got hybrid"
@@ -198,6 +202,8 @@ class TrainConfig:
     @classmethod
     def from_json(cls, path: str | Path) -> TrainConfig:
         """The configuration in a JSON file, such as the config.json of a run."""
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"TrainConfig: path must be a file, got {path}")
         try:
             values = json.loads(Path(path).read_bytes())
         except ValueError as error:

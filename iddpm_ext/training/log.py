@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import os
 import sys
 import time
@@ -83,10 +84,12 @@ class RunLog:
             self._bar.update()
 
     def record(self, values: dict[str, Any]) -> None:
-        """One line of metrics.jsonl: JSON-ready `values` with `step` among them."""
+        """One line of metrics.jsonl: numbers with `step` among them, null where not finite."""
         if not self._main:
             return
-        self._file.write(json.dumps(values) + "\n")
+        # JSON has no word for infinity: Python's own would be refused by other readers.
+        known = {k: v if math.isfinite(v) else None for k, v in values.items()}
+        self._file.write(json.dumps(known) + "\n")
         self._file.flush()
         if self._writer is not None:
             for name, value in values.items():

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import iddpm_ext
-from iddpm_ext.data import ImageData, Order, batches, open_data
+from iddpm_ext.data import ImageData, Order, batches, empty_classes, open_data
 
 from .config import TrainConfig
 from .initial import start_from
@@ -91,12 +91,15 @@ def _run(
     positions = positions_of(config, state.images, parallel.rank, parallel.size)
     source = batches(data, Order(len(data), config.seed), positions, config.workers)
     meter = _Meter(config, state, parallel)
-    bad_images = 0
+    bad_images, named = 0, set[str]()
     while True:
         measures, complaints = train_step(config, state, source, parallel)
         bad_images += len(complaints)
         for complaint in complaints:
-            log.say(f"skipped an image: {complaint}")
+            # Each pass over the data meets it again.
+            if complaint not in named:
+                log.say(f"skipped an image: {complaint}")
+            named.add(complaint)
         log.step()
         meter.add(measures)
         done = state.step >= config.steps
@@ -105,7 +108,8 @@ def _run(
         if save or state.step % config.log_every == 0:
             _require_finite(state, folder)
         if state.step % config.log_every == 0 or done or stopping:
-            log.record({**meter.record(), "bad_images": bad_images})
+            skipped = parallel.sum(torch.tensor(bad_images, device=parallel.device))
+            log.record({**meter.record(), "bad_images": int(skipped)})
         if save:
             path = state.save(folder, config, parallel)
         if config.sample_every and (done or state.step % config.sample_every == 0):
@@ -215,13 +219,17 @@ def _open(config: TrainConfig) -> ImageData:
     )
     if config.class_cond and data.class_names is None:
         raise ValueError(
-            f"train: class_cond must be off for data without classes, got on for {config.data}"
+            "train: class_cond must be off for data without classes (every image in a folder of its "
+            "class, or names that begin with it and '_'; two images a class on average), "
+            f"got on for {config.data}"
         )
     _, height, width = data.image_shape
     if height != width:
         raise ValueError(
             f"train: image_size must be given for images that are not square, got {width}x{height}"
         )
+    # Sizes that differ, or values out of range, end the run here rather than after its folder is made.
+    data.images(torch.zeros(1, dtype=torch.int64))
     return data
 
 
@@ -232,6 +240,15 @@ def _notes_on(data: ImageData, config: TrainConfig) -> list[str]:
     if len(data) < config.batch_size:
         notes.append(
             f"there are fewer images than the {config.batch_size} of a batch: batches repeat them"
+        )
+    if config.class_cond and data.class_names:
+        notes += [f"the class {name} has no images" for name in empty_classes(data)]
+    sides = [width >> level for level in range(len(config.channel_mult))]
+    unused = [side for side in config.attention_resolutions if side not in sides]
+    if unused:
+        notes.append(
+            f"attention_resolutions names {', '.join(map(str, unused))}, but the features are "
+            f"{', '.join(map(str, sides))} wide: no attention there"
         )
     return notes
 
