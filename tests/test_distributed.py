@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from ranks import Rank, finish, started
 
 from iddpm_ext.training import TrainConfig, train
@@ -76,14 +77,25 @@ def one(data, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def runs(data, tmp_path_factory) -> Path:
-    """Two processes with DDP; with accumulation; and one that a single process began."""
+def broken(tmp_path_factory) -> str:
+    """Ten images of which the last cannot be read."""
+    folder = tmp_path_factory.mktemp("broken")
+    for i in range(9):
+        Image.new("L", (8, 8), 20 * i).save(folder / f"{i}.png")
+    (folder / "9.png").write_bytes(b"no image")
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def runs(data, broken, tmp_path_factory) -> Path:
+    """Two processes with DDP; with accumulation; one that a single process began; on a broken image."""
     folder = tmp_path_factory.mktemp("runs")
     train(_config(data, folder / "shared", steps=2))
     configs = [
-        _config(data, folder / "ddp"),
+        _config(data, folder / "ddp", sample_every=2, sample_count=2),
         _config(data, folder / "parts", accumulate=2),
         _config(data, folder / "shared"),
+        _config(broken, folder / "broken", class_cond=False, label_dropout=0.0),
     ]
     with _training(configs, folder) as ranks:
         finish(ranks)
@@ -93,11 +105,17 @@ def runs(data, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def sharded(data, tmp_path_factory) -> Path:
-    """Two processes with FSDP2."""
+    """Two processes with FSDP2; with accumulation; and one that a single process began."""
     folder = tmp_path_factory.mktemp("sharded")
-    with _training([_config(data, folder / "fsdp", fsdp=True)], folder) as ranks:
+    train(_config(data, folder / "shared", steps=2))
+    configs = [
+        _config(data, folder / "fsdp", fsdp=True, sample_every=2, sample_count=2),
+        _config(data, folder / "parts", fsdp=True, accumulate=2),
+        _config(data, folder / "shared", fsdp=True),
+    ]
+    with _training(configs, folder) as ranks:
         finish(ranks)
-    return folder / "fsdp"
+    return folder
 
 
 def _agree(one: Path, two: Path) -> None:
@@ -125,8 +143,32 @@ def test_two_processes_train_the_network_and_the_sampler_of_one(one, runs, name)
 
 
 @pytest.mark.slow
-def test_sharded_processes_train_the_network_and_the_sampler_of_one(one, sharded):
-    _agree(one, sharded)
+@pytest.mark.parametrize("name", ["fsdp", "parts", "shared"])
+def test_sharded_processes_train_the_network_and_the_sampler_of_one(one, sharded, name):
+    _agree(one, sharded / name)
+
+
+def test_two_processes_draw_one_grid_of_their_run(runs):
+    grids = sorted(path.name for path in (runs / "ddp" / "samples").iterdir())
+    assert grids == ["step-2.png", "step-4.png"]
+
+
+@pytest.mark.slow
+def test_sharded_processes_draw_one_grid_of_their_run(sharded):
+    grids = sorted(path.name for path in (sharded / "fsdp" / "samples").iterdir())
+    assert grids == ["step-2.png", "step-4.png"]
+
+
+def test_two_processes_count_the_unreadable_images_of_one(broken, runs, tmp_path):
+    train(_config(broken, tmp_path, class_cond=False, label_dropout=0.0))
+    one, two = (
+        [
+            json.loads(line)["bad_images"]
+            for line in (out / "metrics.jsonl").read_text().splitlines()
+        ]
+        for out in (tmp_path, runs / "broken")
+    )
+    assert one == two and one[-1] >= 3
 
 
 def test_resuming_with_more_processes_says_so(runs):

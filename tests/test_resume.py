@@ -20,7 +20,10 @@ import torch
 from iddpm_ext.training import newest_checkpoint
 from iddpm_ext.training.checkpoints import read_state, read_tensors, verify_checkpoint
 
-_KILLS = 200 if os.environ.get("IDDPM_SOAK") else 20
+_SOAK = bool(os.environ.get("IDDPM_SOAK"))
+_KILLS = 200 if _SOAK else 20
+# Twenty kills take minutes on a machine with much else to do.
+pytestmark = pytest.mark.timeout(7200 if _SOAK else 900)
 _STEPS = 36
 _SAVE_EVERY = 3
 
