@@ -148,6 +148,10 @@ def test_sharded_processes_train_the_network_and_the_sampler_of_one(one, sharded
     _agree(one, sharded / name)
 
 
+def test_nothing_but_the_run_is_told(runs):
+    assert "Warning" not in (runs / "notes.txt").read_text()
+
+
 def test_two_processes_draw_one_grid_of_their_run(runs):
     grids = sorted(path.name for path in (runs / "ddp" / "samples").iterdir())
     assert grids == ["step-2.png", "step-4.png"]

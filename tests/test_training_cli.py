@@ -47,6 +47,16 @@ def test_the_documented_flags_make_a_run_and_a_file_repeats_it(data, tmp_path, c
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_one_of_many_processes_names_the_checkpoint(data, tmp_path, capsys, monkeypatch):
+    import iddpm_ext.training.loop
+
+    monkeypatch.setattr(iddpm_ext.training.loop, "train", lambda config: "the/checkpoint")
+    for rank, printed in (("0", "the/checkpoint\n"), ("1", "")):
+        monkeypatch.setenv("RANK", rank)
+        assert main(["train", "--data", data, "--out", str(tmp_path)]) == 0
+        assert capsys.readouterr().out == printed
+
+
 def test_a_wrong_setting_is_one_line_and_status_1(data, tmp_path, capsys):
     assert main(["train", "--data", data, "--out", str(tmp_path / "x"), "--lr", "0"]) == 1
     assert capsys.readouterr().err == "iddpm train: lr must be above 0, got 0.0\n"

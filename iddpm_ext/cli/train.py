@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated
@@ -29,4 +30,6 @@ def run(
             f.name: given[f.name] for f in fields(config) if getattr(config, f.name) != f.default
         }
         config = TrainConfig.from_dict({**TrainConfig.from_json(config_file).to_dict(), **changed})
-    print(train(config))
+    path = train(config)
+    if os.environ.get("RANK", "0") == "0":
+        print(path)

@@ -60,9 +60,7 @@ class Parallel:
         if self.sharded:
             return model  # its parameters have been sharded in place
         devices = [self.device] if self.device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(
-            model, device_ids=devices, broadcast_buffers=False
-        )
+        return nn.parallel.DistributedDataParallel(model, device_ids=devices)
 
     def shard(self, model: UNet) -> None:
         """Splits the parameters of `model` over the processes, in place, if this run is sharded."""
