@@ -14,7 +14,8 @@ from iddpm_ext import _native, ops
 
 BACKENDS = ["reference", *([] if _native.cpu_absence() else ["cpu"])]
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
-LR, BETAS, EPS, DECAY = 0.01, (0.9, 0.99), 1e-8, 0.05
+# An eps that shows where it stands.
+LR, BETAS, EPS, DECAY = 0.01, (0.9, 0.99), 1e-3, 0.05
 
 
 def _state(model: nn.Module, decays: tuple[float, ...]) -> dict[str, Any]:
@@ -143,3 +144,14 @@ def test_parameters_that_require_gradients_are_updated_and_count_a_new_version(b
 def test_no_parameters_are_no_work():
     state = {**_state(nn.Identity(), (0.9,)), "grads": []}
     assert ops.adamw_ema(**state, step=1) is None
+
+
+@each_backend
+def test_an_average_of_decay_0_is_the_weights_and_of_decay_1_stays(backend):
+    model = _model()
+    state = _state(model, (0.0, 1.0))
+    state["emas"] = [[torch.randn_like(p) * 100 for p in state["params"]] for _ in range(2)]
+    before = [x.clone() for x in state["emas"][1]]
+    ops.adamw_ema(**state, grads=_gradients(model, 1), step=1, backend=backend)
+    assert all(same_bits(a, p) for a, p in zip(state["emas"][0], state["params"], strict=True))
+    assert all(same_bits(a, b) for a, b in zip(state["emas"][1], before, strict=True))

@@ -148,8 +148,8 @@ def test_sharded_processes_train_the_network_and_the_sampler_of_one(one, sharded
     _agree(one, sharded / name)
 
 
-def test_nothing_but_the_run_is_told(runs):
-    assert "Warning" not in (runs / "notes.txt").read_text()
+def test_no_setting_that_torch_gives_up_is_used(runs):
+    assert "deprecated" not in (runs / "notes.txt").read_text()
 
 
 def test_two_processes_draw_one_grid_of_their_run(runs):
