@@ -11,7 +11,7 @@ The data is the Debian package dataset-fashion-mnist, or any folder with the fou
 from __future__ import annotations
 
 import argparse
-import json
+import sys
 import time
 from pathlib import Path
 
@@ -21,6 +21,10 @@ from torch import Tensor, nn
 
 import iddpm_ext
 from iddpm_ext.data import open_data
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.context import context, write_json
 
 NAMES = (
     "T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot",
@@ -115,6 +119,8 @@ def main() -> None:
     )
     if arguments.json is not None:
         figures = {
+            **context("fashion_mnist_accuracy"),
+            "command": " ".join(["python python/fashion_mnist_accuracy.py", *sys.argv[1:]]),
             "model": arguments.model,
             "samples": len(labels),
             "steps": arguments.steps,
@@ -122,9 +128,9 @@ def main() -> None:
             "real_test_accuracy": real,
             "sample_accuracy": accuracy,
             "per_class": per_class,
-            "torch": torch.__version__,
+            "sampling_seconds": round(seconds, 1),
         }
-        arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
+        write_json(arguments.json, figures)
 
 
 if __name__ == "__main__":

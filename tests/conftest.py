@@ -2,10 +2,32 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+from typing import Any
 
 import torch
 
 # The decorator of a Triton kernel reads this when its module is imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def round_to_bfloat16_in_the_interpreter() -> None:
+    """Triton's interpreter cuts float32 off to bfloat16; a GPU rounds to nearest, ties to even."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    cast = interpreter.InterpreterBuilder.cast_impl
+
+    def rounding_cast(self: Any, source: Any, target: Any) -> Any:
+        if source.dtype.scalar != tl.float32 or target.scalar != tl.bfloat16:
+            return cast(self, source, target)
+        rounded = torch.tensor(source.data).bfloat16().view(torch.uint16).numpy()
+        return interpreter.TensorHandle(rounded, tl.bfloat16)
+
+    interpreter.InterpreterBuilder.cast_impl = rounding_cast
+
+
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+    round_to_bfloat16_in_the_interpreter()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,12 @@ import iddpm_ext
 from iddpm_ext import evaluate, save_images
 from iddpm_ext.cli import main
 from iddpm_ext.evaluation import extractors, open_extractor
-from iddpm_ext.metrics import frechet_distance, kernel_distance, precision_recall
+from iddpm_ext.metrics import (
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    precision_recall,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:frechet_distance")
 
@@ -79,6 +85,31 @@ def test_floating_images_are_rounded_to_the_levels_of_files():
     assert plain(floating, b)["fd-pixels-8x8"] == plain(a, b)["fd-pixels-8x8"]
 
 
+def test_precision_and_recall_compare_with_the_first_of_the_reference(monkeypatch):
+    monkeypatch.setattr("iddpm_ext.evaluation.compare._KEPT", 30)
+    a, b = levels(0, 40, low=40), levels(1, 50)
+    got = plain(a, b, metrics=("precision_recall", "kid"), neighbours=(3,), batch_size=7)
+    x, y = pixels(a), pixels(b)[:30]
+    expected = precision_recall(y, x)
+    found = got["precision_k3-pixels-8x8"], got["recall_k3-pixels-8x8"]
+    assert found == pytest.approx(tuple(expected), abs=1e-12)
+    # The smaller set limits the subsets, which are then of 30.
+    assert got["kd-pixels-8x8"] == pytest.approx(kernel_distance(x, y).value, rel=1e-6)
+
+
+def test_a_share_has_wilsons_interval_and_three_samples_have_none():
+    a, b = levels(0, 100, low=40), levels(1, 60)
+    score = plain(a, b, metrics=("precision_recall",), resamples=2).scores[
+        "precision_k3-pixels-8x8"
+    ]
+    share, n, z = score.value, 100, 1.96
+    assert score.ci95 is not None
+    for end in score.ci95:  # the shares of which this one is z deviations away
+        distance = z * (end * (1 - end) / n) ** 0.5
+        assert abs(end - share) == pytest.approx(distance, abs=1e-9) or end in (0.0, 1.0)
+    assert plain(levels(0, 3), b, resamples=2).scores["fd-pixels-8x8"].ci95 is None
+
+
 # ---- where images come from
 
 
@@ -116,6 +147,26 @@ def test_n_takes_that_many_and_no_more():
         assert (got.sample_count, got.reference_count) == (25, 30)
 
 
+def test_some_of_a_folders_images_are_not_its_first(tmp_path):
+    """Which may be all of one class."""
+    dark, light = levels(0, 20) // 4, 255 - levels(1, 20) // 4
+    folder = save_images(torch.cat([dark, light]).float() / 127.5 - 1, tmp_path / "sorted")
+    seen: list[Tensor] = []
+
+    def brightness(x: Tensor) -> Tensor:
+        seen.append(x.float().mean((1, 2, 3)))
+        return x.float().mean((2, 3))
+
+    plain(folder, levels(2, 9), n=20, extractor=brightness)
+    share = float((torch.cat(seen[1:]) > 128).float().mean())
+    assert 0.2 < share < 0.8 and len(torch.cat(seen[1:])) == 20
+
+
+def test_a_model_is_not_compared_with_its_own_samples():
+    options: dict[str, Any] = {"n": 6, "reference_n": 6, "steps": 2, "batch_size": 6}
+    assert plain("fashion-mnist", "fashion-mnist", **options)["fd-pixels-8x8"] > 1e-3
+
+
 def test_a_checkpoint_is_sampled_as_sample_does():
     """Image i of the evaluation is image i of one call of `sample`, whatever the batches."""
     x = iddpm_ext.sample(
@@ -140,7 +191,8 @@ class Two(nn.Module):
         pooled = torch.nn.functional.adaptive_avg_pool2d(x.float(), 2).flatten(1)
         if return_features:
             return pooled
-        return (pooled / 50 + (0.0 if no_output_bias else 1.0)).softmax(1)
+        bias = torch.linspace(0, 3, pooled.shape[1])  # not one that softmax leaves out anyway
+        return (pooled / 50 if no_output_bias else pooled / 50 + bias).softmax(1)
 
 
 def test_a_script_of_the_right_hash_is_called_inception_and_any_other_is_not(tmp_path, monkeypatch):
@@ -161,6 +213,35 @@ def test_a_script_of_the_right_hash_is_called_inception_and_any_other_is_not(tmp
     ]
     expected = frechet_distance(Two()(a, return_features=True), Two()(b, return_features=True))
     assert got["fid-inception-2015-12-05"] == pytest.approx(expected, rel=1e-5)
+    score = inception_score(Two()(a, no_output_bias=True), splits=10).value
+    assert got["inception_score-inception-2015-12-05"] == pytest.approx(score, rel=1e-6)
+
+
+def test_inception_computes_in_whole_float32_and_leaves_the_settings_as_they_were(
+    tmp_path, monkeypatch
+):
+    path = tmp_path / "mine.pt"
+    torch.jit.script(Two()).save(str(path))
+    monkeypatch.setattr(extractors, "INCEPTION_SCRIPT_SHA256", extractors._sha256(path))
+    extractor = open_extractor(path)
+    flags = torch.backends.cudnn, torch.backends.cuda.matmul
+    seen: list[list[bool]] = []
+    network = extractor._network
+    monkeypatch.setattr(
+        extractor,
+        "_network",
+        lambda *a, **k: seen.append([f.allow_tf32 for f in flags]) or network(*a, **k),
+    )
+    before = [f.allow_tf32 for f in flags]
+    try:
+        for flag in flags:
+            flag.allow_tf32 = True
+        extractor(levels(0, 2))
+        assert seen == [[False, False]] * 2
+        assert [f.allow_tf32 for f in flags] == [True, True]
+    finally:
+        for flag, value in zip(flags, before, strict=True):
+            flag.allow_tf32 = value
 
 
 def test_callables_scripts_and_onnx_files_of_one_network_agree(tmp_path):
@@ -223,7 +304,15 @@ def test_efficientnet_tells_noisier_images_from_less_noisy_ones():
         for scale in (0.0, 0.1, 0.3)
     ]
     assert distances[0] < 1e-3 < distances[1] < distances[2]
-    found = open_extractor("efficientnet-lite0-64")(levels(0, 2))
+    extractor, images = open_extractor("efficientnet-lite0-64"), levels(0, 2, size=80)
+    found = extractor(images)
+    # Its own preprocessing: levels about 127 in units of 128.
+    small = torch.nn.functional.interpolate(
+        images.float(), (64, 64), mode="bilinear", antialias=True
+    )
+    network = extractor._network
+    expected = network.extract_features((small - 127) / 128).mean((2, 3))
+    torch.testing.assert_close(found.features, expected, rtol=1e-3, atol=1e-3)
     assert found.features.shape == (2, 1280)
     assert found.probabilities is not None
     torch.testing.assert_close(found.probabilities.sum(1), torch.ones(2))
@@ -258,6 +347,50 @@ def test_the_reference_is_extracted_once_and_again_when_it_changed(tmp_path):
     (folder / "new.png").unlink()
     with pytest.raises(ValueError, match=r"evaluate: cache must hold whole files, got .*\.npz"):
         plain(a, folder, **options)
+
+
+class Known:
+    """An extractor with every kind of feature, and a fingerprint."""
+
+    name, fingerprint = "known", "1"
+
+    def __init__(self) -> None:
+        self.seen = 0
+
+    def __call__(self, images: Tensor) -> extractors.Extraction:
+        self.seen += len(images)
+        x = images.double() / 255
+        return extractors.Extraction(x.mean((2, 3)), None, x[:, 0, :2].flatten(1))
+
+
+def test_what_could_change_a_references_features_has_a_cache_of_its_own(tmp_path):
+    a, b, known = levels(0, 20), levels(1, 30), Known()
+
+    def extracted(reference: Any, **options: Any) -> int:
+        known.seen = 0
+        plain(a, reference, extractor=known, cache=tmp_path / "cache", **options)
+        return known.seen - len(a)
+
+    path = tmp_path / "images.npz"
+    np.savez(path, b.permute(0, 2, 3, 1).numpy())
+    for reference in (b, path):
+        assert [extracted(reference), extracted(reference)] == [30, 0]
+        assert extracted(reference, reference_n=29) == 29
+    assert extracted(levels(2, 30)) == 30  # a tensor of the same shape
+    size, time = path.stat().st_size, path.stat().st_mtime
+    np.savez(path, levels(2, 30).permute(0, 2, 3, 1).numpy())
+    os.utime(path, (time + 1, time + 1))
+    assert path.stat().st_size == size and extracted(path) == 30  # a newer file of the same size
+    known.fingerprint = "2"
+    assert extracted(path) == 30
+
+
+def test_spatial_features_come_back_from_the_cache(tmp_path):
+    a, b = levels(0, 40), levels(1, 50)
+    options: dict[str, Any] = {"extractor": Known(), "metrics": ("fid", "sfid")}
+    expected = plain(a, b, **options).scores
+    for _ in range(2):
+        assert plain(a, b, cache=tmp_path, **options).scores == expected
 
 
 def test_nothing_is_cached_of_a_callable(tmp_path):

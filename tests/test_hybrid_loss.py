@@ -52,6 +52,29 @@ def test_loss_adds_the_term_of_the_whole_chain_by_its_weight(backend: str):
 
 
 @each_backend
+@pytest.mark.parametrize("part", ["mse", "vlb"])
+def test_a_float16_gradient_is_scaled_before_it_is_rounded(part: str, backend: str):
+    # As float16 an unscaled gradient of so many elements is below its normal numbers.
+    shape = (2, 3, 64, 64)
+    kwargs = {
+        **bound_call(shape, "cpu", torch.float16),
+        "noise": NoiseKey(1, 2, torch.arange(2), 0),
+    }
+    out = kwargs["model_output"].requires_grad_(True)
+
+    def gradient(output: Tensor, backend: str) -> Tensor:
+        result = ops.hybrid_loss(**{**kwargs, "model_output": output}, backend=backend)
+        return torch.autograd.grad(getattr(result, part).sum() * 4096, out)[0]
+
+    expected = gradient(out.double(), "reference").double()
+    distance = (gradient(out, backend).double() - expected).abs()
+    size = (
+        expected.abs() + expected[expected != 0].abs().mean()
+    )  # of what cancels, where a term crosses 0
+    assert (distance <= torch.finfo(torch.float16).eps * size).all()
+
+
+@each_backend
 def test_the_term_equals_vlb_terms_without_clipping(backend: str):
     kwargs = call()
     arguments = {k: kwargs[k] for k in ("model_output", "x_0", "x_t", "t", "table")}

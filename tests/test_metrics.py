@@ -71,6 +71,8 @@ def test_fewer_samples_than_features_are_exact_and_warned_about():
     with pytest.warns(UserWarning):
         whole = frechet_distance(feature_statistics(a), feature_statistics(b))
     assert few == pytest.approx(whole, rel=1e-6)
+    with pytest.warns(UserWarning, match="b has 48 samples of 48 features"):
+        frechet_distance(draw(0, 49, 48), draw(1, 48, 48))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         frechet_distance(draw(0, 49, 48), draw(1, 49, 48))
@@ -121,6 +123,24 @@ def test_kernel_distance_of_a_seed_repeats_itself():
     once, again = (kernel_distance(a, b, subsets=5, subset_size=20, seed=3) for _ in range(2))
     assert once == again != kernel_distance(a, b, subsets=5, subset_size=20, seed=4)
     assert once.deviation > 0
+
+
+def test_kernel_distance_is_the_mean_and_deviation_over_its_subsets():
+    from iddpm_ext.metrics.kernel import squared_mmd
+
+    a, b = draw(0, 40, 8), draw(1, 50, 8)
+    generator = torch.Generator().manual_seed(3)
+    values = [
+        squared_mmd(*(x[torch.randperm(len(x), generator=generator)[:20]] for x in (a, b)))
+        for _ in range(3)
+    ]
+    got = kernel_distance(a, b, subsets=3, subset_size=20, seed=3)
+    assert got == pytest.approx((np.mean(values), np.std(values)), rel=1e-12)
+
+
+def test_kernel_distance_takes_a_thousand_samples_at_once_and_no_more():
+    a, b = draw(0, 1001, 2), draw(1, 1001, 2)
+    assert kernel_distance(a, b, subsets=2) == kernel_distance(a, b, subsets=2, subset_size=1000)
 
 
 # ---- inception score
@@ -189,6 +209,19 @@ def test_half_samples_give_the_deviation_of_a_mean():
         float(x.mean()), len(x), lambda half: float(x[half].mean()), resamples=400
     )
     assert (got.high - got.low) / 2 == pytest.approx(1.96 * float(x.std()) / 4000**0.5, rel=0.12)
+
+
+def test_two_half_samples_deviate_by_their_difference_over_the_root_of_two():
+    x = torch.randn(40, generator=torch.Generator().manual_seed(0)).double()
+    means: list[float] = []
+
+    def metric(half: Tensor) -> float:
+        means.append(float(x[half].mean()))
+        return means[-1]
+
+    got = half_sample_interval(1.0, len(x), metric, resamples=2)
+    reach = 1.96 * abs(means[0] - means[1]) / 2**0.5
+    assert got == pytest.approx((1 - reach, 1 + reach), rel=1e-12)
 
 
 # ---- the library that others use

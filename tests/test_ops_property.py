@@ -6,20 +6,21 @@ with `iddpm_ext.ops.random_calls`. IDDPM_SOAK=1 runs many more examples, other o
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
+from rounding_noise import RoundingNoise
 from test_ops import (
     ERROR_RATIO,
     KERNELS,
     ROUNDINGS,
     cloned,
-    convert,
     differentiable,
     error,
     gradients,
@@ -29,15 +30,18 @@ from test_ops import (
 )
 from torch import Tensor
 
+from iddpm_ext.ops import synthetic
 from iddpm_ext.ops.spec import REGISTRY, OpSpec, unavailable
 
 SOAK = bool(os.environ.get("IDDPM_SOAK"))
 # Of each op, over all of its backends and dtypes.
 EXAMPLES = 500 if SOAK else 24
-# A result may differ by as much as the exact one does when every input is wrong by this many halves of a
-# last place. Without it the rule of test_ops.py would ask for luck: with few elements PyTorch's own
-# error is sometimes 0, and clamps and differences of large numbers magnify the first rounding of all.
-INPUT_ROUNDINGS = 8.0
+# Where a single run of PyTorch's was closer than half as far, its error is the root mean square of this many
+# noisy ones: nobody is lucky eight times.
+NOISY_RUNS = 8
+
+# An op's five hundred examples take minutes, on a busy machine many.
+pytestmark = [pytest.mark.timeout(3600)] if SOAK else []
 
 profile = settings(
     max_examples=EXAMPLES,
@@ -75,43 +79,64 @@ def kernels(spec: OpSpec) -> Iterator[tuple[str, torch.dtype]]:
                 yield backend, dtype
 
 
-def nudged(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Every image of a call in float64, wrong by half of a float32's last place, up and down in turn."""
-
-    def nudge(x: Tensor) -> Tensor:
-        if not x.is_floating_point() or x.numel() < 2:
-            return x
-        signs = 1 - 2 * (torch.arange(x.numel()) % 2)
-        return x * (1 + 2.0**-24 * signs.view(x.shape))
-
-    change = {name: value for name, value in kwargs.items() if name != "table"}
-    return {**kwargs, **convert(change, nudge)}
-
-
 def assert_as_good_as_pytorch(
-    result: Tensor, exact: Tensor, yardstick: Tensor, moved: Tensor, roundings: float
+    result: Tensor,
+    exact: Tensor,
+    yardstick: Tensor,
+    noisy: Callable[[], list[Tensor]],
+    roundings: float,
 ) -> None:
-    """Right where PyTorch is finite at the same dtype; never finite where the exact result is NaN."""
+    """Right where PyTorch is finite at the same dtype; never finite where it and the exact result are NaN."""
     assert result.shape == exact.shape
     if not exact.is_floating_point():
         assert torch.equal(result, exact)
         return
-    assert bool((result.isnan() | ~exact.isnan()).all()), "a NaN was lost"
+    lost = exact.isnan() & yardstick.isnan() & ~result.isnan()
+    assert not bool(lost.any()), "a NaN was lost"
     judged = exact.isfinite() & yardstick.isfinite()
     overflown = exact.isinf() & yardstick.isinf()
     assert bool((~result.isfinite() | ~overflown).all()), "an infinity was lost"
-    result, exact, yardstick, moved = (x[judged] for x in (result, exact, yardstick, moved))
+    result, exact = result[judged], exact[judged]
     assert bool(result.isfinite().all()), "a finite result became infinite or NaN"
     scale = float(exact.abs().max()) if exact.numel() else 0.0
-    moved = torch.where(moved.isfinite(), moved, exact)
-    allowed = max(
-        ERROR_RATIO * error(yardstick, exact),
-        (roundings if result.dtype == torch.float32 else ROUNDINGS)
-        * torch.finfo(result.dtype).eps
-        * scale,
-        INPUT_ROUNDINGS * error(moved, exact),
-    )
-    assert error(result, exact) <= allowed
+    roundings = roundings if result.dtype == torch.float32 else ROUNDINGS
+    distance = error(result, exact)
+    if distance <= roundings * torch.finfo(result.dtype).eps * scale:
+        return
+    if distance <= ERROR_RATIO * error(yardstick[judged], exact):
+        return
+    runs = [y[judged] for y in noisy()]
+    squares = [error(torch.where(y.isfinite(), y, exact), exact) ** 2 for y in runs]
+    assert distance <= ERROR_RATIO * (sum(squares) / NOISY_RUNS) ** 0.5
+
+
+def assert_call_is_as_good_as_pytorchs(
+    spec: OpSpec, backend: str, call: dict[str, Any], compute: Callable[..., list[Tensor]]
+) -> None:
+    """`compute` is `run`, or `gradients_of`."""
+    exact = compute(spec, "reference", to_double(cloned(call)))
+    yardsticks = compute(spec, "reference", cloned(call))
+    results = compute(spec, backend, cloned(call))
+
+    @functools.cache
+    def noisy_runs() -> list[list[Tensor]]:
+        runs = []
+        for seed in range(NOISY_RUNS):
+            with RoundingNoise(seed):
+                runs.append(compute(spec, "reference", cloned(call)))
+        return runs
+
+    def noisy(i: int) -> list[Tensor]:
+        return [results_of_run[i] for results_of_run in noisy_runs()]
+
+    for i, (result, target, yardstick) in enumerate(zip(results, exact, yardsticks, strict=True)):
+        assert result.dtype == yardstick.dtype
+        spread = functools.partial(noisy, i)
+        assert_as_good_as_pytorch(result, target, yardstick, spread, spec.roundings)
+
+
+def gradients_of(spec: OpSpec, backend: str, call: dict[str, Any]) -> list[Tensor]:
+    return gradients(spec, backend, differentiable(spec, call))
 
 
 @pytest.mark.parametrize("spec", REGISTRY.values(), ids=REGISTRY)
@@ -126,13 +151,7 @@ def test_random_calls_are_as_good_as_pytorchs(spec: OpSpec):
         draw = Hypothesis(data)
         backend, dtype = draw.choice(able)
         call = spec.property_inputs(draw, "cpu", dtype)
-        exact = run(spec, "reference", to_double(cloned(call)))
-        yardstick = run(spec, "reference", cloned(call))
-        moved = run(spec, "reference", nudged(to_double(cloned(call))))
-        results = run(spec, backend, cloned(call))
-        for each in zip(results, exact, yardstick, moved, strict=True):
-            assert each[0].dtype == each[2].dtype
-            assert_as_good_as_pytorch(*each, spec.roundings)
+        assert_call_is_as_good_as_pytorchs(spec, backend, call, run)
 
     check()
 
@@ -153,13 +172,45 @@ def test_gradients_of_random_calls_are_as_good_as_pytorchs(spec: OpSpec):
         call = spec.property_inputs(draw, "cpu", dtype)
         # Autograd makes NaN of an infinity in a branch that torch.where did not take.
         assume(all(bool(x.isfinite().all()) for x in tensors(list(call.values()))))
-        double = to_double(cloned(call))
-        exact = gradients(spec, "reference", differentiable(spec, double))
-        yardstick = gradients(spec, "reference", differentiable(spec, call))
-        moved = gradients(spec, "reference", differentiable(spec, nudged(double)))
-        results = gradients(spec, backend, differentiable(spec, call))
-        for each in zip(results, exact, yardstick, moved, strict=True):
-            assert each[0].dtype == each[2].dtype
-            assert_as_good_as_pytorch(*each, spec.roundings)
+        assert_call_is_as_good_as_pytorchs(spec, backend, call, gradients_of)
 
     check()
+
+
+def found(dtype: torch.dtype) -> dict[str, tuple[str, dict[str, Any], Callable[..., list[Tensor]]]]:
+    """What random calls once failed on: (op, call, what of it)."""
+    draw = synthetic.Tensors(0, "cpu", dtype)
+
+    def normalised(shape: tuple[int, ...], mean: float, deviation: float, **more: Any) -> Any:
+        channels = {name: draw.normal(shape[1:2]) for name in ("weight", "bias")}
+        return {"x": draw.normal(shape, mean, deviation), "num_groups": 1, **channels, **more}
+
+    residual = draw.normal((1, 2, 3, 4), 0.0, 1e-3)
+    few = synthetic.bound_call((1, 1, 1, 4), "cpu", dtype)
+    few |= {"noise": few["x_0"], "t": torch.tensor([synthetic.NUM_TIMESTEPS - 1])}
+    return {
+        # Both gradients are 0 in theory, a difference of equals in any arithmetic.
+        "a group of one element": ("group_norm_silu", normalised((1, 1, 1, 1), 0, 1), gradients_of),
+        "the bias of a group": (
+            "group_norm_silu",
+            normalised((2, 1, 8, 6), -1000, 1, channel_bias=draw.normal((1,))),
+            gradients_of,
+        ),
+        # In bfloat16 the sum is x again, unless it is cut off instead of rounded.
+        "a sum that rounds up": (
+            "group_norm_silu",
+            normalised((1, 2, 3, 4), -1000, 0.5, residual=residual),
+            run,
+        ),
+        # The predicted x_0 is a difference of numbers a thousand times as large.
+        "few elements at the last step": ("hybrid_loss", few, run),
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("label", found(torch.float32))
+def test_calls_that_once_failed_are_as_good_as_pytorchs(label: str, dtype: torch.dtype):
+    op, call, compute = found(dtype)[label]
+    able = [backend for backend, takes in kernels(REGISTRY[op]) if takes == dtype]
+    for backend in able:
+        assert_call_is_as_good_as_pytorchs(REGISTRY[op], backend, call, compute)

@@ -34,34 +34,35 @@ IDDPM_DEVICE DeviceTerm device_kl_term(float difference, float true_lv, float lv
   return {0.5f * (remainder + square), -pull, 0.5f * (1.0f - expf(gap) - square)};
 }
 
-struct DeviceCdf {
-  float value, density;
-};
-
-IDDPM_DEVICE DeviceCdf device_cdf(float x) {
-  x = x < -1e6f ? -1e6f : x > 1e6f ? 1e6f : x;
-  const float k = 0.7978845608028654f, square = x * x;
-  const float value = 1.0f / (1.0f + expf(-2.0f * k * x * (1.0f + 0.044715f * square)));
-  return {value, 2.0f * k * value * (1.0f - value) * (1.0f + 0.134145f * square)};
-}
-
-// -log of the probability of x's bin, by the tanh approximation with its floor at 1e-12.
+// -log of the probability of x's bin, by the tanh approximation with its floor at 1e-12; gaussian.h
+// explains the form.
 struct ApproximateLikelihood {
   static constexpr int kBlocks = 3;  // of 256 threads on a multiprocessor, so that nothing spills
 
+  static IDDPM_DEVICE float bounded_place(float x) {
+    return x < -1e6f ? -1e6f : x > 1e6f ? 1e6f : x;
+  }
+
   static IDDPM_DEVICE DeviceTerm term(float x, float mean, float lv) {
     const float half_bin = 1.0f / 255.0f, least = 1e-12f;
+    const float k = 2.0f * 0.7978845608028654f, cubic = 0.044715f;
     const float inverse = expf(-0.5f * lv), centred = x - mean;
     const bool edge = x < -0.999f || x > 0.999f;
     const float side = (edge ? x > 0.0f : centred > 0.0f) ? -1.0f : 1.0f;
-    const float upper = inverse * (side * centred + half_bin);
-    const float lower = inverse * (side * centred - half_bin);
-    const DeviceCdf right = device_cdf(upper);
-    const DeviceCdf left = edge ? DeviceCdf{0.0f, 0.0f} : device_cdf(lower);
-    const float probability = right.value - left.value;
+    const float upper = bounded_place(inverse * (side * centred + half_bin));
+    const float lower = bounded_place(inverse * (side * centred - half_bin));
+    const float width = 2.0f * half_bin * (inverse > 1e18f ? 1e18f : inverse);
+    const float squares = upper * upper + upper * lower + lower * lower;
+    const float right = 1.0f / (1.0f + expf(-k * upper * (1.0f + cubic * upper * upper)));
+    const float odds = edge ? 0.0f : expf(k * lower * (1.0f + cubic * lower * lower));
+    const float above = 1.0f / (1.0f + odds), left = odds * above;
+    const float share = edge ? 1.0f : -expm1f(-k * width * (1.0f + cubic * squares));
+    const float probability = right * above * share;
     if (probability < least) return {-logf(least), 0.0f, 0.0f};
-    return {-logf(probability), side * inverse * (right.density - left.density) / probability,
-            0.5f * (right.density * upper - (edge ? 0.0f : left.density * lower)) / probability};
+    const float balance = (1.0f - right - left) * k * (1.0f + 3.0f * cubic * upper * upper);
+    const float ratio = k * width * left / (right * share);
+    return {-logf(probability), side * inverse * (balance + ratio * 3.0f * cubic * (upper + lower)),
+            0.5f * (balance * upper + ratio * (1.0f + 3.0f * cubic * squares))};
   }
 };
 

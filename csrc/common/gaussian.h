@@ -16,17 +16,26 @@ struct Term {
   vf d_log_variance;  // by the model's log-variance
 };
 
-// e^x - 1 - x, given e^x: near 0 by its series, where the difference would keep no digits.
-IDDPM_INLINE vf exp_remainder(vf x, vf e) {
+// (e^x - 1 - x) / x^2 for |x| < 0.5.
+IDDPM_INLINE vf exp_series(vf x) {
   vf series = splat(1.0f / 40320.0f);
   series = series * x + 1.0f / 5040.0f;
   series = series * x + 1.0f / 720.0f;
   series = series * x + 1.0f / 120.0f;
   series = series * x + 1.0f / 24.0f;
   series = series * x + 1.0f / 6.0f;
-  series = series * x + 0.5f;
+  return series * x + 0.5f;
+}
+
+// e^x - 1 - x, given e^x: near 0 by its series, where the difference would keep no digits.
+IDDPM_INLINE vf exp_remainder(vf x, vf e) {
   const vi near = (x > splat(-0.5f)) & (x < splat(0.5f));
-  return select(near, series * x * x, e - 1.0f - x);
+  return select(near, exp_series(x) * x * x, e - 1.0f - x);
+}
+
+// 1 - e^-x for x >= 0.
+IDDPM_INLINE vf one_minus_exp(vf x) {
+  return select(x < splat(0.5f), x - exp_series(-x) * x * x, 1.0f - exp(-x));
 }
 
 // KL(N(mean + difference, e^true_lv) || N(mean, e^lv)), where inverse_true = e^-true_lv.
@@ -38,50 +47,51 @@ IDDPM_INLINE Term kl_term(vf difference, vf true_lv, vf inverse_true, vf lv) {
           0.5f * (1.0f - ratio - square)};
 }
 
-struct Cdf {
-  vf value;
-  vf density;
-};
-
-// 0.5 (1 + tanh(k (x + 0.044715 x^3))), k = sqrt(2 / pi), written as a logistic function: it keeps
-// its digits where it is small.
-IDDPM_INLINE Cdf approximate_cdf(vf x) {
-  x = clamp(x, -1e6f, 1e6f);
-  const vf square = x * x;
-  const float k = 0.7978845608028654f;
-  const vf value = 1.0f / (1.0f + exp(-2.0f * k * x * (1.0f + 0.044715f * square)));
-  return {value, 2.0f * k * value * (1.0f - value) * (1.0f + 0.134145f * square)};
-}
-
 constexpr float kHalfBin = 1.0f / 255.0f;
 constexpr float kLeastProbability = 1e-12f;
 
+// The distribution function 0.5 (1 + tanh(k (x + 0.044715 x^3))), k = sqrt(2 / pi), is the logistic
+// function of slope(x) = 2k (x + 0.044715 x^3).
+constexpr float kSlope = 2.0f * 0.7978845608028654f;
+constexpr float kCubic = 0.044715f;
+
 // -log of the probability of x's bin, x +- 1/255, open to infinity at the lowest and the highest
-// level. Bins right of the mean are mirrored to its left, where the difference of the two values
-// keeps its digits.
+// level. Bins right of the mean are mirrored to its left, and there
+//   L(a) - L(b) = L(a) L(-b) (1 - e^(b - a)),   a - b by its factor of the bin's width,
+// keeps its digits where the bin is narrow too and the two values are nearly the same. The
+// derivatives use L' = L (1 - L), by which differences of L' become differences of L.
 IDDPM_INLINE Term decoder_term(vf x, vf mean, vf lv) {
   const vf inverse = exp(-0.5f * lv);
   const vf centred = x - mean;
   const vi lowest = x<splat(-0.999f), highest = x> splat(0.999f);
-  const vi mirrored = select_mask(lowest | highest, highest, centred > splat(0.0f));
-  const vf side = select(mirrored, splat(-1.0f), splat(1.0f));
-  const vf upper = inverse * (side * centred + kHalfBin);
-  const vf lower = inverse * (side * centred - kHalfBin);
-  const Cdf right = approximate_cdf(upper);
   const vi edge = lowest | highest;
-  Cdf left = approximate_cdf(lower);
-  left.value = select(edge, splat(0.0f), left.value);
-  left.density = select(edge, splat(0.0f), left.density);
+  const vi mirrored = select_mask(edge, highest, centred > splat(0.0f));
+  const vf side = select(mirrored, splat(-1.0f), splat(1.0f));
+  // Bounded so that no infinity meets a 0; the probability is 0 or 1 long before.
+  const vf upper = clamp(inverse * (side * centred + kHalfBin), -1e6f, 1e6f);
+  const vf lower = clamp(inverse * (side * centred - kHalfBin), -1e6f, 1e6f);
+  const vf width = 2.0f * kHalfBin * clamp(inverse, 0.0f, 1e18f);
 
-  const vf probability = right.value - left.value;
+  const vf zero = splat(0.0f), one = splat(1.0f);
+  const vf upper_square = upper * upper;
+  const vf squares = upper_square + upper * lower + lower * lower;
+  const vf gap = kSlope * width * (1.0f + kCubic * squares);  // a - b
+  const vf right = 1.0f / (1.0f + exp(-kSlope * upper * (1.0f + kCubic * upper_square)));
+  const vf odds = select(edge, zero, exp(kSlope * lower * (1.0f + kCubic * lower * lower)));
+  const vf above = 1.0f / (1.0f + odds);  // L(-b)
+  const vf share = select(edge, one, one_minus_exp(gap));
+
+  const vf probability = right * above * share;
   const vi floored = probability < splat(kLeastProbability);
   const vf bounded = select(floored, splat(kLeastProbability), probability);
-  const vf d_centred = side * inverse * (right.density - left.density) / bounded;
-  const vf d_lv = -0.5f * (right.density * upper - left.density * lower) / bounded;
-  const vf zero = splat(0.0f);
+  const vf left = odds * above;
+  const vf balance = (1.0f - right - left) * kSlope * (1.0f + 3.0f * kCubic * upper_square);
+  const vf ratio = kSlope * width * left / (right * share);
+  const vf d_mean = side * inverse * (balance + ratio * (3.0f * kCubic) * (upper + lower));
+  const vf d_lv = 0.5f * (balance * upper + ratio * (1.0f + 3.0f * kCubic * squares));
   // log makes a number of NaN's bits.
   const vf nats = select(bounded == bounded, -log(bounded), bounded);
-  return {nats, select(floored, zero, d_centred), select(floored, zero, -d_lv)};
+  return {nats, select(floored, zero, d_mean), select(floored, zero, d_lv)};
 }
 
 }  // namespace IDDPM_ISA

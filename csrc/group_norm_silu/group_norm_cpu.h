@@ -28,6 +28,11 @@ IDDPM_INLINE float channel_bias(const GroupNormInput& in, int64_t n, int64_t c) 
   return in.channel_bias && c < in.c1 ? in.channel_bias[n * in.channel_bias_stride + c] : 0.0f;
 }
 
+// What multiplies the normalised values and the bias: 1 + scale.
+IDDPM_INLINE double modulation(const GroupNormInput& in, int64_t n, int64_t c) {
+  return in.scale ? 1.0 + double(in.scale[n * in.scale_stride + c]) : 1.0;
+}
+
 // y = (x - centre) * gain + offset, before SiLU. x is centred first: with a mean of a thousand
 // deviations, x * gain + offset would lose three digits.
 struct Affine {
@@ -36,7 +41,7 @@ struct Affine {
 
 IDDPM_INLINE Affine affine(const GroupNormInput& in, int64_t n, int64_t c, double mean, double rstd,
                            float channel_bias) {
-  const double scale = in.scale ? 1.0 + double(in.scale[n * in.scale_stride + c]) : 1.0;
+  const double scale = modulation(in, n, c);
   const double shift = in.shift ? double(in.shift[n * in.shift_stride + c]) : 0.0;
   const double gain = in.weight[c] * scale * rstd, target = mean - double(channel_bias);
   const float centre = float(target);

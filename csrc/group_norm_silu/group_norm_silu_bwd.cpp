@@ -62,7 +62,7 @@ struct Backward {
     double c1 = 0, c2 = 0;
     for (int64_t c = g * width; c < (g + 1) * width; ++c) {
       const Sums s = sums_of(c);
-      const double scale = in.scale ? 1.0 + double(in.scale[n * in.scale_stride + c]) : 1.0;
+      const double scale = modulation(in, n, c);
       c1 += in.weight[c] * scale * s.s1;
       c2 += in.weight[c] * scale * s.s2 * rstd;
       totals[n * 2 * in.c + c] = float(s.s1);
@@ -74,7 +74,9 @@ struct Backward {
     if (a.dchannel_bias)
       for (int64_t c = g * width; c < (g + 1) * width && c < in.c1; ++c) {
         const Sums s = sums_of(c);
-        const double sum = double(map(n, c).gain) * s.s1 - double(in.hw) * k1 - k2 * s.s3;
+        // The gain unrounded, as in k1: where the group is this channel, the two cancel.
+        const double gain = in.weight[c] * modulation(in, n, c) * rstd;
+        const double sum = gain * s.s1 - double(in.hw) * k1 - k2 * s.s3;
         a.dchannel_bias[n * in.c1 + c] = float(sum);
       }
     return {float(k1), float(k2)};
@@ -267,7 +269,7 @@ struct Backward {
     for (int64_t c = 0; c < in.c; ++c) {
       double dweight = 0, dbias = 0;
       for (int64_t n = 0; n < in.n; ++n) {
-        const double scale = in.scale ? 1.0 + double(in.scale[n * in.scale_stride + c]) : 1.0;
+        const double scale = modulation(in, n, c);
         dbias += scale * totals[n * 2 * in.c + c];
         dweight += scale * totals[n * 2 * in.c + in.c + c];
       }

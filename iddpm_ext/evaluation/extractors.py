@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -94,6 +95,17 @@ class EfficientNetLite0:
         return Extraction(features, self._network._fc(features).softmax(1))
 
 
+@contextmanager
+def _whole_float32() -> Iterator[None]:
+    """Without TF32, PyTorch's choice for convolutions on a GPU: published numbers were made without."""
+    tf32 = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = tf32
+
+
 class InceptionScript:
     """FID's Inception as NVIDIA's TorchScript file: 2048 features and 1008 probabilities.
 
@@ -111,8 +123,9 @@ class InceptionScript:
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Extraction:
         x = images.to(self._device)
-        features = self._network(x, return_features=True)
-        return Extraction(features, self._network(x, no_output_bias=True))
+        with _whole_float32():
+            features = self._network(x, return_features=True)
+            return Extraction(features, self._network(x, no_output_bias=True))
 
 
 class FidelityInception:
@@ -146,7 +159,8 @@ class FidelityInception:
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Extraction:
-        features, logits = self._network(images.to(self._device))
+        with _whole_float32():
+            features, logits = self._network(images.to(self._device))
         return Extraction(features, logits.softmax(1), self._spatial)
 
 

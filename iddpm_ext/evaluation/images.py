@@ -163,5 +163,7 @@ def _files(path: Path) -> str:
     for file in files:
         if file.is_file():
             state = file.stat()
-            digest.update(f"{file.relative_to(path)} {state.st_size} {0}\n".encode())
+            digest.update(
+                f"{file.relative_to(path)} {state.st_size} {state.st_mtime_ns}\n".encode()
+            )
     return digest.hexdigest()

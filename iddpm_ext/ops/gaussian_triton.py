@@ -7,50 +7,61 @@ import triton.language as tl
 
 
 @triton.jit
+def _exp_series(x):
+    # (e^x - 1 - x) / x^2 for |x| < 0.5.
+    series = 1.0 / 5040.0 + x * (1.0 / 40320.0)
+    series = 1.0 / 720.0 + x * series
+    series = 1.0 / 120.0 + x * series
+    series = 1.0 / 24.0 + x * series
+    series = 1.0 / 6.0 + x * series
+    return 0.5 + x * series
+
+
+@triton.jit
 def kl_term(difference, true_lv, lv):
     """KL(N(mean + difference, e^true_lv) || N(mean, e^lv)) in nats; value, by the mean, by lv."""
     gap = true_lv - lv
     ratio = tl.exp(gap)
     pull = difference * tl.exp(-lv)
     square = difference * pull
-    series = 1.0 / 5040.0 + gap * (1.0 / 40320.0)
-    series = 1.0 / 720.0 + gap * series
-    series = 1.0 / 120.0 + gap * series
-    series = 1.0 / 24.0 + gap * series
-    series = 1.0 / 6.0 + gap * series
-    series = 0.5 + gap * series
-    remainder = tl.where(tl.abs(gap) < 0.5, series * gap * gap, ratio - 1.0 - gap)
+    remainder = tl.where(tl.abs(gap) < 0.5, _exp_series(gap) * gap * gap, ratio - 1.0 - gap)
     return 0.5 * (remainder + square), -pull, 0.5 * (1.0 - ratio - square)
 
 
 @triton.jit
-def _cdf(x):
+def _bounded(x):
     x = tl.where(x < -1e6, -1e6, x)
-    x = tl.where(x > 1e6, 1e6, x)
-    k = 0.7978845608028654
-    square = x * x
-    value = 1.0 / (1.0 + tl.exp(-2.0 * k * x * (1.0 + 0.044715 * square)))
-    return value, 2.0 * k * value * (1.0 - value) * (1.0 + 0.134145 * square)
+    return tl.where(x > 1e6, 1e6, x)
 
 
 @triton.jit
 def decoder_term(x, mean, lv):
     """-log of the probability of x's bin by the tanh approximation, floored at 1e-12."""
+    k = 2.0 * 0.7978845608028654
+    cubic = 0.044715
+    half_bin = 0.00392156862745098
     inverse = tl.exp(-0.5 * lv)
     centred = x - mean
     edge = (x < -0.999) | (x > 0.999)
     side = tl.where(tl.where(edge, x > 0.0, centred > 0.0), -1.0, 1.0)
-    upper = inverse * (side * centred + 0.00392156862745098)
-    lower = inverse * (side * centred - 0.00392156862745098)
-    right, right_density = _cdf(upper)
-    left, left_density = _cdf(lower)
-    left = tl.where(edge, 0.0, left)
-    left_density = tl.where(edge, 0.0, left_density)
-    probability = right - left
+    upper = _bounded(inverse * (side * centred + half_bin))
+    lower = _bounded(inverse * (side * centred - half_bin))
+    width = 2.0 * half_bin * tl.where(inverse > 1e18, 1e18, inverse)
+    squares = upper * upper + upper * lower + lower * lower
+    right = 1.0 / (1.0 + tl.exp(-k * upper * (1.0 + cubic * upper * upper)))
+    odds = tl.where(edge, 0.0, tl.exp(k * lower * (1.0 + cubic * lower * lower)))
+    above = 1.0 / (1.0 + odds)
+    left = odds * above
+    gap = k * width * (1.0 + cubic * squares)
+    narrow = gap - _exp_series(-gap) * gap * gap
+    share = tl.where(edge, 1.0, tl.where(gap < 0.5, narrow, 1.0 - tl.exp(-gap)))
+    probability = right * above * share
     floored = probability < 1e-12
     bounded = tl.where(floored, 1e-12, probability)
-    d_mean = side * inverse * (right_density - left_density) / bounded
-    d_lv = 0.5 * (right_density * upper - left_density * lower) / bounded
+    balance = (1.0 - right - left) * k * (1.0 + 3.0 * cubic * upper * upper)
+    ratio = k * width * left / (right * share)
+    d_mean = side * inverse * (balance + ratio * 3.0 * cubic * (upper + lower))
+    d_lv = 0.5 * (balance * upper + ratio * (1.0 + 3.0 * cubic * squares))
     return -tl.log(bounded), tl.where(floored, 0.0, d_mean), tl.where(floored, 0.0, d_lv)
 
 

@@ -26,6 +26,16 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
 
 
+def with_room_for_gradients(x: Tensor) -> Tensor:
+    """x, widened to float32 where it is float16 and wants a gradient.
+
+    A fused loss computes the gradient before it knows the loss's scale. float16 has not the range for
+    that: it is scaled in float32, and rounded once.
+    """
+    wanted = torch.is_grad_enabled() and x.requires_grad
+    return x.float() if wanted and x.dtype == torch.float16 else x
+
+
 def no_autocast(device_type: str) -> AbstractContextManager[None]:
     """Where dtypes are as written."""
     # Asked, so that an exported graph has no region for what is not there.

@@ -19,7 +19,7 @@ from iddpm_ext.ops.native import (
     plane,
     stream,
 )
-from iddpm_ext.ops.rows import compute_dtype
+from iddpm_ext.ops.rows import compute_dtype, with_room_for_gradients
 from iddpm_ext.ops.spec import FLOAT32_AND_HALVES, OpSpec, register, resolve_backend
 from iddpm_ext.random import NoiseKey
 
@@ -101,6 +101,7 @@ def hybrid_loss(
         mse, vlb = reference.hybrid_loss(model_output, x_0, x_t, *drawn, t, table)
     else:
         with_gradient = torch.is_grad_enabled() and model_output.requires_grad
+        model_output = with_room_for_gradients(model_output)
         mse, vlb, _ = _op(model_output, x_0, x_t, *drawn, t, table, with_gradient, chosen)
     return HybridLoss(mse, vlb, vlb_weight * table.shape[0])
 

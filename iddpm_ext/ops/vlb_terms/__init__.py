@@ -11,7 +11,7 @@ from iddpm_ext import _native
 from iddpm_ext.ops import checks
 from iddpm_ext.ops.library import define, differentiate
 from iddpm_ext.ops.native import NO_PLANE, check_launch, empty_images, plane, stream
-from iddpm_ext.ops.rows import compute_dtype
+from iddpm_ext.ops.rows import compute_dtype, with_room_for_gradients
 from iddpm_ext.ops.spec import FLOAT32_AND_HALVES, OpSpec, register, resolve_backend
 from iddpm_ext.ops.vlb_terms import reference
 
@@ -69,6 +69,7 @@ def vlb_terms(
     if chosen == "reference":
         return reference.vlb_terms(model_output, x_0, x_t, t, table, clip, exact)
     with_gradient = torch.is_grad_enabled() and model_output.requires_grad
+    model_output = with_room_for_gradients(model_output)
     return _op(model_output, x_0, x_t, t, table, clip, exact, with_gradient, chosen)[0]
 
 

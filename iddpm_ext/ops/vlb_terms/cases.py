@@ -23,6 +23,9 @@ def sample_inputs(device: str, dtype: torch.dtype) -> Iterator[Case]:
     yield Case("last step", last)
     # Too large for numerical differentiation, which the clamp's corners at the edge levels would upset.
     yield Case("last step, clipped", synthetic.bound_call((3, 3, 24, 16), device, dtype, last=True))
+    wide = {**last, "model_output": last["model_output"].clone()}
+    wide["model_output"][:, 3:] += 45  # bins of a thousandth of the deviation
+    yield Case("last step, a wide variance", wide)
     yield Case("last step, exact", {**last, "exact": True})
     yield Case("odd sizes", _call((2, 1, 7, 5), device, dtype))
     yield Case("one element", _call((1, 1, 1, 1), device, dtype))

@@ -1,0 +1,63 @@
+"""How far PyTorch's own result is from the exact one, without the luck of a single run.
+
+One run is one draw of its rounding errors. A sum of a few terms is sometimes right to the last place, and
+a difference that is exactly 0 in theory comes out as 0 or as the rounding of what was subtracted. So the
+same lines run several times, each time with every intermediate result moved by a last place, up, down or
+not at all, at random (Parker, *Monte Carlo Arithmetic*): the spread is what such a formula can promise.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from iddpm_ext.ops import library
+
+_BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
+
+# Numbers are copied, chosen or made here, not computed.
+_EXACT = frozenset(
+    "arange cat clamp clamp_max clamp_min clone copy_ empty empty_like empty_strided expand fill_ full "
+    "full_like index index_put_ index_select lift_fresh masked_fill neg new_empty new_zeros ones ones_like "
+    "rand scalar_tensor select_backward slice_backward stack where _to_copy zero_ zeros zeros_like".split()
+)
+
+
+class RoundingNoise(TorchDispatchMode):
+    """Moves the results of arithmetic; those of `iddpm_ext`'s operators too, inside their references."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        namespace, name = func._schema.name.split("::")
+        if namespace == "iddpm_ext":
+            with self:
+                return library._DIRECT[name].kernels[args[-1]](*args[:-1])
+        result = func(*args, **(kwargs or {}))
+        if name in _EXACT:
+            return result
+        if name.endswith("_"):
+            return result.copy_(self._moved(result)) if isinstance(result, Tensor) else result
+        if any(returned.alias_info is not None for returned in func._schema.returns):
+            return result  # a view
+        if isinstance(result, (tuple, list)):
+            return type(result)(self._moved(x) for x in result)
+        return self._moved(result)
+
+    def _moved(self, x: Any) -> Any:
+        if not isinstance(x, Tensor) or x.dtype not in _BITS:
+            return x
+        bits = x.view(_BITS[x.dtype])
+        step = torch.randint(-1, 2, x.shape, generator=self._generator, dtype=bits.dtype)
+        return (bits + step * (x.isfinite() & (x != 0))).view(x.dtype)
