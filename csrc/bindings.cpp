@@ -19,6 +19,7 @@
 #include "hybrid_loss/hybrid_loss.h"
 #include "q_sample/q_sample.h"
 #include "qkv_attention/qkv_attention.h"
+#include "reverse_step/chain_step.h"
 #include "reverse_step/reverse_step.h"
 #include "unet_engine/unet_engine.h"
 #include "vlb_terms/vlb_terms.h"
@@ -288,6 +289,33 @@ iddpm::ReverseStepArgs reverse_step_args(const SizeArgument& size, const PlaneAr
           plane(x_0)};
 }
 
+#ifdef IDDPM_WITH_CUDA
+// See `_launch` of iddpm_ext/sampling/cuda_chain.py: addresses are those of t, table, seed, samples
+// and scale.
+iddpm::ChainStepArgs chain_step_args(const SizeArgument& size, const PlaneArgument& x,
+                                     const PlaneArgument& model_output,
+                                     const PlaneArgument& unlabelled, int dtype, bool learned,
+                                     const std::array<int64_t, 5>& addresses, int64_t stream_draw,
+                                     bool clip) {
+  return {size[0],
+          size[1],
+          size[2],
+          size[3],
+          plane(x),
+          plane(model_output),
+          plane(unlabelled),
+          static_cast<iddpm::DType>(dtype),
+          learned,
+          address<const int64_t>(addresses[0]),
+          address<const float>(addresses[1]),
+          address<const int64_t>(addresses[2]),
+          address<const int64_t>(addresses[3]),
+          address<const float>(addresses[4]),
+          static_cast<uint32_t>(stream_draw),
+          clip};
+}
+#endif
+
 // `_Call.input` of iddpm_ext/ops/group_norm_silu/native.py: N, C, C1, HW, groups; dtype,
 // channels_last, silu; x, x2; channel_bias with its row stride, weight, bias, scale and shift with
 // theirs, mean, rstd.
@@ -444,6 +472,9 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("attention_workspace", &iddpm::attention_workspace, "Floats a thread; see its header.");
   m.def("attention_bwd_workspace", &iddpm::attention_bwd_workspace);
   IDDPM_BIND(m, reverse_step);
+#ifdef IDDPM_WITH_CUDA
+  bind_cuda(m, "chain_step_cuda", &chain_step_args, &iddpm::chain_step_cuda);
+#endif
   IDDPM_BIND(m, vlb_terms);
   IDDPM_BIND(m, vlb_to_all);
   m.def(

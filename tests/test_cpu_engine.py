@@ -206,7 +206,7 @@ def test_a_schedule_too_large_for_a_table_is_computed_step_by_step(monkeypatch):
     timesteps = torch.tensor([5.0, 600.0])
     engine.set_schedule(timesteps, y)
     whole = [engine(x, step) for step in (0, 1, 0)]
-    monkeypatch.setattr("iddpm_ext.sampling.cpu_embedding._TABLE_BYTES", 0)
+    monkeypatch.setattr("iddpm_ext.sampling.embedding._TABLE_BYTES", 0)
     engine = CPUEngine(model, 4)
     engine.set_schedule(timesteps, y)
     for step, expected in zip((0, 1, 0), whole, strict=True):

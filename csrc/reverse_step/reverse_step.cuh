@@ -13,6 +13,27 @@ namespace iddpm {
 
 constexpr int kReverseStepThreads = 256;
 
+// x_0 and the mean of x_{t-1} of four elements; a poison of NaN makes NaN of both.
+IDDPM_DEVICE void affine_step(const float* row, float poison, bool clip, const float (&x)[4],
+                              const float (&out)[4], float (&x_0)[4], float (&prev)[4]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    x_0[i] = (row[kX0FromXt] + poison) * x[i] + row[kX0FromOut] * out[i];
+    // Comparisons, not fminf and fmaxf: those would replace NaN by the bound.
+    if (clip) x_0[i] = x_0[i] < -1.0f ? -1.0f : x_0[i] > 1.0f ? 1.0f : x_0[i];
+    prev[i] = row[kMeanX0] * x_0[i] + row[kMeanXt] * x[i];
+  }
+}
+
+IDDPM_DEVICE void add_noise(const float* row, float noise_scale, const float (&v)[4],
+                            const float (&z)[4], float (&prev)[4]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float log_variance = row[kLogVarianceBias] + row[kLogVarianceScale] * v[i];
+    prev[i] += noise_scale * expf(0.5f * log_variance) * z[i];
+  }
+}
+
 template <typename T, bool kDense>
 __global__ void __launch_bounds__(kReverseStepThreads)
     reverse_step_kernel(const ReverseStepArgs a, const int64_t blocks_per_sample) {
@@ -34,21 +55,11 @@ __global__ void __launch_bounds__(kReverseStepThreads)
   read4<T, kDense>(a.model_output, a.hw, sample, at, all, out);
   if (noisy && a.learned_variance)
     read4<T, kDense>(a.model_output, a.hw, sample, all + at, 2 * all, v);
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    x_0[i] = (row[kX0FromXt] + poison) * x[i] + row[kX0FromOut] * out[i];
-    // Comparisons, not fminf and fmaxf: those would replace NaN by the bound.
-    if (a.clip) x_0[i] = x_0[i] < -1.0f ? -1.0f : x_0[i] > 1.0f ? 1.0f : x_0[i];
-    prev[i] = row[kMeanX0] * x_0[i] + row[kMeanXt] * x[i];
-  }
+  affine_step(row, poison, a.clip, x, out, x_0, prev);
   if (noisy) {
     float z[4];
     noise4<kDense>(a.noise, a.key, a.hw, sample, at, all, z);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float log_variance = row[kLogVarianceBias] + row[kLogVarianceScale] * v[i];
-      prev[i] += noise_scale * expf(0.5f * log_variance) * z[i];
-    }
+    add_noise(row, noise_scale, v, z, prev);
   }
   write4<kDense>(a.x_prev, a.hw, sample, at, all, prev);
   write4<kDense>(a.x_0, a.hw, sample, at, all, x_0);

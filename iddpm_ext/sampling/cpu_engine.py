@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from iddpm_ext import _native
 from iddpm_ext.sampling.cpu_algorithms import Algorithm, ConvShape, load_chooser
-from iddpm_ext.sampling.cpu_embedding import Projections, Schedule
-from iddpm_ext.sampling.cpu_plan import NotServed, Plan, Planner
+from iddpm_ext.sampling.cpu_plan import Plan, Planner
+from iddpm_ext.sampling.embedding import Projections, Schedule
+from iddpm_ext.sampling.engine_base import NotServed, WeightsWatch, require_labels
 from iddpm_ext.unet import UNet
 
 __all__ = ["CPUEngine", "NotServed", "why_not_served"]
@@ -92,11 +93,10 @@ class CPUEngine:
         c = model.config
         self.in_channels = c.in_channels * (2 if c.super_resolution else 1)
         self.out_channels = c.out_channels
+        self._watch = WeightsWatch(model)
         self._build()
 
     def _build(self) -> None:
-        self._parameters = list(self.model.parameters())
-        self._seen = self._weights_state()
         self.isa = _native.native().build_info()["isa"]
         packed: dict[tuple[int, str], Tensor] = {}
 
@@ -132,13 +132,9 @@ class CPUEngine:
         self._schedules: dict[tuple[bytes, bytes], Schedule] = {}
         self._schedule: Schedule | None = None
 
-    def _weights_state(self) -> list[int]:
-        state = [p.data_ptr() for p in self._parameters]
-        return state + [0 if p.is_inference() else p._version for p in self._parameters]
-
     def _follow_weights(self) -> None:
         """Pack the weights again if any was written to or replaced since."""
-        if self._weights_state() == self._seen:
+        if not self._watch.changed():
             return
         schedule = self._schedule
         self._build()
@@ -155,7 +151,7 @@ class CPUEngine:
             raise ValueError(
                 f"CPUEngine.set_schedule: timesteps must be [S], got {list(timesteps.shape)}"
             )
-        self._require_labels("set_schedule", labels)
+        require_labels("CPUEngine.set_schedule", self.model.config.num_classes, labels)
         timesteps = timesteps.detach().to("cpu", torch.float64)
         labels = None if labels is None else labels.detach().to("cpu", torch.int64)
         self._follow_weights()
@@ -192,7 +188,7 @@ class CPUEngine:
                 f"CPUEngine: x must have at most the {len(schedule.labels)} samples that the "
                 f"schedule has labels for, got {n}"
             )
-        return self._run(x, out, *schedule.rows(step_index, n))
+        return self._run(x, out, *self._rows_of(schedule, step_index, n))
 
     def prepare(self, x: Tensor, out: Tensor) -> Callable[[int], None]:
         """A function that evaluates x into out, as they then are, at a step of the schedule.
@@ -205,7 +201,7 @@ class CPUEngine:
         assert schedule is not None and x.is_contiguous() and out.is_contiguous()
 
         def evaluate(step_index: int) -> None:
-            self._run_rows(0, self.num_rows, x, out, *schedule.rows(step_index, n))
+            self._run_rows(0, self.num_rows, x, out, *self._rows_of(schedule, step_index, n))
 
         return evaluate
 
@@ -218,7 +214,7 @@ class CPUEngine:
             raise ValueError(
                 f"CPUEngine.forward: timesteps must be [{n}], got {list(timesteps.shape)}"
             )
-        self._require_labels("forward", y, n)
+        require_labels("CPUEngine.forward", self.model.config.num_classes, y, n)
         table = self._project(timesteps, y)
         return self._run(x, None, table, torch.arange(n) * self._project.floats)
 
@@ -244,7 +240,12 @@ class CPUEngine:
         """
         assert self._schedule is not None
         out = torch.empty(len(x), self.out_channels, *self.size)
-        self._run_rows(row, 1, x, out, *self._schedule.rows(0, len(x)))
+        self._run_rows(row, 1, x, out, *self._rows_of(self._schedule, 0, len(x)))
+
+    def _rows_of(self, schedule: Schedule, step_index: int, n: int) -> tuple[Tensor, Tensor]:
+        """The table, and the offset in floats of each of n samples' rows in it."""
+        table, rows = schedule.rows(step_index, n)
+        return table, rows * self._project.floats
 
     def _run_rows(
         self, first: int, count: int, x: Tensor, out: Tensor, table: Tensor, offsets: Tensor
@@ -268,23 +269,4 @@ class CPUEngine:
             raise ValueError(
                 f"CPUEngine: x must be [at most {self.batch_size}, "
                 f"{', '.join(map(str, wanted))}], got {list(x.shape)}"
-            )
-
-    def _require_labels(self, where: str, labels: Tensor | None, n: int | None = None) -> None:
-        classes = self.model.config.num_classes
-        if (labels is None) != (classes is None):
-            rule = "None" if classes is None else f"given, as the network has {classes} classes"
-            got = "None" if labels is None else list(labels.shape)
-            raise ValueError(f"CPUEngine.{where}: labels must be {rule}, got {got}")
-        if labels is None or classes is None:
-            return
-        if labels.dim() != 1 or (n is not None and len(labels) != n):
-            raise ValueError(
-                f"CPUEngine.{where}: labels must be [{'N' if n is None else n}], "
-                f"got {list(labels.shape)}"
-            )
-        if len(labels) and not (-1 <= int(labels.min()) and int(labels.max()) < classes):
-            raise ValueError(
-                f"CPUEngine.{where}: labels must lie in [-1, {classes - 1}], "
-                f"got {int(labels.min())} .. {int(labels.max())}"
             )

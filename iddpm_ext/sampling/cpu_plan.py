@@ -16,15 +16,12 @@ from iddpm_ext import _native
 from iddpm_ext.sampling import cpu_ops as ops
 from iddpm_ext.sampling import cpu_pack as pack
 from iddpm_ext.sampling.cpu_algorithms import Algorithm, ConvShape, choose_block
+from iddpm_ext.sampling.engine_base import NotServed
 from iddpm_ext.unet import AttentionBlock, Downsample, ResBlock, UNet, Upsample
 
 _ALIGN = 16  # floats: 64 bytes
 _ROUNDED = 128 * 1024  # values that a thread rounds to bfloat16 at a time; see gemm_bf16.cpp
 _TEAM_TILES = 24  # tiles a thread below which a team divides channels instead; see winograd.cpp
-
-
-class NotServed(ValueError):
-    """The engine cannot run this network here; the message says why."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The timestep path of the CPU engine: every block's embedding projection, computed ahead.
+"""The timestep path of the engines: every block's embedding projection, computed ahead.
 
 In a sampler the timesteps are known before the first step, so all projections of a schedule are one
 matrix product. The path up to the projection is float64: it costs nothing and is exact in t.
@@ -18,7 +18,10 @@ _TABLE_BYTES = 256 << 20  # a larger table is made step by step
 
 
 class Projections:
-    """The embedding projections of all residual blocks, side by side in the order of the plan."""
+    """The embedding projections of all residual blocks, side by side in the network's order.
+
+    Lies, and computes, where the model does.
+    """
 
     def __init__(self, model: UNet):
         layers_of_t: Any = model.time_embed
@@ -30,6 +33,7 @@ class Projections:
         self.weight = torch.cat([layer.weight.detach().float() for layer in layers])
         self.bias = torch.cat([layer.bias.detach().float() for layer in layers])
         self.floats = self.weight.shape[0]
+        self.device = self.weight.device
 
     def __call__(self, timesteps: Tensor, labels: Tensor | None) -> Tensor:
         """timesteps [R], labels [R] or None -> float32 [R, floats]."""
@@ -45,34 +49,40 @@ class Projections:
 
 
 class Schedule:
-    """Projections of all steps of a schedule and all labels of a batch, and where each sample's are."""
+    """Projections of all steps of a schedule and all labels of a batch, and which rows a sample takes.
+
+    timesteps: [S]. labels: int64 [N], -1 for none; None for an unconditional network.
+    """
 
     def __init__(self, project: Projections, timesteps: Tensor, labels: Tensor | None):
         self.timesteps, self.labels = timesteps, labels
         self._project = project
         self._distinct: Tensor | None = None
-        self._which = torch.zeros(1, dtype=torch.int64)
+        #: of each sample its row among those of one step, int64 [N], or [1] where all share it
+        self.which = torch.zeros(1, dtype=torch.int64, device=project.device)
         if labels is not None:
-            self._distinct, self._which = labels.unique(return_inverse=True)
-        self._per_step = 1 if self._distinct is None else self._distinct.numel()
-        self._table: Tensor | None = None
-        self._step = -1
-        if 4 * len(timesteps) * self._per_step * project.floats <= _TABLE_BYTES:
-            self._table = self._rows(timesteps)
+            self._distinct, self.which = labels.unique(return_inverse=True)
+        self.rows_a_step = 1 if self._distinct is None else self._distinct.numel()
+        self._whole: Tensor | None = None
+        self._single: tuple[int, Tensor] | None = None
+        if 4 * len(timesteps) * self.rows_a_step * project.floats <= _TABLE_BYTES:
+            self._whole = self.block(0, len(timesteps))
 
-    def _rows(self, timesteps: Tensor) -> Tensor:
+    def block(self, first: int, last: int) -> Tensor:
+        """The projections of the steps from first to last - 1, float32 [steps * rows_a_step, floats]."""
+        if self._whole is not None:
+            return self._whole[first * self.rows_a_step : last * self.rows_a_step]
         labels = None
         if self._distinct is not None:
-            labels = self._distinct.repeat(len(timesteps))
-        return self._project(timesteps.repeat_interleave(self._per_step), labels)
+            labels = self._distinct.repeat(last - first)
+        timesteps = self.timesteps[first:last].repeat_interleave(self.rows_a_step)
+        return self._project(timesteps, labels)
 
     def rows(self, step: int, n: int) -> tuple[Tensor, Tensor]:
-        """(table, offset in floats of each of n samples' rows in it) of one step."""
-        first = step * self._per_step
-        if self._table is None or self._step >= 0:
-            if self._step != step:
-                self._table, self._step = self._rows(self.timesteps[step : step + 1]), step
-            first = 0
-        which = self._which[:n] if self.labels is not None else self._which.expand(n)
-        assert self._table is not None
-        return self._table, (which + first) * self._project.floats
+        """(table, number of each of n samples' rows in it) of one step."""
+        which = self.which[:n] if self.labels is not None else self.which.expand(n)
+        if self._whole is not None:
+            return self._whole, which + step * self.rows_a_step
+        if self._single is None or self._single[0] != step:
+            self._single = step, self.block(step, step + 1)
+        return self._single[1], which
