@@ -74,9 +74,12 @@ class EngineNetwork:
 
 
 def _with_low_res(x: Tensor, low_res: Tensor | None) -> Tensor:
-    if low_res is None:
-        return x
-    return torch.cat([x, F.interpolate(low_res.to(x.dtype), x.shape[2:], mode="bilinear")], dim=1)
+    return x if low_res is None else torch.cat([x, upsampled(low_res, x)], dim=1)
+
+
+def upsampled(low_res: Tensor, x: Tensor) -> Tensor:
+    """low_res [N, C, h, w] in the size and dtype of x, as the network takes it."""
+    return F.interpolate(low_res.to(x.dtype), x.shape[2:], mode="bilinear")
 
 
 class PlainNetwork:
@@ -191,6 +194,30 @@ def _cpu_network(request: Request, batch_size: int) -> Network | None:
     return EngineNetwork(engine, "cpu engine")
 
 
+def _cuda_network(request: Request, batch_size: int) -> Network | None:
+    from iddpm_ext.sampling.cuda_engine import CUDAEngine, NotServed, serves_device
+
+    model = request.model
+    state = torch.float32 if request.x_T is None else request.x_T.dtype
+    if (
+        not serves_device(request.device)
+        or not isinstance(model, UNet)
+        or state != torch.float32
+        or torch.float64 in (model.dtype, request.dtype)
+    ):
+        return None
+    dtype = request.dtype or model.dtype
+    key = ("cuda", dtype, request.exact, request.device)
+    try:
+        engine = _kept(model, key, lambda: CUDAEngine(model, dtype=dtype, exact=request.exact))
+    except NotServed as reason:
+        warnings.warn(
+            f"sample: the module runs without the engine: {reason}", RuntimeWarning, stacklevel=2
+        )
+        return None
+    return EngineNetwork(engine, "cuda engine")
+
+
 class SplicedNetwork:
     """The two networks of a `Splice`, each run as it is best run alone."""
 
@@ -232,7 +259,11 @@ def _spliced_network(request: Request, batch_size: int) -> Network | None:
     return SplicedNetwork(splice, ends, between)
 
 
-_BUILDERS: tuple[Callable[[Request, int], Network | None], ...] = (_spliced_network, _cpu_network)
+_BUILDERS: tuple[Callable[[Request, int], Network | None], ...] = (
+    _spliced_network,
+    _cuda_network,
+    _cpu_network,
+)
 
 
 class _Engines(dict[tuple[object, ...], Engine]):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from iddpm_ext.diffusion import Diffusion
 from iddpm_ext.random import STREAM_INITIAL, STREAM_REVERSE, NoiseKey, normal
-from iddpm_ext.sampling import cpu_chain
+from iddpm_ext.sampling import cpu_chain, cuda_chain
 from iddpm_ext.sampling.chain_step import ChainStep
 from iddpm_ext.sampling.classifier_guidance import CondFn
 from iddpm_ext.sampling.engines import Network, choose_network
@@ -168,8 +168,9 @@ def run(
     network = choose_network(request, evaluated(request))
     with progress_bar(request, len(chosen)) as bar:
         for images in chosen:
-            if callback is None and cpu_chain.serves(request, network):
-                results.append(_run_prepared(request, network, images, bar))
+            prepare = _whole_chains(request, network) if callback is None else None
+            if prepare is not None:
+                results.append(_run_prepared(request, network, images, prepare, bar))
                 continue
             for step in _walk_batch(request, network, images):
                 if callback is not None:
@@ -179,12 +180,22 @@ def run(
     return torch.cat(results)
 
 
-def _run_prepared(request: Request, network: Network, images: range, bar: Any) -> Tensor:
+_Prepare = Callable[[Request, Network, Tensor, Tensor], Callable[[int], None]]
+
+
+def _whole_chains(request: Request, network: Network) -> _Prepare | None:
+    """What takes this request's chains whole, if anything does."""
+    return next((c.prepare for c in (cpu_chain, cuda_chain) if c.serves(request, network)), None)
+
+
+def _run_prepared(
+    request: Request, network: Network, images: range, prepare: _Prepare, bar: Any
+) -> Tensor:
     """The last x of `_walk_batch`, faster, as nobody looks at the steps."""
     samples = torch.arange(images.start, images.stop, device=request.device)
     x = _initial(request, samples).contiguous()
     with torch.no_grad():
-        step = cpu_chain.prepare(request, network, samples, x)
+        step = prepare(request, network, samples, x)
         for i in reversed(range(request.diffusion.num_timesteps)):
             step(i)
             bar.update()

@@ -31,9 +31,13 @@ class Predictor:
         steps = torch.arange(request.diffusion.num_timesteps)
         self.timesteps = request.diffusion.model_timesteps(steps).to(request.device)
 
+    def begin(self) -> None:
+        """Tells the network what belongs to the calls to come."""
+        self._network.begin(self.timesteps, self._network_labels, self._network_low_res)
+
     def __call__(self, x: Tensor, step: int) -> Tensor:
         """x: [n, C, H, W] -> [n, C or 2C, H, W] at a step of the request's chain."""
-        self._network.begin(self.timesteps, self._network_labels, self._network_low_res)
+        self.begin()
         if not self._guided:
             return self._network(x, step)
         out = self._network(torch.cat([x, x]), step)

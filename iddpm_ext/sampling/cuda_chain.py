@@ -1,0 +1,166 @@
+"""Whole chains on the CUDA engine: one graph takes a step, and is replayed for every step.
+
+The graph holds the network, guidance and the update of x with its noise. What differs between steps
+and calls (the step, the seed, coefficients, embeddings, the guidance scale) lies in device memory,
+and the graph moves on to the next step by itself, so the host does nothing but replay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from iddpm_ext import _native
+from iddpm_ext.ops.columns import NUM_COLUMNS
+from iddpm_ext.ops.native import NO_PLANE, check_launch, plane, stream
+from iddpm_ext.ops.spec import resolve_backend
+from iddpm_ext.random import STREAM_REVERSE
+from iddpm_ext.sampling.cuda_engine import CUDAEngine
+from iddpm_ext.sampling.embedding import Schedule
+from iddpm_ext.sampling.engines import EngineNetwork, Network, upsampled
+from iddpm_ext.sampling.predict import Predictor
+from iddpm_ext.sampling.request import Request
+
+_WINDOW_BYTES = 64 << 20  # of embeddings that lie ready for the graph
+_LEAST_STEPS = 64  # that a graph has room for, so that most chains share one
+
+
+def serves(request: Request, network: Network) -> bool:
+    """Whether `prepare` takes this request: nothing of the caller's enters a step."""
+    return (
+        isinstance(network, EngineNetwork)
+        and isinstance(network.engine, CUDAEngine)
+        and request.sampler in ("ddpm", "ddim")
+        and request.cond_fn is None
+        and resolve_backend("reverse_step", request.backend, request.device, torch.float32)
+        == "cuda"
+    )
+
+
+def prepare(
+    request: Request, network: Network, samples: Tensor, x: Tensor
+) -> Callable[[int], None]:
+    """A function that takes the steps of the chain of some images, T - 1 first; x is written by the last.
+
+    samples: int64 [n], their numbers. x: float32 [n, C, H, W], x_T; contiguous, overwritten.
+    """
+    assert isinstance(network, EngineNetwork) and isinstance(network.engine, CUDAEngine)
+    engine, chain = network.engine, request.diffusion
+    predict = Predictor(request, network, samples)
+    predict.begin()
+    schedule, steps = engine.schedule, chain.num_timesteps
+    noisy = request.sampler == "ddpm" or request.eta > 0
+    room = max(_LEAST_STEPS, 1 << (steps - 1).bit_length())
+    guided, shared = request.guidance_scale != 1.0, schedule.labels is None
+    low_res = None if predict.low_res is None else upsampled(predict.low_res, x)
+    key = ("chain", *x.shape, room, guided, shared, low_res is not None, noisy, request.clip)
+    task, replay = engine.task(
+        key,
+        lambda: _ChainTask(
+            engine, x, room,
+            guided=guided, shared=shared, noisy=noisy, clip=request.clip, low_res=low_res,
+        ),
+    )  # fmt: skip
+    table = chain.table(request.device, sampler=request.sampler, eta=request.eta)
+    with engine.computing():
+        task.x.copy_(x)
+        if low_res is not None and task.low_res is not None:
+            task.low_res.copy_(low_res)
+        task.table[:steps].copy_(table)
+        task.samples.copy_(samples)
+        # A kernel's argument, not a copy from the host, which would wait.
+        task.seed.fill_(request.seed - (request.seed >> 63 << 64))
+        task.scale.fill_(request.guidance_scale)
+    lowest = steps
+
+    def step(i: int) -> None:
+        nonlocal lowest
+        if i < lowest:
+            with engine.computing():
+                lowest = task.load(schedule, i)
+        replay()
+        if i == 0:
+            x.copy_(task.x)
+
+    return step
+
+
+class _ChainTask:
+    """A step of chains of one shape: x_t becomes x_{t-1}, and t and the embeddings' rows move on."""
+
+    def __init__(
+        self,
+        engine: CUDAEngine,
+        x: Tensor,
+        room: int,
+        *,
+        guided: bool,
+        shared: bool,
+        noisy: bool,
+        clip: bool,
+        low_res: Tensor | None,
+    ):
+        self._engine, self._guided, self._noisy, self._clip = engine, guided, noisy, clip
+        device, n = engine.device, len(x)
+        self._evaluated = 2 * n if guided else n
+        rows = 1 if shared else self._evaluated
+        floats = engine.network.floats
+        self.x = torch.zeros(x.shape, device=device)
+        self.low_res = None if low_res is None else torch.zeros(low_res.shape, device=device)
+        self.table = torch.zeros(room, NUM_COLUMNS, device=device)
+        self.samples = torch.zeros(n, dtype=torch.int64, device=device)
+        self.seed = torch.zeros(1, dtype=torch.int64, device=device)
+        self.scale = torch.ones(1, device=device)
+        self._window = torch.zeros(max(rows, _WINDOW_BYTES // (4 * floats)), floats, device=device)
+        # t, and of each evaluated image (or of all) its row in the window; what a step takes from
+        # them, nothing as long as the graph is tried out.
+        self._state = torch.zeros(1 + rows, dtype=torch.int64, device=device)
+        self._stride = torch.zeros_like(self._state)
+
+    def load(self, schedule: Schedule, i: int) -> int:
+        """Gets ready for steps i and below, as many as there is room for; returns the lowest."""
+        each = schedule.rows_a_step
+        lowest = max(0, i + 1 - len(self._window) // each)
+        rows = schedule.block(lowest, i + 1)
+        torch.add(rows, self._engine.network.embedding_bias, out=self._window[: len(rows)])
+        self._state[1:].copy_(schedule.which + (i - lowest) * each)
+        self._state[0].fill_(i)
+        self._stride.fill_(each)
+        self._stride[0].fill_(1)
+        return lowest
+
+    def work(self) -> None:
+        """One step."""
+        images = self.x if self.low_res is None else torch.cat([self.x, self.low_res], dim=1)
+        if self._guided:
+            images = images.repeat(2, 1, 1, 1)
+        embeddings = self._window.index_select(0, self._state[1:])
+        embeddings = embeddings.expand(self._evaluated, -1)
+        self._update(self._engine.network(images, embeddings))
+        self._state.sub_(self._stride)
+
+    def _update(self, out: Tensor) -> None:
+        n, c, height, width = self.x.shape
+        labelled = plane(out[:n])
+        addresses = (
+            self._state.data_ptr(),
+            self.table.data_ptr(),
+            self.seed.data_ptr(),
+            self.samples.data_ptr() if self._noisy else 0,
+            self.scale.data_ptr(),
+        )
+        code = _native.native().chain_step_cuda(
+            (n, c, height * width, len(self.table)),
+            plane(self.x).view,
+            labelled.view,
+            plane(out[n:]).view if self._guided else NO_PLANE,
+            labelled.dtype_code,
+            out.shape[1] > c,
+            addresses,
+            STREAM_REVERSE,
+            self._clip,
+            stream(self.x),
+        )
+        check_launch("chain_step", code)

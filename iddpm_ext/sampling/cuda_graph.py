@@ -1,0 +1,61 @@
+"""The few calls of the CUDA runtime that the sampling engine makes: warm up, capture, replay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_WARM_UPS = 2
+
+
+class CaptureFailed(RuntimeError):
+    """The work runs, but not as a CUDA graph; the message says why."""
+
+
+class Graphs:
+    """CUDA graphs on one device that share their memory.
+
+    They may, as nothing in it outlives a replay: what goes in and out lies in tensors that were
+    allocated outside. Replays must not overlap, so each use begins with `follow`.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pool: Any = None
+        self._last: torch.cuda.Stream | None = None
+
+    def follow(self) -> None:
+        """Makes the current stream wait for the use before, where that was on another stream."""
+        stream = torch.cuda.current_stream(self._device)
+        if self._last is not None and self._last != stream:
+            stream.wait_stream(self._last)
+        self._last = stream
+
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        """A function that does `work` again, on the stream that is current when it is called.
+
+        work: launches kernels, always the same ones on the same memory. It runs on a side stream
+        first, so that whatever libraries load, choose and allocate happens then; its memory must
+        bear that.
+        Raises CaptureFailed; errors of the work itself as they are.
+        """
+        with torch.cuda.device(self._device):
+            here, side = torch.cuda.current_stream(), torch.cuda.Stream()
+            side.wait_stream(here)
+            with torch.cuda.stream(side):
+                for _ in range(_WARM_UPS):
+                    work()
+            here.wait_stream(side)
+            self._pool = self._pool or torch.cuda.graph_pool_handle()
+            graph = torch.cuda.CUDAGraph()
+            try:
+                # Other threads, such as those that load data, may allocate meanwhile.
+                with torch.cuda.graph(
+                    graph, pool=self._pool, stream=side, capture_error_mode="thread_local"
+                ):
+                    work()
+            except RuntimeError as error:
+                raise CaptureFailed(str(error).splitlines()[0]) from error
+        return graph.replay

@@ -1,0 +1,308 @@
+"""A `UNet` as the CUDA engine computes it: channels_last, and few passes over memory.
+
+Convolutions run without their bias. It is added by the normalisation that reads their result,
+which also adds the skip connection, writes the sum for the next one, and reads both halves of a
+concatenation where they lie. 1x1 convolutions are matrix products on the rows of pixels.
+
+Nothing here knows of CUDA: every function is PyTorch's or an op of ours, and runs on any device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from iddpm_ext.ops import group_norm_silu, qkv_attention
+from iddpm_ext.unet import AttentionBlock, Downsample, GroupNormSiLU, ResBlock, UNet, Upsample
+
+_LAST = torch.channels_last
+
+
+class Weights:
+    """Copies of weights in the layout and dtype of the engine, which stay where they are.
+
+    A captured graph holds their addresses, so changed weights are copied into them again.
+    """
+
+    def __init__(self) -> None:
+        self._copies: list[tuple[Tensor, Callable[[], Tensor]]] = []
+
+    def add(self, make: Callable[[], Tensor]) -> Tensor:
+        """What `make` makes of the model's weights, now and after every `refresh`."""
+        # Never the weight itself, which a conversion without effect would return.
+        copy = make().clone(memory_format=torch.preserve_format)
+        self._copies.append((copy, make))
+        return copy
+
+    def refresh(self) -> None:
+        """Copy all weights again."""
+        for copy, make in self._copies:
+            copy.copy_(make())
+
+
+class Features:
+    """A feature map [N, C, H, W] before its last sums: h + residual + bias, with bias [C]."""
+
+    def __init__(self, h: Tensor, residual: Tensor | None = None, bias: Tensor | None = None):
+        self.h, self.residual, self.bias = h, residual, bias
+
+    def settled(self) -> Tensor:
+        """The sum, as a pass of its own where no normalisation has written it yet."""
+        if self.residual is not None:
+            self.h.add_(self.residual)
+        if self.bias is not None:
+            self.h.add_(self.bias[:, None, None])
+        self.residual = self.bias = None
+        return self.h
+
+
+class _Norm(NamedTuple):
+    groups: int
+    eps: float
+    silu: bool
+    weight: Tensor
+    bias: Tensor
+
+
+# What a layer does: (features, embeddings, the encoder's features that are concatenated) -> features.
+_Layer = Callable[[Features, Tensor, "Features | None"], Features]
+
+
+class FusedNetwork:
+    """The network in evaluation mode.
+
+    dtype: of the features. The two ends, and all sums and statistics, are float32, as the module has
+        them under autocast: the noise of the last steps is finer than halves can tell apart on pixels
+        near -1 or 1.
+    backend: of the op `group_norm_silu`, and of `qkv_attention` where that has it.
+    """
+
+    def __init__(self, model: UNet, dtype: torch.dtype, backend: str = "auto"):
+        self.dtype, self._backend = dtype, backend
+        self._attention_backend = backend if backend in ("cpu", "cuda", "reference") else "auto"
+        self._weights = Weights()
+        self._embedding_biases: list[Callable[[], Tensor]] = []
+        inputs: list[Any] = list(model.input_blocks)
+        outputs: list[Any] = list(model.output_blocks)
+        head: Any = model.out
+        self._first = self._kernel(inputs[0][0], torch.float32)
+        self._first_bias = self._float(inputs[0][0].bias)
+        self.floats = 0
+        self._down = [self._block(block) for block in inputs[1:]]
+        self._middle = self._block(model.middle_block)
+        self._up = [self._block(block) for block in outputs]
+        self._head_norm = self._norm(head[0])
+        self._head = self._kernel(head[2], torch.float32)
+        self._head_bias = self._float(head[2].bias)
+        #: float32 [floats], to be added to the embeddings: the bias of a convolution whose result an
+        #: embedding is added to anyway.
+        self.embedding_bias = self._weights.add(
+            lambda: torch.cat([bias() for bias in self._embedding_biases])
+        )
+
+    def refresh(self) -> None:
+        """Copy the model's weights again, to where they are."""
+        self._weights.refresh()
+
+    def __call__(self, x: Tensor, embeddings: Tensor) -> Tensor:
+        """x: float32 [N, C, H, W]; embeddings: float32 [N, floats], the blocks' in their order with
+        `embedding_bias` added, of any strides. Returns float32 [N, C_out, H, W].
+        """
+        h = F.conv2d(x.contiguous(memory_format=_LAST), self._first, None, padding=1)
+        # Images of one channel are of either format: the convolution's result may be of the other.
+        h = h.to(self.dtype, memory_format=_LAST)
+        features = Features(h, None, self._first_bias)
+        skips = [features]
+        for layers in self._down:
+            features = _run(layers, features, embeddings)
+            skips.append(features)
+        features = _run(self._middle, features, embeddings)
+        for layers in self._up:
+            features = _run(layers, features, embeddings, skips.pop())
+        y = self._normalised(self._head_norm, features)
+        return F.conv2d(y.float(), self._head, self._head_bias, padding=1)
+
+    # ---- weights
+
+    def _kernel(self, conv: Any, dtype: torch.dtype | None = None) -> Tensor:
+        """[K, C, 3, 3] as convolutions read it."""
+        dtype = dtype or self.dtype
+        return self._weights.add(
+            lambda: conv.weight.detach().to(dtype).contiguous(memory_format=_LAST)
+        )
+
+    def _matrix(self, conv: Any) -> Tensor:
+        """[K, C] of a 1x1 convolution."""
+        return self._weights.add(lambda: conv.weight.detach().flatten(1).to(self.dtype))
+
+    def _float(self, *parameters: Any) -> Tensor:
+        """The sum of parameters, float32."""
+        return self._weights.add(lambda: sum(p.detach().float() for p in parameters))
+
+    def _norm(self, norm: GroupNormSiLU) -> _Norm:
+        return _Norm(
+            norm.num_groups, norm.eps, norm.silu, self._float(norm.weight), self._float(norm.bias)
+        )
+
+    # ---- layers
+
+    def _block(self, block: Any) -> list[_Layer]:
+        return [self._layer(layer) for layer in block]
+
+    def _layer(self, layer: nn.Module) -> _Layer:
+        if isinstance(layer, ResBlock):
+            return self._res_block(layer)
+        if isinstance(layer, AttentionBlock):
+            return self._attention(layer)
+        if isinstance(layer, Upsample):
+            return self._resample(_doubled, layer.conv, stride=1)
+        assert isinstance(layer, Downsample)
+        if isinstance(layer.op, nn.Conv2d):
+            return self._resample(_same, layer.op, stride=2)
+        return self._resample(_halved, nn.Identity(), stride=1)
+
+    def _resample(
+        self, resized: Callable[[Tensor], Tensor], conv: nn.Module, stride: int
+    ) -> _Layer:
+        if not isinstance(conv, nn.Conv2d):
+            return lambda features, *_: Features(resized(features.settled()))
+        kernel, bias = self._kernel(conv), self._float(conv.bias)
+
+        def run(features: Features, *_: Any) -> Features:
+            h = F.conv2d(resized(features.settled()), kernel, None, stride=stride, padding=1)
+            return Features(h, None, bias)
+
+        return run
+
+    def _res_block(self, layer: ResBlock) -> _Layer:
+        in_norm, out_norm = (self._norm(layers[0]) for layers in _pair(layer))
+        first_conv, second_conv = (layers[-1] for layers in _pair(layer))
+        first, second = self._kernel(first_conv), self._kernel(second_conv)
+        own = slice(self.floats, self.floats + self._claim(layer, first_conv))
+        first_bias = self._float(first_conv.bias) if layer.scale_shift else None
+        skip_conv: Any = layer.skip_connection
+        matrix = self._matrix(skip_conv) if isinstance(skip_conv, nn.Conv2d) else None
+        biases = [second_conv.bias] if matrix is None else [second_conv.bias, skip_conv.bias]
+        bias = self._float(*biases)
+        resized = {None: _same, "up": _doubled, "down": _halved}[layer.resample]
+
+        def run(features: Features, embeddings: Tensor, joined: Features | None) -> Features:
+            beside = None if joined is None else joined.settled()
+            y = self._normalised(in_norm, features, beside)
+            h = F.conv2d(resized(y), first, None, padding=1)
+            embedding = embeddings[:, own]
+            if layer.scale_shift:
+                scale, shift = embedding.chunk(2, dim=1)
+                y = self._normalised(out_norm, Features(h, None, first_bias), None, scale, shift)
+            else:
+                y = self._normalised(out_norm, Features(h, None, embedding))
+            h = F.conv2d(y, second, None, padding=1)
+            parts = [features.h] if beside is None else [features.h, beside]
+            if matrix is None:
+                whole = parts[0] if beside is None else torch.cat(parts, dim=1)
+                return Features(h, resized(whole), bias)
+            begin = 0
+            for part in parts:  # of the concatenation, which so need not be made
+                rows, columns = _rows(resized(part)), matrix[:, begin : begin + part.shape[1]]
+                _rows(h).addmm_(rows, columns.t())
+                begin += part.shape[1]
+            return Features(h, None, bias)
+
+        return run
+
+    def _claim(self, layer: ResBlock, conv: nn.Conv2d) -> int:
+        """Counts the block's embedding and says what is added to it; returns its width."""
+        linear: Any = layer.emb_layers[1]
+        self.floats += linear.out_features
+        if layer.scale_shift:
+            zeros = torch.zeros_like(linear.bias, dtype=torch.float32).detach()
+            self._embedding_biases.append(lambda: zeros)
+        else:
+            assert conv.bias is not None
+            self._embedding_biases.append(lambda: conv.bias.detach().float())  # type: ignore[union-attr]
+        return linear.out_features
+
+    def _attention(self, layer: AttentionBlock) -> _Layer:
+        norm, qkv_matrix = self._norm(layer.norm), self._matrix(layer.qkv)
+        qkv_bias = self._weights.add(lambda: layer.qkv.bias.detach().to(self.dtype))  # type: ignore[union-attr]
+        matrix, bias = self._matrix(layer.proj_out), self._float(layer.proj_out.bias)
+
+        def run(features: Features, *_: Any) -> Features:
+            y = self._normalised(norm, features)
+            n, c, height, width = y.shape
+            qkv = F.linear(_rows(y), qkv_matrix, qkv_bias).view(n, height * width, 3 * c)
+            out = qkv_attention(
+                qkv.transpose(1, 2),
+                layer.num_heads,
+                order=layer.order,
+                backend=self._attention_backend,
+            )
+            h = torch.mm(out.transpose(1, 2).reshape(-1, c), matrix.t())
+            return Features(_images(h, n, height, width), features.h, bias)
+
+        return run
+
+    def _normalised(
+        self,
+        norm: _Norm,
+        features: Features,
+        beside: Tensor | None = None,
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
+    ) -> Tensor:
+        """The normalised features, of which the sum is written in the same pass.
+
+        Within a residual block nobody needs the sum: there the bias is per sample, or comes with scale
+        and shift, and it is not written.
+        """
+        common: Any = {"eps": norm.eps, "silu": norm.silu, "x2": beside, "backend": self._backend}
+        bias, residual = features.bias, features.residual
+        inner = scale is not None or (bias is not None and bias.dim() == 2)
+        if inner or (bias is None and residual is None):
+            return group_norm_silu(
+                *(features.h, norm.groups, norm.weight, norm.bias),
+                scale=scale, shift=shift, channel_bias=bias, **common,
+            )  # fmt: skip
+        y, features.h = group_norm_silu(
+            *(features.h, norm.groups, norm.weight, norm.bias),
+            residual=residual, channel_bias=bias, return_sum=True, **common,
+        )  # fmt: skip
+        features.residual = features.bias = None
+        return y
+
+
+def _run(
+    layers: list[_Layer], features: Features, embeddings: Tensor, joined: Features | None = None
+) -> Features:
+    for layer in layers:
+        features, joined = layer(features, embeddings, joined), None
+    return features
+
+
+def _pair(layer: ResBlock) -> tuple[Any, Any]:
+    return layer.in_layers, layer.out_layers
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[N, C, H, W] in channels_last as the matrix [N H W, C]; never a copy, as it is written to."""
+    return x.permute(0, 2, 3, 1).view(-1, x.shape[1])
+
+
+def _images(rows: Tensor, n: int, height: int, width: int) -> Tensor:
+    return rows.view(n, height, width, -1).permute(0, 3, 1, 2)
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
+def _doubled(x: Tensor) -> Tensor:
+    return F.interpolate(x, scale_factor=2, mode="nearest")
+
+
+def _halved(x: Tensor) -> Tensor:
+    return F.avg_pool2d(x, 2)

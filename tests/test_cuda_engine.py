@@ -1,0 +1,319 @@
+"""The CUDA engine without a GPU: its network on the CPU, its graphs on a tape, its kernels emulated.
+
+`fake_graphs` says what a replay is here. The rest is the engine as it runs on a GPU, through `sample`.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from cuda_emu import toolchain
+from fake_graphs import FakeGraphs, HostSync, no_waiting
+from test_cpu_engine import CONFIGS, SMALL, error, inputs, make, reference
+
+from iddpm_ext import Diffusion, _native, sample, sample_progressive
+from iddpm_ext.sampling import cuda_chain, cuda_engine, cuda_graph
+from iddpm_ext.sampling.cuda_engine import CUDAEngine, NotServed
+from iddpm_ext.sampling.cuda_network import FusedNetwork
+from iddpm_ext.sampling.embedding import Projections
+from iddpm_ext.sampling.engines import choose_network
+from iddpm_ext.sampling.request import make_request
+from iddpm_ext.unet import UNet, UNetConfig
+
+REASON = toolchain.absence() or _native.cpu_absence()
+needs_emulator = pytest.mark.skipif(REASON is not None, reason=f"no emulator: {REASON}")
+MORE_CONFIGS = {
+    "averaged": {**SMALL, "conv_resample": False, "attention_resolutions": (8,)},
+    "resampling blocks, new heads": {
+        **{**SMALL, "attention_resolutions": (8,)},
+        **{"resblock_updown": True, "attention_order": "new"},
+    },
+    "concatenated identity": {**SMALL, "channel_mult": (2, 1)},
+}
+CHAIN = {"image_size": 8, "model_channels": 32, "num_res_blocks": 1, "channel_mult": (1, 2)}
+DRAW = {"backend": "cuda", "progress": False, "steps": 4, "n": 3}
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """CPU tensors are served as if they lay on a GPU."""
+    if REASON is not None:
+        pytest.skip(f"no emulator: {REASON}")
+    from cuda_emu import emulator
+
+    FakeGraphs.reset()
+    monkeypatch.setattr(cuda_engine, "serves_device", lambda device: device.type == "cpu")
+    monkeypatch.setattr(cuda_graph, "Graphs", FakeGraphs)
+    with emulator.emulated_cuda():
+        yield FakeGraphs
+
+
+def network(**config) -> UNet:
+    model = make(**{**CHAIN, **config})
+    # Predicted from noise, x_0 multiplies the network's rounding by a hundred at the first step.
+    model.diffusion = Diffusion(num_timesteps=100, prediction="x_0")
+    return model
+
+
+def plain(model: UNet, **options) -> torch.Tensor:
+    return sample(model, engine=False, **{**DRAW, **options})
+
+
+def assert_images_agree(images, expected):
+    assert (images - expected).abs().max() < 5e-5
+    assert images.dtype == torch.float32 and images.is_contiguous()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", [*CONFIGS, *MORE_CONFIGS])
+def test_fused_network_is_the_network(name, dtype):
+    model = make(**(CONFIGS | MORE_CONFIGS)[name])
+    x, y = inputs(model, 3)
+    t = torch.tensor([0.0, 500.0, 999.0])
+    truth = reference(model, x, t, y)
+    with torch.no_grad():
+        fused, project = FusedNetwork(model, dtype), Projections(model)
+        out = fused(x, project(t, y) + fused.embedding_bias)
+        images, low_res = x.chunk(2, 1) if model.config.super_resolution else (x, None)
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            yardstick = error(model(images, t, y, low_res), truth)
+    assert fused.floats == project.floats and out.dtype == torch.float32
+    assert error(out, truth) < 2 * yardstick
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"sampler": "ddim"},
+        {"sampler": "ddim", "eta": 0.7, "clip": False},
+        {"seed": (1 << 64) - 5},
+    ],
+)
+def test_chain_on_graphs_gives_the_modules_images(gpu, options):
+    model = network()
+    assert_images_agree(sample(model, **DRAW, **options), plain(model, **options))
+    assert (gpu.captures, gpu.replays) == (1, 4)
+
+
+@pytest.mark.parametrize(
+    ("config", "options"),
+    [
+        ({"num_classes": 3}, {"labels": [2, -1, 2]}),
+        ({"num_classes": 3}, {"labels": [2, 0, 1], "guidance_scale": 2.5}),
+        ({"use_scale_shift_norm": False, "out_channels": 3}, {}),
+        ({"super_resolution": True}, {"low_res": True}),
+        ({"super_resolution": True, "num_classes": 2}, {"low_res": True, "guidance_scale": 1.5}),
+    ],
+)
+def test_labels_guidance_and_low_resolution_images_enter_the_graph(gpu, config, options):
+    model = network(**config)
+    if config.get("out_channels"):
+        model.diffusion = Diffusion(num_timesteps=100, prediction="x_0", variance="fixed_small")
+    if options.get("low_res"):
+        torch.manual_seed(3)
+        options = {**options, "low_res": torch.rand(3, 3, 4, 4) * 2 - 1}
+    assert_images_agree(sample(model, **DRAW, **options), plain(model, **options))
+    assert (gpu.captures, gpu.replays) == (1, 4)
+
+
+def test_one_capture_serves_other_seeds_labels_scales_and_numbers_of_steps(gpu):
+    model = network(num_classes=4)
+    for options in (
+        {"labels": [0, 1, 2], "guidance_scale": 2.0, "seed": 1},
+        {"labels": [3, 3, 3], "guidance_scale": 0.5, "seed": 2, "steps": 3},
+        {"labels": [1, 1, 0], "guidance_scale": 3.0, "seed": 1, "steps": [0, 10, 20, 60, 99]},
+    ):
+        assert_images_agree(sample(model, **{**DRAW, **options}), plain(model, **options))
+    assert (gpu.captures, gpu.replays) == (1, 4 + 3 + 5)
+
+
+def test_a_ragged_last_batch_has_a_graph_of_its_own(gpu):
+    model = network()
+    options = {"n": 5, "batch_size": 2}
+    assert_images_agree(sample(model, **{**DRAW, **options}), plain(model, **options))
+    assert (gpu.captures, gpu.replays) == (2, 3 * 4)
+
+
+def test_embeddings_that_do_not_fit_are_loaded_a_few_steps_at_a_time(gpu, monkeypatch):
+    model = network(num_classes=3)
+    options = {"labels": [2, 0, 1], "steps": 7}
+    expected = plain(model, **options)
+    floats = Projections(model).floats
+    monkeypatch.setattr(cuda_chain, "_WINDOW_BYTES", 4 * floats * 8)  # two of the seven steps
+    assert_images_agree(sample(model, **{**DRAW, **options}), expected)
+    monkeypatch.setattr("iddpm_ext.sampling.embedding._TABLE_BYTES", 0)
+    assert_images_agree(sample(network(num_classes=3), **{**DRAW, **options}), expected)
+
+
+def test_no_step_makes_the_host_wait(gpu):
+    model = network(num_classes=3)
+    request = make_request(
+        model, 4, n=3, sampler="ddpm", eta=0.0, labels=[0, 1, 2], guidance_scale=2.0, low_res=None,
+        seed=0, x_T=None, clip=True, batch_size=3, diffusion=None, image_shape=None, dtype=None,
+        engine=True, exact=False, backend="cuda", progress=False,
+    )  # fmt: skip
+    x = torch.randn(3, 3, 8, 8)
+    chosen = choose_network(request, 6)
+    assert chosen.name == "cuda engine" and cuda_chain.serves(request, chosen)
+    step = cuda_chain.prepare(request, chosen, torch.arange(3), x)
+    with no_waiting():
+        for i in (3, 2, 1, 0):
+            step(i)
+    with pytest.raises(HostSync), no_waiting():
+        float(x.sum())
+    with pytest.raises(HostSync):
+        FakeGraphs(x.device).capture(lambda: torch.tensor([1.0]))  # copied from the host
+
+
+def test_steps_that_are_looked_at_are_those_of_the_graph(gpu):
+    model = network(num_classes=3)
+    options = {"labels": [2, 0, 1], "guidance_scale": 2.0}
+    whole = sample(model, **DRAW, **options)
+    seen = list(sample_progressive(model, **DRAW, **options))
+    assert_images_agree(seen[-1].x, whole)
+    assert_images_agree(sample(model, **DRAW, **options, callback=lambda step: None), whole)
+    assert gpu.captures == 2  # the chain's, and the network's own
+
+
+@pytest.mark.parametrize("change", ["written", "replaced"])
+def test_changed_weights_reach_the_graph_without_a_capture(gpu, change):
+    model = network()
+    before = sample(model, **DRAW)
+    for weight in (model.middle_block[0].in_layers[2].weight, model.time_embed[2].weight):
+        if change == "written":
+            weight.mul_(-1)
+        else:
+            weight.data = -weight.data
+    after = sample(model, **DRAW)
+    assert (after - before).abs().max() > 1e-2
+    assert_images_agree(after, plain(model))
+    assert gpu.captures == 1
+
+
+def test_where_capture_fails_kernels_are_launched_one_by_one_and_it_is_said_once(gpu):
+    model = network()
+    gpu.failure = "operation not permitted when stream is capturing"
+    with pytest.warns(RuntimeWarning, match="without a CUDA graph: operation not permitted"):
+        images = sample(model, **DRAW)
+    assert_images_agree(images, plain(model))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sample(model, **{**DRAW, "n": 2})
+    assert gpu.captures == 0
+
+
+def test_an_error_of_the_work_itself_is_not_taken_for_a_failed_capture(gpu, monkeypatch):
+    monkeypatch.setattr(FusedNetwork, "__call__", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        sample(network(), **DRAW)
+
+
+def test_kernels_of_the_engine_run_emulated(gpu):
+    model = network(num_classes=2, attention_resolutions=(4,))
+    model.backend = "cuda"
+    options = {"labels": [1, 0], "n": 2, "steps": 2, "dtype": torch.bfloat16}
+    images = sample(model, **{**DRAW, **options})
+    model.backend = "auto"
+    expected = plain(model, **options)
+    exact = plain(model, **{**options, "dtype": None})
+    assert (images - exact).abs().max() < 2 * (expected - exact).abs().max()
+
+
+def test_engine_evaluates_any_timesteps_and_follows_its_weights(gpu):
+    model = make(**SMALL, num_classes=3)
+    x, y = inputs(model, 4)
+    t = torch.tensor([0.0, 3.5, 500.0, 999.0])
+    engine = CUDAEngine(model)
+    for _ in range(2):
+        assert error(engine.forward(x, t, y), reference(model, x, t, y)) < 1e-5
+        model.time_embed[0].weight.mul_(1.5)
+    assert engine.forward(x[:0], t[:0], y[:0]).shape == (0, 6, 16, 16)
+    assert gpu.captures == 1
+
+
+def test_calls_by_step_are_calls_by_timestep(gpu):
+    model = make(**SMALL, num_classes=3)
+    x, y = inputs(model, 4)
+    engine, times = CUDAEngine(model), torch.tensor([5.0, 600.0])
+    engine.set_schedule(times, y)
+    with no_waiting():  # the schedule is known by its tensors
+        engine.set_schedule(times, y)
+    for step in (1, 0):
+        expected = engine.forward(x, times[step].expand(4), y)
+        torch.testing.assert_close(engine(x, step), expected)
+    torch.testing.assert_close(engine(x[:2], 1), engine.forward(x[:2], times[1].expand(2), y[:2]))
+    times.mul_(0.5)
+    engine.set_schedule(times, y)
+    torch.testing.assert_close(engine(x, 1), engine.forward(x, times[1].expand(4), y))
+
+
+def test_engine_built_in_inference_mode_serves_outside_it(gpu):
+    model = network()
+    with torch.inference_mode():
+        first = sample(model, **DRAW)
+    assert torch.equal(sample(model, **DRAW), first)
+
+
+def test_float32_is_float32_unless_the_user_allows_otherwise(gpu):
+    engine, exact = CUDAEngine(network()), CUDAEngine(network(), exact=True)
+    seen = {}
+    for asked in ("highest", "high"):
+        torch.set_float32_matmul_precision(asked)
+        try:
+            for name, each in (("as asked", engine), ("exact", exact)):
+                with each.computing():
+                    precision = torch.get_float32_matmul_precision()
+                    seen[asked, name] = torch.backends.cudnn.allow_tf32, precision
+            assert torch.get_float32_matmul_precision() == asked
+        finally:
+            torch.set_float32_matmul_precision("highest")
+    assert seen == {
+        ("highest", "as asked"): (False, "highest"),
+        ("highest", "exact"): (False, "highest"),
+        ("high", "as asked"): (True, "high"),
+        ("high", "exact"): (False, "highest"),
+    }
+    assert torch.backends.cudnn.allow_tf32
+
+
+def test_what_cannot_be_served_runs_as_the_module_and_says_why(gpu, monkeypatch):
+    model = network()
+    expected = plain(model)
+    monkeypatch.setattr(cuda_engine, "why_not_served", lambda *_: "of a reason")
+    with pytest.warns(RuntimeWarning, match="without the engine: CUDAEngine: of a reason"):
+        assert torch.equal(sample(model, **DRAW), expected)
+
+
+def test_reasons_not_to_serve_are_given():
+    with pytest.raises(NotServed, match="UNet, got Linear"):
+        CUDAEngine(torch.nn.Linear(1, 1))
+    with pytest.raises(NotServed, match="weights on a CUDA device, got cpu"):
+        CUDAEngine(make(**SMALL))
+    with pytest.raises(NotServed, match=r"float32, bfloat16 or float16, got torch\.float64"):
+        CUDAEngine(UNet(UNetConfig(**SMALL)), dtype=torch.float64)
+
+
+def test_bad_arguments_name_themselves(gpu):
+    model = make(**SMALL, num_classes=3)
+    x, y = inputs(model, 2)
+    engine = CUDAEngine(model)
+    with pytest.raises(RuntimeError, match="set_schedule must be called"):
+        engine(x, 0)
+    engine.set_schedule(torch.tensor([1.0, 2.0]), y)
+    with pytest.raises(ValueError, match=r"step_index must lie in \[0, 1\], got 2"):
+        engine(x, 2)
+    with pytest.raises(ValueError, match=r"x must be \[n, 3, H, W\] with H and W multiples of 2"):
+        engine(x[:, :, 1:], 0)
+    with pytest.raises(TypeError, match="x must be float32"):
+        engine(x.double(), 0)
+    with pytest.raises(ValueError, match="at most the 2 samples"):
+        engine(torch.cat([x, x]), 0)
+    with pytest.raises(ValueError, match="labels must be given, as the network has 3 classes"):
+        engine.set_schedule(torch.tensor([1.0]))
+    with pytest.raises(ValueError, match=r"labels must lie in \[-1, 2\], got -1 .. 3"):
+        engine.set_schedule(torch.tensor([1.0]), torch.tensor([3, -1]))
+    with pytest.raises(ValueError, match=r"forward: labels must be \[2\]"):
+        engine.forward(x, torch.zeros(2), y[:1])
