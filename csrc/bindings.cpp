@@ -290,7 +290,7 @@ iddpm::ReverseStepArgs reverse_step_args(const SizeArgument& size, const PlaneAr
 }
 
 #ifdef IDDPM_WITH_CUDA
-// See `_launch` of iddpm_ext/sampling/cuda_chain.py: addresses are those of t, table, seed, samples
+// `launch_step` of iddpm_ext/sampling/cuda_chain.py: addresses are those of t, table, seed, samples
 // and scale.
 iddpm::ChainStepArgs chain_step_args(const SizeArgument& size, const PlaneArgument& x,
                                      const PlaneArgument& model_output,

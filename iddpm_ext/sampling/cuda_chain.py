@@ -138,29 +138,58 @@ class _ChainTask:
             images = images.repeat(2, 1, 1, 1)
         embeddings = self._window.index_select(0, self._state[1:])
         embeddings = embeddings.expand(self._evaluated, -1)
-        self._update(self._engine.network(images, embeddings))
+        out, n = self._engine.network(images, embeddings), len(self.x)
+        launch_step(
+            self.x,
+            out[:n],
+            out[n:] if self._guided else None,
+            t=self._state,
+            table=self.table,
+            seed=self.seed,
+            samples=self.samples if self._noisy else None,
+            scale=self.scale,
+            clip=self._clip,
+        )
         self._state.sub_(self._stride)
 
-    def _update(self, out: Tensor) -> None:
-        n, c, height, width = self.x.shape
-        labelled = plane(out[:n])
-        addresses = (
-            self._state.data_ptr(),
-            self.table.data_ptr(),
-            self.seed.data_ptr(),
-            self.samples.data_ptr() if self._noisy else 0,
-            self.scale.data_ptr(),
-        )
-        code = _native.native().chain_step_cuda(
-            (n, c, height * width, len(self.table)),
-            plane(self.x).view,
-            labelled.view,
-            plane(out[n:]).view if self._guided else NO_PLANE,
-            labelled.dtype_code,
-            out.shape[1] > c,
-            addresses,
-            STREAM_REVERSE,
-            self._clip,
-            stream(self.x),
-        )
-        check_launch("chain_step", code)
+
+def launch_step(
+    x: Tensor,
+    model_output: Tensor,
+    unlabelled: Tensor | None,
+    *,
+    t: Tensor,
+    table: Tensor,
+    seed: Tensor,
+    samples: Tensor | None,
+    scale: Tensor,
+    clip: bool,
+) -> None:
+    """As `reverse_step` in place, with every number that may change read from the device.
+
+    x: float32 [N, C, H, W], x_t before and x_{t-1} after. model_output: [N, C or 2C, H, W] float32 or
+    a half, and like it `unlabelled`, the output without labels: the guided one is unlabelled + scale
+    (model_output - unlabelled), with the variance of model_output. t, seed: int64, the first element
+    counts. table: float32 [T, 16]. samples: int64 [N], or None for no noise. scale: float32 [1].
+    """
+    n, c, height, width = x.shape
+    labelled = plane(model_output)
+    code = _native.native().chain_step_cuda(
+        (n, c, height * width, len(table)),
+        plane(x).view,
+        labelled.view,
+        NO_PLANE if unlabelled is None else plane(unlabelled).view,
+        labelled.dtype_code,
+        model_output.shape[1] > c,
+        (
+            t.data_ptr(),
+            table.data_ptr(),
+            seed.data_ptr(),
+            0 if samples is None else samples.data_ptr(),
+            scale.data_ptr(),
+        ),
+        STREAM_REVERSE,
+        clip,
+        stream(x),
+    )
+    check_launch("chain_step", code)
