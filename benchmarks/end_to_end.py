@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import argparse
 import copy
-import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +22,9 @@ from torch import Tensor
 
 import iddpm_ext
 from benchmarks.context import context, write_json
-from benchmarks.networks import CONFIGS, make_inputs, make_network
+from benchmarks.networks import make_inputs, make_network
 from benchmarks.peers import PEERS, Peer
+from benchmarks.time_box import time_box
 from benchmarks.timing import interleave, summary
 from iddpm_ext.sampling.cpu_engine import CPUEngine, NotServed
 from iddpm_ext.unet import UNet
@@ -34,22 +33,6 @@ TIMES = (37.0, 500.0, 999.0)  # where errors are measured; the middle one is tim
 PACKAGES = ("torch", "onnxruntime", "openvino", "diffusers")
 OURS = ("engine", "engine exact", "engine, any t", "engine bf16")
 _PER_CALL, _TABLE = "computed at every call", "from the schedule's table"
-
-
-@contextmanager
-def time_box(seconds: int) -> Iterator[None]:
-    """Raises TimeoutError within, after so many seconds."""
-
-    def stop(*_: Any) -> None:
-        raise TimeoutError
-
-    previous = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, previous)
 
 
 def build_ours(model: UNet, x: Tensor, labels: Tensor | None, threads: int, name: str) -> Peer:
@@ -185,9 +168,17 @@ def _listed(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
 
 def main() -> None:
     """Run what the command line asks for."""
+    device = argparse.ArgumentParser(add_help=False)
+    device.add_argument("--device", default="cpu")
+    if device.parse_known_args()[0].device == "cuda":
+        from benchmarks import gpu_end_to_end
+
+        raise SystemExit(gpu_end_to_end.main(sys.argv[1:]))
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", choices=["cpu"], default="cpu")
-    parser.add_argument("--configs", type=_listed(str), default=list(CONFIGS))
+    parser.add_argument(
+        "--device", choices=["cpu", "cuda"], default="cpu", help="cuda has options of its own"
+    )
+    parser.add_argument("--configs", type=_listed(str), default=["bundled", "small", "cifar"])
     parser.add_argument("--batches", type=_listed(int), default=[1, 8, 16])
     parser.add_argument("--threads", type=_listed(int), default=[1])
     parser.add_argument("--peers", type=_listed(str), default=list(PEERS))

@@ -13,6 +13,9 @@ CONFIGS = {
     "bundled": iddpm_ext.load("fashion-mnist").config,
     "small": UNetConfig(image_size=32, model_channels=32, num_res_blocks=1),
     "cifar": UNetConfig(image_size=32, model_channels=128, num_res_blocks=3),
+    "imagenet64": UNetConfig(
+        image_size=64, model_channels=128, num_res_blocks=3, channel_mult=(1, 2, 3, 4)
+    ),
 }
 
 

@@ -60,9 +60,9 @@ def hybrid_loss(
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """The mean hybrid loss, operation by operation; the network under autocast to `dtype`."""
-    table = diffusion.table(dtype=torch.promote_types(x_0.dtype, torch.float32))
+    table = diffusion.table(x_0.device, dtype=torch.promote_types(x_0.dtype, torch.float32))
     x_t = ops.q_sample(x_0, t, table, noise, backend="reference")
-    with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+    with torch.autocast(x_0.device.type, dtype or torch.bfloat16, enabled=dtype is not None):
         output = network(x_t, diffusion.model_timesteps(t))
     return ops.hybrid_loss(output, x_0, x_t, noise, t, table, backend="reference").loss.mean()
 
@@ -89,7 +89,7 @@ class Trainer:
 
     def step(self, x_0: Tensor) -> None:
         """Forward, loss, backward, optimiser, average."""
-        t = torch.randint(0, self.diffusion.num_timesteps, (len(x_0),))
+        t = torch.randint(0, self.diffusion.num_timesteps, (len(x_0),), device=x_0.device)
         if self.channels_last:
             x_0 = x_0.contiguous(memory_format=torch.channels_last)
         noise = torch.randn_like(x_0)

@@ -21,33 +21,39 @@ from iddpm_ext.unet import UNet
 Peer = Callable[[Tensor, Tensor], Tensor]
 
 
-def _plain(model: UNet) -> UNet:
+def plain(model: UNet) -> UNet:
+    """A copy in PyTorch's own functions."""
     model = copy.deepcopy(model)
     model.backend = "plain"
     return model
 
 
-def _labelled(call: Callable[..., Tensor], labels: Tensor | None) -> Peer:
+def labelled(call: Callable[..., Tensor], labels: Tensor | None) -> Peer:
+    """(x, t) -> call(x, t, labels)."""
     return lambda x, t: call(x, t) if labels is None else call(x, t, labels)
 
 
 def eager(model: UNet, x: Tensor, labels: Tensor | None, threads: int) -> Peer:
     """The original's formulation in PyTorch, module by module."""
-    return _labelled(_plain(model), labels)
+    return labelled(plain(model), labels)
 
 
 def eager_channels_last(model: UNet, x: Tensor, labels: Tensor | None, threads: int) -> Peer:
     """The same with images and weights in oneDNN's own order."""
-    network = _labelled(_plain(model).to(memory_format=torch.channels_last), labels)
+    network = labelled(plain(model).to(memory_format=torch.channels_last), labels)
     return lambda x, t: network(x.contiguous(memory_format=torch.channels_last), t)
 
 
 def module(model: UNet, x: Tensor, labels: Tensor | None, threads: int) -> Peer:
     """Our own module without the engine: fused GroupNorm and attention ops."""
-    return _labelled(copy.deepcopy(model), labels)
+    return labelled(copy.deepcopy(model), labels)
 
 
-def _compiled(model: nn.Module, labels: Tensor | None, name: str, freezing: bool) -> Peer:
+def compiled(
+    model: nn.Module, labels: Tensor | None, name: str, freezing: bool, mode: str | None = None
+) -> Peer:
+    """The network through torch.compile; `name` must be its own."""
+
     # torch.compile keeps its graphs with the code object, which copies of a model share.
     def forward(self: Any, *args: Tensor) -> Tensor:
         return self.network(*args)
@@ -56,28 +62,28 @@ def _compiled(model: nn.Module, labels: Tensor | None, name: str, freezing: bool
     own = types.FunctionType(code, forward.__globals__, name)
     holder = type(name, (nn.Module,), {"forward": own})()
     holder.network = model
-    compiled = torch.compile(holder, fullgraph=True, dynamic=False)
+    compiled = torch.compile(holder, fullgraph=True, dynamic=False, mode=mode)
 
     def call(*args: Tensor) -> Tensor:
         with torch.no_grad(), torch._inductor.config.patch(freezing=freezing):
             return compiled(*args)
 
-    return _labelled(call, labels)
+    return labelled(call, labels)
 
 
 def compile_default(model: UNet, x: Tensor, labels: Tensor | None, threads: int) -> Peer:
     """torch.compile as it comes."""
-    return _compiled(_plain(model), labels, "Default", freezing=False)
+    return compiled(plain(model), labels, "Default", freezing=False)
 
 
 def compile_freezing(model: UNet, x: Tensor, labels: Tensor | None, threads: int) -> Peer:
     """torch.compile with the weights folded in and prepacked."""
-    return _compiled(_plain(model), labels, "Freezing", freezing=True)
+    return compiled(plain(model), labels, "Freezing", freezing=True)
 
 
 def compile_bfloat16(model: UNet, x: Tensor, labels: Tensor | None, threads: int) -> Peer:
     """The same with bfloat16 weights; the timestep path stays float32."""
-    return _compiled(_plain(model).bfloat16(), labels, "Bfloat16", freezing=True)
+    return compiled(plain(model).bfloat16(), labels, "Bfloat16", freezing=True)
 
 
 def diffusers(model: UNet, x: Tensor, labels: Tensor | None, threads: int) -> Peer:
@@ -109,7 +115,7 @@ def _export(model: UNet, x: Tensor, labels: Tensor | None, folder: str) -> Path:
     inputs = (x, torch.zeros(len(x))) + (() if labels is None else (labels,))
     names = ["x", "timesteps", "y"][: len(inputs)]
     torch.onnx.export(
-        _plain(model),
+        plain(model),
         inputs,
         str(path),
         input_names=names,

@@ -49,6 +49,48 @@ def interleave_graphs(
     return times
 
 
+def interleave_on_device(
+    variants: dict[str, Callable[[], Any]],
+    *,
+    device: str,
+    rounds: int,
+    milliseconds: float = 20.0,
+    warm_ups: int = 3,
+) -> dict[str, list[float]]:
+    """Milliseconds a call as the device's own clock sees it, what the host takes between calls included.
+
+    In every round each variant is called as often as takes about `milliseconds`, between two CUDA
+    events; on the CPU, between two readings of the wall clock.
+    """
+    counts: dict[str, int] = {}
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for name, call in variants.items():
+        for _ in range(warm_ups):
+            call()
+        alone = _span_ms(call, 1, device)
+        counts[name] = max(1, math.ceil(milliseconds / max(alone, 1e-3)))
+    for _ in range(rounds):
+        for name, call in variants.items():
+            times[name].append(_span_ms(call, counts[name], device) / counts[name])
+    return times
+
+
+def _span_ms(call: Callable[[], Any], count: int, device: str) -> float:
+    if device == "cpu":
+        began = time.perf_counter()
+        for _ in range(count):
+            call()
+        return (time.perf_counter() - began) * 1e3
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    start.record()
+    for _ in range(count):
+        call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
 def _captured(
     call: Callable[[], Any], calls: int, milliseconds: float
 ) -> tuple[torch.cuda.CUDAGraph, int]:
@@ -90,3 +132,9 @@ def summary(times: list[float]) -> dict[str, float]:
         statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else times * 3
     )
     return {"median_ms": middle, "q25_ms": low, "q75_ms": high}
+
+
+def spread(times: list[float]) -> dict[str, float]:
+    """Median, and the tenth and ninetieth percentile, in milliseconds."""
+    tenths = statistics.quantiles(times, n=10, method="inclusive") if len(times) > 1 else times * 9
+    return {"median_ms": statistics.median(times), "p10_ms": tenths[0], "p90_ms": tenths[-1]}

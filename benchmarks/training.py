@@ -49,8 +49,11 @@ class Variant:
         self.step, self.network, self.dtype = step, network, dtype
 
 
-def our_variant(model: UNet, x_0: Tensor, dtype: torch.dtype | None) -> Variant:
-    """The trainer's own step."""
+def our_variant(
+    model: UNet, x_0: Tensor, dtype: torch.dtype | None, channels_last: bool = False
+) -> Variant:
+    """The trainer's own step, where x_0 lies."""
+    device = x_0.device.type
     c = model.config
     config = TrainConfig(
         batch_size=len(x_0),
@@ -62,9 +65,10 @@ def our_variant(model: UNet, x_0: Tensor, dtype: torch.dtype | None) -> Variant:
         lr=LEARNING_RATE,
         ema=(EMA_DECAY,),
         dtype="float32" if dtype is None else "bfloat16",
-        device="cpu",
+        device=device,
+        channels_last=channels_last,
     )
-    parallel = Parallel("cpu")
+    parallel = Parallel(device)
     state = new_state(config, (c.in_channels, c.image_size, c.image_size), None, parallel)
     state.model.load_state_dict(model.state_dict())
 
@@ -77,7 +81,9 @@ def our_variant(model: UNet, x_0: Tensor, dtype: torch.dtype | None) -> Variant:
     return Variant(lambda _: train_step(config, state, source, parallel), state.model, dtype)
 
 
-def _compiled(network: UNet, name: str) -> nn.Module:
+def compiled(network: UNet, name: str, mode: str | None = None) -> nn.Module:
+    """The network through torch.compile."""
+
     # torch.compile keeps its graphs with the code object, which copies of a model share.
     def forward(self: Any, *args: Tensor) -> Tensor:
         return self.network(*args)
@@ -86,7 +92,7 @@ def _compiled(network: UNet, name: str) -> nn.Module:
     own = types.FunctionType(code, forward.__globals__, name)
     holder: Any = type(name, (nn.Module,), {"forward": own})()
     holder.network = network
-    return torch.compile(holder, fullgraph=True, dynamic=False)  # type: ignore[return-value]
+    return torch.compile(holder, fullgraph=True, dynamic=False, mode=mode)  # type: ignore[return-value]
 
 
 def build(model: UNet, x_0: Tensor, with_compile: bool) -> dict[str, Variant]:
@@ -98,7 +104,7 @@ def build(model: UNet, x_0: Tensor, with_compile: bool) -> dict[str, Variant]:
     def add(name: str, dtype: torch.dtype | None = None, **options: bool) -> None:
         network: nn.Module = original_network(model).requires_grad_()
         if options.get("best"):
-            network = _compiled(network, name.title().replace(" ", ""))
+            network = compiled(network, name.title().replace(" ", ""))
         trainer = Trainer(network, diffusion, dtype, **options)
         variants[name] = Variant(trainer.step, network, dtype)
 

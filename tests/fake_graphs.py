@@ -100,21 +100,43 @@ def _again(func, args, kwargs, written: list[Any]) -> None:
             then.copy_(now)
 
 
-class FakeGraphs(cuda_graph.Graphs):
-    """Stands for `cuda_graph.Graphs`; counts what is asked of it."""
+class Counted(cuda_graph.Graphs):
+    """The real graphs, counted; with `failure`, captures fail after the work was tried out."""
 
-    captures = replays = follows = 0
+    captures = replays = 0
     failure: str | None = None
 
-    def follow(self) -> None:
-        type(self).follows += 1
+    @classmethod
+    def reset(cls) -> None:
+        cls.captures = cls.replays = 0
+        cls.failure = None
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        if self.failure is not None:
+            work()
+            raise cuda_graph.CaptureFailed(self.failure)
+        once = self.recorded(work)
+        type(self).captures += 1
+
+        def replay() -> None:
+            type(self).replays += 1
+            once()
+
+        return replay
+
+    def recorded(self, work: Callable[[], None]) -> Callable[[], None]:
+        return super().capture(work)
+
+
+class FakeGraphs(Counted):
+    """Stands for `cuda_graph.Graphs` on the CPU."""
+
+    def follow(self) -> None:
+        """There are no streams."""
+
+    def recorded(self, work: Callable[[], None]) -> Callable[[], None]:
         for _ in range(2):
             work()
-        if self.failure is not None:
-            raise cuda_graph.CaptureFailed(self.failure)
-        type(self).captures += 1
         recorder, module = _Recorder(), _native.native()
         launchers = {name: getattr(module, name) for name in dir(module) if name.endswith("_cuda")}
         with contextlib.ExitStack() as stack:
@@ -125,14 +147,8 @@ class FakeGraphs(cuda_graph.Graphs):
             work()
 
         def replay() -> None:
-            type(self).replays += 1
             with torch.no_grad():
                 for action in recorder.tape:
                     action()
 
         return replay
-
-    @classmethod
-    def reset(cls) -> None:
-        cls.captures = cls.replays = cls.follows = 0
-        cls.failure = None

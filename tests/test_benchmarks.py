@@ -15,8 +15,8 @@ from likelihood_model import STEPS, images, trained
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # benchmarks are programs of the repository, not of the wheel
 
+from benchmarks import gpu_end_to_end, sequences, timing  # noqa: E402
 from benchmarks import ops as ops_benchmark  # noqa: E402
-from benchmarks import sequences  # noqa: E402
 from benchmarks.likelihood import uniform_evaluations  # noqa: E402
 from iddpm_ext import nll  # noqa: E402
 from iddpm_ext.ops.spec import REGISTRY  # noqa: E402
@@ -74,3 +74,60 @@ def test_the_benchmark_knows_what_uniform_steps_would_cost():
     variance = float(drawn.var()) - between
     wanted = variance * (1.96 / 0.01) ** 2 / 30
     assert uniform_evaluations(result, 0.01) == pytest.approx(wanted, rel=0.05)
+
+
+def test_gpu_cells_come_most_telling_first():
+    cells = gpu_end_to_end.plan(["cifar", "small"], [128, 1], ["forward", "training"], [128])
+    assert [(c.config, c.batch, c.whats) for c in cells] == [
+        ("cifar", 128, ("forward",)),
+        ("cifar", 128, ("training",)),
+        ("cifar", 1, ("forward",)),
+        ("small", 128, ("forward",)),
+        ("small", 128, ("training",)),
+        ("small", 1, ("forward",)),
+    ]
+
+
+def gpu_rows(tmp_path: Path, *options: str) -> list[dict]:
+    """The GPU benchmark on the CPU, as far as it goes there: without our engine."""
+    file = tmp_path / "rows.json"
+    fixed = ["--configs", "small", "--batches", "2", "--training-batches", "2", "--rounds", "2"]
+    arguments = [*fixed, "--steps", "2", "--json", str(file), *options]
+    rows = gpu_end_to_end.run(gpu_end_to_end.parser().parse_args(arguments), "cpu")
+    record = json.loads(file.read_text())
+    assert {"command", "commit", "gpu", "versions"} <= set(record) and record["rows"] == rows
+    return rows
+
+
+def test_the_gpu_benchmark_writes_a_row_for_every_variant(tmp_path):
+    rows = gpu_rows(tmp_path, "--variants", "ours,eager,eager NHWC")
+    by = {(row["what"], row["name"]): row for row in rows}
+    assert set(by) == {
+        (w, n) for w in gpu_end_to_end.WHATS for n in ("ours", "eager", "eager NHWC")
+    }
+    assert "needs weights on a CUDA device" in by["forward", "ours"]["missing"]
+    assert by["training", "ours"]["ours_is_faster_by"] == 1
+    for row in rows:
+        if "missing" not in row:
+            assert 0 < row["p10_ms"] <= row["median_ms"] <= row["p90_ms"]
+            assert row["images_per_s"] == pytest.approx(2e3 / row["median_ms"])
+    assert 0 < by["forward", "eager NHWC"]["error"] < 0.05
+
+
+def test_the_gpu_benchmark_says_what_it_had_no_time_for(tmp_path):
+    rows = gpu_rows(tmp_path, "--budget-s", "0", "--what", "forward", "--variants", "eager")
+    assert [row["missing"] for row in rows] == ["not begun within 0 s"]
+
+
+def test_the_gpu_benchmark_refuses_a_machine_without_a_gpu(capsys):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    assert gpu_end_to_end.main(["--device", "cuda"]) == 2
+    assert "no CUDA device" in capsys.readouterr().err
+
+
+def test_percentiles_are_of_the_measured_times():
+    assert timing.spread([float(i) for i in range(11)]) == {
+        "median_ms": 5.0, "p10_ms": 1.0, "p90_ms": 9.0,
+    }  # fmt: skip
+    assert timing.spread([3.0]) == {"median_ms": 3.0, "p10_ms": 3.0, "p90_ms": 3.0}

@@ -38,12 +38,17 @@ IN_DOUBLE = "ExactLikelihood"
 # Kernels that move 16 bytes at a time, and where.
 WIDE_LOADS = (
     r"reverse_step_kernel<float, true>",
+    r"chain_step_kernel<float, true>",
     r"vlb_to_all_kernel<true,",
     r"adamw_ema_kernel<float>",
     r"group_norm_columns_kernel<\w+, (\(int\))?[48],",
     r"group_norm_rows_kernel<\w+, (\(int\))?[48],",
 )
-WIDE_STORES = (r"reverse_step_kernel<\w+, true>", *WIDE_LOADS[2:])
+WIDE_STORES = (
+    r"reverse_step_kernel<\w+, true>",
+    r"chain_step_kernel<\w+, true>",
+    *WIDE_LOADS[3:],
+)
 
 
 def toolkit() -> Toolkit | str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 TOOLS = Path(gpu_check.__file__).parent
+sys.path.insert(0, str(TOOLS.parent))  # benchmarks are programs of the repository
 
 
 def tool(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -68,3 +70,59 @@ def test_every_kernel_of_a_backend_is_touched():
     assert result.returncode == 0, result.stderr
     calls = dict(line.split(": ") for line in result.stdout.splitlines())
     assert calls and all(int(count.split()[0]) > 0 for count in calls.values())
+
+
+def test_every_part_ends_within_ten_minutes(tmp_path):
+    parts = gpu_check.plan(tmp_path)
+    assert list(parts) == ["kernels", "cifar", "imagenet"]
+    assert gpu_check.PART_SECONDS < 600
+    for steps in parts.values():
+        assert max(step.limit_s for step in steps) <= gpu_check.PART_SECONDS
+    for steps in (parts["cifar"], parts["imagenet"]):
+        assert sum(step.limit_s for step in steps) <= gpu_check.PART_SECONDS
+
+
+def test_a_part_that_is_out_of_time_stops_its_steps(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu_check, "PART_SECONDS", 3)
+    slow = python_step("import time; time.sleep(60)", limit_s=600)
+    assert not gpu_check.run_part("slow", [slow, slow], tmp_path)
+    record = json.loads((tmp_path / "gpu-check-slow.json").read_text())
+    first, second = record["steps"]
+    assert "stopped after" in first["tail"] and second["tail"] == "no time left"
+    assert {"gpus", "torch", "commit", "time"} <= set(record["environment"])
+    assert capsys.readouterr().out.count("FAILED") == 4
+
+
+def test_results_of_an_earlier_run_are_not_taken_for_this_ones(tmp_path):
+    file = tmp_path / "result.json"
+    file.write_text("[1]")
+    assert gpu_check.run_step(python_step("pass", result=file)).result is None
+
+
+def test_what_was_measured_is_printed_last(tmp_path, capsys):
+    file = tmp_path / "rows.json"
+    row = {"config": "cifar", "batch": 128, "what": "forward", "name": "compile"}
+    row |= {"median_ms": 6.25, "ours_is_faster_by": 1.25}
+    missing = {"config": "cifar", "batch": 1, "what": "forward", "name": "eager", "missing": "why"}
+    code = f"import json; json.dump({{'rows': [{row!r}, {missing!r}]}}, open({str(file)!r}, 'w'))"
+    assert gpu_check.run_part("table", [python_step(code, result=file)], tmp_path)
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.split() == ["cifar", "B128", "forward", "compile", "6.25", "ms", "1.25x"]
+
+
+def test_the_commands_of_the_plan_are_understood(tmp_path):
+    """By the programs' own command lines, up to the device that is not there."""
+    from benchmarks import gpu_end_to_end
+
+    for steps in gpu_check.plan(tmp_path).values():
+        for step in steps:
+            if "benchmarks.end_to_end" in step.command:
+                options = list(step.command[step.command.index("benchmarks.end_to_end") + 1 :])
+                parsed = gpu_end_to_end.parser().parse_args(options)
+                assert parsed.budget_s < step.limit_s and parsed.json == step.result
+
+
+def test_an_unknown_part_is_refused():
+    result = tool("gpu_check.py", "imagnet")
+    assert result.returncode != 0
+    assert "got ['imagnet']" in result.stderr

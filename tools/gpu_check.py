@@ -1,9 +1,12 @@
-"""Everything that only a GPU can show, in one command: `make gpu-check`.
+"""Everything that only a GPU can show: `make gpu-check`, or one of its three parts at a time.
 
-Builds for this machine's GPU, runs the test suite on it, runs every kernel under compute-sanitizer,
-times the ops and the sampler, and writes one JSON file with the environment. Needs no network. A step
-that fails does not stop the next ones, but the exit status tells. Without a CUDA device it says so and
-exits with status 2.
+    python tools/gpu_check.py kernels    build, ceilings, tests, compute-sanitizer, the table of ops
+    python tools/gpu_check.py cifar      the CIFAR-10 network against PyTorch eager and torch.compile
+    python tools/gpu_check.py imagenet   the ImageNet-64 network, and torch.compile's max-autotune
+
+Each part ends within ten minutes, needs no network, and writes one JSON file with the environment. A step
+that fails or is out of time does not stop the next ones, but the exit status tells. Without a CUDA device it
+says so and exits with status 2.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 NO_DEVICE = 2
+PART_SECONDS = 590
 
 
 @dataclass(frozen=True)
@@ -49,30 +53,73 @@ class Outcome:
     result: Any = None
 
 
-def plan(out: Path) -> list[Step]:
-    """The steps in order, their results under ``out``."""
+def plan(out: Path) -> dict[str, list[Step]]:
+    """The steps of every part in order, their results under ``out``."""
+    return {
+        "kernels": kernel_steps(out),
+        "cifar": [
+            end_to_end(out, "cifar", 570),
+        ],
+        "imagenet": [
+            end_to_end(out, "imagenet64", 290, "--batches", "128,1,64,16"),
+            end_to_end(out, "cifar-max-autotune", 270, *MAX_AUTOTUNE),
+        ],
+    }
+
+
+# A single batch: each of its searches takes minutes.
+MAX_AUTOTUNE = (
+    *("--configs", "cifar", "--batches", "128", "--training-batches", ""),
+    *("--variants", "ours,compile max-autotune"),
+)
+
+
+def kernel_steps(out: Path) -> list[Step]:
+    """Build, and what concerns single kernels."""
     python = sys.executable
     build = {"IDDPM_CUDA": "1", "IDDPM_CUDA_ARCHS": "native"}
-    ops, images = out / "ops.json", out / "samples.png"
     sanitizer = shutil.which("compute-sanitizer") or "compute-sanitizer"
     touch = ("--error-exitcode", "1", python, "tools/touch_kernels.py", "--backend", "cuda")
-    bench = (python, "-m", "benchmarks.ops", "--device", "cuda", "--json", str(ops))
-    sample = ("sample", "fashion-mnist", "--n", "256", "--device", "cuda", "--out", str(images))
+    tests = ("tests/test_cuda_engine.py", "tests/test_ops.py")
     return [
-        Step("build", (python, "setup.py", "-q", "build_ext", "--inplace"), environment=build),
-        Step("info", (python, "-m", "iddpm_ext", "info"), limit_s=60),
-        Step("tests", (python, "-m", "pytest", "-q", "tests")),
-        Step("memcheck", (sanitizer, "--tool", "memcheck", *touch)),
-        Step("racecheck", (sanitizer, "--tool", "racecheck", *touch)),
-        Step("synccheck", (sanitizer, "--tool", "synccheck", *touch)),
-        Step("ops", bench, result=ops),
-        Step("sample", (python, "-m", "iddpm_ext", *sample), limit_s=300),
+        Step("build", (python, "setup.py", "-q", "build_ext", "--inplace"), 180, build),
+        Step("info", (python, "-m", "iddpm_ext", "info"), 30),
+        program("ceilings", out, "benchmarks.gpu_ceilings", 40),
+        Step("tests", (python, "-m", "pytest", "-q", "-k", "cuda and not cpu", *tests), 150),
+        program("ops", out, "benchmarks.ops", 300, "--device", "cuda", "--budget-s", "150"),
+        Step("memcheck", (sanitizer, "--tool", "memcheck", *touch), 60),
+        Step("racecheck", (sanitizer, "--tool", "racecheck", *touch), 60),
+        Step("synccheck", (sanitizer, "--tool", "synccheck", *touch), 60),
     ]
 
 
-def run_step(step: Step) -> Outcome:
-    """Run a step, echoing its output; a step that outlasts its limit or cannot start has failed."""
+def program(name: str, out: Path, module: str, limit_s: int, *options: str) -> Step:
+    """A benchmark that writes its rows as JSON."""
+    result = out / f"{name}.json"
+    command = (sys.executable, "-m", module, *options, "--json", str(result))
+    return Step(name, command, limit_s, result=result)
+
+
+def end_to_end(out: Path, name: str, seconds: int, *options: str) -> Step:
+    """The end-to-end benchmark, which begins nothing new in the last tenth of its time."""
+    config = () if "--configs" in options else ("--configs", name)
+    budget = ("--budget-s", str(seconds * 9 // 10))
+    fixed = ("--device", "cuda", *config, *options, *budget)
+    return program(name, out, "benchmarks.end_to_end", seconds, *fixed)
+
+
+def run_step(step: Step, left_s: float = float("inf")) -> Outcome:
+    """Run a step, echoing its output; a step that outlasts its limit or cannot start has failed.
+
+    left_s: seconds left to its part, which may be fewer than the step's own limit.
+    """
     print(f"== {step.name}: {' '.join(step.command)}", flush=True)
+    limit_s = int(min(step.limit_s, left_s))
+    if limit_s < 1:
+        print(f"-- {step.name}: FAILED, no time left")
+        return Outcome(step.name, False, 0.0, " ".join(step.command), "no time left")
+    if step.result is not None:
+        step.result.unlink(missing_ok=True)  # of an earlier run
     start = time.perf_counter()
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **step.environment}
     try:
@@ -83,13 +130,13 @@ def run_step(step: Step) -> Outcome:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=step.limit_s,
+            timeout=limit_s,
         )
         passed, output = done.returncode == 0, done.stdout
     except subprocess.TimeoutExpired as error:
         partial = error.stdout or b""
         text = partial.decode(errors="replace") if isinstance(partial, bytes) else partial
-        passed, output = False, f"{text}\nstopped after {step.limit_s} s"
+        passed, output = False, f"{text}\nstopped after {limit_s} s"
     except OSError as error:
         passed, output = False, f"cannot run: {error}"
     seconds = time.perf_counter() - start
@@ -119,32 +166,73 @@ def environment() -> dict[str, Any]:
     }
 
 
+def run_part(name: str, steps: list[Step], out: Path) -> bool:
+    """Run a part's steps and write its JSON; whether all passed. What a step found is printed last."""
+    end = time.monotonic() + PART_SECONDS
+    outcomes = [run_step(step, end - time.monotonic()) for step in steps]
+    record = {
+        "part": name,
+        "environment": environment(),
+        "steps": [asdict(outcome) for outcome in outcomes],
+    }
+    target = out / f"gpu-check-{name}.json"
+    target.write_text(json.dumps(record, indent=1) + "\n")
+    for outcome in outcomes:
+        verdict = "passed" if outcome.passed else "FAILED"
+        print(f"{outcome.name:<20} {verdict} {outcome.seconds:6.0f} s")
+    print(f"written: {target}\n")
+    for outcome in outcomes:
+        print(findings(outcome), end="")
+    return all(outcome.passed for outcome in outcomes)
+
+
+def findings(outcome: Outcome) -> str:
+    """The table of what a step measured, or nothing."""
+    if not isinstance(outcome.result, dict):
+        return ""
+    result = outcome.result
+    if "copy_bytes_per_s" in result:
+        copy, product = result["copy_bytes_per_s"] / 1e12, result["bf16_product_flops"] / 1e12
+        return f"copy {copy:.2f} TB/s, bfloat16 products {product:.0f} TFLOP/s\n"
+    measured = [row for row in result.get("rows", []) if "median_ms" in row and "batch" in row]
+    lines = [
+        f"{row['config']:<11} B{row['batch']:<4} {row['what']:<9} {row['name']:<24}"
+        f"{row['median_ms']:>10.2f} ms {row['ours_is_faster_by'] or float('nan'):>7.2f}x\n"
+        for row in measured
+    ]
+    return "".join(lines)
+
+
 def main() -> int:
-    """Run the plan, or the steps that ``--only`` names; 0 if all passed."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Run the parts that are named, or all, or the steps that ``--only`` names; 0 if all passed."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("parts", nargs="*", help="kernels, cifar, imagenet; all by default")
     parser.add_argument("--only", default="", help="names of steps, separated by commas")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "gpu-check")
     arguments = parser.parse_args()
-    steps = plan(arguments.out.resolve())
-    chosen = [name for name in arguments.only.split(",") if name]
-    if unknown := set(chosen) - {step.name for step in steps}:
-        parser.error(f"--only must name steps of {[s.name for s in steps]}, got {sorted(unknown)}")
+    out = arguments.out.resolve()
+    parts = plan(out)
+    if unknown := set(arguments.parts) - set(parts):
+        parser.error(f"parts must be of {list(parts)}, got {sorted(unknown)}")
+    parts = {name: parts[name] for name in arguments.parts or parts}
+    names = [step.name for steps in parts.values() for step in steps]
+    chosen = [name for name in arguments.only.split(",") if name] or names
+    if unknown := set(chosen) - set(names):
+        parser.error(f"--only must name steps of {names}, got {sorted(unknown)}")
     import torch
 
     if not torch.cuda.is_available():
         print(f"gpu-check: no CUDA device (torch {torch.__version__}); nothing to check here")
         return NO_DEVICE
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    outcomes = [run_step(step) for step in steps if not chosen or step.name in chosen]
-    record = {"environment": environment(), "steps": [asdict(outcome) for outcome in outcomes]}
-    target = arguments.out / "gpu-check.json"
-    target.write_text(json.dumps(record, indent=1) + "\n")
-    for outcome in outcomes:
-        print(
-            f"{outcome.name:<10} {'passed' if outcome.passed else 'FAILED'} {outcome.seconds:6.0f} s"
-        )
-    print(f"written: {target}")
-    return 0 if all(outcome.passed for outcome in outcomes) else 1
+    out.mkdir(parents=True, exist_ok=True)
+    passed = [
+        run_part(name, steps, out)
+        for name, all_steps in parts.items()
+        if (steps := [step for step in all_steps if step.name in chosen])
+    ]
+    return 0 if all(passed) else 1
 
 
 if __name__ == "__main__":
