@@ -17,8 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from iddpm_ext import _native
-from iddpm_ext.sampling import cuda_graph
+from iddpm_ext import _native, cuda_graph
 
 # Operators that look at a value, or copy one from the host.
 _WAITING = (

@@ -15,8 +15,8 @@ from cuda_emu import toolchain
 from fake_graphs import Counted, FakeGraphs, HostSync, no_waiting
 from test_cpu_engine import CONFIGS, SMALL, error, inputs, make, reference
 
-from iddpm_ext import Diffusion, _native, sample, sample_progressive
-from iddpm_ext.sampling import cuda_chain, cuda_engine, cuda_graph
+from iddpm_ext import Diffusion, _native, cuda_graph, sample, sample_progressive
+from iddpm_ext.sampling import cuda_chain, cuda_engine
 from iddpm_ext.sampling.cuda_engine import CUDAEngine, NotServed
 from iddpm_ext.sampling.cuda_network import FusedNetwork
 from iddpm_ext.sampling.embedding import Projections

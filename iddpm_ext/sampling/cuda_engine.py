@@ -15,9 +15,9 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from iddpm_ext import cuda_graph
 from iddpm_ext.ops.rows import no_autocast
 from iddpm_ext.ops.spec import BACKENDS
-from iddpm_ext.sampling import cuda_graph
 from iddpm_ext.sampling.cuda_network import FusedNetwork
 from iddpm_ext.sampling.embedding import Projections, Schedule
 from iddpm_ext.sampling.engine_base import NotServed, WeightsWatch, require_labels

@@ -52,6 +52,11 @@ def train(config: TrainConfig) -> Path:
                 f"train: batch_size must be a multiple of accumulate {config.accumulate} times "
                 f"{parallel.size} processes, got {config.batch_size}"
             )
+        if config.cuda_graph and (parallel.device.type != "cuda" or parallel.size > 1):
+            raise ValueError(
+                "train: cuda_graph must be off but for one process on a CUDA device, got on for "
+                f"{parallel.size} on {parallel.device}"
+            )
         if parallel.device.type == "cpu":
             keep_freed_memory()
         data = _open(config)

@@ -15,6 +15,7 @@ from iddpm_ext.diffusion.timestep_samplers import TimestepSampler, make_timestep
 from iddpm_ext.unet import UNet
 from iddpm_ext.unet_config import UNetConfig
 
+from .captured import CapturedPass
 from .checkpoints import read_state, read_tensors, write_checkpoint
 from .config import TrainConfig
 from .optimizer import MOMENTS, AdamWEMA
@@ -31,6 +32,7 @@ class TrainState:
     model: the network itself. module: what is called in training, `model` or its wrapper.
     emas: decay -> averaged parameters by name. seconds: spent in training, over all lives of the run.
     skipped: steps in a row whose gradient was not finite, a tensor on the run's device.
+    captured: forward and backward pass as a CUDA graph, once there is one.
     """
 
     model: UNet
@@ -44,6 +46,7 @@ class TrainState:
     step: int = 0
     images: int = 0
     seconds: float = 0.0
+    captured: CapturedPass | None = None
 
     def decays(self, warmup: bool) -> list[float]:
         """The decay of each average in the next update; `step` counts the updates before."""

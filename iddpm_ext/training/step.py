@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from iddpm_ext.cuda_graph import Graphs
 from iddpm_ext.data import Batch
 from iddpm_ext.random import STREAM_CHOICE, STREAM_FORWARD, NoiseKey, uniform
 
+from .captured import CapturedPass, Inputs
 from .config import TrainConfig
 from .parallel import Parallel, whole
 from .rates import learning_rate
@@ -64,11 +67,10 @@ def train_step(
             # Dropout draws from the global generator: seeded by what it belongs to, it needs no saving.
             torch.manual_seed((config.seed << 40) + int(batch.positions[0]))
         last = number == config.accumulate - 1
+        inputs = _inputs(config, state, batch, parallel.device)
         with parallel.accumulating(state.module, last):
-            losses = _losses(config, state, batch, parallel.device)
-            mean = (losses["loss"] * losses["weight"]).mean() / config.accumulate
-            state.scaler.scale(mean).backward()
-        parts.append({name: value.detach() for name, value in losses.items()})
+            losses = _forward_backward(config, state, inputs)
+        parts.append({**losses, "weight": inputs.weight, "t": inputs.t})
         if number == 0 and config.noise_scale:
             # A single part's gradient, of which the accumulated one holds 1 / accumulate.
             small = (_gradient_norm(state) / state.scaler.get_scale() * config.accumulate) ** 2
@@ -95,12 +97,25 @@ def train_step(
     return _measures(config, state, whole_step, norm, small), complaints
 
 
-def _losses(
-    config: TrainConfig, state: TrainState, batch: Batch, device: torch.device
-) -> dict[str, Tensor]:
-    """loss, mse, vlb, weight and t of each image, [N]."""
-    diffusion = state.model.diffusion
-    assert diffusion is not None
+def _forward_backward(config: TrainConfig, state: TrainState, inputs: Inputs) -> dict[str, Tensor]:
+    """loss, mse and vlb of each image, [N]; the parameters have the gradient of the mean."""
+    if not config.cuda_graph:
+        return _pass(config, state, inputs)
+    if state.captured is None:
+        state.captured = CapturedPass(
+            partial(_pass, config, state), state.model.parameters(), Graphs(inputs.x_0.device)
+        )
+    return state.captured(inputs)
+
+
+def _pass(config: TrainConfig, state: TrainState, inputs: Inputs) -> dict[str, Tensor]:
+    losses = _losses(config, state, inputs)
+    mean = (losses["loss"] * inputs.weight).mean() / config.accumulate
+    state.scaler.scale(mean).backward()
+    return {name: value.detach() for name, value in losses.items()}
+
+
+def _inputs(config: TrainConfig, state: TrainState, batch: Batch, device: torch.device) -> Inputs:
     positions = batch.positions.to(device)
     x_0 = batch.images.to(device, non_blocking=True)
     t, weight = state.timestep_sampler.sample(positions)
@@ -110,27 +125,32 @@ def _losses(
         x_0 = torch.where((choice[:, 0] < 0.5)[:, None, None, None], x_0.flip(3), x_0)
     if config.channels_last:
         x_0 = x_0.contiguous(memory_format=torch.channels_last)
-    kwargs = {}
+    labels = None
     if config.class_cond:
         assert batch.labels is not None
         labels = batch.labels.to(device, non_blocking=True)
-        kwargs["y"] = torch.where(choice[:, 1] < config.label_dropout, -1, labels)
+        labels = torch.where(choice[:, 1] < config.label_dropout, -1, labels)
+    return Inputs(x_0, positions, t, weight, labels)
+
+
+def _losses(config: TrainConfig, state: TrainState, inputs: Inputs) -> dict[str, Tensor]:
+    diffusion = state.model.diffusion
+    assert diffusion is not None
 
     def network(x_t: Tensor, timesteps: Tensor, **kwargs: Tensor) -> Tensor:
         dtype = _DTYPES[config.dtype]
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        with torch.autocast(x_t.device.type, dtype, enabled=dtype != torch.float32):
             return state.module(x_t, timesteps, **kwargs)
 
-    losses = diffusion.training_losses(
+    return diffusion.training_losses(
         network,
-        x_0,
-        t,
-        NoiseKey(config.seed, STREAM_FORWARD, positions, t),
+        inputs.x_0,
+        inputs.t,
+        NoiseKey(config.seed, STREAM_FORWARD, inputs.positions, inputs.t),
         objective=config.objective,
         vlb_weight=config.vlb_weight,
-        model_kwargs=kwargs,
+        model_kwargs={} if inputs.labels is None else {"y": inputs.labels},
     )
-    return {**losses, "weight": weight, "t": t}
 
 
 def _gradient_norm(state: TrainState) -> Tensor:

@@ -1,4 +1,4 @@
-"""The few calls of the CUDA runtime that the sampling engine makes: warm up, capture, replay."""
+"""The few calls of the CUDA runtime that engine and trainer make: warm up, capture, replay."""
 
 from __future__ import annotations
 
