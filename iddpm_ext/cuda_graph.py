@@ -57,5 +57,10 @@ class Graphs:
                 ):
                     work()
             except RuntimeError as error:
-                raise CaptureFailed(str(error).splitlines()[0]) from error
+                torch.cuda.set_stream(
+                    here
+                )  # PyTorch leaves the other one when ending a capture fails
+                # The end of a capture complains of what went wrong within it.
+                reason = str(error.__context__ or error)
+                raise CaptureFailed(reason.splitlines()[0]) from error
         return graph.replay

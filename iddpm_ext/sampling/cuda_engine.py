@@ -236,7 +236,8 @@ class CUDAEngine:
         ):
             require_labels("CUDAEngine.forward", self.model.config.num_classes, y, n)
         with self.computing():
-            return self._evaluate(x, self.project(timesteps, y))
+            y = None if y is None else y.to(self.device)
+            return self._evaluate(x, self.project(timesteps.to(self.device), y))
 
     def _evaluate(self, x: Tensor, embeddings: Tensor) -> Tensor:
         if not len(x):
