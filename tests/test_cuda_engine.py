@@ -202,7 +202,8 @@ def test_steps_that_are_looked_at_are_those_of_the_graph(gpu):
 def test_changed_weights_reach_the_graph_without_a_capture(gpu, change):
     model = network(gpu)
     before = sample(model, **DRAW)
-    for weight in (model.middle_block[0].in_layers[2].weight, model.time_embed[2].weight):
+    block = model.middle_block[0]
+    for weight in (block.in_layers[2].weight, block.emb_layers[1].weight):
         if change == "written":
             weight.mul_(-1)
         else:
