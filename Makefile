@@ -53,7 +53,7 @@ paper: $(VENV)/.dev $(VENV)/.built ## every figure and table of the paper at toy
 sanitize: $(VENV)/.dev ## run the test suite with the C++ code under AddressSanitizer and UBSan
 	CXX=g++ tools/sanitize.sh $(PY) $(TESTS)
 
-gpu-check: $(VENV)/.dev ## on a machine with a GPU: tests, compute-sanitizer, benchmarks, JSON
+gpu-check: $(VENV)/.dev ## on a machine with a GPU: tests, compute-sanitizer, benchmarks; JSON
 	$(PY) tools/gpu_check.py
 
 soak: $(VENV)/.dev $(VENV)/.built ## the slow tests too, and many more random examples
