@@ -8,7 +8,7 @@ counts 3 forward passes an image and step, 2 operations a multiply-add, and lr f
 from __future__ import annotations
 
 import torch
-from common import SMALL, arguments, axes, bits, distance, progress, trained, write
+from common import SMALL, arguments, axes, bits, distance, plain_numbers, progress, trained, write
 from torch.utils.flop_counter import FlopCounterMode
 
 import iddpm_ext
@@ -62,6 +62,7 @@ def main() -> None:
         line = (y.mean() + slope * (x.sort().values - x.mean())).exp()
         panel.plot(x.sort().values.exp(), line, "k--", linewidth=1, label=f"C^{slope:.2f}")
         panel.set(xscale="log", yscale="log", xlabel="training compute C in FLOPs")
+        plain_numbers(panel.yaxis)
         panel.legend(fontsize=8)
     panels[0].set_ylabel(f"FD-{flags.extractor}")
     write(flags, "fig10_scaling", rows, figure, fits=fits)

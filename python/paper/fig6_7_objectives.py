@@ -36,8 +36,8 @@ def main() -> None:
         bound = [record["vlb_bpd"] * flags.long for record in records]
         scale = [record["grad_noise_scale"] for record in records]
         curve.plot(steps, bound, label=name, color=colour, linewidth=1.2)
-        # An estimate is a ratio of two noisy ones: it can be negative, and is left out then.
-        shown = [value if value > 0 else math.nan for value in scale]
+        # An estimate is a ratio of two noisy ones: where it is negative or infinite it is left out.
+        shown = [value if value and value > 0 else math.nan for value in scale]
         noise.plot(steps, shown, ".-", label=name, color=colour, linewidth=0.6, markersize=4)
         for step, value, noisy in zip(steps, bound, scale, strict=True):
             rows.append({"run": name, "step": step, "bound_bpd": value, "grad_noise_scale": noisy})

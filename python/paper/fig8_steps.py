@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from common import arguments, axes, bits, distance, progress, write
+from common import arguments, axes, bits, distance, plain_numbers, progress, write
 
 import iddpm_ext
 from iddpm_ext import Diffusion
@@ -64,6 +64,7 @@ def main() -> None:
     right.plot([row["steps"] for row in curve], [row["bpd"] for row in curve], marker="o")
     left.set(xscale="log", yscale="log", xlabel="steps", ylabel=f"FD-{flags.extractor}")
     right.set(xscale="log", xlabel="steps", ylabel="bits/dim (learned variance)")
+    plain_numbers(left.xaxis, left.yaxis, right.xaxis)
     left.legend(fontsize=7)
     write(flags, "fig8_steps", [*rows, *curve], figure, samples=flags.samples)
 
