@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from matplotlib.ticker import ScalarFormatter
+from matplotlib.ticker import LogFormatter
 from torch import Tensor
 
 import iddpm_ext
@@ -111,8 +111,8 @@ def axes(*titles: str, size: tuple[float, float] = (5.0, 3.8)) -> tuple[Figure, 
 def plain_numbers(*axes_: Any) -> None:
     """Numbers as they are, not as powers of ten, on logarithmic axes that span few of them."""
     for axis in axes_:
-        axis.set_major_formatter(ScalarFormatter())
-        axis.set_minor_formatter(ScalarFormatter())
+        axis.set_major_formatter(LogFormatter(labelOnlyBase=False))
+        axis.set_minor_formatter(LogFormatter(labelOnlyBase=False))
 
 
 def table_figure(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:
