@@ -94,5 +94,18 @@ IDDPM_INLINE vf keep_first(vf v, int64_t n) {
   return select(lane < vi{} + int32_t(n), v, vf{});
 }
 
+// Calls f with a value of the type that a dtype's elements have.
+template <typename F>
+IDDPM_INLINE void with_element(DType dtype, F f) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return f(float{});
+    case DType::kBFloat16:
+      return f(BFloat16{});
+    case DType::kFloat16:
+      return f(Float16{});
+  }
+}
+
 }  // namespace IDDPM_ISA
 }  // namespace iddpm

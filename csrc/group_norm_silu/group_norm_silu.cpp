@@ -310,14 +310,7 @@ void run(const GroupNormSiluArgs& a, int num_threads) {
 }  // namespace
 
 void group_norm_silu(const GroupNormSiluArgs& args, int num_threads) {
-  switch (args.in.dtype) {
-    case DType::kFloat32:
-      return run<float>(args, num_threads);
-    case DType::kBFloat16:
-      return run<BFloat16>(args, num_threads);
-    case DType::kFloat16:
-      return run<Float16>(args, num_threads);
-  }
+  with_element(args.in.dtype, [&](auto element) { run<decltype(element)>(args, num_threads); });
 }
 
 }  // namespace IDDPM_ISA

@@ -20,14 +20,7 @@ void run(const QkvAttentionArgs& a, int num_threads) {
 }  // namespace
 
 void qkv_attention(const QkvAttentionArgs& args, int num_threads) {
-  switch (args.in.dtype) {
-    case DType::kFloat32:
-      return run<float>(args, num_threads);
-    case DType::kBFloat16:
-      return run<BFloat16>(args, num_threads);
-    case DType::kFloat16:
-      return run<Float16>(args, num_threads);
-  }
+  with_element(args.in.dtype, [&](auto element) { run<decltype(element)>(args, num_threads); });
 }
 
 }  // namespace IDDPM_ISA
