@@ -17,7 +17,7 @@ from iddpm_ext.training import TrainConfig, train
 from iddpm_ext.training.checkpoints import read_state, read_tensors
 from iddpm_ext.training.parallel import Parallel
 from iddpm_ext.training.state import new_state
-from iddpm_ext.training.step import _losses, positions_of
+from iddpm_ext.training.step import _inputs, _losses, positions_of
 
 DECAY, LR, FILED = 0.9, 1e-3, 2
 
@@ -54,7 +54,8 @@ def plain_run(config: TrainConfig, steps: int, at: Path, rows: int = 0) -> dict:
             if step == FILED:
                 write_files(at, model, optimizer, average, rows)
             optimizer.zero_grad()
-            _losses(config, state, next(stream), torch.device("cpu"))["loss"].mean().backward()
+            inputs = _inputs(config, state, next(stream), torch.device("cpu"))
+            _losses(config, state, inputs)["loss"].mean().backward()
             optimizer.step()
             for mean, p in zip(average, model.parameters(), strict=True):
                 mean.mul_(DECAY).add_(p.detach(), alpha=1 - DECAY)

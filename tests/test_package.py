@@ -20,7 +20,7 @@ FLOORS = [
     {"_C", "_native", "random", "gaussian", "foreign", "process_group"},
     {"ops"},
     {"unet_plain"},
-    {"diffusion", "unet", "unet_config"},
+    {"diffusion", "unet", "unet_blocks", "unet_config"},
     {"..."},
     {"training"},
     {"cli", "info"},
