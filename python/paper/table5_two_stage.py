@@ -77,7 +77,7 @@ def main() -> None:
     ).images
     one = iddpm_ext.sample(single, flags.sample_steps, n=flags.samples, progress=False)
     rows = []
-    figure, panels = axes("one stage", "two stages", size=(3.0, 3.2))
+    figure, panels = axes("one stage", "two stages", size=(2.4, 2.6))
     for name, x, panel in (("one stage", one, panels[0]), ("two stages", two, panels[1])):
         value, half = distance(x, flags.data, flags)
         rows.append({"model": name, "fd": value, "ci95_half": half})
