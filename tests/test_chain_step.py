@@ -113,6 +113,45 @@ def test_images_of_a_sample_do_not_depend_on_its_batch():
     assert torch.equal(rows["x"], whole["x"][2:])
 
 
+def test_noise_is_that_of_the_training_step_that_the_row_names():
+    arguments = call()
+    arguments["table"][:, -1] *= 80  # a chain of 50 of 4000 steps
+    wanted = expected(arguments, SEEDS[1], torch.float32, backend="cuda")
+    launch_step(**arguments)
+    assert torch.equal(arguments["x"], wanted)
+
+
+def apart(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values, each image followed by as much NaN, rounded up to whole vectors."""
+    n, size = len(tensor), tensor[0].numel()
+    buffer = tensor.new_full((n, 4 * (size // 2 + 1)), torch.nan)
+    buffer[:, :size] = tensor.reshape(n, size)
+    return buffer[:, :size].view(tensor.shape)
+
+
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("shape", [(2, 3, 7, 5), (2, 3, 8, 6)])
+def test_images_apart_in_memory_keep_what_lies_between_them(shape, learned):
+    arguments = call(shape, learned=learned, guided=True)
+    exact, yardstick = (expected(arguments, SEEDS[1], d) for d in (torch.float64, torch.float32))
+    tensors = ("x", "model_output", "unlabelled")
+    arguments.update({name: apart(arguments[name]) for name in tensors})
+    launch_step(**arguments)
+    assert_close(arguments["x"], exact, yardstick, torch.float32)
+    x = arguments["x"]
+    between = x.as_strided((2, x.stride(0)), (x.stride(0), 1))[:, x[0].numel() :]
+    assert between.isnan().all()
+
+
+@pytest.mark.parametrize("name", ["x", "model_output", "unlabelled"])
+def test_each_tensor_may_have_its_own_order(name):
+    arguments = call(guided=True)
+    exact, yardstick = (expected(arguments, SEEDS[1], d) for d in (torch.float64, torch.float32))
+    arguments[name] = arguments[name].contiguous(memory_format=torch.channels_last)
+    launch_step(**arguments)
+    assert_close(arguments["x"], exact, yardstick, torch.float32)
+
+
 @pytest.mark.parametrize("t", [-1, T, 2**40])
 def test_a_step_that_the_table_has_not_gives_nan(t):
     arguments = call(t=t)

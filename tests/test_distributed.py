@@ -78,11 +78,13 @@ def one(data, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def broken(tmp_path_factory) -> str:
-    """Ten images of which the last cannot be read."""
+    """Ten images of which three cannot be read, so that each process meets some."""
     folder = tmp_path_factory.mktemp("broken")
-    for i in range(9):
-        Image.new("L", (8, 8), 20 * i).save(folder / f"{i}.png")
-    (folder / "9.png").write_bytes(b"no image")
+    for i in range(10):
+        if i % 3 == 2:
+            (folder / f"{i}.png").write_bytes(b"no image")
+        else:
+            Image.new("L", (8, 8), 20 * i).save(folder / f"{i}.png")
     return str(folder)
 
 
@@ -172,12 +174,16 @@ def test_two_processes_count_the_unreadable_images_of_one(broken, runs, tmp_path
         ]
         for out in (tmp_path, runs / "broken")
     )
-    assert one == two and one[-1] >= 3
+    assert one == two and one[-1] >= 9
 
 
 def test_resuming_with_more_processes_says_so(runs):
     assert "the run has 2 processes now, 1 before" in (runs / "notes.txt").read_text()
     assert read_state(runs / "shared" / "ckpt" / "step-4")["processes"] == 2
+
+
+def test_two_processes_warn_of_nothing(runs):
+    assert "Warning" not in (runs / "notes.txt").read_text()
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ Processes are started by `torchrun`; DistributedDataParallel and FSDP2 are PyTor
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
@@ -59,6 +60,8 @@ class Parallel:
             return model
         if self.sharded:
             return model  # its parameters have been sharded in place
+        # A 1x1 kernel's gradient may be laid out otherwise, in dimensions of one element: the same memory.
+        warnings.filterwarnings("ignore", message="Grad strides do not match bucket view")
         devices = [self.device] if self.device.type == "cuda" else None
         return nn.parallel.DistributedDataParallel(model, device_ids=devices)
 
