@@ -422,6 +422,9 @@ def test_what_is_odd_about_the_data_is_said_once(tmp_path, capsys):
     train(_config(str(folder), tmp_path / "b", attention_resolutions=(8,)))
     said = capsys.readouterr().err
     assert "has no images" not in said and "attention" not in said
+    assert "the 32 channels of the first level are normalised one by one" in said
+    train(_config(str(folder), tmp_path / "c", channel_mult=(2,), steps=1))
+    assert "one by one" not in capsys.readouterr().err
 
 
 def test_a_signal_to_the_decoding_processes_too_saves_all_the_same(data, tmp_path):

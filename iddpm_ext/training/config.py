@@ -42,7 +42,8 @@ class TrainConfig:
         bad_images: skip (and count) or stop at unreadable images.
         class_cond: give the network the class.
         label_dropout: chance that an image's class is withheld, for guidance.
-        model_channels: width of the first level.
+        model_channels: width of the first level; at 32 every channel is a group of its own in GroupNorm,
+            and samples are tinted.
         num_res_blocks: residual blocks a level.
         channel_mult: width of each level, in model_channels.
         attention_resolutions: feature-map sides with attention.

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import iddpm_ext
 from iddpm_ext.data import ImageData, Order, batches, empty_classes, open_data
+from iddpm_ext.unet_config import NUM_GROUPS
 
 from .config import TrainConfig
 from .initial import start_from
@@ -254,6 +255,11 @@ def _notes_on(data: ImageData, config: TrainConfig) -> list[str]:
         notes.append(
             f"attention_resolutions names {', '.join(map(str, unused))}, but the features are "
             f"{', '.join(map(str, sides))} wide: no attention there"
+        )
+    if config.model_channels * config.channel_mult[0] == NUM_GROUPS:
+        notes.append(
+            f"the {NUM_GROUPS} channels of the first level are normalised one by one, which hides "
+            "brightness and colour from the output: samples will be tinted, 64 channels are far better"
         )
     return notes
 
