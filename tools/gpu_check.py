@@ -80,7 +80,7 @@ def kernel_steps(out: Path) -> list[Step]:
     build = {"IDDPM_CUDA": "1", "IDDPM_CUDA_ARCHS": "native"}
     sanitizer = shutil.which("compute-sanitizer") or "compute-sanitizer"
     touch = ("--error-exitcode", "1", python, "tools/touch_kernels.py", "--backend", "cuda")
-    tests = ("tests/test_cuda_engine.py", "tests/test_ops.py")
+    tests = ("tests/test_cuda_engine.py", "tests/test_training_graph.py", "tests/test_ops.py")
     return [
         Step("build", (python, "setup.py", "-q", "build_ext", "--inplace"), 180, build),
         Step("info", (python, "-m", "iddpm_ext", "info"), 30),
