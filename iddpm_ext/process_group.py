@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import itertools
+import time
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -11,6 +13,9 @@ _DEFAULT = timedelta(minutes=30)  # torch's own, of gloo
 _numbers = itertools.count()
 # Where the processes find each other, open for the life of this one; rank; size.
 _meeting: tuple[dist.Store, int, int] | None = None
+# Gloo's threads let go of an exchange's tensors a moment after it is done. That takes the interpreter's
+# lock, and where the interpreter has begun to end, the process dies of it ("terminate called").
+_PARTING = 0.05  # seconds
 
 
 def begin(backend: str, timeout: timedelta = _DEFAULT) -> None:
@@ -28,6 +33,7 @@ def begin(backend: str, timeout: timedelta = _DEFAULT) -> None:
     global _meeting
     if _meeting is None:
         _meeting = next(dist.rendezvous("env://", timeout=timeout))
+        atexit.register(time.sleep, _PARTING)  # sleeping leaves them the lock
     store, rank, size = _meeting
     store.set_timeout(timeout)
     # Every process begins the same groups in the same order, so the numbers agree.
