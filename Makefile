@@ -22,7 +22,7 @@ BUILD_INPUTS = setup.py $(wildcard tools/*.py) $(shell find csrc -type f)
 help: ## print this list
 	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' Makefile | expand -t 14
 
-sample: $(VENV)/.built ## draw 64 garments with the bundled model into samples.png
+sample: $(VENV)/.built ## draw 64 garments with the bundled fashion-mnist into samples.png
 	$(PY) -m iddpm_ext sample --n 64 --steps 50 --labels all --out samples.png
 
 test: $(VENV)/.dev $(VENV)/.built ## run the test suite (TESTS=tests/test_build.py for a part)
@@ -38,7 +38,7 @@ build: $(VENV)/.ok ## compile the module in place and say what was built
 	$(BUILD)
 	@touch $(VENV)/.built
 
-train: $(VENV)/.ok $(VENV)/.built ## train the bundled model's network on Fashion-MNIST (DATA=..., STEPS=...) into runs/
+train: $(VENV)/.ok $(VENV)/.built ## train the network of the bundled fashion-mnist (DATA=..., STEPS=...) into runs/
 	$(PY) -m iddpm_ext train --data $(DATA) --out runs/fashion-mnist --steps $(STEPS) --batch-size 32 --class-cond \
 	  --label-dropout 0.1 --model-channels 64 --num-res-blocks 1 --channel-mult 1,1,1 --attention-resolutions 7 \
 	  --lr 1e-3 --lr-warmup 200 --lr-decay --grad-clip 1 --ema 0.999 --dtype bfloat16

@@ -111,7 +111,7 @@ def one_step() -> Iterator[str]:
 
 
 def chains() -> Iterator[str]:
-    """Whole chains of the bundled model, which was trained on rescaled timesteps."""
+    """Whole chains of `fashion-mnist`, which was trained on rescaled timesteps."""
     model = iddpm_ext.load("fashion-mnist")
     unet = iddpm_ext.to_diffusers(model)
     labels = torch.arange(8) % 10

@@ -68,6 +68,13 @@ def expected(arguments, seed, dtype, backend="reference"):
     ).x_prev
 
 
+def step_as_the_op(arguments, seed=SEEDS[1]):
+    """Takes the step, which must be that of the op in float64."""
+    exact, yardstick = (expected(arguments, seed, d) for d in (torch.float64, torch.float32))
+    launch_step(**arguments)
+    assert_close(arguments["x"], exact, yardstick, torch.float32)
+
+
 CASES = {
     "learned variance": {},
     "fixed variance": {"learned": False},
@@ -91,10 +98,7 @@ def test_step_is_that_of_the_op_in_float64(name, layout):
         for key in ("model_output", "unlabelled"):
             if arguments[key] is not None:
                 arguments[key] = arguments[key].contiguous(memory_format=torch.channels_last)
-    seed = CASES[name].get("seed", SEEDS[1])
-    exact, yardstick = (expected(arguments, seed, d) for d in (torch.float64, torch.float32))
-    launch_step(**arguments)
-    assert_close(arguments["x"], exact, yardstick, torch.float32)
+    step_as_the_op(arguments, CASES[name].get("seed", SEEDS[1]))
 
 
 @pytest.mark.parametrize("change", [{}, {"clip": False}, {"samples": None}])
@@ -133,11 +137,9 @@ def apart(tensor: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("shape", [(2, 3, 7, 5), (2, 3, 8, 6)])
 def test_images_apart_in_memory_keep_what_lies_between_them(shape, learned):
     arguments = call(shape, learned=learned, guided=True)
-    exact, yardstick = (expected(arguments, SEEDS[1], d) for d in (torch.float64, torch.float32))
-    tensors = ("x", "model_output", "unlabelled")
-    arguments.update({name: apart(arguments[name]) for name in tensors})
-    launch_step(**arguments)
-    assert_close(arguments["x"], exact, yardstick, torch.float32)
+    for name in ("x", "model_output", "unlabelled"):
+        arguments[name] = apart(arguments[name])
+    step_as_the_op(arguments)
     x = arguments["x"]
     between = x.as_strided((2, x.stride(0)), (x.stride(0), 1))[:, x[0].numel() :]
     assert between.isnan().all()
@@ -146,10 +148,8 @@ def test_images_apart_in_memory_keep_what_lies_between_them(shape, learned):
 @pytest.mark.parametrize("name", ["x", "model_output", "unlabelled"])
 def test_each_tensor_may_have_its_own_order(name):
     arguments = call(guided=True)
-    exact, yardstick = (expected(arguments, SEEDS[1], d) for d in (torch.float64, torch.float32))
     arguments[name] = arguments[name].contiguous(memory_format=torch.channels_last)
-    launch_step(**arguments)
-    assert_close(arguments["x"], exact, yardstick, torch.float32)
+    step_as_the_op(arguments)
 
 
 @pytest.mark.parametrize("t", [-1, T, 2**40])

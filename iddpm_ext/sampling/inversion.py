@@ -46,7 +46,7 @@ def invert(
         model, steps, guidance_scale, low_res, clip, batch_size, diffusion, dtype, engine, exact,
             backend, progress: as of `sample`, and the same as there to come back.
         x_0: float32 or float64 [n, C, H, W] in [-1, 1].
-        refinements: 0 or more; the first ones help most (the bundled model at 20 steps comes back to
+        refinements: 0 or more; the first ones help most (`fashion-mnist` at 20 steps comes back to
             0.26, 0.17 and 0.14 rms with 0, 1 and 2).
         labels: integers [n], -1 for an unlabelled image.
 

@@ -60,7 +60,8 @@ class Parallel:
             return model
         if self.sharded:
             return model  # its parameters have been sharded in place
-        # A 1x1 kernel's gradient may be laid out otherwise, in dimensions of one element: the same memory.
+        # Gradients of 1x1 kernels, or of one input channel, have other strides where a dimension has one
+        # element: the same memory.
         warnings.filterwarnings("ignore", message="Grad strides do not match bucket view")
         devices = [self.device] if self.device.type == "cuda" else None
         return nn.parallel.DistributedDataParallel(model, device_ids=devices)

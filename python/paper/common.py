@@ -28,7 +28,7 @@ from iddpm_ext.likelihood import Likelihood
 from iddpm_ext.training import TrainConfig, train
 
 DATA = "/usr/share/datasets/fashion-mnist"
-#: A network that a CPU trains: the bundled model's shape, thinner.
+#: A network that a CPU trains: the shape of `fashion-mnist`, thinner.
 SMALL = {
     "num_res_blocks": 1, "channel_mult": (1, 1, 1), "attention_resolutions": (7,), "lr": 1e-3,
     "batch_size": 32, "ema": (0.995,), "progress": False, "sample_every": 0,
