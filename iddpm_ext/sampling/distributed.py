@@ -53,7 +53,7 @@ class Processes:
 
     def __exit__(self, *error: object) -> None:
         if self._began:
-            dist.destroy_process_group()
+            process_group.end()
             self._began = False
 
     def gather(self, own: Any) -> list[Any]:

@@ -52,7 +52,7 @@ class Parallel:
 
     def __exit__(self, *_: object) -> None:
         if self._owns_group:
-            dist.destroy_process_group()
+            process_group.end()
 
     def wrap(self, model: UNet) -> nn.Module:
         """The module to call in training: `model` itself, or with gradients averaged over the processes."""
