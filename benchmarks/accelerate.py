@@ -21,7 +21,7 @@ import iddpm_ext
 from benchmarks.context import context, write_json
 from benchmarks.networks import make_network
 from benchmarks.timing import interleave, summary
-from iddpm_ext.sampling.cpu_engine import CPUEngine
+from iddpm_ext.engines.cpu.engine import CPUEngine
 
 CLOCK = "process CPU time"
 BATCHES = {"small": 8, "cifar": 2}

@@ -26,8 +26,8 @@ from benchmarks.networks import make_inputs, make_network
 from benchmarks.peers import PEERS, Peer
 from benchmarks.time_box import time_box
 from benchmarks.timing import interleave, summary
-from iddpm_ext.sampling.cpu_engine import CPUEngine, NotServed
-from iddpm_ext.unet import UNet
+from iddpm_ext.engines.cpu.engine import CPUEngine, NotServed
+from iddpm_ext.networks.unet import UNet
 
 TIMES = (37.0, 500.0, 999.0)  # where errors are measured; the middle one is timed
 PACKAGES = ("torch", "onnxruntime", "openvino", "diffusers")

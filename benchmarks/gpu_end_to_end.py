@@ -28,8 +28,8 @@ from benchmarks.networks import make_inputs, make_network
 from benchmarks.original import Trainer, original_network
 from benchmarks.time_box import time_box
 from benchmarks.timing import interleave_on_device, spread
-from iddpm_ext.sampling.cuda_engine import CUDAEngine
-from iddpm_ext.unet import UNet
+from iddpm_ext.engines.cuda.engine import CUDAEngine
+from iddpm_ext.networks.unet import UNet
 
 WHATS = ("forward", "sampling", "training")
 OURS = "ours"

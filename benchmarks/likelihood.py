@@ -20,7 +20,7 @@ import torch
 import iddpm_ext
 from benchmarks.context import context, write_json
 from iddpm_ext.likelihood import Likelihood
-from iddpm_ext.unet import UNet
+from iddpm_ext.networks.unet import UNet
 
 BUDGETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 COUNTS = (5, 10, 25, 50, 100, 250)

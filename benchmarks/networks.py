@@ -7,7 +7,7 @@ from torch import Tensor
 
 import iddpm_ext
 from iddpm_ext import Diffusion
-from iddpm_ext.unet import UNet, UNetConfig
+from iddpm_ext.networks.unet import UNet, UNetConfig
 
 CONFIGS = {
     "bundled": iddpm_ext.load("fashion-mnist").config,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from benchmarks import sequences
 from iddpm_ext import ops
 from iddpm_ext.diffusion import Diffusion
-from iddpm_ext.unet import GroupNormSiLU, UNet
+from iddpm_ext.networks.unet import GroupNormSiLU, UNet
 
 EMA_DECAY = 0.9999
 LEARNING_RATE = 1e-4

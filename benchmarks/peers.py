@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from iddpm_ext.unet import UNet
+from iddpm_ext.networks.unet import UNet
 
 Peer = Callable[[Tensor, Tensor], Tensor]
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from iddpm_ext import unet_plain
+from iddpm_ext.networks import plain
 from iddpm_ext.ops.columns import Column
 
 
@@ -170,7 +170,7 @@ def group_norm_silu(
 
 def qkv_attention(qkv: Tensor, num_heads: int) -> Tensor:
     """Two einsums and a softmax in float32."""
-    return unet_plain.qkv_attention(qkv, num_heads)
+    return plain.qkv_attention(qkv, num_heads)
 
 
 def adamw_ema(
@@ -200,7 +200,7 @@ def adamw_ema(
 
 #: PyTorch's own functions, where an op's equation would be a slow way to write it.
 PLAIN: dict[str, Callable[..., Any]] = {
-    "group_norm_silu": unet_plain.group_norm_silu,
+    "group_norm_silu": plain.group_norm_silu,
     "adamw_ema": adamw_ema,
 }
 

@@ -25,12 +25,12 @@ from benchmarks.networks import make_inputs, make_network
 from benchmarks.original import EMA_DECAY, LEARNING_RATE, Trainer, hybrid_loss, original_network
 from benchmarks.timing import interleave, summary
 from iddpm_ext.data import Batch
+from iddpm_ext.networks.unet import UNet
 from iddpm_ext.training.config import TrainConfig
 from iddpm_ext.training.memory import keep_freed_memory
 from iddpm_ext.training.parallel import Parallel
 from iddpm_ext.training.state import new_state
 from iddpm_ext.training.step import train_step
-from iddpm_ext.unet import UNet
 
 CLOCK = "process CPU time"
 BATCHES = {"small": 16, "cifar": 4}

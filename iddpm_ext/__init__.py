@@ -10,15 +10,15 @@ __version__ = "0.1.0"
 # Public name -> the module that defines it; a module itself where the two are equal. Loaded at
 # first use: importing iddpm_ext is quick and asks for no optional library.
 _LAZY: dict[str, str] = {
-    "Classifier": "iddpm_ext.classifier",
-    "ClassifierConfig": "iddpm_ext.classifier",
+    "Classifier": "iddpm_ext.networks.classifier",
+    "ClassifierConfig": "iddpm_ext.networks.classifier",
     "Diffusion": "iddpm_ext.diffusion",
     "IDDPMPipeline": "iddpm_ext.interop.pipeline",
     "IDDPMScheduler": "iddpm_ext.interop.scheduler",
     "IDDPMUNet2DModel": "iddpm_ext.interop.unet2d",
-    "Splice": "iddpm_ext.splice",
-    "UNet": "iddpm_ext.unet",
-    "UNetConfig": "iddpm_ext.unet_config",
+    "Splice": "iddpm_ext.networks.splice",
+    "UNet": "iddpm_ext.networks.unet",
+    "UNetConfig": "iddpm_ext.networks.config",
     "classifier_gradient": "iddpm_ext.sampling",
     "evaluate": "iddpm_ext.evaluation",
     "export_onnx": "iddpm_ext.interop.export",
@@ -49,8 +49,6 @@ if TYPE_CHECKING:
     from iddpm_ext.checkpoint import load as load
     from iddpm_ext.checkpoint import load_classifier as load_classifier
     from iddpm_ext.checkpoint import save as save
-    from iddpm_ext.classifier import Classifier as Classifier
-    from iddpm_ext.classifier import ClassifierConfig as ClassifierConfig
     from iddpm_ext.diffusion import Diffusion as Diffusion
     from iddpm_ext.evaluation import evaluate as evaluate
     from iddpm_ext.images import save_animation as save_animation
@@ -64,15 +62,17 @@ if TYPE_CHECKING:
     from iddpm_ext.interop.scheduler import IDDPMScheduler as IDDPMScheduler
     from iddpm_ext.interop.unet2d import IDDPMUNet2DModel as IDDPMUNet2DModel
     from iddpm_ext.likelihood import nll as nll
+    from iddpm_ext.networks.classifier import Classifier as Classifier
+    from iddpm_ext.networks.classifier import ClassifierConfig as ClassifierConfig
+    from iddpm_ext.networks.config import UNetConfig as UNetConfig
+    from iddpm_ext.networks.splice import Splice as Splice
+    from iddpm_ext.networks.unet import UNet as UNet
     from iddpm_ext.sampling import classifier_gradient as classifier_gradient
     from iddpm_ext.sampling import interpolate as interpolate
     from iddpm_ext.sampling import invert as invert
     from iddpm_ext.sampling import sample as sample
     from iddpm_ext.sampling import sample_progressive as sample_progressive
     from iddpm_ext.sampling import sample_two_stage as sample_two_stage
-    from iddpm_ext.splice import Splice as Splice
-    from iddpm_ext.unet import UNet as UNet
-    from iddpm_ext.unet_config import UNetConfig as UNetConfig
 
 __all__ = ["__version__", *_LAZY]
 

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from iddpm_ext import _native, cuda_graph
+from iddpm_ext import _native
+from iddpm_ext.engines.cuda import graphs
 
 # Operators that look at a value, or copy one from the host.
 _WAITING = (
@@ -101,7 +102,7 @@ def _again(func, args, kwargs, written: list[Any]) -> None:
             then.copy_(now)
 
 
-class Counted(cuda_graph.Graphs):
+class Counted(graphs.Graphs):
     """The real graphs, counted; with `failure`, captures fail after the work was tried out."""
 
     captures = replays = 0
@@ -115,7 +116,7 @@ class Counted(cuda_graph.Graphs):
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         if self.failure is not None:
             work()
-            raise cuda_graph.CaptureFailed(self.failure)
+            raise graphs.CaptureFailed(self.failure)
         once = self.recorded(work)
         type(self).captures += 1
 
@@ -130,7 +131,7 @@ class Counted(cuda_graph.Graphs):
 
 
 class FakeGraphs(Counted):
-    """Stands for `cuda_graph.Graphs` on the CPU."""
+    """Stands for `graphs.Graphs` on the CPU."""
 
     def follow(self) -> None:
         """There are no streams."""

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from iddpm_ext import Diffusion, _native, sample
-from iddpm_ext.sampling.cpu_engine import CPUEngine, NotServed, why_not_served
-from iddpm_ext.unet import UNet, UNetConfig
+from iddpm_ext.engines.cpu.engine import CPUEngine, NotServed, why_not_served
+from iddpm_ext.networks.unet import UNet, UNetConfig
 
 pytestmark = [
     pytest.mark.skipif(_native.cpu_absence() is not None, reason="needs iddpm_ext._C"),
@@ -206,7 +206,7 @@ def test_a_schedule_too_large_for_a_table_is_computed_step_by_step(monkeypatch):
     timesteps = torch.tensor([5.0, 600.0])
     engine.set_schedule(timesteps, y)
     whole = [engine(x, step) for step in (0, 1, 0)]
-    monkeypatch.setattr("iddpm_ext.sampling.embedding._TABLE_BYTES", 0)
+    monkeypatch.setattr("iddpm_ext.engines.embedding._TABLE_BYTES", 0)
     engine = CPUEngine(model, 4)
     engine.set_schedule(timesteps, y)
     for step, expected in zip((0, 1, 0), whole, strict=True):

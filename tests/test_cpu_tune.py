@@ -9,8 +9,8 @@ import torch
 
 from iddpm_ext import UNet, UNetConfig, _native
 from iddpm_ext.cli import main
-from iddpm_ext.sampling import cpu_algorithms, tune
-from iddpm_ext.sampling.cpu_algorithms import (
+from iddpm_ext.engines.cpu import algorithms
+from iddpm_ext.engines.cpu.algorithms import (
     Algorithm,
     Chooser,
     ConvShape,
@@ -20,7 +20,8 @@ from iddpm_ext.sampling.cpu_algorithms import (
     load_table,
     user_table_path,
 )
-from iddpm_ext.sampling.cpu_engine import CPUEngine
+from iddpm_ext.engines.cpu.engine import CPUEngine
+from iddpm_ext.sampling import tune
 
 needs_engine = pytest.mark.skipif(
     _native.cpu_absence() is not None or _native.native().build_info()["isa"] == "base",
@@ -50,7 +51,7 @@ def store(table) -> None:
 
 
 def test_every_shipped_table_is_valid():
-    for path in cpu_algorithms._SHIPPED.glob("*.json"):
+    for path in algorithms._SHIPPED.glob("*.json"):
         table = load_table(path)
         assert set(table) == {"float32", "bfloat16"}
         assert all(table.values())
@@ -59,7 +60,7 @@ def test_every_shipped_table_is_valid():
 def test_the_users_table_goes_before_the_shipped_one(tmp_path, monkeypatch):
     shipped = tmp_path / "shipped"
     shipped.mkdir()
-    monkeypatch.setattr(cpu_algorithms, "_SHIPPED", shipped)
+    monkeypatch.setattr(algorithms, "_SHIPPED", shipped)
     (shipped / f"{cpu_family()}.json").write_text(json.dumps({"float32": {SHAPE.key: "F2"}}))
     assert load_chooser()(SHAPE, exact=False, bf16=False) == Algorithm(2)
     store({"float32": {SHAPE.key: "F4"}})

@@ -15,14 +15,15 @@ from cuda_emu import toolchain
 from fake_graphs import Counted, FakeGraphs, HostSync, no_waiting
 from test_cpu_engine import CONFIGS, SMALL, error, inputs, make, reference
 
-from iddpm_ext import Diffusion, _native, cuda_graph, sample, sample_progressive
-from iddpm_ext.sampling import cuda_chain, cuda_engine
-from iddpm_ext.sampling.cuda_engine import CUDAEngine, NotServed
-from iddpm_ext.sampling.cuda_network import FusedNetwork
-from iddpm_ext.sampling.embedding import Projections
-from iddpm_ext.sampling.engines import choose_network
+from iddpm_ext import Diffusion, _native, sample, sample_progressive
+from iddpm_ext.engines.choosing import choose_network
+from iddpm_ext.engines.cuda import engine as cuda_engine
+from iddpm_ext.engines.cuda.engine import CUDAEngine, NotServed
+from iddpm_ext.engines.cuda.network import FusedNetwork
+from iddpm_ext.engines.embedding import Projections
+from iddpm_ext.networks.unet import UNet, UNetConfig
+from iddpm_ext.sampling import cuda_chain
 from iddpm_ext.sampling.request import make_request
-from iddpm_ext.unet import UNet, UNetConfig
 
 REASON = toolchain.absence() or _native.cpu_absence()
 MORE_CONFIGS = {
@@ -53,7 +54,7 @@ class Gpu:
 def gpu(request, monkeypatch):
     """The device; without a GPU, CPU tensors are served as if they lay on one."""
     graphs = Counted if request.param == "cuda" else FakeGraphs
-    monkeypatch.setattr(cuda_graph, "Graphs", graphs)
+    monkeypatch.setattr("iddpm_ext.engines.cuda.graphs.Graphs", graphs)
     if request.param == "cuda":
         if _native.cuda_absence() is not None:
             pytest.skip(_native.cuda_absence())
@@ -164,7 +165,7 @@ def test_embeddings_that_do_not_fit_are_loaded_a_few_steps_at_a_time(gpu, monkey
     floats = Projections(model).floats
     monkeypatch.setattr(cuda_chain, "_WINDOW_BYTES", 4 * floats * 8)  # two of the seven steps
     assert_images_agree(sample(model, **{**DRAW, **options}), expected)
-    monkeypatch.setattr("iddpm_ext.sampling.embedding._TABLE_BYTES", 0)
+    monkeypatch.setattr("iddpm_ext.engines.embedding._TABLE_BYTES", 0)
     assert_images_agree(sample(copy.deepcopy(model), **{**DRAW, **options}), expected)
 
 

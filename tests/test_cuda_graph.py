@@ -7,7 +7,7 @@ import contextlib
 import pytest
 import torch
 
-from iddpm_ext.cuda_graph import CaptureFailed, Graphs
+from iddpm_ext.engines.cuda.graphs import CaptureFailed, Graphs
 
 
 class Runtime:

@@ -12,7 +12,7 @@ import torch
 
 import iddpm_ext
 from iddpm_ext import UNet, UNetConfig, _native
-from iddpm_ext.sampling.cpu_engine import CPUEngine
+from iddpm_ext.engines.cpu.engine import CPUEngine
 
 pytestmark = pytest.mark.skipif(
     _native.cpu_absence() is not None or _native.native().build_info()["isa"] == "base",

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from iddpm_ext import _native
-from iddpm_ext.sampling import cpu_ops as ops
-from iddpm_ext.sampling import cpu_pack as pack
+from iddpm_ext.engines.cpu import pack
+from iddpm_ext.engines.cpu import rows as ops
 
 pytestmark = pytest.mark.skipif(_native.cpu_absence() is not None, reason="needs iddpm_ext._C")
 

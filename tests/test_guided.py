@@ -11,9 +11,9 @@ from golden.make_guided import CASES, GOLDEN, SMALL
 from golden.make_unet import fill_by_formula, inputs_of, summary
 
 import iddpm_ext
-from iddpm_ext.classifier import Classifier, ClassifierConfig
-from iddpm_ext.sampling.cpu_engine import CPUEngine, why_not_served
-from iddpm_ext.unet import UNet, UNetConfig
+from iddpm_ext.engines.cpu.engine import CPUEngine, why_not_served
+from iddpm_ext.networks.classifier import Classifier, ClassifierConfig
+from iddpm_ext.networks.unet import UNet, UNetConfig
 
 GOLDENS = json.loads(GOLDEN.read_text())
 TINY = ClassifierConfig(

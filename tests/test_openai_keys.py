@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from iddpm_ext.unet import UNet, UNetConfig
+from iddpm_ext.networks.unet import UNet, UNetConfig
 
 RELEASED = json.loads((Path(__file__).parent / "golden" / "openai_checkpoints.json").read_text())
 CHANNEL_MULT = {256: (1, 1, 2, 2, 4, 4), 64: (1, 2, 3, 4), 32: (1, 2, 2, 2)}

@@ -19,8 +19,9 @@ PACKAGE = Path(iddpm_ext.__file__).parent
 FLOORS = [
     {"_C", "_native", "random", "gaussian", "foreign", "process_group"},
     {"ops"},
-    {"unet_plain"},
-    {"diffusion", "unet", "unet_blocks", "unet_config"},
+    {"diffusion"},
+    {"networks"},
+    {"engines"},
     {"..."},
     {"training"},
     {"cli", "info"},

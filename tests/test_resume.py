@@ -35,7 +35,7 @@ import torch
 torch.set_num_threads(1)
 from iddpm_ext.training import TrainConfig, train
 from iddpm_ext.training.config import TrainConfig
-import iddpm_ext.diffusion, iddpm_ext.unet, iddpm_ext.data
+import iddpm_ext.diffusion, iddpm_ext.networks.unet, iddpm_ext.data
 print("ready", flush=True)
 for line in sys.stdin:
     child = os.fork()

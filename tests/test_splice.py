@@ -7,7 +7,7 @@ import torch
 from likelihood_model import images, trained, untrained
 
 from iddpm_ext import Diffusion, Splice, nll, sample
-from iddpm_ext.sampling.engines import choose_network
+from iddpm_ext.engines.choosing import choose_network
 from iddpm_ext.sampling.request import make_request
 
 

@@ -28,7 +28,7 @@ def device(request, monkeypatch) -> str:
     monkeypatch.setattr(training_step, "Graphs", graphs)
     if request.param == "cpu":  # these look at values where the host need not wait for them
         monkeypatch.setattr("iddpm_ext.ops.checks.timesteps", lambda *_: None)
-        monkeypatch.setattr("iddpm_ext.unet._require_labels", lambda *_: None)
+        monkeypatch.setattr("iddpm_ext.networks.unet._require_labels", lambda *_: None)
     return request.param
 
 

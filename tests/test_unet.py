@@ -10,7 +10,7 @@ import pytest
 import torch
 from golden.make_unet import CASES, GOLDEN, config_of, fill_by_formula, inputs_of, summary
 
-from iddpm_ext.unet import UNet, UNetConfig, timestep_embedding
+from iddpm_ext.networks.unet import UNet, UNetConfig, timestep_embedding
 
 SMALL = UNetConfig(
     image_size=8,

@@ -3,7 +3,7 @@
 // Python lays out the buffers and writes one row of 16 64-bit words an operation; every thread of a
 // team walks the list and takes its share of each operation. A buffer is a pointer and the distance
 // between two pixels, so that a concatenation is two producers writing side by side.
-// Weights are packed as [ceil(columns / 32)][depth][32] (`iddpm_ext/sampling/cpu_pack.py`).
+// Weights are packed as [ceil(columns / 32)][depth][32] (`iddpm_ext/engines/cpu/pack.py`).
 #pragma once
 
 #include <cstdint>

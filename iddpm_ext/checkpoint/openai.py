@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from iddpm_ext.diffusion import Diffusion
-from iddpm_ext.unet_config import UNetConfig
+from iddpm_ext.networks.config import UNetConfig
 
 from .flags import Flags, read_flags
 from .released import RELEASED, flags_of

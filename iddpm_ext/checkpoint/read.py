@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from iddpm_ext.diffusion import Diffusion
-from iddpm_ext.unet import UNet
-from iddpm_ext.unet_config import UNetConfig
+from iddpm_ext.networks.config import UNetConfig
+from iddpm_ext.networks.unet import UNet
 
 from .flags import Flags
 from .openai import Described, describe

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from iddpm_ext.classifier import Classifier, ClassifierConfig
+from iddpm_ext.networks.classifier import Classifier, ClassifierConfig
 
 from .flags import Flags, read_flags
 from .released import CHANNEL_MULT, RELEASED_CLASSIFIERS, flags_of

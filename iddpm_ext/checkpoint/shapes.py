@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from iddpm_ext.unet_config import UNetConfig
+from iddpm_ext.networks.config import UNetConfig
 
 Shapes = Mapping[str, tuple[int, ...]]
 

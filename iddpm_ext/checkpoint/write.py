@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from safetensors.torch import save as to_bytes
 
-from iddpm_ext.classifier import Classifier
-from iddpm_ext.unet import UNet
+from iddpm_ext.networks.classifier import Classifier
+from iddpm_ext.networks.unet import UNet
 
 FORMAT_VERSION = 1
 STORED_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -72,9 +72,9 @@ def run(
         device: auto, cpu, cuda or cuda:1.
     """
     import iddpm_ext
+    from iddpm_ext.engines.choosing import choose_network
     from iddpm_ext.images import check_writable, save_animation, save_images
     from iddpm_ext.sampling import distributed, loop
-    from iddpm_ext.sampling.engines import choose_network
     from iddpm_ext.sampling.request import Request, make_request
     from iddpm_ext.sampling.two_stage import rounded_to_levels, upsampler_request
 

@@ -15,9 +15,9 @@ from torch import Tensor
 import iddpm_ext
 from iddpm_ext.checkpoint import bundled
 from iddpm_ext.data import ImageData, open_data
+from iddpm_ext.networks.unet import UNet
 from iddpm_ext.sampling.loop import batches, run
 from iddpm_ext.sampling.request import make_request
-from iddpm_ext.unet import UNet
 
 Images = str | os.PathLike[str] | Tensor | UNet | ImageData | Iterable[Tensor]
 

@@ -11,7 +11,7 @@ from iddpm_ext.interop import mapping
 from iddpm_ext.interop.library import UNet2DModel
 from iddpm_ext.interop.tensors import tensors_from_diffusers, tensors_to_diffusers
 from iddpm_ext.interop.unet2d import IDDPMUNet2DModel
-from iddpm_ext.unet import UNet
+from iddpm_ext.networks.unet import UNet
 
 
 def to_diffusers(model: UNet, *, stock: bool | None = None) -> Any:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from iddpm_ext.checkpoint.write import flush_folder
-from iddpm_ext.unet import UNet
+from iddpm_ext.networks.unet import UNet
 
 # Above this ONNX keeps weights in a second file: protocol buffers end at 2 GiB.
 _SINGLE_FILE_BYTES = 1_900_000_000

@@ -17,7 +17,7 @@ from iddpm_ext.checkpoint.write import flush_folder
 from iddpm_ext.interop import mapping
 from iddpm_ext.interop.process import diffusion_of
 from iddpm_ext.interop.tensors import tensors_from_diffusers
-from iddpm_ext.unet import UNet
+from iddpm_ext.networks.unet import UNet
 
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 

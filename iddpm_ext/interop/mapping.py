@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from iddpm_ext.unet_config import NUM_GROUPS, UNetConfig
+from iddpm_ext.networks.config import NUM_GROUPS, UNetConfig
 
 # Module of a residual block or an attention block, ours and theirs; qkv is apart.
 RES_BLOCK = {

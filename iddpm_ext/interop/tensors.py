@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from iddpm_ext.interop import mapping
-from iddpm_ext.unet import UNet
-from iddpm_ext.unet_config import UNetConfig
+from iddpm_ext.networks.config import UNetConfig
+from iddpm_ext.networks.unet import UNet
 
 
 def tensors_to_diffusers(ours: Mapping[str, Tensor], config: UNetConfig) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from iddpm_ext.unet import UNet
+from iddpm_ext.networks.unet import UNet
 
 _ATTRIBUTE = "_iddpm_twin"
 

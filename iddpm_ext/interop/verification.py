@@ -12,7 +12,7 @@ from torch import Tensor
 
 from iddpm_ext.checkpoint import load
 from iddpm_ext.interop.folder import read_folder
-from iddpm_ext.unet import UNet
+from iddpm_ext.networks.unet import UNet
 
 _BATCH = 2
 _FRACTIONS = (0.0, 0.001, 0.25, 0.5, 0.75, 1.0)

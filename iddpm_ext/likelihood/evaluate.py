@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from iddpm_ext import ops
+from iddpm_ext.engines.choosing import Network, choose_network
 from iddpm_ext.ops.columns import Column
 from iddpm_ext.random import STREAM_FORWARD, NoiseKey
-from iddpm_ext.sampling.engines import Network, choose_network
 from iddpm_ext.sampling.request import Request
 
 #: Of each evaluation: L_t in bits/dim; mean squared errors of x_0 and eps; share of v outside [-1, 1].

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from iddpm_ext.diffusion import Diffusion
 from iddpm_ext.likelihood.images import Data, Images, read_images
+from iddpm_ext.networks.config import UNetConfig
 from iddpm_ext.sampling.request import Request, Steps, default_batch_size, make_request
-from iddpm_ext.unet_config import UNetConfig
 
 _FORMAT = 1
 

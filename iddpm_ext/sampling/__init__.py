@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from iddpm_ext.engines.cpu.tune import tune
+
 from .classifier_guidance import classifier_gradient
-from .cpu_tune import tune
 from .inversion import interpolate, invert
 from .loop import SampleStep, sample, sample_progressive
 from .two_stage import TwoStage, sample_two_stage

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from iddpm_ext import _native
+from iddpm_ext.engines.choosing import EngineNetwork, Network
+from iddpm_ext.engines.cpu.engine import CPUEngine
 from iddpm_ext.ops.native import NO_PLANE, noise_key, plane
 from iddpm_ext.ops.spec import resolve_backend
 from iddpm_ext.random import STREAM_REVERSE
-from iddpm_ext.sampling.cpu_engine import CPUEngine
-from iddpm_ext.sampling.engines import EngineNetwork, Network
 from iddpm_ext.sampling.request import Request
 
 

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from iddpm_ext import _native
+from iddpm_ext.engines.choosing import EngineNetwork, Network, upsampled
+from iddpm_ext.engines.cuda.engine import CUDAEngine
+from iddpm_ext.engines.embedding import Schedule
 from iddpm_ext.ops.columns import NUM_COLUMNS
 from iddpm_ext.ops.native import NO_PLANE, check_launch, plane, stream
 from iddpm_ext.ops.spec import resolve_backend
 from iddpm_ext.random import STREAM_REVERSE
-from iddpm_ext.sampling.cuda_engine import CUDAEngine
-from iddpm_ext.sampling.embedding import Schedule
-from iddpm_ext.sampling.engines import EngineNetwork, Network, upsampled
 from iddpm_ext.sampling.predict import Predictor
 from iddpm_ext.sampling.request import Request
 

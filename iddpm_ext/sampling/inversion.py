@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from iddpm_ext.diffusion import Diffusion
+from iddpm_ext.engines.choosing import Network, choose_network
 from iddpm_ext.ops.columns import Column
-from iddpm_ext.sampling.engines import Network, choose_network
 from iddpm_ext.sampling.loop import batches, evaluated, progress_bar
 from iddpm_ext.sampling.predict import Predictor
 from iddpm_ext.sampling.request import Request, Steps, make_request

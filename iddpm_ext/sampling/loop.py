@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from iddpm_ext.diffusion import Diffusion
+from iddpm_ext.engines.choosing import Network, choose_network
 from iddpm_ext.random import STREAM_INITIAL, STREAM_REVERSE, NoiseKey, normal
 from iddpm_ext.sampling import cpu_chain, cuda_chain
 from iddpm_ext.sampling.chain_step import ChainStep
 from iddpm_ext.sampling.classifier_guidance import CondFn
-from iddpm_ext.sampling.engines import Network, choose_network
 from iddpm_ext.sampling.predict import Predictor
 from iddpm_ext.sampling.request import Request, Steps, make_request
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from iddpm_ext.sampling.engines import Network
+from iddpm_ext.engines.choosing import Network
 from iddpm_ext.sampling.request import Request
 
 

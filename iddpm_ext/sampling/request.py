@@ -15,10 +15,10 @@ from iddpm_ext.diffusion import SAMPLERS as ONE_STEP_SAMPLERS
 from iddpm_ext.diffusion import Diffusion
 from iddpm_ext.interop.process import diffusion_of
 from iddpm_ext.interop.twin import twin
+from iddpm_ext.networks.splice import Splice
+from iddpm_ext.networks.unet import UNet
 from iddpm_ext.ops.spec import resolve_backend
 from iddpm_ext.random import STREAM_CHOICE, NoiseKey, integers
-from iddpm_ext.splice import Splice
-from iddpm_ext.unet import UNet
 
 SAMPLERS = (*ONE_STEP_SAMPLERS, "dpm++")
 # The models that say themselves what they are.

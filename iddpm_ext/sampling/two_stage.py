@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from iddpm_ext.networks.unet import UNet
 from iddpm_ext.sampling.loop import batches, run
 from iddpm_ext.sampling.request import Request, Steps, make_request
-from iddpm_ext.unet import UNet
 
 # The upsampler's seed is the other's with this bit flipped: no number of the noise is used twice.
 _SEED_BIT = 1 << 63

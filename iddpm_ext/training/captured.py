@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from iddpm_ext.cuda_graph import CaptureFailed, Graphs
+from iddpm_ext.engines.cuda.graphs import CaptureFailed, Graphs
 
 
 class Inputs(NamedTuple):

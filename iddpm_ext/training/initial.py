@@ -19,7 +19,7 @@ from iddpm_ext.checkpoint.torch_file import (
     require_dense,
 )
 from iddpm_ext.diffusion import Diffusion
-from iddpm_ext.unet_config import UNetConfig
+from iddpm_ext.networks.config import UNetConfig
 
 from .config import TrainConfig
 from .optimizer import MOMENTS

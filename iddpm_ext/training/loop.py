@@ -13,7 +13,7 @@ from torch import Tensor
 
 import iddpm_ext
 from iddpm_ext.data import ImageData, Order, batches, empty_classes, open_data
-from iddpm_ext.unet_config import NUM_GROUPS
+from iddpm_ext.networks.config import NUM_GROUPS
 
 from .config import TrainConfig
 from .initial import start_from

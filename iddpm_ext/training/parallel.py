@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from iddpm_ext import process_group
-from iddpm_ext.unet import UNet
+from iddpm_ext.networks.unet import UNet
 
 # A rank whose peer has died must not wait for ever.
 _TIMEOUT = timedelta(seconds=float(os.environ.get("IDDPM_DIST_TIMEOUT", "600")))

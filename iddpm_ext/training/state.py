@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from iddpm_ext.checkpoint import metadata_of
 from iddpm_ext.diffusion import Diffusion
 from iddpm_ext.diffusion.timestep_samplers import TimestepSampler, make_timestep_sampler
-from iddpm_ext.unet import UNet
-from iddpm_ext.unet_config import UNetConfig
+from iddpm_ext.networks.config import UNetConfig
+from iddpm_ext.networks.unet import UNet
 
 from .captured import CapturedPass
 from .checkpoints import read_state, read_tensors, write_checkpoint

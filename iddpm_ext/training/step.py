@@ -8,8 +8,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from iddpm_ext.cuda_graph import Graphs
 from iddpm_ext.data import Batch
+from iddpm_ext.engines.cuda.graphs import Graphs
 from iddpm_ext.random import STREAM_CHOICE, STREAM_FORWARD, NoiseKey, uniform
 
 from .captured import CapturedPass, Inputs

@@ -16,8 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from iddpm_ext.networks.unet import (
+    AttentionBlock,
+    Downsample,
+    GroupNormSiLU,
+    ResBlock,
+    UNet,
+    Upsample,
+)
 from iddpm_ext.ops import group_norm_silu, qkv_attention
-from iddpm_ext.unet import AttentionBlock, Downsample, GroupNormSiLU, ResBlock, UNet, Upsample
 
 _LAST = torch.channels_last
 

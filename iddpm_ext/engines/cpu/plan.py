@@ -13,11 +13,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from iddpm_ext import _native
-from iddpm_ext.sampling import cpu_ops as ops
-from iddpm_ext.sampling import cpu_pack as pack
-from iddpm_ext.sampling.cpu_algorithms import Algorithm, ConvShape, choose_block
-from iddpm_ext.sampling.engine_base import NotServed
-from iddpm_ext.unet import AttentionBlock, Downsample, ResBlock, UNet, Upsample
+from iddpm_ext.engines.base import NotServed
+from iddpm_ext.engines.cpu import pack
+from iddpm_ext.engines.cpu import rows as ops
+from iddpm_ext.engines.cpu.algorithms import Algorithm, ConvShape, choose_block
+from iddpm_ext.networks.unet import AttentionBlock, Downsample, ResBlock, UNet, Upsample
 
 _ALIGN = 16  # floats: 64 bytes
 _ROUNDED = 128 * 1024  # values that a thread rounds to bfloat16 at a time; see gemm_bf16.cpp

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from iddpm_ext import unet_plain
+from iddpm_ext.networks import plain
+from iddpm_ext.networks.config import NUM_GROUPS, UNetConfig
 from iddpm_ext.ops import conv3x3, group_norm_silu, qkv_attention
 from iddpm_ext.ops.qkv_attention.layout import is_by_token
-from iddpm_ext.unet_config import NUM_GROUPS, UNetConfig
 
 
 def timestep_embedding(timesteps: Tensor, dim: int) -> Tensor:
@@ -52,7 +52,7 @@ class GroupNormSiLU(nn.GroupNorm):
     ) -> Tensor:
         """x [N, C, H, W]; scale, shift and channel_bias, which is added to x, [N, C] -> like x."""
         if self.backend == "plain":
-            compute = unet_plain.group_norm_silu
+            compute = plain.group_norm_silu
         else:
             compute = partial(group_norm_silu, backend=self.backend)
         return compute(
@@ -204,7 +204,7 @@ class AttentionBlock(nn.Module):
         """x [N, C, H, W] -> [N, C, H, W]."""
         h = self.norm(x).flatten(2)
         if self.backend == "plain":
-            h = unet_plain.qkv_attention(self.qkv(h), self.num_heads, self.order)
+            h = plain.qkv_attention(self.qkv(h), self.num_heads, self.order)
             return x + self.proj_out(h).view(x.shape)
         qkv = _pointwise(self.qkv, h)
         h = qkv_attention(qkv, self.num_heads, order=self.order, backend=self.backend)

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from iddpm_ext import unet_plain
-from iddpm_ext.unet import GroupNormSiLU, encoder_of, time_embed_of, timestep_embedding
-from iddpm_ext.unet_config import NUM_GROUPS, UNetConfig
+from iddpm_ext.networks import plain
+from iddpm_ext.networks.config import NUM_GROUPS, UNetConfig
+from iddpm_ext.networks.unet import GroupNormSiLU, encoder_of, time_embed_of, timestep_embedding
 
 POOLS = ("attention", "adaptive", "spatial", "spatial_v2")
 _SPATIAL_WIDTH = 2048
@@ -96,7 +96,7 @@ class AttentionPool(nn.Module):
         h = x.flatten(2)
         h = torch.cat([h.mean(dim=2, keepdim=True), h], dim=2)
         h = self.qkv_proj(h + self.positional_embedding.to(h.dtype))
-        return self.c_proj(unet_plain.qkv_attention(h, self.num_heads, "new")[:, :, :1])[:, :, 0]
+        return self.c_proj(plain.qkv_attention(h, self.num_heads, "new")[:, :, :1])[:, :, 0]
 
 
 class Classifier(nn.Module):

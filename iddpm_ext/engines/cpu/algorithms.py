@@ -1,7 +1,7 @@
 """Which algorithm a 3x3 convolution takes: a function of its shape and of the CPU, never of a timing.
 
 So the same shape on the same machine always takes the same path, and a run repeats itself. The
-tables were measured in place (`cpu_tune.py`), one a CPU family: those in `cpu_tables/` ship with the
+tables were measured in place (`tune.py`), one a CPU family: those in `tables/` ship with the
 code, and `iddpm tune` stores the user's own, which goes before them.
 """
 
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 Table = dict[str, dict[str, str]]  # {"float32": {shape's key: algorithm's name}, "bfloat16": ...}
-_SHIPPED = Path(__file__).with_name("cpu_tables")
+_SHIPPED = Path(__file__).with_name("tables")
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from iddpm_ext.unet import ResBlock, UNet, timestep_embedding
+from iddpm_ext.networks.unet import ResBlock, UNet, timestep_embedding
 
 _TABLE_BYTES = 256 << 20  # a larger table is made step by step
 

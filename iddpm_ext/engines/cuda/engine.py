@@ -1,6 +1,6 @@
 """Runs a `UNet` on a CUDA device as CUDA graphs of fused kernels.
 
-The weights are copied once (`cuda_network.py`). The first call on images of a shape captures the
+The weights are copied once (`network.py`). The first call on images of a shape captures the
 network, later ones copy their input to where the graph reads it and replay it; whole chains have a
 graph of their own (`cuda_chain.py`). Where a capture fails the same kernels are launched one by one.
 """
@@ -15,13 +15,13 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from iddpm_ext import cuda_graph
+from iddpm_ext.engines.base import NotServed, WeightsWatch, require_labels
+from iddpm_ext.engines.cuda import graphs
+from iddpm_ext.engines.cuda.network import FusedNetwork
+from iddpm_ext.engines.embedding import Projections, Schedule
+from iddpm_ext.networks.unet import UNet
 from iddpm_ext.ops.rows import no_autocast
 from iddpm_ext.ops.spec import BACKENDS
-from iddpm_ext.sampling.cuda_network import FusedNetwork
-from iddpm_ext.sampling.embedding import Projections, Schedule
-from iddpm_ext.sampling.engine_base import NotServed, WeightsWatch, require_labels
-from iddpm_ext.unet import UNet
 
 __all__ = ["CUDAEngine", "NotServed", "why_not_served"]
 
@@ -82,7 +82,7 @@ class CUDAEngine:
         c = model.config
         self.in_channels = c.in_channels * (2 if c.super_resolution else 1)
         self.out_channels = c.out_channels
-        self._graphs = cuda_graph.Graphs(self.device)
+        self._graphs = graphs.Graphs(self.device)
         self._can_capture = True
         self._ready: dict[Hashable, tuple[Task, Callable[[], None]]] = {}
         self._watch = WeightsWatch(model)
@@ -124,7 +124,7 @@ class CUDAEngine:
         if self._can_capture:
             try:
                 return self._graphs.capture(work)
-            except cuda_graph.CaptureFailed as reason:
+            except graphs.CaptureFailed as reason:
                 self._can_capture = False
                 warnings.warn(
                     f"sample: kernels are launched one by one, without a CUDA graph: {reason}",

@@ -1,6 +1,6 @@
 """Runs a `UNet` on the CPU several times faster than module by module, in full float32.
 
-The weights are transformed and packed once, the network is laid out as a plan (`cpu_plan.py`), and
+The weights are transformed and packed once, the network is laid out as a plan (`plan.py`), and
 an evaluation is one call into `csrc/unet_engine`, without the GIL.
 """
 
@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from iddpm_ext import _native
-from iddpm_ext.sampling.cpu_algorithms import Algorithm, ConvShape, load_chooser
-from iddpm_ext.sampling.cpu_plan import Plan, Planner
-from iddpm_ext.sampling.embedding import Projections, Schedule
-from iddpm_ext.sampling.engine_base import NotServed, WeightsWatch, require_labels
-from iddpm_ext.unet import UNet
+from iddpm_ext.engines.base import NotServed, WeightsWatch, require_labels
+from iddpm_ext.engines.cpu.algorithms import Algorithm, ConvShape, load_chooser
+from iddpm_ext.engines.cpu.plan import Plan, Planner
+from iddpm_ext.engines.embedding import Projections, Schedule
+from iddpm_ext.networks.unet import UNet
 
 __all__ = ["CPUEngine", "NotServed", "why_not_served"]
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from iddpm_ext.diffusion import Diffusion
-from iddpm_ext.unet import UNet
-from iddpm_ext.unet_config import UNetConfig
+from iddpm_ext.networks.config import UNetConfig
+from iddpm_ext.networks.unet import UNet
 
 _SHARED = ("image_size", "in_channels", "out_channels", "num_classes", "super_resolution")
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from iddpm_ext.sampling.cpu_algorithms import (
+from iddpm_ext.engines.cpu.algorithms import (
     ALGORITHMS,
     CANDIDATES,
     Algorithm,
@@ -25,8 +25,8 @@ from iddpm_ext.sampling.cpu_algorithms import (
     load_table,
     user_table_path,
 )
-from iddpm_ext.sampling.cpu_engine import CPUEngine, why_not_served
-from iddpm_ext.unet import UNet
+from iddpm_ext.engines.cpu.engine import CPUEngine, why_not_served
+from iddpm_ext.networks.unet import UNet
 
 _MARGIN = 0.97  # F2 is the more accurate: F4 has to be this much faster
 

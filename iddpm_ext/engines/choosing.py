@@ -10,15 +10,17 @@ import contextlib
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from iddpm_ext.sampling.request import Request
-from iddpm_ext.splice import Splice, joined
-from iddpm_ext.unet import UNet
+from iddpm_ext.networks.splice import Splice, joined
+from iddpm_ext.networks.unet import UNet
+
+if TYPE_CHECKING:
+    from iddpm_ext.sampling.request import Request
 
 _KEPT = 2
 
@@ -169,7 +171,7 @@ def _cpu_network(request: Request, batch_size: int) -> Network | None:
         return None
     if model.dtype != torch.float32 and request.dtype is None:
         return None
-    from iddpm_ext.sampling.cpu_engine import CPUEngine, NotServed
+    from iddpm_ext.engines.cpu.engine import CPUEngine, NotServed
 
     size = request.image_shape[1:]
     threads = torch.get_num_threads()
@@ -195,7 +197,7 @@ def _cpu_network(request: Request, batch_size: int) -> Network | None:
 
 
 def _cuda_network(request: Request, batch_size: int) -> Network | None:
-    from iddpm_ext.sampling.cuda_engine import CUDAEngine, NotServed, serves_device
+    from iddpm_ext.engines.cuda.engine import CUDAEngine, NotServed, serves_device
 
     model = request.model
     state = torch.float32 if request.x_T is None else request.x_T.dtype

@@ -3,7 +3,7 @@
 A small convolutional network is trained on the 60,000 real images (a few minutes on one core), its
 accuracy on the 10,000 real test images is measured, and then that on samples, as many of each class:
 
-    python python/fashion_mnist_accuracy.py --data /usr/share/datasets/fashion-mnist
+    python -m benchmarks.fashion_mnist_accuracy --data /usr/share/datasets/fashion-mnist
 
 The data is the Debian package dataset-fashion-mnist, or any folder with the four IDX files.
 """
@@ -20,11 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import iddpm_ext
-from iddpm_ext.data import open_data
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from benchmarks.context import context, write_json
+from iddpm_ext.data import open_data
 
 NAMES = (
     "T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot",
@@ -120,7 +117,7 @@ def main() -> None:
     if arguments.json is not None:
         figures = {
             **context("fashion_mnist_accuracy"),
-            "command": " ".join(["python python/fashion_mnist_accuracy.py", *sys.argv[1:]]),
+            "command": " ".join(["python -m benchmarks.fashion_mnist_accuracy", *sys.argv[1:]]),
             "model": arguments.model,
             "samples": len(labels),
             "steps": arguments.steps,

@@ -1,7 +1,7 @@
 """The U-Net of Improved DDPM, with the state-dict keys and shapes of OpenAI's checkpoints.
 
 Attribute names such as `input_blocks` are the checkpoints' keys and therefore fixed; its blocks are in
-`unet_blocks`.
+`blocks`.
 """
 
 from __future__ import annotations
@@ -13,9 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from iddpm_ext.ops import REGISTRY, spec
-from iddpm_ext.ops.rows import no_autocast
-from iddpm_ext.unet_blocks import (
+from iddpm_ext.networks.blocks import (
     AttentionBlock,
     Block,
     Conv3x3,
@@ -30,7 +28,9 @@ from iddpm_ext.unet_blocks import (
     trains_on_cpu,
     zeroed,
 )
-from iddpm_ext.unet_config import UNetConfig
+from iddpm_ext.networks.config import UNetConfig
+from iddpm_ext.ops import REGISTRY, spec
+from iddpm_ext.ops.rows import no_autocast
 
 if TYPE_CHECKING:
     from iddpm_ext.diffusion import Diffusion

@@ -1,0 +1,1 @@
+"""What evaluates a network fast: which engine takes a model, and the engines themselves."""
