@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_ops import same_bits
+from op_calls import same_bits
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 

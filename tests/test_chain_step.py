@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cuda_emu import toolchain
-from test_ops import assert_close
+from op_calls import assert_close
 
 from iddpm_ext import _native
 from iddpm_ext.ops import reverse_step, synthetic

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from cuda_emu import toolchain
-from test_ops import DTYPES, assert_close, cloned, differentiable, gradients, run, to_double
+from op_calls import DTYPES, assert_close, cloned, differentiable, gradients, run, to_double
 
 from iddpm_ext import _native
 from iddpm_ext.ops.spec import REGISTRY, Case, OpSpec

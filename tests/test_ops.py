@@ -2,33 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from itertools import product
 from typing import Any
 
 import pytest
 import torch
+from op_calls import (
+    DTYPES,
+    KERNELS,
+    assert_close,
+    cloned,
+    differentiable,
+    gradients,
+    poison_fresh_memory,
+    run,
+    same_bits,
+    tensors,
+    to_double,
+)
 from torch import Tensor
 
 from iddpm_ext import ops
 from iddpm_ext.ops import synthetic
-from iddpm_ext.ops.spec import BACKENDS, REGISTRY, BadCase, Case, OpSpec, unavailable
+from iddpm_ext.ops.spec import REGISTRY, BadCase, Case, OpSpec, unavailable
 from iddpm_ext.random import NoiseKey
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-KERNELS = [backend for backend in BACKENDS if backend != "reference"]
 DIFFERENTIABLE = [spec for spec in REGISTRY.values() if spec.differentiable]
 NUMERICALLY_DIFFERENTIABLE = [spec for spec in DIFFERENTIABLE if not spec.stops_gradient]
 SMALL = 4000
-
-# A result may be this many times as far from float64 as PyTorch's own at the same dtype (root mean square
-# over the elements: where terms cancel, the largest error of a few is a matter of luck) ...
-ERROR_RATIO = 2.0
-# ... and is never asked to be closer than this many roundings of the largest value (in float32, the
-# `roundings` of an op that has reason for more).
-ROUNDINGS = 2.0
 
 
 def kernel_cases(specs: Iterable[OpSpec]) -> list[Any]:
@@ -50,80 +54,6 @@ def bad_cases() -> list[Any]:
     ]
 
 
-def tensors(value: Any) -> list[Tensor]:
-    """The tensors of a result, in order."""
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, (list, tuple)):
-        return [x for item in value for x in tensors(item)]
-    return []
-
-
-def convert(kwargs: dict[str, Any], change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
-    def visit(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return change(value)
-        if isinstance(value, list):
-            return [visit(v) for v in value]
-        return value
-
-    return {name: visit(value) for name, value in kwargs.items()}
-
-
-def to_double(kwargs: dict[str, Any]) -> dict[str, Any]:
-    return convert(kwargs, lambda x: x.double() if x.is_floating_point() else x)
-
-
-def cloned(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Copies that keep strides, so that an op which works in place starts afresh."""
-
-    def copy(x: Tensor) -> Tensor:
-        if x.numel() == 0:
-            return x.clone()
-        room = torch.empty(x.untyped_storage().nbytes() // x.element_size(), dtype=x.dtype)
-        room = room.to(x.device)
-        room.copy_(torch.as_strided(x, room.shape, (1,), 0))
-        return torch.as_strided(room, x.shape, x.stride(), x.storage_offset())
-
-    return convert(kwargs, copy)
-
-
-def run(spec: OpSpec, backend: str, kwargs: dict[str, Any]) -> list[Tensor]:
-    """What the op returns, or for an op that works in place, the tensors it was given."""
-    result = spec.public(**kwargs, backend=backend)
-    return tensors(list(kwargs.values()) if result is None else result)
-
-
-def poison_fresh_memory() -> None:
-    """Makes it likely that an element nobody writes is NaN."""
-    for size in (64, 4096, 65536):
-        torch.full((size,), float("nan"))
-
-
-def error(result: Tensor, exact: Tensor) -> float:
-    return float((result.double() - exact).square().mean().sqrt()) if exact.numel() else 0.0
-
-
-def assert_close(
-    result: Tensor,
-    exact: Tensor,
-    yardstick: Tensor,
-    dtype: torch.dtype,
-    roundings: float = ROUNDINGS,
-) -> None:
-    assert result.shape == exact.shape
-    assert torch.equal(result.isnan(), exact.isnan())
-    if not exact.is_floating_point():
-        assert torch.equal(result, exact)
-        return
-    finite = exact.isfinite()
-    result, exact, yardstick = result[finite], exact[finite], yardstick[finite]
-    scale = float(exact.abs().max()) if exact.numel() else 0.0
-    roundings = roundings if dtype == torch.float32 else ROUNDINGS
-    allowed = max(ERROR_RATIO * error(yardstick, exact), roundings * torch.finfo(dtype).eps * scale)
-    assert error(result, exact) <= allowed
-
-
 @pytest.mark.parametrize(("spec", "backend", "case"), kernel_cases(REGISTRY.values()))
 def test_backend_agrees_with_the_reference_in_float64(spec: OpSpec, backend: str, case: Case):
     poison_fresh_memory()
@@ -135,14 +65,6 @@ def test_backend_agrees_with_the_reference_in_float64(spec: OpSpec, backend: str
     for result, target, measure in zip(results, exact, yardstick, strict=True):
         assert result.dtype == measure.dtype and result.stride() == measure.stride()
         assert_close(result, target, measure, result.dtype, spec.roundings)
-
-
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors hold the same bits, those of a NaN included."""
-    if not a.is_floating_point():
-        return torch.equal(a, b)
-    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
-    return a.dtype == b.dtype and torch.equal(a.view(bits), b.view(bits))
 
 
 @pytest.mark.parametrize(("spec", "backend", "case"), kernel_cases(REGISTRY.values()))
@@ -206,29 +128,6 @@ def test_autocast_leaves_an_op_alone(spec: OpSpec):
         with torch.autocast("cpu", torch.bfloat16):
             results = run(spec, "cpu", cloned(case.kwargs))
         assert all(same_bits(a, b) for a, b in zip(results, expected, strict=True))
-
-
-def differentiable(spec: OpSpec, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """A copy whose differentiable tensors are leaves that require gradients, strides kept."""
-    copy = cloned(kwargs)
-    for name in spec.differentiable:
-        if isinstance(copy.get(name), Tensor):
-            copy[name].requires_grad_(True)
-    return copy
-
-
-def gradients(spec: OpSpec, backend: str, kwargs: dict[str, Any]) -> list[Tensor]:
-    """Gradients of a fixed weighted sum of every result that has one."""
-    total = torch.zeros((), dtype=torch.float64)
-    for i, result in enumerate(tensors(spec.public(**kwargs, backend=backend))):
-        if result.requires_grad and result.numel():
-            weights = torch.linspace(-1, 1, result.numel(), dtype=torch.float64).cos() + 0.1 * i
-            total = total + (result.double().cpu() * weights.view(result.shape)).sum()
-    leaves = [kwargs[k] for k in spec.differentiable if isinstance(kwargs.get(k), Tensor)]
-    if not total.requires_grad:
-        return [torch.zeros_like(x) for x in leaves]
-    found = torch.autograd.grad(total, leaves, allow_unused=True)
-    return [g if g is not None else torch.zeros_like(x) for g, x in zip(found, leaves, strict=True)]
 
 
 @pytest.mark.parametrize(("spec", "backend", "case"), kernel_cases(DIFFERENTIABLE))

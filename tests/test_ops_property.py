@@ -15,8 +15,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
-from rounding_noise import RoundingNoise
-from test_ops import (
+from op_calls import (
     ERROR_RATIO,
     KERNELS,
     ROUNDINGS,
@@ -28,6 +27,7 @@ from test_ops import (
     tensors,
     to_double,
 )
+from rounding_noise import RoundingNoise
 from torch import Tensor
 
 from iddpm_ext.ops import synthetic

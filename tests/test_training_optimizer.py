@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_ops import same_bits
+from op_calls import same_bits
 from torch import Tensor, nn
 
 from iddpm_ext.training.optimizer import MOMENTS, AdamWEMA

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from iddpm_ext.ops.columns import NUM_COLUMNS, Column
+from iddpm_ext.ops.modes import transformed
 from iddpm_ext.random import NoiseKey
 
 HALVES = (torch.float16, torch.bfloat16)
@@ -20,7 +21,7 @@ FLOATS = (torch.float32, torch.float64, *HALVES)
 
 def looks(value: Tensor) -> bool:
     """Whether the values of a tensor may be read now."""
-    return value.device.type == "cpu" and not torch.compiler.is_compiling()
+    return value.device.type == "cpu" and not torch.compiler.is_compiling() and not transformed()
 
 
 def floating(op: str, name: str, value: Any, rank: int | None = None) -> None:

@@ -7,15 +7,21 @@ is called as the PyTorch that it is, so that autograd and compilers see through 
 The dispatcher takes 8 microseconds a call, and 50 with a gradient, which is longer than many kernels. So
 plain tensors in eager mode, where nobody traces or transforms, go straight to the kernel, and get
 their gradient from an `autograd.Function`; all else goes through the operator.
+
+A kernel's gradient is not differentiable again. Where a graph of it is asked for (`create_graph`, the
+derivatives of derivatives), the backward pass differentiates the reference instead, on the same inputs:
+PyTorch's own functions, which it can differentiate any number of times.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from iddpm_ext.ops.modes import observed, transformed
 
 LIBRARY = torch.library.Library("iddpm_ext", "DEF")
 
@@ -31,7 +37,7 @@ class _Direct:
         self.function: type[torch.autograd.Function] | None = None
 
     def __call__(self, *args: Any) -> Any:
-        if not _observed():
+        if not observed():
             wanted = False
             for arg in args:
                 if isinstance(arg, Tensor):
@@ -43,17 +49,6 @@ class _Direct:
             if self.function is not None:
                 return self.function.apply(*args)
         return self.overload(*args)
-
-
-def _observed() -> bool:
-    """Whether somebody watches, traces or transforms what is called now."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._get_tracing_state() is not None
-        or torch._C._functorch.maybe_current_level() is not None
-        or torch._C._autograd._profiler_enabled()
-    )
 
 
 def define(
@@ -78,17 +73,25 @@ def define(
 
 
 def differentiate(
-    name: str, setup: Callable[..., None], backward: Callable[..., tuple[Any, ...]]
+    name: str,
+    setup: Callable[..., None],
+    backward: Callable[..., tuple[Any, ...]],
+    formula: Callable[..., tuple[Any, ...]],
 ) -> None:
     """Gives `iddpm_ext::<name>` a gradient.
 
-    `setup(ctx, inputs, output)` saves, `backward(ctx, *gradients)` computes.
-    One registration serves every backend and compiled code; `backward` returns one value an argument
-    of the schema, the backend included.
+    `setup(ctx, inputs, output)` saves, `backward(ctx, *gradients)` computes, and so does
+    `formula(ctx, *gradients)`, in PyTorch's functions, where a graph of the gradient is asked for.
+    One registration serves every backend and compiled code; both return one value an argument of the
+    schema, the backend included.
     """
-    torch.library.register_autograd(
-        f"iddpm_ext::{name}", backward, setup_context=setup, lib=LIBRARY
-    )
+
+    def either(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
+        if torch.is_grad_enabled() or transformed():
+            return formula(ctx, *gradients)
+        return backward(ctx, *gradients)
+
+    torch.library.register_autograd(f"iddpm_ext::{name}", either, setup_context=setup, lib=LIBRARY)
     kernels = _DIRECT[name].kernels
 
     # Without a `setup_context` of its own, whose arguments PyTorch binds by inspection at every call.
@@ -97,7 +100,50 @@ def differentiate(
         setup(ctx, args, output)
         return output
 
-    # Kernels' gradients are not differentiable again: asking for that must not give a wrong answer.
-    once = torch.autograd.function.once_differentiable(backward)
-    members = {"forward": staticmethod(forward), "backward": staticmethod(once)}
+    members = {"forward": staticmethod(forward), "backward": staticmethod(either)}
     _DIRECT[name].function = type(name, (torch.autograd.Function,), members)
+
+
+def vector_jacobian(
+    function: Callable[..., tuple[Tensor, ...]],
+    inputs: Sequence[Tensor | None],
+    wanted: Sequence[bool],
+    gradients: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """Gradients of the wanted `inputs` of `function`, given those of its results; differentiable again.
+
+    `function` is made of PyTorch's functions. A result whose gradient is None has no part in it.
+    """
+    keeps_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # A view of each: a tensor that is two of the arguments has a gradient as either.
+        own = [
+            x.view_as(x) if take and x is not None and x.requires_grad else x
+            for x, take in zip(inputs, wanted, strict=True)
+        ]
+        results = function(*own)
+        pairs = [
+            (result, gradient)
+            for result, gradient in zip(results, gradients, strict=True)
+            if gradient is not None and result.requires_grad
+        ]
+        chosen = [
+            x
+            for x, take in zip(own, wanted, strict=True)
+            if take and x is not None and x.requires_grad
+        ]
+        if not pairs or not chosen:
+            return [None] * len(own)
+        found = iter(
+            torch.autograd.grad(
+                [result for result, _ in pairs],
+                chosen,
+                [gradient for _, gradient in pairs],
+                create_graph=keeps_graph,
+                allow_unused=True,
+            )
+        )
+    return [
+        next(found) if take and x is not None and x.requires_grad else None
+        for x, take in zip(own, wanted, strict=True)
+    ]

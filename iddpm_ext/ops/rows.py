@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from iddpm_ext.ops.columns import Column
+from iddpm_ext.ops.modes import transformed
+from iddpm_ext.ops.native import empty_images
 from iddpm_ext.random import NoiseKey, normal
 
 
@@ -19,6 +21,12 @@ class Rows:
 
     def __getitem__(self, column: Column) -> Tensor:
         return self._rows[:, column, None, None, None]
+
+
+def like_images(x: Tensor, value: Tensor) -> Tensor:
+    """value [N, C, H, W] with the dtype and the memory format of x."""
+    # A transformed tensor has no memory of its own to be laid out.
+    return value.to(x.dtype) if transformed() else empty_images(x, value.shape[1]).copy_(value)
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
@@ -36,12 +44,16 @@ def with_room_for_gradients(x: Tensor) -> Tensor:
     return x.float() if wanted and x.dtype == torch.float16 else x
 
 
+# Asked once, because compilers before PyTorch 2.13 cannot trace the question.
+_AUTOCAST_DEVICES = frozenset(
+    kind for kind in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(kind)
+)
+
+
 def no_autocast(device_type: str) -> AbstractContextManager[None]:
     """Where dtypes are as written."""
     # Asked, so that an exported graph has no region for what is not there.
-    if not (
-        torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
-    ):
+    if device_type not in _AUTOCAST_DEVICES or not torch.is_autocast_enabled(device_type):
         return nullcontext()
     return torch.autocast(device_type, enabled=False)
 

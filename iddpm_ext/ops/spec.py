@@ -6,6 +6,7 @@ import functools
 import importlib
 import importlib.util
 import os
+import types
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from iddpm_ext import _native
+from iddpm_ext.ops.modes import transformed
 
 #: Backends in the order in which "auto" tries them, by device type.
 PREFERENCE: dict[str, tuple[str, ...]] = {
@@ -126,6 +128,8 @@ def unavailable(name: str, backend: str, device_type: str, dtype: torch.dtype) -
         return "this op has no such kernel"
     if backend == "reference":
         return None
+    if transformed():
+        return "torch.func and forward-mode differentiation cannot look through it"
     if backend == "triton":
         if _triton_missing():
             return "the package triton is not installed"
@@ -142,23 +146,43 @@ def unavailable(name: str, backend: str, device_type: str, dtype: torch.dtype) -
     return None
 
 
-def resolve_backend(name: str, backend: str, device: torch.device, dtype: torch.dtype) -> str:
+def _without_gradient(fixed: Mapping[str, Any]) -> str | None:
+    """Why a kernel cannot differentiate a call, whose gradient in the tensors of `fixed` it does not have."""
+    if torch.is_grad_enabled():
+        for name, value in fixed.items():
+            if isinstance(value, torch.Tensor) and value.requires_grad:
+                return f"it has no gradient in {name}, which requires one"
+    return None
+
+
+def resolve_backend(
+    name: str,
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    fixed: Mapping[str, Any] = types.MappingProxyType({}),
+) -> str:
     """The backend that serves a call of op `name` on `device` with a first tensor of `dtype`.
 
-    "auto" takes the first of `PREFERENCE` that can; an explicit backend that cannot raises RuntimeError
-    with the reason and the backends that can, an unknown one raises ValueError.
+    `fixed` are the arguments, by name, in which only the reference is differentiable. "auto" takes the first
+    of `PREFERENCE` that can; an explicit backend that cannot raises RuntimeError with the reason and
+    the backends that can, an unknown one raises ValueError.
     """
-    device_type = device.type
+
+    def obstacle(candidate: str) -> str | None:
+        reason = unavailable(name, candidate, device.type, dtype)
+        return reason or (None if candidate == "reference" else _without_gradient(fixed))
+
     if backend == "auto":
-        order = PREFERENCE.get(device_type, ("reference",))
-        return next(b for b in order if unavailable(name, b, device_type, dtype) is None)
+        order = PREFERENCE.get(device.type, ("reference",))
+        return next(b for b in order if obstacle(b) is None)
     if backend not in BACKENDS:
         choices = ", ".join(("auto", *BACKENDS))
         raise ValueError(f"{name}: backend must be one of {choices}, got {backend!r}")
-    reason = unavailable(name, backend, device_type, dtype)
+    reason = obstacle(backend)
     if reason is None:
         return backend
-    able = [b for b in BACKENDS if unavailable(name, b, device_type, dtype) is None]
+    able = [b for b in BACKENDS if obstacle(b) is None]
     raise RuntimeError(
         f"{name}: backend {backend!r} cannot serve this call: {reason}; can: {', '.join(able)}"
     )

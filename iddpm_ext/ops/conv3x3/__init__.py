@@ -10,7 +10,8 @@ from torch import Tensor
 from iddpm_ext.ops import checks
 from iddpm_ext.ops.conv3x3 import native, reference
 from iddpm_ext.ops.group_norm_silu.layout import empty_like_images, memory_format
-from iddpm_ext.ops.library import define, differentiate
+from iddpm_ext.ops.library import define, differentiate, vector_jacobian
+from iddpm_ext.ops.rows import compute_dtype
 from iddpm_ext.ops.spec import OpSpec, register, resolve_backend
 
 NAME = "conv3x3"
@@ -53,7 +54,7 @@ def conv3x3(
         TypeError, ValueError: for an argument of a wrong type, shape, device or value.
         RuntimeError: if an explicit backend cannot serve the call.
 
-    Differentiable (once) in x, weight and bias; the reference any number of times.
+    Differentiable in x, weight and bias any number of times.
     """
     checks.image_batch(NAME, "x", x)
     checks.floating(NAME, "weight", weight)
@@ -144,4 +145,19 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     )
 
 
-differentiate(NAME, _setup, _backward)
+def _formula(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight = ctx.saved_tensors
+    upscale, exact, _ = ctx.options
+
+    def convolution(x: Tensor, weight: Tensor) -> tuple[Tensor]:
+        return (reference.conv3x3(x, weight, None, upscale, exact),)
+
+    wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+    dx, dweight = vector_jacobian(convolution, [x, weight], [wants_x, wants_weight], [dy])
+    dbias = (
+        dy.sum(dim=(0, 2, 3), dtype=compute_dtype(dy)).to(ctx.bias_dtype) if wants_bias else None
+    )
+    return dx, dweight, dbias, None, None, None
+
+
+differentiate(NAME, _setup, _backward, _formula)

@@ -98,7 +98,7 @@ def cpu_bwd(
     wants_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x (in its dtype and layout), weight and bias (in float32); empty where not wanted."""
-    none = torch.empty(0, device=x.device)
+    none = torch.empty(0, dtype=torch.float32, device=x.device)
     dx, dweight, dbias = x.new_empty(0), none, none.clone()
     if not _served(x, weight):
         return _library_bwd(dy, x, weight, upscale, (wants_x, wants_weight, wants_bias))
@@ -117,8 +117,9 @@ def cpu_bwd(
         )  # fmt: skip
         dx = dx.contiguous(memory_format=memory_format(x))
     if wants_weight or wants_bias:
-        dweight = torch.empty(weight.shape)
-        dbias = torch.empty(len(weight)) if wants_bias else dbias
+        dweight = torch.empty(weight.shape, dtype=torch.float32, device=x.device)
+        if wants_bias:
+            dbias = torch.empty(len(weight), dtype=torch.float32, device=x.device)
         kept_x, source = _pixels(x)
         done = done and _run(
             "conv3x3_weight_bwd_cpu", (*size, c, len(weight)), code, source, gradient,
@@ -145,7 +146,7 @@ def _library_bwd(
             n, c, h, w = x.shape
             dx = dx.reshape(n, c, h, 2, w, 2).sum(dim=(3, 5), dtype=torch.float32).to(x.dtype)
         dx = dx.contiguous(memory_format=memory_format(x))
-    none = torch.empty(0, device=x.device)
+    none = torch.empty(0, dtype=torch.float32, device=x.device)
     return (
         dx if wants[0] else x.new_empty(0),
         dweight.float().contiguous() if wants[1] else none,

@@ -11,7 +11,8 @@ from torch import Tensor
 from iddpm_ext.ops import checks
 from iddpm_ext.ops.group_norm_silu import native, reference
 from iddpm_ext.ops.group_norm_silu.layout import empty_like_images, optional
-from iddpm_ext.ops.library import define, differentiate
+from iddpm_ext.ops.kernels import kernels
+from iddpm_ext.ops.library import define, differentiate, vector_jacobian
 from iddpm_ext.ops.rows import compute_dtype
 from iddpm_ext.ops.spec import FLOAT32_AND_HALVES, OpSpec, register, resolve_backend
 
@@ -113,17 +114,21 @@ def group_norm_silu(
         TypeError, ValueError: for an argument of a wrong type, shape, device or value.
         RuntimeError: if an explicit backend cannot serve the call.
 
-    Differentiable (once) in every tensor.
+    Differentiable in every tensor any number of times.
     """
     _check(x, num_groups, weight, bias, eps, scale, shift, x2, residual, channel_bias)
     if return_sum and residual is None and channel_bias is None:
         raise ValueError(f"{NAME}: return_sum must be False without residual and channel_bias")
     chosen = resolve_backend(NAME, backend, x.device, x.dtype)
     write_sum = return_sum or residual is not None
-    y, total, _, _ = _op(
+    arguments = (
         x, x2, residual, channel_bias, weight, bias, scale, shift,
-        num_groups, float(eps), bool(silu), write_sum, chosen,
+        num_groups, float(eps), bool(silu), write_sum,
     )  # fmt: skip
+    if chosen == "reference":
+        y, total, _, _ = reference.group_norm_silu(*arguments)
+    else:
+        y, total, _, _ = _op(*arguments, chosen)
     return GroupNormSilu(y, total) if return_sum else y
 
 
@@ -209,30 +214,17 @@ def _fake_bwd(
     )
 
 
-def _triton(*inputs: Any) -> Any:
-    from iddpm_ext.ops.group_norm_silu import triton
-
-    return triton.group_norm_silu(*inputs)
-
-
-def _triton_bwd(*inputs: Any) -> Any:
-    from iddpm_ext.ops.group_norm_silu import triton
-
-    return triton.group_norm_silu_bwd(*inputs)
-
+# A sum over no elements is 0.
+_KERNELS = kernels(NAME, native.prepare, of_nothing=0.0)
+_KERNELS_BWD = kernels(NAME, native.prepare_bwd, launcher="group_norm_silu_bwd", of_nothing=0.0)
 
 SPEC = register(
     OpSpec(
         name=NAME,
         summary="GroupNorm with sums before it, scale-shift and SiLU after it",
         public=group_norm_silu,
-        kernels={
-            "reference": reference.group_norm_silu,
-            "cpu": native.cpu,
-            "cuda": native.cuda,
-            "triton": _triton,
-        },
-        dtypes=dict.fromkeys(("cpu", "cuda", "triton"), FLOAT32_AND_HALVES),
+        kernels={"reference": reference.group_norm_silu, **_KERNELS},
+        dtypes=dict.fromkeys(_KERNELS, FLOAT32_AND_HALVES),
         differentiable=(
             "x",
             "x2",
@@ -251,7 +243,7 @@ _op = define(
     "group_norm_silu(Tensor x, Tensor? x2, Tensor? residual, Tensor? channel_bias, Tensor weight, "
     "Tensor bias, Tensor? scale, Tensor? shift, int num_groups, float eps, bool silu, bool write_sum, "
     "str backend) -> (Tensor, Tensor, Tensor, Tensor)",
-    SPEC.kernels,
+    _KERNELS,
     _fake,
 )
 
@@ -260,12 +252,7 @@ _op_bwd = define(
     "Tensor weight, Tensor bias, Tensor? scale, Tensor? shift, Tensor mean, Tensor rstd, bool silu, "
     "bool channel_bias_grad, str backend) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    {
-        "reference": reference.group_norm_silu_bwd,
-        "cpu": native.cpu_bwd,
-        "cuda": native.cuda_bwd,
-        "triton": _triton_bwd,
-    },
+    _KERNELS_BWD,
     _fake_bwd,
 )
 
@@ -273,7 +260,7 @@ _op_bwd = define(
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, x2, residual, channel_bias, weight, bias, scale, shift, *options = inputs
     _, total, mean, rstd = output
-    _, _, ctx.silu, write_sum, ctx.backend = options
+    ctx.num_groups, ctx.eps, ctx.silu, write_sum, ctx.backend = options
     ctx.has_residual = residual is not None
     ctx.bias_rank = None if channel_bias is None else channel_bias.ndim
     ctx.dtypes = tuple(
@@ -319,4 +306,33 @@ def _backward(
     )
 
 
-differentiate(NAME, _setup, _backward)
+def _formula(
+    ctx: Any, dy: Tensor | None, dsum: Tensor | None, dmean: Tensor | None, drstd: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """As `_backward`; a sum that was written is where the gradient's graph begins."""
+    *saved, _, _ = ctx.saved_tensors
+
+    def normalised(
+        x: Tensor, x2: Tensor | None, folded: Tensor | None, *rows: Any
+    ) -> tuple[Tensor]:
+        weight, bias, scale, shift = rows
+        y, _, _, _ = reference.group_norm_silu(
+            x, x2, None, folded, weight, bias, scale, shift,
+            ctx.num_groups, ctx.eps, ctx.silu, False,
+        )  # fmt: skip
+        return (y,)
+
+    wants = ctx.needs_input_grad
+    wanted = (wants[0] or wants[2] or wants[3], wants[1], wants[3], *wants[4:8])
+    dh, dx2, dfolded, *dmodulation = vector_jacobian(normalised, saved, wanted, [dy])
+    if dsum is not None and dsum.numel():
+        dh = dsum if dh is None else dh + dsum
+    dchannel = dfolded
+    if wants[3] and saved[2] is None and dh is not None:  # the bias is in the sum
+        dims = (0, 2, 3) if ctx.bias_rank == 1 else (2, 3)
+        dchannel = dh.sum(dim=dims, dtype=compute_dtype(dh)).to(ctx.dtypes[4])
+    dx, dresidual = dh if wants[0] else None, dh if wants[2] else None
+    return (dx, dx2, dresidual, dchannel, *dmodulation, *[None] * 5)
+
+
+differentiate(NAME, _setup, _backward, _formula)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from iddpm_ext.ops.modes import transformed
 from iddpm_ext.ops.native import Plane, plane
 
 
@@ -18,6 +19,8 @@ def is_channels_last(x: Tensor) -> bool:
 
 def memory_format(x: Tensor) -> torch.memory_format:
     """What results take over from x."""
+    if transformed():  # it has no memory of its own
+        return torch.contiguous_format
     return torch.channels_last if is_channels_last(x) else torch.contiguous_format
 
 
@@ -26,6 +29,13 @@ def empty_like_images(x: Tensor, channels: int | None = None) -> Tensor:
     n, c, h, w = x.shape
     shape = (n, c if channels is None else channels, h, w)
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
+
+
+def like_images(x: Tensor, value: Tensor) -> Tensor:
+    """value [N, C, H, W] with the dtype of x, dense in its memory format."""
+    if transformed():
+        return value.to(x.dtype)
+    return empty_like_images(x, value.shape[1]).copy_(value)
 
 
 def optional(x: Tensor) -> Tensor:

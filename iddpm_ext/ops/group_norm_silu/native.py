@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from iddpm_ext import _native
 from iddpm_ext.ops.group_norm_silu.layout import (
     empty_like_images,
     is_channels_last,
     laid_out,
     optional,
 )
-from iddpm_ext.ops.native import DTYPE_CODES, NO_PLANE, check_launch, stream
+from iddpm_ext.ops.native import DTYPE_CODES, NO_PLANE
 
 #: Pixels of a partial result: kGroupNormSlab of csrc/group_norm_silu/group_norm_silu.h.
 SLAB = 256
@@ -88,7 +85,7 @@ class _Call:
         return sizes, code, self.channels_last, silu, self.x, self.x2, parameters
 
 
-def _forward(
+def prepare(
     x: Tensor,
     x2: Tensor | None,
     residual: Tensor | None,
@@ -102,6 +99,7 @@ def _forward(
     silu: bool,
     write_sum: bool,
 ) -> tuple[Outputs, tuple[object, ...], _Call]:
+    """`kernels.Prepared` of the forward pass."""
     call = _Call(x, x2)
     y = empty_like_images(x, call.c)
     total = empty_like_images(x) if write_sum else optional(x)
@@ -117,7 +115,7 @@ def _forward(
     return (y, total, mean, rstd), arguments, call
 
 
-def _backward(
+def prepare_bwd(
     dy: Tensor,
     dsum: Tensor | None,
     x: Tensor,
@@ -132,6 +130,7 @@ def _backward(
     silu: bool,
     channel_bias_grad: bool,
 ) -> tuple[Outputs, tuple[object, ...], _Call]:
+    """`kernels.Prepared` of the backward pass."""
     call = _Call(x, x2)
     n, c = call.n, call.c
     dx = empty_like_images(x)
@@ -151,50 +150,3 @@ def _backward(
         call.workspace(),
     )
     return (dx, dx2, *gradients), arguments, call
-
-
-def _nothing(outputs: Outputs) -> Outputs:
-    """Sums over no elements."""
-    for output in outputs:
-        output.zero_()
-    return outputs
-
-
-def cpu(*inputs: Any) -> Outputs:
-    """The forward kernel on CPU tensors."""
-    outputs, arguments, _alive = _forward(*inputs)
-    if outputs[0].numel() == 0:
-        return _nothing(outputs)
-    _native.native().group_norm_silu_cpu(*arguments, torch.get_num_threads())
-    return outputs
-
-
-def cpu_bwd(*inputs: Any) -> Outputs:
-    """The backward kernel on CPU tensors."""
-    outputs, arguments, _alive = _backward(*inputs)
-    if inputs[0].numel() == 0:
-        return _nothing(outputs)
-    _native.native().group_norm_silu_bwd_cpu(*arguments, torch.get_num_threads())
-    return outputs
-
-
-def cuda(*inputs: Any) -> Outputs:
-    """The forward kernel on CUDA tensors."""
-    outputs, arguments, _alive = _forward(*inputs)
-    if outputs[0].numel() == 0:
-        return _nothing(outputs)
-    with torch.cuda.device(outputs[0].device):
-        code = _native.native().group_norm_silu_cuda(*arguments, stream(outputs[0]))
-    check_launch("group_norm_silu", code)
-    return outputs
-
-
-def cuda_bwd(*inputs: Any) -> Outputs:
-    """The backward kernel on CUDA tensors."""
-    outputs, arguments, _alive = _backward(*inputs)
-    if inputs[0].numel() == 0:
-        return _nothing(outputs)
-    with torch.cuda.device(outputs[0].device):
-        code = _native.native().group_norm_silu_bwd_cuda(*arguments, stream(outputs[0]))
-    check_launch("group_norm_silu", code)
-    return outputs

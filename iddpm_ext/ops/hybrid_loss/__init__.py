@@ -7,17 +7,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from iddpm_ext import _native
 from iddpm_ext.ops import checks
 from iddpm_ext.ops.hybrid_loss import reference
-from iddpm_ext.ops.library import define, differentiate
+from iddpm_ext.ops.kernels import kernels
+from iddpm_ext.ops.library import define, differentiate, vector_jacobian
 from iddpm_ext.ops.native import (
     NO_PLANE,
-    check_launch,
     empty_images,
     noise_key,
     plane,
-    stream,
 )
 from iddpm_ext.ops.rows import compute_dtype, with_room_for_gradients
 from iddpm_ext.ops.spec import FLOAT32_AND_HALVES, OpSpec, register, resolve_backend
@@ -77,7 +75,8 @@ def hybrid_loss(
         TypeError, ValueError: for an argument of a wrong type, shape, device or value.
         RuntimeError: if an explicit backend cannot serve the call.
 
-    Differentiable in model_output: mse in its first half, vlb in its second.
+    Differentiable in model_output any number of times: mse in its first half, vlb in its second. The
+    reference is differentiable in x_0, x_t, noise and table as well.
     """
     checks.image_batch("hybrid_loss", "x_t", x_t)
     checks.image_batch("hybrid_loss", "x_0", x_0)
@@ -96,7 +95,8 @@ def hybrid_loss(
     drawn = checks.noise_arguments("hybrid_loss", noise, x_t)
     double = compute_dtype(model_output, x_0, x_t) == torch.float64
     dtype = torch.float64 if double else model_output.dtype
-    chosen = resolve_backend("hybrid_loss", backend, x_t.device, dtype)
+    fixed = {"x_0": x_0, "x_t": x_t, "noise": noise, "table": table}
+    chosen = resolve_backend("hybrid_loss", backend, x_t.device, dtype, fixed)
     if chosen == "reference":
         mse, vlb = reference.hybrid_loss(model_output, x_0, x_t, *drawn, t, table)
     else:
@@ -151,33 +151,11 @@ def _launch_arguments(
     return (mse, vlb, gradient), arguments, (out, x_0_plane, x_t_plane, z, t, table, samples, steps)
 
 
-def _cpu(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-    results, arguments, _alive = _launch_arguments(*inputs)
-    if inputs[0].numel():
-        _native.native().hybrid_loss_cpu(*arguments, torch.get_num_threads())
-    return results
-
-
-def _cuda(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-    results, arguments, _alive = _launch_arguments(*inputs)
-    if inputs[0].numel():
-        with torch.cuda.device(inputs[0].device):
-            code = _native.native().hybrid_loss_cuda(*arguments, stream(inputs[0]))
-        check_launch("hybrid_loss", code)
-    return results
-
-
-def _triton(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-    from iddpm_ext.ops.hybrid_loss import triton
-
-    return triton.hybrid_loss(*inputs)
-
-
 def _fake(model_output: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     return empty_results(model_output, with_gradient=arguments[-2])
 
 
-_KERNELS = {"cpu": _cpu, "cuda": _cuda, "triton": _triton}
+_KERNELS = kernels("hybrid_loss", _launch_arguments)
 
 SPEC = register(
     OpSpec(
@@ -202,15 +180,26 @@ _op = define(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    ctx.save_for_backward(output[2])
+    *arguments, ctx.seed, ctx.stream_draw, t, table, _, _ = inputs
+    ctx.save_for_backward(output[2], *arguments, t, table)
 
 
 def _backward(ctx: Any, by_mse: Tensor, by_vlb: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    (gradient,) = ctx.saved_tensors
+    gradient = ctx.saved_tensors[0]
     half = gradient.shape[1] // 2
     weights = torch.stack([by_mse, by_vlb], dim=1).to(gradient.dtype)
     scaled = gradient * weights.repeat_interleave(half, dim=1)[:, :, None, None]
     return (scaled, *[None] * 11)
 
 
-differentiate("hybrid_loss", _setup, _backward)
+def _formula(ctx: Any, by_mse: Tensor, by_vlb: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    _, model_output, x_0, x_t, noise, samples, steps, t, table = ctx.saved_tensors
+    drawn = (noise, samples, steps, ctx.seed, ctx.stream_draw)
+
+    def parts(out: Tensor) -> tuple[Tensor, Tensor]:
+        return reference.hybrid_loss(out, x_0, x_t, *drawn, t, table)
+
+    return (*vector_jacobian(parts, [model_output], [True], [by_mse, by_vlb]), *[None] * 11)
+
+
+differentiate("hybrid_loss", _setup, _backward, _formula)

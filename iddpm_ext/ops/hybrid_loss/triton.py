@@ -6,6 +6,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from iddpm_ext.ops.columns_triton import (
+    LOG_VARIANCE_BIAS,
+    LOG_VARIANCE_SCALE,
+    MEAN_X0,
+    MEAN_XT,
+    NUM_COLUMNS,
+    POSTERIOR_LOG_VARIANCE,
+    TARGET_NOISE,
+    TARGET_X0,
+    TARGET_XT,
+    X0_FROM_OUT,
+    X0_FROM_XT,
+)
 from iddpm_ext.ops.gaussian_triton import decoder_term, kl_term
 from iddpm_ext.ops.hybrid_loss import empty_results
 from iddpm_ext.ops.native import plane
@@ -30,12 +43,12 @@ def _kernel(
     sample = tl.program_id(0).to(tl.int64)
     step = tl.load(t + sample)
     known = (step >= 0) & (step < num_timesteps)
-    row = table + tl.where(known, step, 0) * 16
+    row = table + tl.where(known, step, 0) * NUM_COLUMNS
     poison = tl.where(known, 0.0, float("nan"))
-    mean_x0 = tl.load(row + 2)
-    bias = tl.load(row + 4) + poison
-    scale = tl.load(row + 5)
-    true_lv = tl.load(row + 7)
+    mean_x0 = tl.load(row + MEAN_X0)
+    bias = tl.load(row + LOG_VARIANCE_BIAS) + poison
+    scale = tl.load(row + LOG_VARIANCE_SCALE)
+    true_lv = tl.load(row + POSTERIOR_LOG_VARIANCE)
     vlb_weight = INVERSE_LN2 / count
 
     squares = tl.zeros([4 * BLOCK], dtype=tl.float32)
@@ -56,14 +69,18 @@ def _kernel(
         else:
             z_at = noise + sample * z_n + offset(at, hw, z_c, z_p, DENSE)
             z = tl.load(z_at, mask=inside, other=0.0)
-        target = tl.load(row + 10) * a + tl.load(row + 11) * b + tl.load(row + 12) * z
+        target = (
+            tl.load(row + TARGET_X0) * a
+            + tl.load(row + TARGET_XT) * b
+            + tl.load(row + TARGET_NOISE) * z
+        )
         error = predicted - target + poison
-        x_0_predicted = tl.load(row) * b + tl.load(row + 1) * predicted
+        x_0_predicted = tl.load(row + X0_FROM_XT) * b + tl.load(row + X0_FROM_OUT) * predicted
         lv = bias + scale * v
         if step != 0:
             value, _, d_lv = kl_term(mean_x0 * (a - x_0_predicted), true_lv, lv)
         else:
-            mean = mean_x0 * x_0_predicted + tl.load(row + 3) * b
+            mean = mean_x0 * x_0_predicted + tl.load(row + MEAN_XT) * b
             value, _, d_lv = decoder_term(a, mean, lv)
         squares += tl.where(inside, error * error, 0.0)
         nats += tl.where(inside, value, 0.0)

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from iddpm_ext import _native
 from iddpm_ext.ops import checks
 from iddpm_ext.ops.columns import Column
+from iddpm_ext.ops.kernels import kernels
 from iddpm_ext.ops.library import define, differentiate
 from iddpm_ext.ops.native import (
     NO_PLANE,
-    check_launch,
     empty_images,
     noise_key,
     plane,
-    stream,
 )
 from iddpm_ext.ops.q_sample import reference
 from iddpm_ext.ops.spec import OpSpec, register, resolve_backend
@@ -45,7 +42,7 @@ def q_sample(
         TypeError, ValueError: for an argument of a wrong type, shape, device or value.
         RuntimeError: if an explicit backend cannot serve the call.
 
-    Differentiable in x_0.
+    Differentiable in x_0 any number of times; the reference also in table and noise.
     """
     checks.image_batch("q_sample", "x_0", x_0)
     checks.table("q_sample", table, x_0.device)
@@ -53,7 +50,8 @@ def q_sample(
     if noise is None:
         raise TypeError("q_sample: noise must be a tensor or a NoiseKey, got None")
     drawn = checks.noise_arguments("q_sample", noise, x_0)
-    chosen = resolve_backend("q_sample", backend, x_0.device, x_0.dtype)
+    fixed = {"table": table, "noise": noise}
+    chosen = resolve_backend("q_sample", backend, x_0.device, x_0.dtype, fixed)
     if chosen == "reference":
         return reference.q_sample(x_0, t, table, *drawn)
     return _op(x_0, t, table, *drawn, chosen)
@@ -89,33 +87,11 @@ def _launch_arguments(
     return result, arguments, (x, z, t, table, samples, steps)
 
 
-def _cpu(*inputs: Any) -> Tensor:
-    x_t, arguments, _alive = _launch_arguments(*inputs)
-    if x_t.numel():
-        _native.native().q_sample_cpu(*arguments, torch.get_num_threads())
-    return x_t
-
-
-def _cuda(*inputs: Any) -> Tensor:
-    x_t, arguments, _alive = _launch_arguments(*inputs)
-    if x_t.numel():
-        with torch.cuda.device(x_t.device):
-            code = _native.native().q_sample_cuda(*arguments, stream(x_t))
-        check_launch("q_sample", code)
-    return x_t
-
-
-def _triton(*inputs: Any) -> Tensor:
-    from iddpm_ext.ops.q_sample import triton
-
-    return triton.q_sample(*inputs)
-
-
 def _fake(x_0: Tensor, *_: Any) -> Tensor:
     return empty_images(x_0)
 
 
-_KERNELS = {"cpu": _cpu, "cuda": _cuda, "triton": _triton}
+_KERNELS = kernels("q_sample", _launch_arguments)
 
 SPEC = register(
     OpSpec(
@@ -147,4 +123,5 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (grad * signal, *[None] * 8)
 
 
-differentiate("q_sample", _setup, _backward)
+# In PyTorch's functions already, and linear.
+differentiate("q_sample", _setup, _backward, _backward)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from iddpm_ext.ops.columns import Column
-from iddpm_ext.ops.native import empty_images
-from iddpm_ext.ops.rows import Rows, compute_dtype, drawn_noise
+from iddpm_ext.ops.rows import Rows, compute_dtype, drawn_noise, like_images
 
 
 def q_sample(
@@ -27,4 +26,4 @@ def q_sample(
     assert noise is not None
     x_t = row[Column.SQRT_ALPHA_BAR] * x_0.to(dtype)
     x_t = x_t + row[Column.SQRT_ONE_MINUS_ALPHA_BAR] * noise.to(dtype)
-    return empty_images(x_0).copy_(x_t)
+    return like_images(x_0, x_t)

@@ -6,6 +6,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from iddpm_ext.ops.columns_triton import (
+    NUM_COLUMNS,
+    SQRT_ALPHA_BAR,
+    SQRT_ONE_MINUS_ALPHA_BAR,
+)
 from iddpm_ext.ops.native import empty_images, plane
 from iddpm_ext.ops.noise_triton import normals
 from iddpm_ext.ops.plane_triton import offset
@@ -30,7 +35,7 @@ def _kernel(
 
     step = tl.load(t + sample)
     known = (step >= 0) & (step < num_timesteps)
-    row = table + tl.where(known, step, 0) * 16
+    row = table + tl.where(known, step, 0) * NUM_COLUMNS
     poison = tl.where(known, 0.0, float("nan"))
 
     x = tl.load(x_0 + sample * x_n + offset(at, hw, x_c, x_p, DENSE), mask=inside, other=0.0)
@@ -40,7 +45,7 @@ def _kernel(
         )
     else:
         z = tl.load(noise + sample * z_n + offset(at, hw, z_c, z_p, DENSE), mask=inside, other=0.0)
-    x_t = tl.load(row + 8) * x + (tl.load(row + 9) + poison) * z
+    x_t = tl.load(row + SQRT_ALPHA_BAR) * x + (tl.load(row + SQRT_ONE_MINUS_ALPHA_BAR) + poison) * z
     tl.store(result + sample * r_n + offset(at, hw, r_c, r_p, DENSE), x_t, mask=inside)
 
 

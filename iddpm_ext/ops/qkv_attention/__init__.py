@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from iddpm_ext.ops import checks
-from iddpm_ext.ops.library import define, differentiate
+from iddpm_ext.ops.library import define, differentiate, vector_jacobian
 from iddpm_ext.ops.qkv_attention import library, native, reference
 from iddpm_ext.ops.qkv_attention.layout import empty_like_rows
 from iddpm_ext.ops.spec import FLOAT32_AND_HALVES, OpSpec, register, resolve_backend
@@ -44,8 +44,8 @@ def qkv_attention(
         TypeError, ValueError: for an argument of a wrong type, shape or value.
         RuntimeError: if an explicit backend cannot serve the call.
 
-    Differentiable (once) in qkv. The backward pass keeps two numbers a position and head, and computes
-    the probabilities again.
+    Differentiable in qkv any number of times. The backward pass keeps two numbers a position and head,
+    and computes the probabilities again.
     """
     _check(qkv, num_heads, order)
     chosen = resolve_backend(NAME, backend, qkv.device, qkv.dtype)
@@ -126,4 +126,14 @@ def _backward(ctx: Any, dout: Tensor | None, _: Tensor | None) -> tuple[Tensor |
     return _op_bwd(dout, *ctx.saved_tensors, *ctx.options), None, None, None
 
 
-differentiate(NAME, _setup, _backward)
+def _formula(ctx: Any, dout: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    qkv, _ = ctx.saved_tensors
+    num_heads, order, _ = ctx.options
+
+    def attention(qkv: Tensor) -> tuple[Tensor]:
+        return (reference.qkv_attention(qkv, num_heads, order),)
+
+    return (*vector_jacobian(attention, [qkv], [True], [dout]), None, None, None)
+
+
+differentiate(NAME, _setup, _backward, _formula)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from iddpm_ext.ops.modes import transformed
+
 
 def split_heads(qkv: Tensor, num_heads: int, order: str) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v, each [N, heads, d, T], as views of qkv [N, 3C, T] of any strides."""
@@ -31,6 +33,8 @@ def empty_like_rows(qkv: Tensor, channels: int) -> Tensor:
 
 def laid_out_like(qkv: Tensor, x: Tensor) -> Tensor:
     """x [N, C, T] dense in the layout of qkv; copied only where it lies otherwise."""
+    if transformed():
+        return x.contiguous()
     if qkv.shape[2] < 2:  # its strides can be anything and still count as contiguous
         return empty_like_rows(qkv, x.shape[1]).copy_(x)
     if is_by_token(qkv):

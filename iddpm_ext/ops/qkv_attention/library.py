@@ -11,6 +11,7 @@ from iddpm_ext.ops.qkv_attention.layout import (
     laid_out_like,
     split_heads,
 )
+from iddpm_ext.ops.rows import no_autocast
 
 
 def qkv_attention(qkv: Tensor, num_heads: int, order: str) -> Tensor:
@@ -24,5 +25,6 @@ def qkv_attention(qkv: Tensor, num_heads: int, order: str) -> Tensor:
         return empty_like_rows(qkv, channels // 3).zero_()
     by_token = qkv if is_by_token(qkv) else qkv.transpose(1, 2).contiguous().transpose(1, 2)
     q, k, v = (x.transpose(2, 3) for x in split_heads(by_token, num_heads, order))
-    out = F.scaled_dot_product_attention(q, k, v)  # [N, heads, T, d]
+    with no_autocast(qkv.device.type):
+        out = F.scaled_dot_product_attention(q, k, v)  # [N, heads, T, d]
     return laid_out_like(qkv, out.permute(0, 1, 3, 2).reshape(n, channels // 3, tokens))

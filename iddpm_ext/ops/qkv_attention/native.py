@@ -49,7 +49,7 @@ def cpu(qkv: Tensor, num_heads: int, order: str) -> tuple[Tensor, Tensor]:
         kernels, threads = _native.native(), torch.get_num_threads()
         arguments = _input(qkv, statistics, num_heads, order)
         floats = kernels.attention_workspace(arguments[0][1], arguments[0][3])
-        workspace = torch.empty(threads * floats)
+        workspace = torch.empty(threads * floats, dtype=torch.float32, device=qkv.device)
         kernels.qkv_attention_cpu(arguments, _view(out), workspace.data_ptr(), threads)
     return out, statistics
 
@@ -62,7 +62,7 @@ def cpu_bwd(dout: Tensor, qkv: Tensor, statistics: Tensor, num_heads: int, order
         kernels, threads = _native.native(), torch.get_num_threads()
         arguments = _input(qkv, statistics, num_heads, order)
         floats = kernels.attention_bwd_workspace(arguments[0][1], arguments[0][3])
-        workspace = torch.empty(threads * floats)
+        workspace = torch.empty(threads * floats, dtype=torch.float32, device=qkv.device)
         kernels.qkv_attention_bwd_cpu(
             arguments, _view(dout), _view(dqkv), workspace.data_ptr(), threads
         )

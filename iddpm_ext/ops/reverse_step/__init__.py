@@ -7,11 +7,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from iddpm_ext import _native
 from iddpm_ext.ops import checks
+from iddpm_ext.ops.kernels import kernels
 from iddpm_ext.ops.library import define
-from iddpm_ext.ops.native import NO_PLANE, check_launch, empty_images, noise_key, plane, stream
+from iddpm_ext.ops.native import NO_PLANE, empty_images, noise_key, plane
 from iddpm_ext.ops.reverse_step import reference
+from iddpm_ext.ops.rows import compute_dtype
 from iddpm_ext.ops.spec import OpSpec, register, resolve_backend
 from iddpm_ext.random import NoiseKey
 
@@ -44,7 +45,8 @@ def reverse_step(
 
     Args:
         x_t: [N, C, H, W], any strides. float32 for the kernels; any floating dtype for the reference.
-        model_output: [N, C, H, W], or [N, 2C, H, W] whose second half is v; float32, bfloat16 or float16.
+        model_output: [N, C, H, W], or [N, 2C, H, W] whose second half is v; float32, bfloat16 or float16 for
+            the kernels, any floating dtype for the reference.
         t: int64 [N], steps of the table's chain, 0-based.
         table: float32 [T, 16].
         noise: z as a tensor of x_t's shape; a `NoiseKey`, from which z is drawn inside the kernel; or
@@ -68,7 +70,9 @@ def reverse_step(
     checks.same_device("reverse_step", x_t, model_output=model_output)
     checks.timesteps("reverse_step", t, x_t.shape[0], table.shape[0], x_t.device)
     drawn = checks.noise_arguments("reverse_step", noise, x_t)
-    chosen = resolve_backend("reverse_step", backend, x_t.device, x_t.dtype)
+    double = compute_dtype(x_t, model_output) == torch.float64
+    dtype = torch.float64 if double else x_t.dtype
+    chosen = resolve_backend("reverse_step", backend, x_t.device, dtype)
     if chosen == "reference":
         with torch.no_grad():
             return ReverseStep(*reference.reverse_step(x_t, model_output, t, table, *drawn, clip))
@@ -113,33 +117,11 @@ def _launch_arguments(
     return result, arguments, (x, out, z, t, table, samples, steps)
 
 
-def _cpu(*inputs: Any) -> tuple[Tensor, Tensor]:
-    result, arguments, _alive = _launch_arguments(*inputs)
-    if result.x_0.numel():
-        _native.native().reverse_step_cpu(*arguments, torch.get_num_threads())
-    return result
-
-
-def _cuda(*inputs: Any) -> tuple[Tensor, Tensor]:
-    result, arguments, _alive = _launch_arguments(*inputs)
-    if result.x_0.numel():
-        with torch.cuda.device(result.x_0.device):
-            code = _native.native().reverse_step_cuda(*arguments, stream(result.x_0))
-        check_launch("reverse_step", code)
-    return result
-
-
-def _triton(*inputs: Any) -> tuple[Tensor, Tensor]:
-    from iddpm_ext.ops.reverse_step import triton
-
-    return triton.reverse_step(*inputs)
-
-
 def _fake(x_t: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return empty_images(x_t), empty_images(x_t)
 
 
-_KERNELS = {"cpu": _cpu, "cuda": _cuda, "triton": _triton}
+_KERNELS = kernels("reverse_step", _launch_arguments)
 
 SPEC = register(
     OpSpec(

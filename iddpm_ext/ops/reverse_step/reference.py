@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from iddpm_ext.ops.columns import Column
-from iddpm_ext.ops.native import empty_images
-from iddpm_ext.ops.rows import Rows, compute_dtype, drawn_noise
+from iddpm_ext.ops.rows import Rows, compute_dtype, drawn_noise, like_images
 
 
 def reverse_step(
@@ -23,7 +22,7 @@ def reverse_step(
     clip: bool,
 ) -> tuple[Tensor, Tensor]:
     """x_prev and x_0, both like x_t; halves are computed in float32 and rounded once."""
-    dtype = compute_dtype(x_t)
+    dtype = compute_dtype(x_t, model_output)
     row = Rows(table, t, dtype)
     channels = x_t.shape[1]
     x = x_t.to(dtype)
@@ -45,8 +44,4 @@ def reverse_step(
         # Not a product with 0, which would make NaN of a log-variance that has no part in the step.
         noisy = x_prev + scale * (0.5 * log_variance).exp() * noise.to(dtype)
         x_prev = torch.where(scale != 0, noisy, x_prev)
-    return _like(x_prev, x_t), _like(x_0, x_t)
-
-
-def _like(value: Tensor, x_t: Tensor) -> Tensor:
-    return empty_images(x_t).copy_(value)
+    return like_images(x_t, x_prev), like_images(x_t, x_0)

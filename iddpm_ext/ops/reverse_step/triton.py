@@ -6,6 +6,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from iddpm_ext.ops.columns_triton import (
+    LOG_VARIANCE_BIAS,
+    LOG_VARIANCE_SCALE,
+    MEAN_X0,
+    MEAN_XT,
+    NOISE_SCALE,
+    NUM_COLUMNS,
+    X0_FROM_OUT,
+    X0_FROM_XT,
+)
 from iddpm_ext.ops.native import empty_images, plane
 from iddpm_ext.ops.noise_triton import normals
 from iddpm_ext.ops.plane_triton import offset
@@ -33,24 +43,24 @@ def _kernel(
 
     step = tl.load(t + sample)
     known = (step >= 0) & (step < num_timesteps)
-    row = table + tl.where(known, step, 0) * 16
+    row = table + tl.where(known, step, 0) * NUM_COLUMNS
     poison = tl.where(known, 0.0, float("nan"))
 
     x = tl.load(x_t + sample * x_n + offset(at, hw, x_c, x_p, DENSE), mask=inside, other=0.0)
     eps = tl.load(
         out + sample * out_n + offset(at, hw, out_c, out_p, DENSE), mask=inside, other=0.0
     )
-    x_0 = (tl.load(row) + poison) * x + tl.load(row + 1) * eps.to(tl.float32)
+    x_0 = (tl.load(row + X0_FROM_XT) + poison) * x + tl.load(row + X0_FROM_OUT) * eps.to(tl.float32)
     if CLIP:
         x_0 = tl.where(x_0 < -1.0, -1.0, x_0)
         x_0 = tl.where(x_0 > 1.0, 1.0, x_0)
-    prev = tl.load(row + 2) * x_0 + tl.load(row + 3) * x
+    prev = tl.load(row + MEAN_X0) * x_0 + tl.load(row + MEAN_XT) * x
     if NOISE != 0:
-        log_variance = tl.load(row + 4) + tl.zeros_like(x)
+        log_variance = tl.load(row + LOG_VARIANCE_BIAS) + tl.zeros_like(x)
         if LEARNED:
             v_at = offset(at + count, hw, out_c, out_p, DENSE)
             v = tl.load(out + sample * out_n + v_at, mask=inside, other=0.0)
-            log_variance += tl.load(row + 5) * v.to(tl.float32)
+            log_variance += tl.load(row + LOG_VARIANCE_SCALE) * v.to(tl.float32)
         if NOISE == 1:
             z = tl.load(
                 noise + sample * z_n + offset(at, hw, z_c, z_p, DENSE), mask=inside, other=0.0
@@ -59,7 +69,7 @@ def _kernel(
             z = normals(
                 seed, quad, tl.load(samples + sample), tl.load(steps + sample), stream_draw, BLOCK
             )
-        scale = tl.load(row + 6)
+        scale = tl.load(row + NOISE_SCALE)
         # A product with 0 would turn an infinite deviation into NaN.
         prev += tl.where(scale != 0.0, scale * tl.exp(0.5 * log_variance) * z, 0.0)
     target = sample * r_n + offset(at, hw, r_c, r_p, DENSE)

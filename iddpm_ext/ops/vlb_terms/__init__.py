@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from iddpm_ext import _native
 from iddpm_ext.ops import checks
-from iddpm_ext.ops.library import define, differentiate
-from iddpm_ext.ops.native import NO_PLANE, check_launch, empty_images, plane, stream
+from iddpm_ext.ops.kernels import kernels
+from iddpm_ext.ops.library import define, differentiate, vector_jacobian
+from iddpm_ext.ops.native import NO_PLANE, empty_images, plane
 from iddpm_ext.ops.rows import compute_dtype, with_room_for_gradients
 from iddpm_ext.ops.spec import FLOAT32_AND_HALVES, OpSpec, register, resolve_backend
 from iddpm_ext.ops.vlb_terms import reference
@@ -54,7 +54,8 @@ def vlb_terms(
         TypeError, ValueError: for an argument of a wrong type, shape, device or value.
         RuntimeError: if an explicit backend cannot serve the call.
 
-    Differentiable in model_output; the kernels compute value and gradient in one pass.
+    Differentiable in model_output any number of times; the kernels compute value and gradient in one
+    pass. The reference is differentiable in x_0, x_t and table as well.
     """
     checks.image_batch("vlb_terms", "x_t", x_t)
     checks.image_batch("vlb_terms", "x_0", x_0)
@@ -65,7 +66,8 @@ def vlb_terms(
     checks.timesteps("vlb_terms", t, x_t.shape[0], table.shape[0], x_t.device)
     double = compute_dtype(model_output, x_0, x_t) == torch.float64
     dtype = torch.float64 if double else model_output.dtype
-    chosen = resolve_backend("vlb_terms", backend, x_t.device, dtype)
+    fixed = {"x_0": x_0, "x_t": x_t, "table": table}
+    chosen = resolve_backend("vlb_terms", backend, x_t.device, dtype, fixed)
     if chosen == "reference":
         return reference.vlb_terms(model_output, x_0, x_t, t, table, clip, exact)
     with_gradient = torch.is_grad_enabled() and model_output.requires_grad
@@ -111,33 +113,11 @@ def _launch_arguments(
     return (terms, gradient), arguments, (out, x_0_plane, x_t_plane, t, table)
 
 
-def _cpu(*inputs: Any) -> tuple[Tensor, Tensor]:
-    results, arguments, _alive = _launch_arguments(*inputs)
-    if inputs[0].numel():
-        _native.native().vlb_terms_cpu(*arguments, torch.get_num_threads())
-    return results
-
-
-def _cuda(*inputs: Any) -> tuple[Tensor, Tensor]:
-    results, arguments, _alive = _launch_arguments(*inputs)
-    if inputs[0].numel():
-        with torch.cuda.device(inputs[0].device):
-            code = _native.native().vlb_terms_cuda(*arguments, stream(inputs[0]))
-        check_launch("vlb_terms", code)
-    return results
-
-
-def _triton(*inputs: Any) -> tuple[Tensor, Tensor]:
-    from iddpm_ext.ops.vlb_terms import triton
-
-    return triton.vlb_terms(*inputs)
-
-
 def _fake(model_output: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     return _empty_results(model_output, with_gradient=arguments[-2])
 
 
-_KERNELS = {"cpu": _cpu, "cuda": _cuda, "triton": _triton}
+_KERNELS = kernels("vlb_terms", _launch_arguments)
 
 SPEC = register(
     OpSpec(
@@ -160,13 +140,23 @@ _op = define(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(output[1])
+    *arguments, ctx.clip, ctx.exact, _, _ = inputs
+    ctx.save_for_backward(output[1], *arguments)
 
 
 def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    (gradient,) = ctx.saved_tensors
+    gradient = ctx.saved_tensors[0]
     scaled = gradient * grad.to(gradient.dtype)[:, None, None, None]
     return (scaled, *[None] * 8)
 
 
-differentiate("vlb_terms", _setup, _backward)
+def _formula(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    _, model_output, x_0, x_t, t, table = ctx.saved_tensors
+
+    def terms(out: Tensor) -> tuple[Tensor]:
+        return (reference.vlb_terms(out, x_0, x_t, t, table, ctx.clip, ctx.exact),)
+
+    return (*vector_jacobian(terms, [model_output], [True], [grad]), *[None] * 8)
+
+
+differentiate("vlb_terms", _setup, _backward, _formula)

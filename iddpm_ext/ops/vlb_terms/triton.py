@@ -7,6 +7,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from iddpm_ext.ops.columns_triton import (
+    LOG_VARIANCE_BIAS,
+    LOG_VARIANCE_SCALE,
+    MEAN_X0,
+    MEAN_XT,
+    NUM_COLUMNS,
+    POSTERIOR_LOG_VARIANCE,
+    X0_FROM_OUT,
+    X0_FROM_XT,
+)
 from iddpm_ext.ops.gaussian_triton import decoder_term, exact_decoder_term, kl_term
 from iddpm_ext.ops.native import empty_images, plane
 from iddpm_ext.ops.plane_triton import offset
@@ -28,13 +38,13 @@ def _kernel(
     sample = tl.program_id(0).to(tl.int64)
     step = tl.load(t + sample)
     known = (step >= 0) & (step < num_timesteps)
-    row = table + tl.where(known, step, 0) * 16
+    row = table + tl.where(known, step, 0) * NUM_COLUMNS
     poison = tl.where(known, 0.0, float("nan"))
-    x0_from_out = tl.load(row + 1)
-    mean_x0 = tl.load(row + 2)
-    bias = tl.load(row + 4) + poison
-    scale = tl.load(row + 5)
-    true_lv = tl.load(row + 7)
+    x0_from_out = tl.load(row + X0_FROM_OUT)
+    mean_x0 = tl.load(row + MEAN_X0)
+    bias = tl.load(row + LOG_VARIANCE_BIAS) + poison
+    scale = tl.load(row + LOG_VARIANCE_SCALE)
+    true_lv = tl.load(row + POSTERIOR_LOG_VARIANCE)
     weight = INVERSE_LN2 / count
 
     total = tl.zeros([BLOCK], dtype=tl.float32)
@@ -45,7 +55,7 @@ def _kernel(
         eps = tl.load(out_at, mask=inside, other=0.0).to(tl.float32)
         a = tl.load(x_0 + sample * a_n + offset(at, hw, a_c, a_p, DENSE), mask=inside, other=0.0)
         b = tl.load(x_t + sample * b_n + offset(at, hw, b_c, b_p, DENSE), mask=inside, other=0.0)
-        raw = tl.load(row) * b + x0_from_out * eps
+        raw = tl.load(row + X0_FROM_XT) * b + x0_from_out * eps
         predicted = raw
         if CLIP:
             predicted = tl.where(predicted < -1.0, -1.0, predicted)
@@ -57,7 +67,7 @@ def _kernel(
         if step != 0:
             value, d_mean, d_lv = kl_term(mean_x0 * (a - predicted), true_lv, lv)
         else:
-            mean = mean_x0 * predicted + tl.load(row + 3) * b
+            mean = mean_x0 * predicted + tl.load(row + MEAN_XT) * b
             if EXACT:
                 value, d_mean, d_lv = exact_decoder_term(a, mean, lv)
             else:

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from iddpm_ext import _native
 from iddpm_ext.ops import checks
+from iddpm_ext.ops.kernels import kernels
 from iddpm_ext.ops.library import define
-from iddpm_ext.ops.native import check_launch, plane, stream
+from iddpm_ext.ops.native import plane
 from iddpm_ext.ops.rows import compute_dtype
 from iddpm_ext.ops.spec import FLOAT32_AND_HALVES, OpSpec, register, resolve_backend
 from iddpm_ext.ops.vlb_to_all import reference
@@ -144,33 +144,11 @@ def _launch_arguments(
     return terms, arguments, (out, x_0_plane, x_t_plane, rows, targets)
 
 
-def _cpu(*inputs: Any) -> Tensor:
-    terms, arguments, _alive = _launch_arguments(*inputs)
-    if terms.numel():
-        _native.native().vlb_to_all_cpu(*arguments, torch.get_num_threads())
-    return terms
-
-
-def _cuda(*inputs: Any) -> Tensor:
-    terms, arguments, _alive = _launch_arguments(*inputs)
-    if terms.numel():
-        with torch.cuda.device(inputs[0].device):
-            code = _native.native().vlb_to_all_cuda(*arguments, stream(inputs[0]))
-        check_launch("vlb_to_all", code)
-    return terms
-
-
-def _triton(*inputs: Any) -> Tensor:
-    from iddpm_ext.ops.vlb_to_all import triton
-
-    return triton.vlb_to_all(*inputs)
-
-
 def _fake(model_output: Tensor, *arguments: Any) -> Tensor:
     return _empty_result(model_output, arguments[4])
 
 
-_KERNELS = {"cpu": _cpu, "cuda": _cuda, "triton": _triton}
+_KERNELS = kernels("vlb_to_all", _launch_arguments)
 
 SPEC = register(
     OpSpec(

@@ -7,6 +7,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from iddpm_ext.ops.columns_triton import (
+    LOG_VARIANCE_BIAS,
+    LOG_VARIANCE_SCALE,
+    MEAN_X0,
+    MEAN_XT,
+    NUM_COLUMNS,
+    POSTERIOR_LOG_VARIANCE,
+    X0_FROM_OUT,
+    X0_FROM_XT,
+)
 from iddpm_ext.ops.gaussian_triton import decoder_term, exact_decoder_term, kl_term
 from iddpm_ext.ops.vlb_to_all.jumps import jump_rows
 
@@ -22,14 +32,14 @@ def _kernel(
     job = tl.program_id(0).to(tl.int64)
     sample = job // num_targets
     decoder = tl.load(targets + (job - sample * num_targets)) < 0
-    row = rows + job * 16
-    x0_from_xt = tl.load(row)
-    x0_from_out = tl.load(row + 1)
-    mean_x0 = tl.load(row + 2)
-    mean_xt = tl.load(row + 3)
-    bias = tl.load(row + 4)
-    scale = tl.load(row + 5)
-    true_lv = tl.load(row + 7)
+    row = rows + job * NUM_COLUMNS
+    x0_from_xt = tl.load(row + X0_FROM_XT)
+    x0_from_out = tl.load(row + X0_FROM_OUT)
+    mean_x0 = tl.load(row + MEAN_X0)
+    mean_xt = tl.load(row + MEAN_XT)
+    bias = tl.load(row + LOG_VARIANCE_BIAS)
+    scale = tl.load(row + LOG_VARIANCE_SCALE)
+    true_lv = tl.load(row + POSTERIOR_LOG_VARIANCE)
 
     total = tl.zeros([BLOCK], dtype=tl.float32)
     # A row of NaN is no jump: its sum is NaN without a look at the images.
