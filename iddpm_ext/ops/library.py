@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from iddpm_ext.ops.modes import observed, transformed
+from iddpm_ext.ops.modes import batched_gradients, observed, transformed
 
 LIBRARY = torch.library.Library("iddpm_ext", "DEF")
 
@@ -87,7 +87,7 @@ def differentiate(
     """
 
     def either(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
-        if torch.is_grad_enabled() or transformed():
+        if torch.is_grad_enabled() or transformed() or batched_gradients():
             return formula(ctx, *gradients)
         return backward(ctx, *gradients)
 

@@ -11,9 +11,18 @@ def transformed() -> bool:
 
     A kernel reads a tensor's memory, in which there is neither a tangent nor the dimension of `vmap`.
     """
+    if forward_ad._current_level >= 0:
+        return True
+    # A compiler cannot trace the other question; its graphs have the operator, and no zeros of it: a batch
+    # is taken apart, a gradient of a gradient raises.
     if torch.compiler.is_compiling():
         return False
-    return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
+    return torch._C._functorch.maybe_current_level() is not None
+
+
+def batched_gradients() -> bool:
+    """Whether a backward pass gets a batch of gradients at once, by `is_grads_batched` of PyTorch."""
+    return torch._C._dispatch_tls_is_dispatch_key_included("VmapMode")
 
 
 def observed() -> bool:
