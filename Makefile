@@ -28,10 +28,11 @@ sample: $(VENV)/.built ## draw 64 garments with the bundled fashion-mnist into s
 test: $(VENV)/.dev $(VENV)/.built ## run the test suite (TESTS=tests/test_build.py for a part)
 	$(PY) -m pytest -q $(TESTS)
 
-check: $(VENV)/.dev $(VENV)/.built ## ruff, mypy and clang-format
+check: $(VENV)/.dev $(VENV)/.built ## ruff, mypy, clang-format and what makes tensors
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+	$(PY) tools/check_tensors.py
 	$(VENV)/bin/clang-format --dry-run -Werror $(CPP_FILES)
 
 build: $(VENV)/.ok ## compile the module in place and say what was built

@@ -114,10 +114,11 @@ def differentiable(spec: OpSpec, kwargs: dict[str, Any]) -> dict[str, Any]:
 
 def gradients(spec: OpSpec, backend: str, kwargs: dict[str, Any]) -> list[Tensor]:
     """Gradients of a fixed weighted sum of every result that has one."""
-    total = torch.zeros((), dtype=torch.float64)
+    on_cpu: Any = {"dtype": torch.float64, "device": "cpu"}
+    total = torch.zeros((), **on_cpu)
     for i, result in enumerate(tensors(spec.public(**kwargs, backend=backend))):
         if result.requires_grad and result.numel():
-            weights = torch.linspace(-1, 1, result.numel(), dtype=torch.float64).cos() + 0.1 * i
+            weights = torch.linspace(-1, 1, result.numel(), **on_cpu).cos() + 0.1 * i
             total = total + (result.double().cpu() * weights.view(result.shape)).sum()
     leaves = [kwargs[k] for k in spec.differentiable if isinstance(kwargs.get(k), Tensor)]
     if not total.requires_grad:

@@ -112,7 +112,7 @@ class Diffusion:
         chain = Chain.from_fixed_point([self._train_alpha_bars[i] for i in steps])
         self._set(
             num_timesteps=len(steps),
-            timesteps=torch.tensor(steps),
+            timesteps=torch.tensor(steps, dtype=torch.int64, device="cpu"),
             betas=chain.beta,
             alphas_cumprod=chain.alpha_bar,
             _chain=chain,

@@ -63,7 +63,9 @@ def linear_beta_schedule(num_timesteps: int) -> Tensor:
             f"exceeds 1), got {num_timesteps}"
         )
     scale = 1000 / num_timesteps
-    return torch.linspace(scale * 1e-4, scale * 0.02, num_timesteps, dtype=torch.float64)
+    return torch.linspace(
+        scale * 1e-4, scale * 0.02, num_timesteps, dtype=torch.float64, device="cpu"
+    )
 
 
 def betas_for_alpha_bar(
@@ -97,7 +99,7 @@ def betas_for_alpha_bar(
                 f"{previous} at t={i}/{num_timesteps} and {current} at t={i + 1}/{num_timesteps}"
             )
         betas.append(min(1 - current / previous, max_beta))
-    return torch.tensor(betas, dtype=torch.float64)
+    return torch.tensor(betas, dtype=torch.float64, device="cpu")
 
 
 def named_betas(schedule: str, num_timesteps: int) -> Tensor:
@@ -111,7 +113,7 @@ def named_betas(schedule: str, num_timesteps: int) -> Tensor:
 
 def check_betas(betas: Tensor | Sequence[float]) -> list[float]:
     """Betas [T] fit for a chain: T >= 2, all in (0, 1), alpha_bar large enough for float32."""
-    values = torch.as_tensor(betas, dtype=torch.float64)
+    values = torch.as_tensor(betas, dtype=torch.float64, device="cpu")
     if values.dim() != 1:
         raise ValueError(f"Diffusion: betas must be [T], got {tuple(values.shape)}")
     if len(values) < 2:

@@ -61,7 +61,7 @@ class Chain:
             [before / _ONE for before in previous],
             [(_ONE - before) / _ONE for before in previous],
         )
-        return cls(*(torch.tensor(column, dtype=torch.float64) for column in columns))
+        return cls(*(torch.tensor(column, dtype=torch.float64, device="cpu") for column in columns))
 
     @property
     def log_beta(self) -> Tensor:
@@ -115,7 +115,7 @@ def build_table(
 
     The pair of log_alpha_bar is a float32 number and what that leaves of the float64 one.
     """
-    table = torch.zeros(len(steps), NUM_COLUMNS, dtype=torch.float64)
+    table = torch.zeros(len(steps), NUM_COLUMNS, dtype=torch.float64, device="cpu")
     posterior_c1, posterior_c2 = chain.mean_coefficients(1.0)
 
     if prediction == "epsilon":

@@ -62,7 +62,7 @@ class UniformTimestepSampler:
         """
         key = NoiseKey(self.seed, STREAM_CHOICE, samples, 0)
         t = integers(key, self.num_timesteps, (len(samples), 1))[:, 0]
-        return WeightedTimesteps(t, torch.ones(len(t), device=t.device))
+        return WeightedTimesteps(t, torch.ones(len(t), device=t.device, dtype=torch.float32))
 
     def update(self, t: Tensor, losses: Tensor, *, capacity: int | None = None) -> None:
         """Nothing to learn."""
@@ -166,7 +166,7 @@ class LossSecondMomentSampler:
         """First in, first out for each step, as if the losses came one after another."""
         t, order = t.sort(stable=True)
         added = torch.zeros_like(self._counts).scatter_add_(0, t, torch.ones_like(t))
-        rank = torch.arange(len(t), device=t.device) - torch.searchsorted(t, t)
+        rank = torch.arange(len(t), device=t.device, dtype=torch.int64) - torch.searchsorted(t, t)
         kept = rank >= added[t] - self.history
         row = torch.where(kept, t, self.num_timesteps)
         self._losses[row, (self._counts[t] + rank) % self.history] = losses[order]
@@ -199,7 +199,7 @@ def make_timestep_sampler(
 def _gather(t: Tensor, losses: Tensor, capacity: int | None, padding: int) -> tuple[Tensor, Tensor]:
     """The batches of all ranks, in their order, padded with ``padding`` as t."""
     if capacity is None:
-        largest = torch.tensor(len(t), device=t.device)
+        largest = torch.tensor(len(t), dtype=torch.int64, device=t.device)
         dist.all_reduce(largest, dist.ReduceOp.MAX)
         capacity = int(largest)
     if len(t) > capacity:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -60,7 +61,10 @@ class IDDPMPipeline(DDPMPipeline):
             ValueError: lengths differ, or guidance is asked for without labels.
         """
         device = self._execution_device
-        labels = None if class_labels is None else torch.as_tensor(class_labels, device=device)
+        labels = class_labels
+        if labels is not None:
+            given = labels if isinstance(labels, Tensor) else torch.from_numpy(np.asarray(labels))
+            labels = given.to(device)
         for name, value in (("class_labels", labels), ("low_res", low_res)):
             if value is not None and batch_size not in (1, len(value)):
                 raise ValueError(

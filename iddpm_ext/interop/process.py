@@ -43,18 +43,20 @@ def diffusion_of(config: Mapping[str, Any]) -> Diffusion:
         "rescale_timesteps": bool(config.get("rescale_timesteps", False)),
     }
     if betas is not None:
-        return Diffusion(betas=torch.as_tensor(betas, dtype=torch.float64), **common)
+        return Diffusion(betas=torch.as_tensor(betas, dtype=torch.float64, device="cpu"), **common)
     if schedule in _COSINE:
         return Diffusion("cosine", steps, **common)
     first, last = _ends(config, steps)
     if schedule == "linear":
         own = Diffusion("linear", steps, **common) if steps >= 20 else None
-        given = torch.linspace(first, last, steps, dtype=torch.float64)
+        given = torch.linspace(first, last, steps, dtype=torch.float64, device="cpu")
         if own is not None and torch.allclose(own.betas, given, rtol=1e-12, atol=0):
             return own
         return Diffusion(betas=given, **common)
     if schedule == "scaled_linear":
-        root: Tensor = torch.linspace(first**0.5, last**0.5, steps, dtype=torch.float64)
+        root: Tensor = torch.linspace(
+            first**0.5, last**0.5, steps, dtype=torch.float64, device="cpu"
+        )
         return Diffusion(betas=root.square(), **common)
     raise ValueError(
         f"IDDPMScheduler: beta_schedule must be one of {', '.join(_SCHEDULES)}, got {schedule!r}"

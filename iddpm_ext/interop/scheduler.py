@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -149,7 +150,9 @@ class IDDPMScheduler(SchedulerMixin, ConfigMixin):
         self._take(chain, device)
 
     def _take(self, chain: Diffusion, device: torch.device | str | None) -> None:
-        told = chain.model_timesteps(torch.arange(chain.num_timesteps))
+        told = chain.model_timesteps(
+            torch.arange(chain.num_timesteps, dtype=torch.int64, device="cpu")
+        )
         self.chain = chain
         self.timesteps = told.flip(0).to(device)
         self._by_told = {float(value): i for i, value in enumerate(told)}
@@ -206,7 +209,7 @@ class IDDPMScheduler(SchedulerMixin, ConfigMixin):
                     sample.shape, generator=generator, device=sample.device, dtype=sample.dtype
                 )
             noise = variance_noise.to(state.dtype)
-        t = torch.full((len(sample),), i, device=sample.device)
+        t = torch.full((len(sample),), i, dtype=torch.int64, device=sample.device)
         x_prev, x_0 = ops.reverse_step(
             state, model_output, t, table, noise, clip=self.config.clip_sample
         )
@@ -255,7 +258,8 @@ class IDDPMScheduler(SchedulerMixin, ConfigMixin):
         return known[value]
 
     def _training_index(self, timesteps: Tensor, n: int, device: torch.device) -> Tensor:
-        t = torch.as_tensor(timesteps, device=device)
+        t = timesteps if isinstance(timesteps, Tensor) else torch.from_numpy(np.asarray(timesteps))
+        t = t.to(device)
         if t.is_floating_point():
             scale = len(self) / 1000 if self.config.rescale_timesteps else 1.0
             t = (t.double() * scale).round().long()

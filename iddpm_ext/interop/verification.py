@@ -51,7 +51,9 @@ def _times(model: UNet) -> list[float]:
     if model.diffusion is None:
         return [fraction * 999 for fraction in _FRACTIONS]
     last = model.diffusion.num_timesteps - 1
-    steps = torch.tensor([round(fraction * last) for fraction in _FRACTIONS])
+    steps = torch.tensor(
+        [round(fraction * last) for fraction in _FRACTIONS], dtype=torch.int64, device="cpu"
+    )
     return model.diffusion.model_timesteps(steps).tolist()
 
 
@@ -59,14 +61,24 @@ def _inputs(model: UNet, t: float) -> dict[str, Tensor]:
     config, generator = model.config, torch.Generator().manual_seed(0)
     size = config.image_size
     inputs = {
-        "x": torch.randn(_BATCH, config.in_channels, size, size, generator=generator),
-        "timesteps": torch.full((_BATCH,), t),
+        "x": torch.randn(
+            _BATCH,
+            config.in_channels,
+            size,
+            size,
+            generator=generator,
+            dtype=torch.float32,
+            device="cpu",
+        ),
+        "timesteps": torch.full((_BATCH,), t, dtype=torch.float32, device="cpu"),
     }
     if config.num_classes is not None:
-        inputs["y"] = torch.tensor([0, config.num_classes - 1])
+        inputs["y"] = torch.tensor([0, config.num_classes - 1], dtype=torch.int64, device="cpu")
     if config.super_resolution:
         small = (_BATCH, config.in_channels, size // 4, size // 4)
-        inputs["low_res"] = torch.randn(small, generator=generator)
+        inputs["low_res"] = torch.randn(
+            small, generator=generator, dtype=torch.float32, device="cpu"
+        )
     return inputs
 
 

@@ -71,7 +71,7 @@ def make_plan(images: int, timesteps: Tensor, budget: float | None) -> Plan:
 
     timesteps: int64 [T], the chain's steps in the training chain.
     """
-    none, num_timesteps = torch.empty(0, dtype=torch.int64), len(timesteps)
+    none, num_timesteps = torch.empty(0, dtype=torch.int64, device="cpu"), len(timesteps)
     if budget is None or budget >= num_timesteps + int(doubled(timesteps).sum()):
         return Plan(none, none, None)
     total = int(images * budget)
@@ -81,7 +81,7 @@ def make_plan(images: int, timesteps: Tensor, budget: float | None) -> Plan:
     allowed = min(total // 8, _PILOT_IMAGES * _PILOT_STEPS)
     if columns >= 3 and allowed >= 8:
         count = min(images, _PILOT_IMAGES, max(1, allowed // 24))
-        pilot_images = torch.arange(count) * images // count
+        pilot_images = torch.arange(count, dtype=torch.int64, device="cpu") * images // count
         pilot_steps = _geometric(num_timesteps, min(_PILOT_STEPS, allowed // count))
         columns = (total - len(pilot_images) * len(pilot_steps)) // images
     return Plan(pilot_images, pilot_steps, columns if columns == 1 else columns // 2 * 2)
@@ -103,7 +103,7 @@ def full_design(images: int, timesteps: Tensor) -> Design:
     if len(once) % 2:
         twice, once = torch.cat([twice, once[-1:]]), once[:-1]
     t = torch.cat([twice.repeat_interleave(2), once])
-    scale = torch.ones(len(t), dtype=torch.float64)
+    scale = torch.ones(len(t), dtype=torch.float64, device="cpu")
     draw = torch.zeros_like(t)
     scale[: 2 * len(twice)] = 0.5
     draw[1 : 2 * len(twice) : 2] = 1
@@ -118,16 +118,22 @@ def sampled_design(images: int, columns: int, proposal: Tensor, seed: int) -> De
     alone = _alone(proposal, columns // 2)
     rest = columns - 2 * alone
     conditional = proposal[alone:] / proposal[alone:].sum()
-    key = NoiseKey(seed, STREAM_CHOICE, torch.arange(images), 0, _CHOICE_DRAW)
-    part = torch.arange(rest) // 2
+    key = NoiseKey(
+        seed, STREAM_CHOICE, torch.arange(images, dtype=torch.int64, device="cpu"), 0, _CHOICE_DRAW
+    )
+    part = torch.arange(rest, dtype=torch.int64, device="cpu") // 2
     point = (uniform(key, (images, rest)) + part) / max(1, rest // 2)
     # right: a point on the border belongs to the step above.
     chosen = torch.searchsorted(conditional.cumsum(0), point, right=True)
     chosen = chosen.clamp(max=len(conditional) - 1)
-    first = torch.arange(2 * alone) // 2
+    first = torch.arange(2 * alone, dtype=torch.int64, device="cpu") // 2
     t = torch.cat([first.expand(images, -1), chosen + alone], dim=1)
     scale = torch.cat(
-        [torch.full((images, 2 * alone), 0.5).double(), 1 / (rest * conditional[chosen])], dim=1
+        [
+            torch.full((images, 2 * alone), 0.5, dtype=torch.float64, device="cpu"),
+            1 / (rest * conditional[chosen]),
+        ],
+        dim=1,
     )
     return Design(t, scale, _occurrence(t))
 
@@ -150,7 +156,9 @@ def _occurrence(t: Tensor) -> Tensor:
     """How many columns to the left hold the same step, [N, M]."""
     ordered, order = t.sort(dim=1, stable=True)
     ordered = ordered.contiguous()
-    rank = torch.arange(t.shape[1]) - torch.searchsorted(ordered, ordered)
+    rank = torch.arange(t.shape[1], dtype=torch.int64, device="cpu") - torch.searchsorted(
+        ordered, ordered
+    )
     return torch.empty_like(t).scatter_(1, order, rank)
 
 
@@ -162,7 +170,7 @@ def learn_proposal(steps: Tensor, terms: Tensor, num_timesteps: int) -> Tensor:
     steps: int64 [G], ascending. terms: [P, G] of P images.
     """
     log_t = np.log1p(np.arange(num_timesteps))
-    size = 1 / (1.0 + torch.arange(num_timesteps, dtype=torch.float64))
+    size = 1 / (1.0 + torch.arange(num_timesteps, dtype=torch.float64, device="cpu"))
     if len(steps):
         root = terms.double().square().mean(0).sqrt()
         if float(root.max()) > 0:
@@ -176,6 +184,6 @@ def learn_proposal(steps: Tensor, terms: Tensor, num_timesteps: int) -> Tensor:
 def _geometric(num_timesteps: int, count: int) -> Tensor:
     """Distinct steps from 0 to T - 1, at most `count`, evenly spread over log(t + 1)."""
     if count >= num_timesteps:
-        return torch.arange(num_timesteps)
+        return torch.arange(num_timesteps, dtype=torch.int64, device="cpu")
     spread = np.geomspace(1, num_timesteps, max(count, 2)) - 1
     return torch.from_numpy(np.unique(spread.round().astype(np.int64)))

@@ -60,8 +60,9 @@ def student_quantile(probability: float, freedom: float) -> float:
     With t = sqrt(nu) tan(a), P(|T| < t) is the integral of cos^(nu - 1) to a over that to pi / 2.
     """
     if freedom > 1e4:
-        return math.sqrt(2) * float(torch.erfinv(torch.tensor(2 * probability - 1.0).double()))
-    edges = torch.linspace(0, math.pi / 2, 200_001, dtype=torch.float64)
+        twice = torch.tensor(2 * probability - 1.0, dtype=torch.float64, device="cpu")
+        return math.sqrt(2) * float(torch.erfinv(twice))
+    edges = torch.linspace(0, math.pi / 2, 200_001, dtype=torch.float64, device="cpu")
     mass = ((edges[1:] + edges[:-1]) / 2).cos().pow(freedom - 1).cumsum(0)
     wanted = (2 * probability - 1) * float(mass[-1])
     angle = np.interp(wanted, mass.numpy(), edges[1:].numpy())

@@ -40,7 +40,9 @@ def read_images(
         data = open_data(os.fspath(data), split=split, image_size=size, bad_images="stop")
     if not hasattr(data, "images") or not hasattr(data, "labels"):
         raise TypeError(f"{who}: data must be a tensor, a path or image data, got {type(data)}")
-    indices = torch.arange(len(data) if limit is None else min(limit, len(data)))
+    indices = torch.arange(
+        len(data) if limit is None else min(limit, len(data)), dtype=torch.int64, device="cpu"
+    )
     if shuffle:
         indices = Order(len(data), seed=0).at(indices)
     parts = [data.images(part)[0] for part in indices.split(256)]

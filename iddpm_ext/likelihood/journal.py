@@ -36,8 +36,8 @@ class Journal:
     def __init__(self, folder: Path | None, run: str, process: int, width: int):
         self._width = width
         self._file = None
-        self.ids = torch.empty(0, dtype=torch.int64)
-        self.values = torch.empty(0, width)
+        self.ids = torch.empty(0, dtype=torch.int64, device="cpu")
+        self.values = torch.empty(0, width, dtype=torch.float32, device="cpu")
         if folder is None:
             return
         folder.mkdir(parents=True, exist_ok=True)

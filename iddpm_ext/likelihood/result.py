@@ -119,10 +119,12 @@ def summarize_steps(design: Design, measured: Tensor, timesteps: Tensor) -> PerS
     t, total = design.t.flatten(), len(timesteps)
     values = measured.double().flatten(0, 1)
     count = torch.bincount(t, minlength=total)
-    sums = torch.zeros(total, len(MEASURED), dtype=torch.float64).index_add_(0, t, values)
+    sums = torch.zeros(total, len(MEASURED), dtype=torch.float64, device="cpu").index_add_(
+        0, t, values
+    )
     means = sums / count[:, None]
     residual = (values[:, 0] - means[t, 0]).square()
-    squares = torch.zeros(total, dtype=torch.float64).index_add_(0, t, residual)
+    squares = torch.zeros(total, dtype=torch.float64, device="cpu").index_add_(0, t, residual)
     error = (squares / (count - 1).clamp(min=0) / count).sqrt()
     bpd, x_0_mse, eps_mse, v_outside = means.unbind(1)
     return PerStep(timesteps, count, bpd, error, x_0_mse, eps_mse, v_outside)

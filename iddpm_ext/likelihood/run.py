@@ -112,14 +112,23 @@ def compute(request: LikelihoodRequest, state: Path | None, processes: Processes
         else:
             # In batches of a fixed size: the proposal must not depend on the user's, not even by rounding.
             size = default_batch_size(network.image_shape, network.device)
-            terms = work.evaluate(pilot, -1 - torch.arange(len(pilot.t)), size, by_batch=True)[:, 0]
+            terms = work.evaluate(
+                pilot,
+                -1 - torch.arange(len(pilot.t), dtype=torch.int64, device="cpu"),
+                size,
+                by_batch=True,
+            )[:, 0]
             terms = terms.view(len(plan.pilot_images), len(plan.pilot_steps))
             proposal = learn_proposal(plan.pilot_steps, terms, chain.num_timesteps)
             design = sampled_design(images, plan.columns, proposal, network.seed)
         columns = design.t.shape[1]
-        image = torch.arange(images)[:, None].expand(-1, columns)
+        image = torch.arange(images, dtype=torch.int64, device="cpu")[:, None].expand(-1, columns)
         rows = Rows(image.flatten(), design.t.flatten(), design.draw.flatten())
-        measured = work.evaluate(rows, torch.arange(images * columns), request.batch_size)
+        measured = work.evaluate(
+            rows,
+            torch.arange(images * columns, dtype=torch.int64, device="cpu"),
+            request.batch_size,
+        )
         result = _result(request, design, measured.view(images, columns, -1), len(pilot.t), work)
         processes.wait()
         journal.remove()
@@ -141,9 +150,9 @@ class _Work:
         by_batch: keep together what belongs to one batch of the whole list, also when parts are known.
         """
         count = len(ids)
-        values = torch.full((count, len(MEASURED)), torch.nan)
-        known = torch.zeros(count, dtype=torch.bool)
-        own = torch.zeros(count, dtype=torch.bool)
+        values = torch.full((count, len(MEASURED)), torch.nan, dtype=torch.float32, device="cpu")
+        known = torch.zeros(count, dtype=torch.bool, device="cpu")
+        own = torch.zeros(count, dtype=torch.bool, device="cpu")
         if count:
             position = (self._journal.ids - ids[0]).abs()
             kept = (position < count) & ((self._journal.ids < 0) == (ids[0] < 0))
@@ -167,7 +176,7 @@ class _Work:
         """Indices of the rows that this process evaluates together."""
         rank, size = self._processes.rank, self._processes.size
         if by_batch:
-            parts = torch.arange(len(known)).split(batch_size)
+            parts = torch.arange(len(known), dtype=torch.int64, device="cpu").split(batch_size)
             yield from (part for part in parts[rank::size] if not bool(known[part].all()))
         else:
             todo = (~known & (rows.image % size == rank)).nonzero()[:, 0]

@@ -37,7 +37,7 @@ def shortest_paths(terms: JumpTerms, most: int) -> dict[int, list[int]]:
     Source: Watson et al. 2021, "Learning to Efficiently Sample from Diffusion Probabilistic Models".
     """
     count = len(terms.priors)
-    earlier = torch.ones(count, count, dtype=torch.bool).tril(-1)
+    earlier = torch.ones(count, count, dtype=torch.bool, device="cpu").tril(-1)
     jumps = terms.jumps.masked_fill(~earlier, torch.inf)
     best, origin = (jumps + terms.decoders.T.masked_fill(~earlier, torch.inf)).min(1)
     origins, paths = [origin], {}

@@ -64,7 +64,7 @@ def kernel_distance(
         squared_mmd(*(_subset(features, subset_size, generator) for features in (x, y)))
         for _ in range(subsets)
     ]
-    each = torch.tensor(values, dtype=torch.float64)
+    each = torch.tensor(values, dtype=torch.float64, device="cpu")
     return KernelDistance(float(each.mean()), float(each.std(correction=0)))
 
 
@@ -83,4 +83,8 @@ def _kernel(x: Tensor, y: Tensor) -> Tensor:
 def _subset(x: Tensor, size: int, generator: torch.Generator) -> Tensor:
     if size == len(x):
         return x
-    return x[torch.randperm(len(x), generator=generator)[:size].to(x.device)]
+    return x[
+        torch.randperm(len(x), generator=generator, dtype=torch.int64, device="cpu")[:size].to(
+            x.device
+        )
+    ]

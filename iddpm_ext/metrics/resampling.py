@@ -48,7 +48,12 @@ def half_sample_interval(
     checks.positive("half_sample_interval", "resamples", resamples, least=2)
     generator = torch.Generator().manual_seed(seed)
     values = [
-        metric(torch.randperm(count, generator=generator)[: count // 2]) for _ in range(resamples)
+        metric(
+            torch.randperm(count, generator=generator, dtype=torch.int64, device="cpu")[
+                : count // 2
+            ]
+        )
+        for _ in range(resamples)
     ]
     reach = 1.96 * statistics.stdev(values)
     return Interval(value - reach, value + reach)

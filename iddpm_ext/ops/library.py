@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from iddpm_ext.ops.modes import batched_gradients, observed, transformed
+from iddpm_ext.ops.rows import no_autocast
 
 LIBRARY = torch.library.Library("iddpm_ext", "DEF")
 
@@ -115,7 +116,7 @@ def vector_jacobian(
     `function` is made of PyTorch's functions. A result whose gradient is None has no part in it.
     """
     keeps_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
+    with torch.enable_grad(), no_autocast(_device_of(inputs)):
         # A view of each: a tensor that is two of the arguments has a gradient as either.
         own = [
             x.view_as(x) if take and x is not None and x.requires_grad else x
@@ -147,3 +148,7 @@ def vector_jacobian(
         next(found) if take and x is not None and x.requires_grad else None
         for x, take in zip(own, wanted, strict=True)
     ]
+
+
+def _device_of(inputs: Sequence[Tensor | None]) -> str:
+    return next(x.device.type for x in inputs if x is not None)

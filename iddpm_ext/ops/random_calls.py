@@ -100,7 +100,7 @@ def noise(
     """Given, or drawn in the kernel."""
     if draw.choice((True, False)):
         return images(draw, shape, device, dtype, means=(0.0,), deviations=(1.0,))
-    samples = torch.arange(shape[0], device=device) + draw.integer(0, 2**30)
+    samples = torch.arange(shape[0], device=device, dtype=torch.int64) + draw.integer(0, 2**30)
     return NoiseKey(draw.integer(0, 2**64 - 1), draw.integer(0, 4), samples, draw.integer(0, 4000))
 
 

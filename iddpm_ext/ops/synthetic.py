@@ -22,12 +22,18 @@ class Tensors:
 
     def normal(self, shape: Sequence[int], mean: float = 0.0, std: float = 1.0) -> Tensor:
         """Normal numbers; drawn in float32, so that every dtype rounds the same ones."""
-        values = torch.randn(tuple(shape), generator=self._generator) * std + mean
+        values = (
+            torch.randn(tuple(shape), generator=self._generator, dtype=torch.float32, device="cpu")
+            * std
+            + mean
+        )
         return values.to(self._device, self._dtype)
 
     def timesteps(self, n: int) -> Tensor:
         """Steps of `table`'s chain, the first and the last among them where n allows."""
-        t = torch.randint(0, NUM_TIMESTEPS, (n,), generator=self._generator)
+        t = torch.randint(
+            0, NUM_TIMESTEPS, (n,), generator=self._generator, dtype=torch.int64, device="cpu"
+        )
         t[:1], t[1:2] = NUM_TIMESTEPS - 1, 0
         return t.to(self._device)
 
@@ -37,15 +43,15 @@ def table(device: str, *, learned: bool = True, sampler: str = "ddpm", eta: floa
 
     Written again from the equations, so that a slip in one of the two shows in the tests.
     """
-    steps = torch.arange(NUM_TIMESTEPS + 1, dtype=torch.float64) / NUM_TIMESTEPS
+    steps = torch.arange(NUM_TIMESTEPS + 1, dtype=torch.float64, device="cpu") / NUM_TIMESTEPS
     curve = torch.cos((steps + 0.008) / 1.008 * torch.pi / 2) ** 2
     betas = (1 - curve[1:] / curve[:-1]).clamp(max=0.999)
     alpha_bar = (1 - betas).cumprod(0)
-    previous = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
+    previous = torch.cat([torch.ones(1, dtype=torch.float64, device="cpu"), alpha_bar[:-1]])
     posterior = betas * (1 - previous) / (1 - alpha_bar)
     low = torch.cat([posterior[1:2], posterior[1:]]).log()
 
-    rows = torch.zeros(NUM_TIMESTEPS, NUM_COLUMNS, dtype=torch.float64)
+    rows = torch.zeros(NUM_TIMESTEPS, NUM_COLUMNS, dtype=torch.float64, device="cpu")
     rows[:, Column.X0_FROM_XT] = (1 / alpha_bar).sqrt()
     rows[:, Column.X0_FROM_OUT] = -(1 / alpha_bar - 1).sqrt()
     rows[1:, Column.NOISE_SCALE] = 1
@@ -70,13 +76,13 @@ def table(device: str, *, learned: bool = True, sampler: str = "ddpm", eta: floa
     log_alpha_bar = alpha_bar.log()
     rows[:, Column.LOG_ALPHA_BAR_HIGH] = log_alpha_bar.float().double()
     rows[:, Column.LOG_ALPHA_BAR_LOW] = log_alpha_bar - log_alpha_bar.float().double()
-    rows[:, Column.STEP] = torch.arange(NUM_TIMESTEPS, dtype=torch.float64)
+    rows[:, Column.STEP] = torch.arange(NUM_TIMESTEPS, dtype=torch.float64, device="cpu")
     return rows.float().to(device)
 
 
 def _sliced(x: Tensor) -> Tensor:
     """Every second row of a larger batch, from an odd offset of storage on."""
-    room = torch.full((2 * x.shape[0] + 1, *x.shape[1:]), float("nan"), dtype=x.dtype)
+    room = torch.full((2 * x.shape[0] + 1, *x.shape[1:]), float("nan"), dtype=x.dtype, device="cpu")
     room = room.to(x.device)
     view = room[1::2]
     return view.copy_(x)

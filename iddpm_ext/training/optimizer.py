@@ -44,7 +44,7 @@ class AdamWEMA(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
         self._parameters: list[Tensor] = self.param_groups[0]["params"]
         self._averages = averages
-        self.updates = torch.zeros((), device=self._parameters[0].device)
+        self.updates = torch.zeros((), dtype=torch.float32, device=self._parameters[0].device)
         for parameter in self._parameters:
             self.state[parameter] = {m: torch.zeros_like(parameter.detach()) for m in MOMENTS}
 

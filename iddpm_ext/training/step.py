@@ -59,7 +59,7 @@ def train_step(
     for group in optimizer.param_groups:
         group["lr"] = rate
     parts, complaints = [], []
-    small = torch.zeros((), device=parallel.device)
+    small = torch.zeros((), dtype=torch.float32, device=parallel.device)
     for number in range(config.accumulate):
         batch = next(batches)
         complaints += batch.complaints
@@ -170,7 +170,7 @@ def _measures(
     # Weighted, as importance-sampled steps are drawn more often the more they lose.
     weight = losses["weight"].float()
     quartile = losses["t"] * _QUARTILES // config.diffusion_steps
-    zeros = torch.zeros(_QUARTILES, device=norm.device)
+    zeros = torch.zeros(_QUARTILES, dtype=torch.float32, device=norm.device)
     sums = zeros.index_add(0, quartile, losses["loss"].float() * weight)
     counts = zeros.index_add(0, quartile, weight)
     means = [(losses[name].float() * weight).mean() for name in ("loss", "mse", "vlb")]

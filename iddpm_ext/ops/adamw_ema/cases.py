@@ -52,7 +52,7 @@ def _change(call: dict[str, Any], layout: Any) -> dict[str, Any]:
 
 def sample_inputs(device: str, dtype: torch.dtype) -> Iterator[Case]:
     call = _call(_SHAPES, device)
-    one = torch.ones((), device=device)
+    one = torch.ones((), device=device, dtype=torch.float32)
     yield Case("two averages", call)
     yield Case("no average", _call(_SHAPES, device, decays=()))
     yield Case(
@@ -128,7 +128,12 @@ def bad_inputs(device: str) -> Iterator[BadCase]:
     yield bad("emas a tensor", TypeError, "emas must be a list", emas=grads[0])
     yield bad("step 0", ValueError, "step must be at least 1, got 0", step=0)
     yield bad("step float", TypeError, "step must be an int or a tensor", step=1.5)
-    yield bad("step shape", ValueError, "step must be a real tensor of one", step=torch.ones(2))
+    yield bad(
+        "step shape",
+        ValueError,
+        "step must be a real tensor of one",
+        step=torch.ones(2, dtype=torch.float32, device="cpu"),
+    )
     yield bad("lr negative", ValueError, "lr must be at least 0", lr=-0.1)
     yield bad("lr text", TypeError, "lr must be a number", lr="fast")
     yield bad("lr NaN", ValueError, "lr must be at least 0", lr=float("nan"))
@@ -144,7 +149,12 @@ def bad_inputs(device: str) -> Iterator[BadCase]:
     yield bad("copies too few", ValueError, "copies must have 2", copies=params[:1])
     yield bad("copies integer", TypeError, "copies must all be", copies=[x.int() for x in params])
     yield bad("grad_scale number", TypeError, "grad_scale must be a tensor", grad_scale=0.5)
-    yield bad("grad_scale shape", ValueError, "grad_scale must be", grad_scale=torch.ones(3))
+    yield bad(
+        "grad_scale shape",
+        ValueError,
+        "grad_scale must be",
+        grad_scale=torch.ones(3, dtype=torch.float32, device="cpu"),
+    )
     yield bad("found_inf number", TypeError, "found_inf must be a tensor", found_inf=True)
     yield bad("backend", ValueError, "backend must be one of", backend="opencl")
 
@@ -157,7 +167,7 @@ def property_inputs(draw: random_calls.Draw, device: str, dtype: torch.dtype) ->
         drawn = [random_calls.values(draw, shape, device, dtype) for shape in shapes]
         return [random_calls.relayout(draw, x, expand=False) for x in drawn]
 
-    one = torch.ones((), device=device)
+    one = torch.ones((), device=device, dtype=torch.float32)
     decays = draw.choice(([0.9999], [], [0.0, 0.5, 1.0]))
     step = draw.choice((1, 2, 1000, 10**7))
     call: dict[str, Any] = {"params": like(), "grads": like(draw.choice(halves))}

@@ -58,7 +58,7 @@ class Packed:
     def _address(self, x: Tensor, param: Tensor, *, written: bool) -> int:
         strides = param.stride()
         if not leaves_no_gaps(param):
-            strides = torch.empty(param.shape, device="meta").stride()
+            strides = torch.empty(param.shape, dtype=param.dtype, device="meta").stride()
         if x.stride() != strides:
             packed = torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device).copy_(x)
             self.stand_ins.append((x, packed, written))

@@ -91,13 +91,13 @@ def launch_on(device: torch.device) -> Callable[..., None]:
         if not blocks:
             return
         step, lr, beta1, beta2, eps, weight_decay = numbers
-        addresses = torch.tensor(table, dtype=torch.int64).to(device)
-        nothing = torch.zeros(1, device=device)
+        addresses = torch.tensor(table, dtype=torch.int64, device=device)
+        nothing = torch.zeros(1, device=device, dtype=torch.float32)
         step_at, scale_at, found_inf_at = (nothing if f is None else f for f in factors)
         _kernel[(len(blocks),)](
             addresses,
-            torch.tensor(blocks, dtype=torch.int64).to(device),
-            torch.tensor([1.0 - d for d in decays] or [0.0], dtype=torch.float32).to(device),
+            torch.tensor(blocks, dtype=torch.int64, device=device),
+            torch.tensor([1.0 - d for d in decays] or [0.0], dtype=torch.float32, device=device),
             step_at, scale_at, found_inf_at,
             step, lr, _log(beta1), _log(beta2), 1.0 - beta1, beta2, 1.0 - beta2, eps,
             1.0 - lr * weight_decay,

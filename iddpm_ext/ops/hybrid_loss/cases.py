@@ -20,14 +20,14 @@ def _call(
 
 
 def _key(n: int, device: str) -> NoiseKey:
-    return NoiseKey(2**63 + 5, 2, torch.arange(n, device=device) + 3, 9)
+    return NoiseKey(2**63 + 5, 2, torch.arange(n, device=device, dtype=torch.int64) + 3, 9)
 
 
 def sample_inputs(device: str, dtype: torch.dtype) -> Iterator[Case]:
     shape = (4, 3, 8, 6)
     call = _call(shape, device, dtype)
     targets = call["table"].clone()
-    targets[:, 10:13] = torch.tensor([0.3, 0.5, 0.2], device=device)
+    targets[:, 10:13] = torch.tensor([0.3, 0.5, 0.2], device=device, dtype=torch.float32)
     yield Case("noise given", call)
     yield Case("noise drawn", {**call, "noise": _key(4, device)})
     yield Case("another target", {**call, "table": targets})

@@ -23,7 +23,7 @@ def _call(shape: tuple[int, int, int, int], device: str, dtype: torch.dtype) -> 
 
 
 def _key(n: int, device: str) -> NoiseKey:
-    return NoiseKey(2**63 + 5, 2, torch.arange(n, device=device) + 3, 9)
+    return NoiseKey(2**63 + 5, 2, torch.arange(n, device=device, dtype=torch.int64) + 3, 9)
 
 
 def sample_inputs(device: str, dtype: torch.dtype) -> Iterator[Case]:
@@ -60,9 +60,17 @@ def bad_inputs(device: str) -> Iterator[BadCase]:
     yield bad("t shape", ValueError, r"t must be \[N\] with N = 2", t=t[:1])
     for value in (-1, synthetic.NUM_TIMESTEPS, 2**40):
         yield bad(f"t {value}", ValueError, f"t must lie in .* got {value} at", t=t * 0 + value)
-    yield bad("table shape", ValueError, r"table must be \[T, 16\]", table=torch.zeros(10, 4))
     yield bad(
-        "noise shape", ValueError, "noise must be of the shape", noise=torch.zeros(2, 3, 8, 7)
+        "table shape",
+        ValueError,
+        r"table must be \[T, 16\]",
+        table=torch.zeros(10, 4, dtype=torch.float32, device="cpu"),
+    )
+    yield bad(
+        "noise shape",
+        ValueError,
+        "noise must be of the shape",
+        noise=torch.zeros(2, 3, 8, 7, dtype=torch.float32, device="cpu"),
     )
     yield bad("noise missing", TypeError, "noise must be a tensor or a NoiseKey", noise=None)
     yield bad("noise samples", ValueError, "noise.samples must be", noise=_key(3, device))

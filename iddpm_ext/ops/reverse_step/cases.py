@@ -32,8 +32,8 @@ def _call(
 
 
 def _key(n: int, device: str, seed: int = 12345678901234567890, draw: int = 0) -> NoiseKey:
-    samples = torch.arange(n, device=device) + 7
-    return NoiseKey(seed, 1, samples, torch.arange(n, device=device) * 400, draw)
+    samples = torch.arange(n, device=device, dtype=torch.int64) + 7
+    return NoiseKey(seed, 1, samples, torch.arange(n, device=device, dtype=torch.int64) * 400, draw)
 
 
 def sample_inputs(device: str, dtype: torch.dtype) -> Iterator[Case]:
@@ -49,7 +49,7 @@ def sample_inputs(device: str, dtype: torch.dtype) -> Iterator[Case]:
     yield Case("empty batch", _call((0, 3, 8, 8), device, dtype))
     yield Case("several tiles", _call((2, 1, 70, 70), device, dtype))
     bounds = _call((2, 3, 8, 8), device, dtype)
-    bounds["t"] = torch.tensor([0, synthetic.NUM_TIMESTEPS - 1], device=device)
+    bounds["t"] = torch.tensor([0, synthetic.NUM_TIMESTEPS - 1], device=device, dtype=torch.int64)
     yield Case("first and last step", bounds)
     ddim = _call(shape, device, dtype)
     yield Case("ddim", {**ddim, "table": synthetic.table(device, sampler="ddim", eta=0.5)})
@@ -74,7 +74,12 @@ def bad_inputs(device: str) -> Iterator[BadCase]:
     yield bad("x_t not a tensor", TypeError, "x_t must be a tensor", x_t=[1.0])
     yield bad("x_t integer", TypeError, "x_t must be float", x_t=good["x_t"].long())
     yield bad("x_t rank", ValueError, r"x_t must be \[N, C, H, W\]", x_t=good["x_t"][0])
-    yield bad("output rank", ValueError, "model_output must be", model_output=torch.zeros(2, 6))
+    yield bad(
+        "output rank",
+        ValueError,
+        "model_output must be",
+        model_output=torch.zeros(2, 6, dtype=torch.float32, device="cpu"),
+    )
     channels = good["model_output"][:, :5]
     yield bad("output channels", ValueError, r"2C, H, W\] for x_t", model_output=channels)
     no_variance = good["model_output"][:, :3]
@@ -85,10 +90,23 @@ def bad_inputs(device: str) -> Iterator[BadCase]:
     yield bad("t shape", ValueError, r"t must be \[N\] with N = 2", t=t[:1])
     for value in (-1, synthetic.NUM_TIMESTEPS, 2**40):
         yield bad(f"t {value}", ValueError, f"t must lie in .* got {value} at", t=t * 0 + value)
-    yield bad("table shape", ValueError, r"table must be \[T, 16\]", table=torch.zeros(10, 4))
-    yield bad("table integer", TypeError, "table must be", table=torch.zeros(10, 16).long())
     yield bad(
-        "noise shape", ValueError, "noise must be of the shape", noise=torch.zeros(2, 3, 8, 7)
+        "table shape",
+        ValueError,
+        r"table must be \[T, 16\]",
+        table=torch.zeros(10, 4, dtype=torch.float32, device="cpu"),
+    )
+    yield bad(
+        "table integer",
+        TypeError,
+        "table must be",
+        table=torch.zeros(10, 16, dtype=torch.float32, device="cpu").long(),
+    )
+    yield bad(
+        "noise shape",
+        ValueError,
+        "noise must be of the shape",
+        noise=torch.zeros(2, 3, 8, 7, dtype=torch.float32, device="cpu"),
     )
     yield bad("noise type", TypeError, "noise must be a tensor, a NoiseKey", noise="white")
     yield bad("noise samples", ValueError, "noise.samples must be", noise=_key(3, device))

@@ -78,7 +78,7 @@ def vlb_to_all(
     checks.model_output("vlb_to_all", model_output, x_t, table)
     checks.same_device("vlb_to_all", x_t, model_output=model_output, x_0=x_0)
     checks.timesteps("vlb_to_all", t, x_t.shape[0], table.shape[0], x_t.device)
-    _check_targets(targets, table.shape[0], x_t.device)
+    _check_targets(targets, table.shape[0], x_t)
     double = compute_dtype(model_output, x_0, x_t) == torch.float64
     dtype = torch.float64 if double else model_output.dtype
     chosen = resolve_backend("vlb_to_all", backend, x_t.device, dtype)
@@ -88,7 +88,7 @@ def vlb_to_all(
     return _op(model_output, x_0, x_t, t, table, targets, clip, exact, chosen)
 
 
-def _check_targets(value: Any, num_timesteps: int, device: torch.device) -> None:
+def _check_targets(value: Any, num_timesteps: int, x_t: Tensor) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(
             f"vlb_to_all: targets must be an int64 tensor [S], got {type(value).__name__}"
@@ -97,7 +97,7 @@ def _check_targets(value: Any, num_timesteps: int, device: torch.device) -> None
         raise TypeError(f"vlb_to_all: targets must be int64, got {value.dtype}")
     if value.ndim != 1:
         raise ValueError(f"vlb_to_all: targets must be [S], got shape {list(value.shape)}")
-    checks.same_device("vlb_to_all", torch.empty(0, device=device), targets=value)
+    checks.same_device("vlb_to_all", x_t, targets=value)
     if value.numel() and checks.looks(value):
         for found in (int(v) for v in torch.aminmax(value)):
             if not -num_timesteps <= found < num_timesteps:

@@ -39,7 +39,7 @@ def sample_inputs(device: str, dtype: torch.dtype) -> Iterator[Case]:
     itself["table"][:, 4], itself["table"][:, 5] = 0, 1
     yield Case("variance itself", itself)
     x_prev = _call(shape, device, dtype)
-    x_prev["table"][:, 10:13] = torch.tensor([0.5, 0.5, 0.0], device=device)
+    x_prev["table"][:, 10:13] = torch.tensor([0.5, 0.5, 0.0], device=device, dtype=torch.float32)
     yield Case("previous x predicted", x_prev)
     yield Case("unclipped", {**learned, "clip": False})
     yield Case("a poor model", {**_call(shape, device, dtype, spread=3.0), "clip": False})

@@ -23,7 +23,7 @@ def vlb_to_all(
     """[N, S] in float32, or float64 where an input is."""
     dtype = compute_dtype(model_output, x_0, x_t)
     rows = jump_rows(table, t, targets)
-    each = torch.arange(t.shape[0], device=t.device)
+    each = torch.arange(t.shape[0], device=t.device, dtype=torch.int64)
     columns = [
         bound_terms(
             model_output, x_0, x_t,
