@@ -11,6 +11,7 @@ from torch import Tensor
 from iddpm_ext.ops.spec import BACKENDS, OpSpec
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+FLOATS = (*DTYPES, torch.float64)
 KERNELS = [backend for backend in BACKENDS if backend != "reference"]
 
 # A result may be this many times as far from float64 as PyTorch's own at the same dtype (root mean square
@@ -125,3 +126,19 @@ def gradients(spec: OpSpec, backend: str, kwargs: dict[str, Any]) -> list[Tensor
         return [torch.zeros_like(x) for x in leaves]
     found = torch.autograd.grad(total, leaves, allow_unused=True)
     return [g if g is not None else torch.zeros_like(x) for g, x in zip(found, leaves, strict=True)]
+
+
+def floating_arguments(kwargs: dict[str, Any]) -> list[str]:
+    """Names of the arguments that are floating tensors, or lists of some."""
+    return [
+        name for name, value in kwargs.items() if any(x.is_floating_point() for x in tensors(value))
+    ]
+
+
+def in_dtypes(kwargs: dict[str, Any], dtypes: dict[str, torch.dtype]) -> dict[str, Any]:
+    """A copy with these arguments in these dtypes."""
+    changed = {
+        name: convert({name: kwargs[name]}, lambda x, to=dtype: x.to(to))[name]
+        for name, dtype in dtypes.items()
+    }
+    return {**cloned(kwargs), **cloned(changed)}

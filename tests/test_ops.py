@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from itertools import product
+from itertools import combinations_with_replacement, product
 from typing import Any
 
 import pytest
 import torch
 from op_calls import (
     DTYPES,
+    FLOATS,
     KERNELS,
     assert_close,
     cloned,
     differentiable,
+    floating_arguments,
     gradients,
+    in_dtypes,
     poison_fresh_memory,
     run,
     same_bits,
@@ -117,6 +120,67 @@ def test_a_sample_of_sixteen_has_the_bits_that_it_has_alone(spec: OpSpec, backen
         alone = run(spec, backend, of_samples(spec, sixteen, [i]))
         for a, b in zip(alone, together, strict=True):
             assert same_bits(a[0].contiguous(), b[i].contiguous())
+
+
+def richest_call(spec: OpSpec) -> dict[str, Any]:
+    """A small call with as many floating arguments as a call can have."""
+    calls = [
+        case.kwargs
+        for case in spec.sample_inputs("cpu", torch.float32)
+        if 0 < sum(x.numel() for x in tensors(list(case.kwargs.values()))) < SMALL
+    ]
+    return max(calls, key=lambda kwargs: len(floating_arguments(kwargs)))
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference", *KERNELS])
+@pytest.mark.parametrize("spec", REGISTRY.values(), ids=REGISTRY)
+def test_every_pair_of_dtypes_is_computed_rightly_or_refused(spec: OpSpec, backend: str):
+    """An argument whose bits were read as another dtype's would be far off."""
+    named = backend not in ("auto", "reference")
+    if named and unavailable(spec.name, backend, "cpu", torch.float32):
+        pytest.skip("no such kernel here")
+    call, computed = richest_call(spec), 0
+    # Interpreted kernels take longer: of them one argument at a time.
+    pairs = [
+        pair
+        for pair in combinations_with_replacement(floating_arguments(call), 2)
+        if backend != "triton" or pair[0] == pair[1]
+    ]
+    for first, second in pairs:
+        for one, other in product(FLOATS, FLOATS):
+            wanted = {first: one, second: other}
+            kwargs = in_dtypes(call, wanted)
+            try:
+                results = run(spec, backend, cloned(kwargs))
+            except (TypeError, RuntimeError) as refusal:
+                assert str(refusal).startswith(f"{spec.name}: "), (wanted, refusal)
+                continue
+            computed += 1
+            exact = run(spec, "reference", to_double(cloned(kwargs)))
+            yardstick = run(spec, "reference", cloned(kwargs))
+            for result, target, measure in zip(results, exact, yardstick, strict=True):
+                assert result.dtype == measure.dtype, wanted
+                assert_close(result, target, measure, result.dtype, spec.roundings)
+    assert computed >= len(pairs)
+
+
+@pytest.mark.parametrize("spec", REGISTRY.values(), ids=REGISTRY)
+def test_dtypes_that_do_not_float_are_refused(spec: OpSpec):
+    call = richest_call(spec)
+    for name in floating_arguments(call):
+        for dtype in (torch.int64, torch.bool, torch.complex64, torch.uint8):
+            with pytest.raises(TypeError, match=f"^{spec.name}: {name}"):
+                spec.public(**in_dtypes(call, {name: dtype}))
+
+
+@pytest.mark.parametrize("spec", REGISTRY.values(), ids=REGISTRY)
+def test_integer_arguments_are_int64_or_refused(spec: OpSpec):
+    call = richest_call(spec)
+    for name, value in call.items():
+        if isinstance(value, Tensor) and value.dtype == torch.int64:
+            for dtype in (torch.int32, torch.float32, torch.float64, torch.bool):
+                with pytest.raises(TypeError, match=f"^{spec.name}: {name} must be int64"):
+                    spec.public(**{**call, name: value.to(dtype)})
 
 
 @pytest.mark.parametrize("spec", REGISTRY.values(), ids=REGISTRY)

@@ -116,38 +116,31 @@ def vector_jacobian(
     `function` is made of PyTorch's functions. A result whose gradient is None has no part in it.
     """
     keeps_graph = torch.is_grad_enabled()
+    at = [
+        i
+        for i, (x, take) in enumerate(zip(inputs, wanted, strict=True))
+        if take and x is not None and x.requires_grad
+    ]
+    own = list(inputs)
+    found: list[Tensor | None] = [None] * len(own)
     with torch.enable_grad(), no_autocast(_device_of(inputs)):
-        # A view of each: a tensor that is two of the arguments has a gradient as either.
-        own = [
-            x.view_as(x) if take and x is not None and x.requires_grad else x
-            for x, take in zip(inputs, wanted, strict=True)
-        ]
-        results = function(*own)
+        for i in at:
+            # A view of each: a tensor that is two of the arguments has a gradient as either.
+            own[i] = inputs[i].view_as(inputs[i])  # type: ignore[union-attr, arg-type]
         pairs = [
             (result, gradient)
-            for result, gradient in zip(results, gradients, strict=True)
+            for result, gradient in zip(function(*own), gradients, strict=True)
             if gradient is not None and result.requires_grad
         ]
-        chosen = [
-            x
-            for x, take in zip(own, wanted, strict=True)
-            if take and x is not None and x.requires_grad
-        ]
-        if not pairs or not chosen:
-            return [None] * len(own)
-        found = iter(
-            torch.autograd.grad(
-                [result for result, _ in pairs],
-                chosen,
-                [gradient for _, gradient in pairs],
-                create_graph=keeps_graph,
-                allow_unused=True,
+        if pairs and at:
+            results, given = zip(*pairs, strict=True)
+            leaves = [x for x in (own[i] for i in at) if x is not None]
+            computed = torch.autograd.grad(
+                results, leaves, given, create_graph=keeps_graph, allow_unused=True
             )
-        )
-    return [
-        next(found) if take and x is not None and x.requires_grad else None
-        for x, take in zip(own, wanted, strict=True)
-    ]
+            for i, gradient in zip(at, computed, strict=True):
+                found[i] = gradient
+    return found
 
 
 def _device_of(inputs: Sequence[Tensor | None]) -> str:
