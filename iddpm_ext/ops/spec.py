@@ -87,6 +87,10 @@ class OpSpec:
         """One random call that every backend must compute like the reference; `random_calls.Draw`."""
         return self._cases().property_inputs(draw, device, dtype)
 
+    def in_pytorch(self) -> Callable[..., Any] | None:
+        """The same as `public` of PyTorch's fused functions, where there are some: they round otherwise."""
+        return getattr(self._cases(), "in_pytorch", None)
+
     def minimum_bytes(self, kwargs: dict[str, Any]) -> int:
         """Bytes that any implementation must move: each input read once, each output written once."""
         return self._cases().minimum_bytes(kwargs)

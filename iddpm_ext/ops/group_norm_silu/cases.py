@@ -6,8 +6,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from iddpm_ext.ops import random_calls, synthetic
+from iddpm_ext.ops.group_norm_silu import reference
+from iddpm_ext.ops.group_norm_silu.layout import like_images
 from iddpm_ext.ops.spec import BadCase, Case
 
 Shape = tuple[int, int, int, int]
@@ -169,3 +173,27 @@ def minimum_bytes(kwargs: dict[str, Any]) -> int:
     if kwargs.get("residual") is not None or kwargs.get("return_sum"):
         written += kwargs["x"].nbytes
     return read + written
+
+
+def in_pytorch(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    eps: float = 1e-5,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    silu: bool = True,
+    x2: Tensor | None = None,
+    residual: Tensor | None = None,
+    channel_bias: Tensor | None = None,
+    return_sum: bool = False,
+    backend: str = "auto",
+) -> Any:
+    # Its gradient takes the rounded mean for the mean, as every fused kernel does and autograd does not.
+    written = return_sum or residual is not None
+    h, total = reference.summed(x, x2, residual, channel_bias, written)
+    z = reference.modulated(torch.group_norm(h, num_groups, eps=eps), weight, bias, scale, shift)
+    y = like_images(x, F.silu(z) if silu else z)
+    return (y, total) if return_sum else y

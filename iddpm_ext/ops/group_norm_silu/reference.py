@@ -24,6 +24,25 @@ def group_norm_silu(
     write_sum: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y, the sum, and mean and 1 / deviation of every group; halves are computed in float32."""
+    h, total = summed(x, x2, residual, channel_bias, write_sum)
+    grouped = _grouped(h, num_groups)
+    mean = grouped.mean(dim=2)
+    variance = (grouped - mean[:, :, None]).square().mean(dim=2)
+    rstd = (variance + eps).rsqrt()
+    normalised = ((grouped - mean[:, :, None]) * rstd[:, :, None]).view(h.shape)
+    z = modulated(normalised, weight, bias, scale, shift)
+    y = z * z.sigmoid() if silu else z
+    return like_images(x, y), total, mean, rstd
+
+
+def summed(
+    x: Tensor,
+    x2: Tensor | None,
+    residual: Tensor | None,
+    channel_bias: Tensor | None,
+    write_sum: bool,
+) -> tuple[Tensor, Tensor]:
+    """What is normalised, float32 or float64 [N, C, H, W], and the sum as it is written, if it is."""
     dtype = compute_dtype(x)
     h = x.to(dtype)
     if residual is not None:
@@ -36,15 +55,7 @@ def group_norm_silu(
         h = total.to(dtype)
     if x2 is not None:
         h = torch.cat([h, x2.to(dtype)], dim=1)
-
-    grouped = _grouped(h, num_groups)
-    mean = grouped.mean(dim=2)
-    variance = (grouped - mean[:, :, None]).square().mean(dim=2)
-    rstd = (variance + eps).rsqrt()
-    normalised = ((grouped - mean[:, :, None]) * rstd[:, :, None]).view(h.shape)
-    z = _modulated(normalised, weight, bias, scale, shift)
-    y = z * z.sigmoid() if silu else z
-    return like_images(x, y), total, mean, rstd
+    return h, total
 
 
 def _per_channel(value: Tensor) -> Tensor:
@@ -58,9 +69,10 @@ def _grouped(h: Tensor, num_groups: int) -> Tensor:
     return h.reshape(n, num_groups, c // num_groups * height * width)
 
 
-def _modulated(
+def modulated(
     normalised: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None
 ) -> Tensor:
+    """What the affine map, scale and shift make of normalised images."""
     dtype = normalised.dtype
     z = normalised * _per_channel(weight.to(dtype)) + _per_channel(bias.to(dtype))
     if scale is not None:
