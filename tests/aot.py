@@ -1,8 +1,8 @@
 """Compiles the Triton kernels of every op ahead of time, in a process of its own.
 
-`python aot.py FOLDER ARCH...` writes a cubin for each case of `iddpm_ext.ops.<op>.triton.aot_cases()`
-and prints one JSON line per cubin. The tests' own process has Triton in its interpreter, where there
-is nothing to compile.
+`python aot.py FOLDER OP,OP ARCH...` writes a cubin for each case of
+`iddpm_ext.ops.<op>.triton.aot_cases()` and prints one JSON line per cubin. The tests' own process has
+Triton in its interpreter, where there is nothing to compile.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from triton.compiler import ASTSource
 from iddpm_ext.ops.spec import REGISTRY
 
 
-def cases() -> list[tuple[str, int, Any, dict[str, str], dict[str, Any]]]:
-    """(op, number, kernel, signature, constants) of every declared case."""
+def cases(ops: list[str]) -> list[tuple[str, int, Any, dict[str, str], dict[str, Any]]]:
+    """(op, number, kernel, signature, constants) of every case that these ops declare."""
     found = []
     for name, spec in REGISTRY.items():
-        if "triton" in spec.kernels:
+        if name in ops and "triton" in spec.kernels:
             module = importlib.import_module(f"iddpm_ext.ops.{name}.triton")
             found += [(name, i, *case) for i, case in enumerate(module.aot_cases())]
     return found
@@ -38,9 +38,9 @@ def compile_case(
     return triton.compile(source, target=GPUTarget("cuda", arch, 32)).asm["cubin"]
 
 
-def main(folder: Path, archs: list[int]) -> None:
-    """Compile every case for every architecture."""
-    for op, number, kernel, signature, constants in cases():
+def main(folder: Path, ops: list[str], archs: list[int]) -> None:
+    """Compile every case of the ops for every architecture."""
+    for op, number, kernel, signature, constants in cases(ops):
         for arch in archs:
             cubin = compile_case(kernel, signature, constants, arch)
             path = folder / f"{op}-{number}-sm{arch}.cubin"
@@ -51,4 +51,4 @@ def main(folder: Path, archs: list[int]) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), [int(arch) for arch in sys.argv[2:]])
+    main(Path(sys.argv[1]), sys.argv[2].split(","), [int(arch) for arch in sys.argv[3:]])

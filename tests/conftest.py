@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 from typing import Any
 
+import pytest
 import torch
 
 # The decorator of a Triton kernel reads this when its module is imported.
@@ -27,6 +29,13 @@ def round_to_bfloat16_in_the_interpreter() -> None:
         return interpreter.TensorHandle(rounded, tl.bfloat16)
 
     interpreter.InterpreterBuilder.cast_impl = rounding_cast
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Refuses names of tests that hold an address: pytest-xdist needs the same ones in every process."""
+    for item in items:
+        if re.search(r"0x[0-9a-f]{6}", item.nodeid):
+            raise pytest.UsageError(f"{item.nodeid}: a test's name must not hold an address")
 
 
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):

@@ -85,9 +85,20 @@ def compile_cubin(source: Path, arch: str) -> Path:
 
 
 @pytest.fixture(scope="module")
-def compiled() -> dict[tuple[str, str], list[sass.Kernel]]:
-    """The kernels of each (file, architecture)."""
-    pairs = [(source, arch) for source in SOURCES for arch in ARCHS]
+def compiled(request: pytest.FixtureRequest) -> dict[tuple[str, str], list[sass.Kernel]]:
+    """The kernels of each (file, architecture) that a selected test looks at."""
+    looked_at = {
+        (op, item.callspec.params["arch"])
+        for item in request.session.items
+        if isinstance(item, pytest.Function) and item.module is request.module
+        for op in [item.callspec.params.get("op")]
+    }
+    pairs = [
+        (source, arch)
+        for source in SOURCES
+        for arch in ARCHS
+        if {(source.stem, arch), (None, arch)} & looked_at
+    ]
     with ThreadPoolExecutor(2) as pool:
         found = list(pool.map(lambda pair: sass.kernels(compile_cubin(*pair)), pairs))
     return {(source.stem, arch): k for (source, arch), k in zip(pairs, found, strict=True)}

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from itertools import combinations_with_replacement, product
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ from torch import Tensor
 
 from iddpm_ext import ops
 from iddpm_ext.ops import synthetic
-from iddpm_ext.ops.spec import REGISTRY, BadCase, Case, OpSpec, unavailable
+from iddpm_ext.ops.spec import REGISTRY, BadCase, Case, OpSpec, triton_interpreted, unavailable
 from iddpm_ext.random import NoiseKey
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -70,7 +71,13 @@ def test_backend_agrees_with_the_reference_in_float64(spec: OpSpec, backend: str
         assert_close(result, target, measure, result.dtype, spec.roundings)
 
 
-@pytest.mark.parametrize(("spec", "backend", "case"), kernel_cases(REGISTRY.values()))
+def parallel_cases() -> list[Any]:
+    """Those of kernels that may run on several threads, in another order each time."""
+    cases = kernel_cases(REGISTRY.values())
+    return [c for c in cases if c.values[1] != "triton" or not triton_interpreted()]
+
+
+@pytest.mark.parametrize(("spec", "backend", "case"), parallel_cases())
 def test_backend_repeats_itself_bit_for_bit(spec: OpSpec, backend: str, case: Case):
     first = run(spec, backend, cloned(case.kwargs))
     again = run(spec, backend, cloned(case.kwargs))
@@ -285,3 +292,13 @@ def test_an_explicit_backend_that_cannot_serve_says_why_and_which_can():
 def test_auto_takes_the_reference_where_no_kernel_takes_the_dtype():
     chosen = ops.resolve_backend("reverse_step", "auto", torch.device("cpu"), torch.float64)
     assert chosen == "reference"
+
+
+def test_an_op_may_have_a_reference_alone():
+    spec = replace(REGISTRY["q_sample"], name="new", kernels={"reference": torch.add})
+    with mock.patch.dict(REGISTRY, new=spec):
+        for device in ("cpu", "cuda"):
+            chosen = ops.resolve_backend("new", "auto", torch.device(device), torch.float32)
+            assert chosen == "reference"
+        with pytest.raises(RuntimeError, match=r"^new: .*no such kernel; can: reference$"):
+            ops.resolve_backend("new", "cpu", torch.device("cpu"), torch.float32)

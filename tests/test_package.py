@@ -71,6 +71,7 @@ def imports(path: Path) -> Iterator[str]:
                 yield from (iddpm_ext._LAZY.get(name, f"iddpm_ext.{name}") for name in names)
             else:
                 yield module
+                yield from (f"{module}.{alias.name}" for alias in node.names)
 
 
 def edges() -> dict[str, set[str]]:
@@ -108,6 +109,23 @@ def test_parts_of_one_floor_do_not_import_each_other_in_a_circle():
         return seen
 
     assert [part for part in graph if part in reachable(part)] == []
+
+
+def test_no_two_files_of_interop_import_each_other():
+    """Directly or through others, at their top or inside of functions."""
+    graph = {
+        f"iddpm_ext.interop.{path.stem}": set(imports(path))
+        for part, path in sources()
+        if part == "interop"
+    }
+    for name in graph:
+        seen: set[str] = set()
+        waiting = [name]
+        while waiting:
+            new = graph.get(waiting.pop(), set()) - seen
+            seen |= new
+            waiting.extend(new)
+        assert name not in seen, f"{name} imports itself through others"
 
 
 def test_the_package_never_imports_the_programs_beside_it():

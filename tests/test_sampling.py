@@ -345,7 +345,7 @@ def untouchable() -> UNet:
 
 
 @pytest.mark.parametrize(
-    "kwargs, error, match", BAD, ids=[str(list(k.items()))[:60] for k, *_ in BAD]
+    "kwargs, error, match", BAD, ids=[f"{'-'.join(k)}-{match}"[:60] for k, _, match in BAD]
 )
 def test_bad_input_is_refused_before_any_work(kwargs, error, match, untouchable):
     arguments: dict[str, Any] = {"model": untouchable, "engine": False, **kwargs}

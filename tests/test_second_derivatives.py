@@ -19,6 +19,7 @@ from iddpm_ext.ops import synthetic
 from iddpm_ext.ops.spec import REGISTRY, Case, OpSpec, unavailable
 
 DIFFERENTIABLE = [spec for spec in REGISTRY.values() if spec.differentiable]
+COMPILED = [s for s in DIFFERENTIABLE if not unavailable(s.name, "cpu", "cpu", torch.float32)]
 SMALL = 800
 needs_kernels = pytest.mark.skipif(
     unavailable("q_sample", "cpu", "cpu", torch.float32) is not None, reason="no C++ kernels here"
@@ -75,10 +76,8 @@ def test_reference_passes_gradgradcheck(spec: OpSpec, case: Case):
 
 
 @pytest.mark.parametrize("watched", [False, True], ids=["direct", "operator"])
-@pytest.mark.parametrize(("spec", "case"), cases(DIFFERENTIABLE, torch.float32))
+@pytest.mark.parametrize(("spec", "case"), cases(COMPILED, torch.float32))
 def test_second_derivatives_of_kernels_are_the_references(spec: OpSpec, case: Case, watched: bool):
-    if unavailable(spec.name, "cpu", "cpu", torch.float32):
-        pytest.skip("no C++ kernels here")
     profiler = torch.autograd.profiler.profile() if watched else contextlib.nullcontext()
     with profiler:
         results = second(spec, "cpu", differentiable(spec, case.kwargs))
@@ -176,9 +175,8 @@ def test_every_route_to_a_derivative_gives_the_references(spec: OpSpec, route: C
         assert_close(result, target, yardstick, torch.float32, spec.roundings)
 
 
-@needs_kernels
 @pytest.mark.parametrize("route", [functional, mapped, forward_mode], ids=lambda r: r.__name__)
-@pytest.mark.parametrize("spec", DIFFERENTIABLE, ids=lambda spec: spec.name)
+@pytest.mark.parametrize("spec", COMPILED, ids=lambda spec: spec.name)
 def test_an_explicit_kernel_refuses_what_it_cannot_look_through(
     spec: OpSpec, route: Callable[..., Any]
 ):
@@ -187,21 +185,20 @@ def test_an_explicit_kernel_refuses_what_it_cannot_look_through(
         route(loss_of(spec, call, "cpu"), *points(spec, call))
 
 
-@needs_kernels
-def test_a_batch_of_gradients_is_taken_apart():
-    for spec in DIFFERENTIABLE:
-        kwargs = differentiable(spec, call_of(spec, torch.float32))
-        leaves = [kwargs[k] for k in leaves_of(spec, kwargs)]
-        result = tensors(spec.public(**kwargs, backend="cpu"))[0]
-        batch = torch.stack(
-            [torch.ones_like(result), torch.linspace(-1, 1, result.numel()).view(result.shape)]
-        )
-        options = {"retain_graph": True, "allow_unused": True}
-        found = torch.autograd.grad(result, leaves, batch, is_grads_batched=True, **options)
-        for i in range(2):
-            alone = torch.autograd.grad(result, leaves, batch[i], **options)
-            for a, b in zip(found, alone, strict=True):
-                assert torch.allclose(a[i], b, rtol=1e-4, atol=1e-5 * float(b.abs().max()))
+@pytest.mark.parametrize("spec", COMPILED, ids=lambda spec: spec.name)
+def test_a_batch_of_gradients_is_taken_apart(spec: OpSpec):
+    kwargs = differentiable(spec, call_of(spec, torch.float32))
+    leaves = [kwargs[k] for k in leaves_of(spec, kwargs)]
+    result = tensors(spec.public(**kwargs, backend="cpu"))[0]
+    batch = torch.stack(
+        [torch.ones_like(result), torch.linspace(-1, 1, result.numel()).view(result.shape)]
+    )
+    options = {"retain_graph": True, "allow_unused": True}
+    found = torch.autograd.grad(result, leaves, batch, is_grads_batched=True, **options)
+    for i in range(2):
+        alone = torch.autograd.grad(result, leaves, batch[i], **options)
+        for a, b in zip(found, alone, strict=True):
+            assert torch.allclose(a[i], b, rtol=1e-4, atol=1e-5 * float(b.abs().max()))
 
 
 @needs_kernels

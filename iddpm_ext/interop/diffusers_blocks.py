@@ -7,19 +7,19 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from iddpm_ext.interop.acceleration import (
-    Acceleration,
-    fuse_pair,
-    linear_of,
-    normalise,
-    why_not,
-)
 from iddpm_ext.interop.library import (
     Attention,
     AttnProcessor,
     AttnProcessor2_0,
     ResnetBlock2D,
     UNet2DModel,
+)
+from iddpm_ext.interop.swapping import (
+    Acceleration,
+    fuse_pair,
+    linear_of,
+    normalise,
+    why_not,
 )
 from iddpm_ext.ops import qkv_attention
 

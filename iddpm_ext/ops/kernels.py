@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,8 +22,9 @@ def kernels(
     *,
     launcher: str | None = None,
     of_nothing: float = float("nan"),
+    backends: Sequence[str] = ("cpu", "cuda", "triton"),
 ) -> dict[str, Callable[..., Any]]:
-    """The kernels "cpu", "cuda" and "triton" of an op.
+    """The kernels of an op, by backend.
 
     The compiled launchers are `<launcher>_cpu` and `<launcher>_cuda`; Triton's is the function `launcher` of
     the op's module `triton`, which is imported when it is first called.
@@ -34,6 +35,7 @@ def kernels(
         launcher: the op's name if not given.
         of_nothing: what results are where the first argument has no elements. Nothing is launched then:
             a mean over no pixels is NaN, a sum 0.
+        backends: those that there are.
     """
     name = launcher or op
 
@@ -54,7 +56,8 @@ def kernels(
     def triton(*inputs: Any) -> Any:
         return getattr(importlib.import_module(f"iddpm_ext.ops.{op}.triton"), name)(*inputs)
 
-    return {"cpu": cpu, "cuda": cuda, "triton": triton}
+    every = {"cpu": cpu, "cuda": cuda, "triton": triton}
+    return {backend: every[backend] for backend in backends}
 
 
 def _something(inputs: tuple[Any, ...], results: Any, of_nothing: float) -> bool:
