@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from likelihood_model import STEPS, images, trained
+from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # benchmarks are programs of the repository, not of the wheel
@@ -41,6 +42,35 @@ def test_the_originals_formulation_gives_the_same_numbers(name: str):
         for a, b in zip(ours, theirs, strict=True):
             assert torch.allclose(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max()))
         compared += 1
+    assert compared
+
+
+class Devices(TorchDispatchMode):
+    """The operations that move a tensor from one device to another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.moved: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        devices = {x.device.type for x in ops_benchmark.tensors([*args, result])}
+        if len(devices) > 1:
+            self.moved.append(func.name())
+        return result
+
+
+@pytest.mark.parametrize("name", sorted(sequences._SERVED))
+def test_the_originals_formulation_takes_nothing_from_the_host(name: str):
+    """In a CUDA graph nothing may; the device here is one without memory."""
+    compared = 0
+    for case in REGISTRY[name].benchmark_inputs("meta"):
+        sequence = sequences.sequence(name, case.kwargs)
+        if sequence is not None:
+            with Devices() as seen:
+                sequence(**case.kwargs)
+            assert not seen.moved
+            compared += 1
     assert compared
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from iddpm_ext.ops import qkv_attention, unavailable
-from iddpm_ext.ops.qkv_attention import library, native
+from iddpm_ext.ops.qkv_attention import library, native, reference
 from iddpm_ext.ops.qkv_attention.layout import split_heads
+from iddpm_ext.ops.spec import REGISTRY
 
 pytestmark = pytest.mark.skipif(
     unavailable("qkv_attention", "cpu", "cpu", torch.float32) is not None, reason="no C++ kernels"
@@ -184,3 +186,29 @@ def test_any_shape_is_as_exact_as_pytorch(
             2 * (measure - target).norm(), 4 * torch.finfo(dtype).eps * target.norm(), 1e-30
         )
         assert (result - target).norm() <= allowed
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_pytorchs_fused_kernels_get_aligned_rows(dtype, monkeypatch):
+    """A token's channels begin at a multiple of 16 bytes, wherever a head's do."""
+    attention, seen = F.scaled_dot_product_attention, []
+
+    def watched(*inputs):
+        seen.extend(inputs)
+        return attention(*inputs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    spec = REGISTRY["qkv_attention"]
+    for case in spec.sample_inputs("cpu", dtype):
+        seen.clear()
+        qkv, heads = case.kwargs["qkv"], case.kwargs["num_heads"]
+        order = case.kwargs.get("order", "legacy")
+        found = library.qkv_attention(qkv.flatten(2), heads, order)
+        expected = reference.qkv_attention(qkv.flatten(2), heads, order)
+        assert found.shape == expected.shape
+        assert float((found - expected).abs().max() if found.numel() else 0) < 0.02
+        width = qkv.shape[1] // (3 * heads)
+        if width * qkv.element_size() % 16 == 0:
+            for x in seen:
+                steps = (*x.stride()[:3], x.storage_offset())
+                assert all(step * x.element_size() % 16 == 0 for step in steps), case.label
