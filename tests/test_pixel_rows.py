@@ -9,6 +9,7 @@ from cuda_emu import toolchain
 from iddpm_ext import _native
 from iddpm_ext.ops.pixel_rows import channel_sums, rows_of, settle
 
+ON_GPU = torch.cuda.is_available() and _native.cuda_absence() is None
 REASON = toolchain.absence() or _native.cpu_absence()
 SHAPES = [
     (3, 40, 5, 7),
@@ -26,6 +27,10 @@ def backend(request):
     if request.param == "reference":
         yield "reference"
         return
+    if ON_GPU:
+        with torch.device("cuda"):
+            yield "cuda"
+        return
     if REASON is not None:
         pytest.skip(f"no emulator: {REASON}")
     from cuda_emu import emulator
@@ -37,7 +42,7 @@ def backend(request):
 def images(shape, dtype, seed=0, pitch=0):
     """Channels_last, with `pitch` other channels between the pixels."""
     n, c, h, w = shape
-    draw = torch.Generator().manual_seed(seed)
+    draw = torch.Generator(torch.get_default_device()).manual_seed(seed)
     wide = torch.randn(n, h, w, c + pitch, generator=draw).to(dtype) + 0.25
     return wide[..., :c].permute(0, 3, 1, 2)
 

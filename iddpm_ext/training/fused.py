@@ -36,7 +36,7 @@ class FusedTraining:
     """The network in training mode, with gradients for the parameters of `model`.
 
     model: float32 parameters.
-    dtype: of the features: float32, bfloat16 or float16. The network's two ends, the timestep path, and all sums
+    dtype: of the features: float32, bfloat16 or float16. The two ends, the timestep path, and all sums
         and statistics are float32.
 
     Attributes:
