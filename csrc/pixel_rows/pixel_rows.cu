@@ -34,4 +34,13 @@ int settle_cuda(const SettleArgs& args, void* stream) {
   return launch_status();
 }
 
+int interleave_cuda(const InterleaveArgs& args, void* stream) {
+  if (args.n * args.height * args.width * args.c == 0) return 0;
+  if (args.dtype == DType::kFloat32)
+    launch_interleave<float>(args, stream);
+  else  // elements of two bytes, which are only moved
+    launch_interleave<__half>(args, stream);
+  return launch_status();
+}
+
 }  // namespace iddpm

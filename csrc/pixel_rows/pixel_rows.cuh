@@ -128,4 +128,36 @@ void launch_settle(const SettleArgs& a, void* stream) {
     launch_settle<T, 1>(a, stream);
 }
 
+template <typename T, int V>
+__global__ void __launch_bounds__(kPixelRowsThreads) interleave_kernel(const InterleaveArgs a) {
+  const int64_t packs = a.c / V, count = a.n * 4 * a.height * a.width * packs;
+  const int64_t at = static_cast<int64_t>(blockIdx.x) * kPixelRowsThreads + threadIdx.x;
+  if (at >= count) return;
+  const int64_t pixel = at / packs, c = (at - pixel * packs) * V;
+  const int64_t line = pixel / (2 * a.width), x = pixel - line * 2 * a.width;
+  const int64_t sample = line / (2 * a.height), y = line - sample * 2 * a.height;
+  const int64_t row = (sample * (a.height + 1) + (y + 1) / 2) * (a.width + 1) + (x + 1) / 2;
+  const T* const from = static_cast<const T*>(a.z) + (4 * row + y % 2 * 2 + x % 2) * a.c + c;
+  store_pack<T, V>(static_cast<T*>(a.y) + pixel * a.c + c, load_pack<T, V>(from));
+}
+
+template <typename T, int V>
+void launch_interleave(const InterleaveArgs& a, void* stream) {
+  const int64_t count = a.n * 4 * a.height * a.width * (a.c / V);
+  const dim3 block(kPixelRowsThreads);
+  const dim3 grid(static_cast<unsigned>((count + kPixelRowsThreads - 1) / kPixelRowsThreads));
+  IDDPM_LAUNCH((interleave_kernel<T, V>), grid, block, 0, stream, a);
+}
+
+template <typename T>
+void launch_interleave(const InterleaveArgs& a, void* stream) {
+  constexpr int kPack = kPackSize<T>;
+  const bool aligned =
+      (reinterpret_cast<uintptr_t>(a.z) | reinterpret_cast<uintptr_t>(a.y)) % 16 == 0;
+  if (aligned && a.c % kPack == 0)
+    launch_interleave<T, kPack>(a, stream);
+  else
+    launch_interleave<T, 1>(a, stream);
+}
+
 }  // namespace iddpm

@@ -37,4 +37,14 @@ struct SettleArgs {
 // x += residual + bias, rounded once.
 int settle_cuda(const SettleArgs& args, void* stream);
 
+struct InterleaveArgs {
+  int64_t n, height, width, c;
+  DType dtype;
+  const void* z;  // [n, height + 1, width + 1, 2, 2, c]
+  void* y;        // [n, 2 * height, 2 * width, c]
+};
+
+// y[2i + a, 2j + b] = z[i + a, j + b, a, b].
+int interleave_cuda(const InterleaveArgs& args, void* stream);
+
 }  // namespace iddpm

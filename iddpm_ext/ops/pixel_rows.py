@@ -32,7 +32,7 @@ def channel_sums(rows: Tensor, backend: str = "auto") -> Tensor:
     rows: [R, C], the channels of a pixel side by side. backend: "auto", "reference" or "cuda".
     Returns float32 [C], or float64 for float64. Not differentiable.
     """
-    return _channel_sums(rows, _choose(backend, rows))
+    return _channel_sums(rows, choose(backend, rows))
 
 
 def settle(
@@ -68,7 +68,8 @@ class _Settle(torch.autograd.Function):
         return dy, dy if has_residual else None, dbias, None
 
 
-def _choose(backend: str, x: Tensor) -> str:
+def choose(backend: str, x: Tensor) -> str:
+    """ "cuda" or "reference": what `backend` means for x."""
     if backend == "auto":
         served = x.device.type == "cuda" and x.dtype in DTYPE_CODES
         return "cuda" if served and _native.cuda_absence() is None else "reference"
@@ -78,7 +79,7 @@ def _choose(backend: str, x: Tensor) -> str:
 def _settled(x: Tensor, residual: Tensor | None, bias: Tensor | None, backend: str) -> Tensor:
     rows = x.permute(0, 2, 3, 1).view(-1, x.shape[1])  # never a copy, as it is written to
     others = None if residual is None else rows_of(residual)
-    if _choose(backend, x) == "reference":
+    if choose(backend, x) == "reference":
         if others is not None:
             rows.add_(others)
         if bias is not None:
