@@ -39,6 +39,7 @@ class TrainConfig:
         channels: 1 or 3; None for what the data has.
         flip: mirror half of the images.
         workers: processes that decode images; 0 does it in the training process.
+        cache: decode all images once, when the run begins, and keep them in memory.
         bad_images: skip (and count) or stop at unreadable images.
         class_cond: give the network the class.
         label_dropout: chance that an image's class is withheld, for guidance.
@@ -98,6 +99,7 @@ class TrainConfig:
     channels: int | None = None
     flip: bool = False
     workers: int = 0
+    cache: bool = False
     bad_images: Literal["skip", "stop"] = "skip"
     class_cond: bool = False
     label_dropout: float = 0.0

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import iddpm_ext
-from iddpm_ext.data import ImageData, Order, batches, empty_classes, open_data
+from iddpm_ext.data import CachedData, ImageData, Order, batches, empty_classes, open_data
 from iddpm_ext.networks.config import NUM_GROUPS
 
 from .captured import why_not_captured
@@ -91,7 +91,12 @@ def _run(
 ) -> Path:
     folder = Path(config.out) / "ckpt"
     positions = positions_of(config, state.images, parallel.rank, parallel.size)
-    source = batches(data, Order(len(data), config.seed), positions, config.workers)
+    if config.cache:
+        began = time.monotonic()
+        data = CachedData(data, config.workers)
+        log.say(f"decoded {len(data)} images into memory, {time.monotonic() - began:.1f} s")
+    workers = 0 if config.cache else config.workers
+    source = batches(data, Order(len(data), config.seed), positions, workers)
     meter = _Meter(config, state, parallel)
     bad_images, named = 0, set[str]()
     while True:

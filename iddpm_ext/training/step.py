@@ -125,8 +125,8 @@ def _pass(config: TrainConfig, state: TrainState, inputs: Inputs) -> dict[str, T
 
 
 def _inputs(config: TrainConfig, state: TrainState, batch: Batch, device: torch.device) -> Inputs:
-    positions = batch.positions.to(device)
-    x_0 = batch.images.to(device, non_blocking=True)
+    positions = _moved(batch.positions, device)
+    x_0 = _moved(batch.images, device)
     t, weight = state.timestep_sampler.sample(positions)
     key = NoiseKey(config.seed, STREAM_CHOICE, positions, 0, _CHOICE_DRAW)
     choice = uniform(key, (len(positions), 2))
@@ -137,9 +137,16 @@ def _inputs(config: TrainConfig, state: TrainState, batch: Batch, device: torch.
     labels = None
     if config.class_cond:
         assert batch.labels is not None
-        labels = batch.labels.to(device, non_blocking=True)
+        labels = _moved(batch.labels, device)
         labels = torch.where(choice[:, 1] < config.label_dropout, -1, labels)
     return Inputs(x_0, positions, t, weight, labels)
+
+
+def _moved(values: Tensor, device: torch.device) -> Tensor:
+    # A copy from memory that the system may move would wait for all that the device still has to do.
+    if device.type == "cuda" and values.device.type == "cpu":
+        values = values.pin_memory()
+    return values.to(device, non_blocking=True)
 
 
 def _losses(config: TrainConfig, state: TrainState, inputs: Inputs) -> dict[str, Tensor]:
