@@ -45,9 +45,9 @@ class Step:
     name: str
     command: tuple[str, ...]
     limit_s: int = 600
-    beside: bool = False
     environment: Mapping[str, str] = field(default_factory=dict)
     result: Path | None = None
+    beside: bool = False
 
 
 @dataclass(frozen=True)
@@ -139,9 +139,9 @@ def brief_steps(out: Path) -> list[Step]:
     forward = ("--what", "forward", "--training-batches", "", *against)
     return [
         Step(build.name, build.command, 120, environment=build.environment),
-        Step("tests", (*tests, "-k", GPU_TESTS, *TEST_FILES), 150, True, one),
+        Step("tests", (*tests, "-k", GPU_TESTS, *TEST_FILES), 150, one, beside=True),
         *(
-            Step(tool, (sanitizer, "--tool", tool, *touch), 150, True, one)
+            Step(tool, (sanitizer, "--tool", tool, *touch), 150, one, beside=True)
             for tool in ("memcheck", "racecheck", "synccheck")
         ),
         compiled("compile-128", "128", ""),
