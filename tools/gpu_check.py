@@ -73,7 +73,8 @@ def plan(out: Path) -> dict[str, list[Step]]:
             end_to_end(out, "imagenet64", 290, "--batches", "128,1,64,16"),
             end_to_end(out, "cifar-max-autotune", 270, *MAX_AUTOTUNE),
         ],
-        "brief": brief_steps(out),
+        # Their results stand in the part's own file, which alone is to be taken along.
+        "brief": brief_steps(ROOT / "runs" / "gpu-check-steps"),
     }
 
 
@@ -119,7 +120,6 @@ def brief_steps(out: Path) -> list[Step]:
     python = sys.executable
     build, *_ = kernel_steps(out)
     one = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-    out = out / "steps"
     sanitizer = shutil.which("compute-sanitizer") or "compute-sanitizer"
     touch = ("--error-exitcode", "1", python, "tools/touch_kernels.py", "--backend", "cuda")
     tests = (python, "-m", "pytest", "-q", "-n", "8", "-p", "no:cacheprovider", "--timeout", "120")
@@ -323,7 +323,8 @@ def main() -> int:
     if not torch.cuda.is_available():
         print(f"gpu-check: no CUDA device (torch {torch.__version__}); nothing to check here")
         return NO_DEVICE
-    (out / "steps").mkdir(parents=True, exist_ok=True)
+    for folder in (out, ROOT / "runs" / "gpu-check-steps"):
+        folder.mkdir(parents=True, exist_ok=True)
     passed = [
         run_part(name, steps, out, arguments.budget_s)
         for name, all_steps in parts.items()
