@@ -49,10 +49,8 @@ class Variant:
         self.step, self.network, self.dtype = step, network, dtype
 
 
-def our_variant(
-    model: UNet, x_0: Tensor, dtype: torch.dtype | None, channels_last: bool = False
-) -> Variant:
-    """The trainer's own step, where x_0 lies."""
+def our_variant(model: UNet, x_0: Tensor, dtype: torch.dtype | None) -> Variant:
+    """The trainer's own step, where x_0 lies, with its defaults: on a GPU a graph."""
     device = x_0.device.type
     c = model.config
     config = TrainConfig(
@@ -64,9 +62,8 @@ def our_variant(
         num_heads=c.num_heads,
         lr=LEARNING_RATE,
         ema=(EMA_DECAY,),
-        dtype="float32" if dtype is None else "bfloat16",
+        dtype="float32" if dtype is None else str(dtype).removeprefix("torch."),
         device=device,
-        channels_last=channels_last,
     )
     parallel = Parallel(device)
     state = new_state(config, (c.in_channels, c.image_size, c.image_size), None, parallel)

@@ -15,8 +15,10 @@
 #include "ceilings/ceilings.h"
 #include "common/isa.h"
 #include "conv3x3/conv3x3.h"
+#include "end_convs/end_convs.h"
 #include "group_norm_silu/group_norm_silu.h"
 #include "hybrid_loss/hybrid_loss.h"
+#include "pixel_rows/pixel_rows.h"
 #include "q_sample/q_sample.h"
 #include "qkv_attention/qkv_attention.h"
 #include "reverse_step/chain_step.h"
@@ -314,6 +316,61 @@ iddpm::ChainStepArgs chain_step_args(const SizeArgument& size, const PlaneArgume
           static_cast<uint32_t>(stream_draw),
           clip};
 }
+
+// iddpm_ext/ops/pixel_rows.py: rows and channels, address and pitch.
+using RowsArgument = std::array<int64_t, 2>;
+
+iddpm::PixelRows pixel_rows(const RowsArgument& r) { return {address<void>(r[0]), r[1]}; }
+
+iddpm::ChannelSumsArgs channel_sums_args(const std::array<int64_t, 2>& size, int dtype,
+                                         const RowsArgument& x, int64_t workspace, int64_t sums) {
+  return {size[0],
+          size[1],
+          static_cast<iddpm::DType>(dtype),
+          pixel_rows(x),
+          address<float>(workspace),
+          address<float>(sums)};
+}
+
+iddpm::SettleArgs settle_args(const std::array<int64_t, 2>& size, int dtype, const RowsArgument& x,
+                              const RowsArgument& residual, int64_t bias) {
+  return {size[0],
+          size[1],
+          static_cast<iddpm::DType>(dtype),
+          pixel_rows(x),
+          pixel_rows(residual),
+          address<const float>(bias)};
+}
+
+iddpm::InterleaveArgs interleave_args(const std::array<int64_t, 4>& size, int dtype, int64_t z,
+                                      int64_t y) {
+  return {size[0],          size[1],         size[2], size[3], static_cast<iddpm::DType>(dtype),
+          address<void>(z), address<void>(y)};
+}
+
+// iddpm_ext/engines/cuda/kernels.py: N, H, W and the channels in and out.
+iddpm::FirstConvArgs first_conv_args(const std::array<int64_t, 5>& size, int dtype,
+                                     const PlaneArgument& x, int64_t weight, int64_t y) {
+  return {size[0],         size[1],
+          size[2],         size[3],
+          size[4],         static_cast<iddpm::DType>(dtype),
+          plane(x),        address<const float>(weight),
+          address<void>(y)};
+}
+
+iddpm::LastConvArgs last_conv_args(const std::array<int64_t, 5>& size, int dtype, int64_t x,
+                                   int64_t weight, int64_t bias, int64_t y) {
+  return {size[0],
+          size[1],
+          size[2],
+          size[3],
+          size[4],
+          static_cast<iddpm::DType>(dtype),
+          address<const void>(x),
+          address<const float>(weight),
+          address<const float>(bias),
+          address<float>(y)};
+}
 #endif
 
 // `_Call.input` of iddpm_ext/ops/group_norm_silu/native.py: N, C, C1, HW, groups; dtype,
@@ -474,6 +531,12 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   IDDPM_BIND(m, reverse_step);
 #ifdef IDDPM_WITH_CUDA
   bind_cuda(m, "chain_step_cuda", &chain_step_args, &iddpm::chain_step_cuda);
+  bind_cuda(m, "channel_sums_cuda", &channel_sums_args, &iddpm::channel_sums_cuda);
+  bind_cuda(m, "settle_cuda", &settle_args, &iddpm::settle_cuda);
+  bind_cuda(m, "interleave_cuda", &interleave_args, &iddpm::interleave_cuda);
+  bind_cuda(m, "first_conv_cuda", &first_conv_args, &iddpm::first_conv_cuda);
+  bind_cuda(m, "last_conv_cuda", &last_conv_args, &iddpm::last_conv_cuda);
+  m.def("channel_sums_chunks", &iddpm::channel_sums_chunks);
 #endif
   IDDPM_BIND(m, vlb_terms);
   IDDPM_BIND(m, vlb_to_all);

@@ -279,26 +279,30 @@ def test_engine_built_in_inference_mode_serves_outside_it(gpu):
     assert torch.equal(sample(model, **DRAW), first)
 
 
-def test_float32_is_float32_unless_the_user_allows_otherwise(gpu):
+def test_tensor_float32_is_used_as_pytorch_was_told_and_never_where_exact(gpu, monkeypatch):
     engine, exact = CUDAEngine(network(gpu)), CUDAEngine(network(gpu), exact=True)
-    seen, before = {}, torch.backends.cudnn.allow_tf32
-    for asked in ("highest", "high"):
-        torch.set_float32_matmul_precision(asked)
+    for convolutions, products in ((True, "highest"), (False, "high"), (True, "high")):
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", convolutions)
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision(products)
         try:
-            for name, each in (("as asked", engine), ("exact", exact)):
+            for each, expected in (
+                (engine, (convolutions, products)),
+                (exact, (False, "highest")),
+            ):
                 with each.computing():
-                    precision = torch.get_float32_matmul_precision()
-                    seen[asked, name] = torch.backends.cudnn.allow_tf32, precision
-            assert torch.get_float32_matmul_precision() == asked
+                    assert cuda_engine._float32_settings() == expected
+                assert cuda_engine._float32_settings() == (convolutions, products)
         finally:
-            torch.set_float32_matmul_precision("highest")
-    assert seen == {
-        ("highest", "as asked"): (False, "highest"),
-        ("highest", "exact"): (False, "highest"),
-        ("high", "as asked"): (True, "high"),
-        ("high", "exact"): (False, "highest"),
-    }
-    assert torch.backends.cudnn.allow_tf32 == before
+            torch.set_float32_matmul_precision(before)
+
+
+def test_a_graph_is_not_replayed_under_other_settings_of_tensor_float32(gpu, monkeypatch):
+    model = network(gpu)
+    for allowed, captures in ((True, 1), (False, 2), (True, 2)):
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)
+        sample(model, **DRAW)
+        assert gpu.counts[0] == captures
 
 
 def test_what_cannot_be_served_runs_as_the_module_and_says_why(gpu, monkeypatch):

@@ -31,6 +31,8 @@ MORE_REGISTERS: dict[str, int] = {
     "group_norm_rows_kernel": 80,
     # Staged tiles leave room for two blocks anyway.
     "group_norm_bwd_(rows|columns)_kernel": 128,
+    "first_conv_kernel": 128,  # 32 sums a thread; two blocks' weights share a multiprocessor
+    "last_conv_kernel": 80,  # 24 sums and 18 weights a thread
     "hybrid_loss_kernel": 80,  # noise, two losses and two gradients in one pass
 }
 # Kernels that compute in float64 on purpose.
@@ -41,6 +43,8 @@ WIDE_LOADS = (
     r"chain_step_kernel<float, true>",
     r"vlb_to_all_kernel<true,",
     r"adamw_ema_kernel<float>",
+    r"settle_kernel<\w+, (\(int\))?[48]>",
+    r"interleave_kernel<\w+, (\(int\))?[48]>",
     r"group_norm_columns_kernel<\w+, (\(int\))?[48],",
     r"group_norm_rows_kernel<\w+, (\(int\))?[48],",
 )

@@ -322,6 +322,61 @@ def test_the_optimiser_gives_shards_the_bits_of_whole_parameters(tmp_path):
         finish(ranks)
 
 
+# Two processes, each with a graph of its own share of a batch, and one with all of it and no graph.
+_GRAPHS = """
+import itertools, torch
+from datetime import timedelta
+import torch.distributed as dist
+from fake_graphs import FakeGraphs
+from iddpm_ext import process_group
+from iddpm_ext.data import Batch
+from iddpm_ext.ops import checks
+from iddpm_ext.training import TrainConfig, captured, step
+from iddpm_ext.training.parallel import Parallel
+from iddpm_ext.training.state import new_state
+
+torch.set_num_threads(1)
+process_group.begin("gloo", timedelta(seconds=120))
+captured.serves_device = lambda device: True
+checks.timesteps = lambda *_: None  # looks at values, for which a host with a GPU does not wait
+step.Graphs = FakeGraphs
+
+def batches(rank, size):
+    draw = torch.Generator().manual_seed(0)
+    for first in itertools.count(0, 4):
+        images, share = torch.rand(4, 3, 8, 8, generator=draw) * 2 - 1, 4 // size
+        own = slice(rank * share, (rank + 1) * share)
+        yield Batch(torch.arange(first, first + 4)[own], images[own], None, [])
+
+def trained(parallel, **changes):
+    config = TrainConfig(batch_size=4, model_channels=32, num_res_blocks=1, channel_mult=(1, 2), device="cpu",
+                         attention_resolutions=(4,), diffusion_steps=50, lr=1e-3, **changes)
+    state = new_state(config, (3, 8, 8), None, parallel)
+    source = batches(parallel.rank, parallel.size)
+    for _ in range(3):
+        step.train_step(config, state, source, parallel)
+    return state
+
+two, one = Parallel("cpu"), Parallel("cpu")
+one.rank, one.size = 0, 1
+state = trained(two)
+assert state.module is state.model and state.captured is not None
+assert (FakeGraphs.captures, FakeGraphs.replays) == (1, 3)
+expected = trained(one, cuda_graph=False)
+for p, q in zip(state.model.parameters(), expected.model.parameters(), strict=True):
+    torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-4)
+    first = p.detach().clone()
+    dist.broadcast(first, 0)
+    assert torch.equal(first, p)
+process_group.end()
+"""
+
+
+def test_processes_with_a_graph_each_train_one_network(tmp_path):
+    with started(["-c", _GRAPHS], tmp_path) as ranks:
+        finish(ranks)
+
+
 # Where the interpreter's lock changes hands only when a thread waits, what Gloo's threads still hold of an
 # exchange is nearly always theirs when the group ends.
 _ENDINGS = """

@@ -74,7 +74,7 @@ def test_every_kernel_of_a_backend_is_touched():
 
 def test_every_part_ends_within_ten_minutes(tmp_path):
     parts = gpu_check.plan(tmp_path)
-    assert list(parts) == ["kernels", "cifar", "imagenet"]
+    assert list(parts) == ["kernels", "cifar", "imagenet", "brief"]
     assert gpu_check.PART_SECONDS < 600
     for steps in parts.values():
         assert max(step.limit_s for step in steps) <= gpu_check.PART_SECONDS
@@ -120,6 +120,32 @@ def test_the_commands_of_the_plan_are_understood(tmp_path):
                 options = list(step.command[step.command.index("benchmarks.end_to_end") + 1 :])
                 parsed = gpu_end_to_end.parser().parse_args(options)
                 assert parsed.budget_s < step.limit_s and parsed.json == step.result
+
+
+def test_steps_that_measure_nothing_run_side_by_side(tmp_path):
+    """Each waits for the others, which it would in vain if they came after it."""
+    code = (
+        "import os, pathlib, time\n"
+        f"folder = pathlib.Path({str(tmp_path)!r})\n"
+        "(folder / f'{os.getpid()}.here').touch()\n"
+        "while len(list(folder.glob('*.here'))) < 3: time.sleep(0.05)\n"
+        "print('all here')"
+    )
+    together, alone = python_step(code, beside=True, limit_s=50), python_step("print('alone')")
+    steps = [together, together, together, alone]
+    assert [len(group) for group in gpu_check.groups([alone, *steps])] == [1, 3, 1]
+    assert gpu_check.run_part("beside", steps, tmp_path, budget_s=60.0)
+    record = json.loads((tmp_path / "gpu-check-beside.json").read_text())
+    assert [step["tail"] for step in record["steps"]] == ["all here\n"] * 3 + ["alone\n"]
+
+
+def test_the_children_of_a_step_that_is_stopped_end_with_it(tmp_path):
+    file = tmp_path / "child"
+    child = f"import os, time; open({str(file)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
+    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    assert not gpu_check.run_step(python_step(code, limit_s=3)).passed
+    status = Path("/proc", file.read_text(), "stat")
+    assert not status.exists() or status.read_text().split()[2] == "Z"
 
 
 def test_an_unknown_part_is_refused():

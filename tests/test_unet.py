@@ -109,8 +109,8 @@ def test_timestep_embedding_is_cosines_then_sines():
 
 def test_bfloat16_weights_still_tell_neighbouring_steps_apart():
     model = filled(SMALL).bfloat16()
-    near = model._embed(torch.tensor([999.0, 999.75]), None)
-    exact = filled(SMALL).double()._embed(torch.tensor([999.0, 999.75]), None)
+    near = model.embed(torch.tensor([999.0, 999.75]), None)
+    exact = filled(SMALL).double().embed(torch.tensor([999.0, 999.75]), None)
     assert near.dtype == torch.float32
     difference = (near[0] - near[1]).double()
     assert (difference - (exact[0] - exact[1])).norm() < 0.02 * difference.norm()

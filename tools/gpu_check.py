@@ -3,23 +3,28 @@
     python tools/gpu_check.py kernels    build, ceilings, tests, compute-sanitizer, the table of ops
     python tools/gpu_check.py cifar      the CIFAR-10 network against PyTorch eager and torch.compile
     python tools/gpu_check.py imagenet   the ImageNet-64 network, and torch.compile's max-autotune
+    python tools/gpu_check.py brief      the most telling of all, for a GPU that is there for minutes:
+                                         --budget-s 500 --only build,tests,training
 
-Each part ends within ten minutes, needs no network, and writes one JSON file with the environment. A step
-that fails or is out of time does not stop the next ones, but the exit status tells. Without a CUDA device it
-says so and exits with status 2.
+Each part ends within its budget, needs no network, and writes one JSON file with the environment, anew after
+every step. A step that fails or is out of time does not stop the next ones, but the exit status tells.
+Without a CUDA device it says so and exits with status 2.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -32,13 +37,17 @@ PART_SECONDS = 590
 
 @dataclass(frozen=True)
 class Step:
-    """One program to run; ``result`` is a JSON file that it writes."""
+    """One program to run; ``result`` is a JSON file that it writes.
+
+    beside: neighbouring steps of this kind run side by side, since none of them measures time.
+    """
 
     name: str
     command: tuple[str, ...]
     limit_s: int = 600
     environment: Mapping[str, str] = field(default_factory=dict)
     result: Path | None = None
+    beside: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,6 +73,8 @@ def plan(out: Path) -> dict[str, list[Step]]:
             end_to_end(out, "imagenet64", 290, "--batches", "128,1,64,16"),
             end_to_end(out, "cifar-max-autotune", 270, *MAX_AUTOTUNE),
         ],
+        # Their results stand in the part's own file, which alone is to be taken along.
+        "brief": brief_steps(ROOT / "runs" / "gpu-check-steps"),
     }
 
 
@@ -74,23 +85,82 @@ MAX_AUTOTUNE = (
 )
 
 
+GPU_TESTS = "cuda and not cpu"
+TEST_FILES = tuple(
+    f"tests/test_{name}.py" for name in ("cuda_engine", "training_graph", "ops", "pixel_rows")
+)
+
+
 def kernel_steps(out: Path) -> list[Step]:
     """Build, and what concerns single kernels."""
     python = sys.executable
     build = {"IDDPM_CUDA": "1", "IDDPM_CUDA_ARCHS": "native"}
     sanitizer = shutil.which("compute-sanitizer") or "compute-sanitizer"
     touch = ("--error-exitcode", "1", python, "tools/touch_kernels.py", "--backend", "cuda")
-    tests = ("tests/test_cuda_engine.py", "tests/test_training_graph.py", "tests/test_ops.py")
     return [
         Step("build", (python, "setup.py", "-q", "build_ext", "--inplace"), 180, build),
         Step("info", (python, "-m", "iddpm_ext", "info"), 30),
         program("ceilings", out, "benchmarks.gpu_ceilings", 40),
-        Step("tests", (python, "-m", "pytest", "-q", "-k", "cuda and not cpu", *tests), 150),
+        Step("tests", (python, "-m", "pytest", "-q", "-k", GPU_TESTS, *TEST_FILES), 150),
         program("ops", out, "benchmarks.ops", 300, "--device", "cuda", "--budget-s", "150"),
         Step("memcheck", (sanitizer, "--tool", "memcheck", *touch), 60),
         Step("racecheck", (sanitizer, "--tool", "racecheck", *touch), 60),
         Step("synccheck", (sanitizer, "--tool", "synccheck", *touch), 60),
     ]
+
+
+GRAPHS = "compile reduce-overhead"
+
+
+def brief_steps(out: Path) -> list[Step]:
+    """Build; what only has to be right, side by side; then what is timed, alone.
+
+    Compilers' results are kept on disk, so that the baselines are built beside the tests.
+    """
+    python = sys.executable
+    build, *_ = kernel_steps(out)
+    one = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+    sanitizer = shutil.which("compute-sanitizer") or "compute-sanitizer"
+    touch = ("--error-exitcode", "1", python, "tools/touch_kernels.py", "--backend", "cuda")
+    tests = (python, "-m", "pytest", "-q", "-n", "8", "-p", "no:cacheprovider", "--timeout", "120")
+
+    def compiled(name: str, batch: str, trained: str) -> Step:
+        options = ("--batches", batch, "--training-batches", trained, "--variants", GRAPHS)
+        command = (python, "-m", "benchmarks.end_to_end", "--device", "cuda", "--configs", "cifar")
+        what = ("--what", "training" if trained else "forward", "--budget-s", "140")
+        return Step(
+            name, (*command, *options, *what, "--rounds", "1", "--steps", "1"), 150, beside=True
+        )
+
+    def timed(name: str, seconds: int, *options: str) -> Step:
+        return end_to_end(out, name, seconds, "--configs", "cifar", "--rounds", "9", *options)
+
+    against = ("--variants", f"ours,{GRAPHS},eager NHWC")
+    forward = ("--what", "forward", "--training-batches", "", *against)
+    return [
+        Step(build.name, build.command, 120, environment=build.environment),
+        Step("tests", (*tests, "-k", GPU_TESTS, *TEST_FILES), 150, one, beside=True),
+        *(
+            Step(tool, (sanitizer, "--tool", tool, *touch), 150, one, beside=True)
+            for tool in ("memcheck", "racecheck", "synccheck")
+        ),
+        compiled("compile-128", "128", ""),
+        compiled("compile-1", "1", ""),
+        compiled("compile-training", "128", "128"),
+        program("kernels", out, "benchmarks.kernel_times", 60, "--rows", "60"),
+        program("group-norm", out, "benchmarks.ops", 60, "--device", "cuda", *GROUP_NORM),
+        timed("forward", 75, *forward, "--batches", "128,1"),
+        timed("training", 75, "--what", "training", "--batches", "128", *against),
+        timed("sampling", 45, "--what", "sampling", "--batches", "128,1", *SAMPLED),
+        timed("forward-float32", 45, *forward[:4], *PLAIN, "--dtype", "float32"),
+        timed("forward-16", 30, *forward[:4], "--variants", "ours", "--batches", "16,64,256"),
+        program("ceilings", out, "benchmarks.gpu_ceilings", 30),
+    ]
+
+
+GROUP_NORM = ("--ops", "group_norm_silu", "--no-compile", "--budget-s", "45")
+SAMPLED = ("--training-batches", "", "--variants", "ours,eager NHWC", "--steps", "50")
+PLAIN = ("--batches", "128", "--variants", "ours,eager NHWC,eager")
 
 
 def program(name: str, out: Path, module: str, limit_s: int, *options: str) -> Step:
@@ -123,20 +193,7 @@ def run_step(step: Step, left_s: float = float("inf")) -> Outcome:
     start = time.perf_counter()
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **step.environment}
     try:
-        done = subprocess.run(
-            step.command,
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=limit_s,
-        )
-        passed, output = done.returncode == 0, done.stdout
-    except subprocess.TimeoutExpired as error:
-        partial = error.stdout or b""
-        text = partial.decode(errors="replace") if isinstance(partial, bytes) else partial
-        passed, output = False, f"{text}\nstopped after {limit_s} s"
+        passed, output = run_command(step.command, environment, limit_s)
     except OSError as error:
         passed, output = False, f"cannot run: {error}"
     seconds = time.perf_counter() - start
@@ -144,6 +201,28 @@ def run_step(step: Step, left_s: float = float("inf")) -> Outcome:
     found = step.result is not None and step.result.is_file()
     result = json.loads(step.result.read_text()) if step.result is not None and found else None
     return Outcome(step.name, passed, seconds, " ".join(step.command), output[-4000:], result)
+
+
+def run_command(
+    command: tuple[str, ...], environment: Mapping[str, str], limit_s: int
+) -> tuple[bool, str]:
+    """Whether it succeeded in time, and what it printed. Its children end with it."""
+    child = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = child.communicate(timeout=limit_s)
+        return child.returncode == 0, output
+    except subprocess.TimeoutExpired:
+        os.killpg(child.pid, signal.SIGKILL)
+        output, _ = child.communicate()
+        return False, f"{output}\nstopped after {limit_s} s"
 
 
 def environment() -> dict[str, Any]:
@@ -166,17 +245,29 @@ def environment() -> dict[str, Any]:
     }
 
 
-def run_part(name: str, steps: list[Step], out: Path) -> bool:
+def groups(steps: list[Step]) -> list[list[Step]]:
+    """Steps that run side by side together, the others alone, in their order."""
+    return [
+        part
+        for beside, found in itertools.groupby(steps, key=lambda step: step.beside)
+        for part in ([list(found)] if beside else [[step] for step in found])
+    ]
+
+
+def run_part(name: str, steps: list[Step], out: Path, budget_s: float | None = None) -> bool:
     """Run a part's steps and write its JSON; whether all passed. What a step found is printed last."""
-    end = time.monotonic() + PART_SECONDS
-    outcomes = [run_step(step, end - time.monotonic()) for step in steps]
-    record = {
-        "part": name,
-        "environment": environment(),
-        "steps": [asdict(outcome) for outcome in outcomes],
-    }
+    end = time.monotonic() + (PART_SECONDS if budget_s is None else budget_s)
+    record: dict[str, Any] = {"part": name, "environment": environment()}
+    outcomes: list[Outcome] = []
     target = out / f"gpu-check-{name}.json"
-    target.write_text(json.dumps(record, indent=1) + "\n")
+    for group in groups(steps):
+        with ThreadPoolExecutor(len(group)) as pool:
+            left = [end - time.monotonic()] * len(group)
+            outcomes += pool.map(run_step, group, left)
+        record["steps"] = [asdict(outcome) for outcome in outcomes]
+        temporary = target.with_suffix(".tmp")
+        temporary.write_text(json.dumps(record, indent=1) + "\n")
+        temporary.replace(target)
     for outcome in outcomes:
         verdict = "passed" if outcome.passed else "FAILED"
         print(f"{outcome.name:<20} {verdict} {outcome.seconds:6.0f} s")
@@ -196,8 +287,11 @@ def findings(outcome: Outcome) -> str:
         return f"copy {copy:.2f} TB/s, bfloat16 products {product:.0f} TFLOP/s\n"
     measured = [row for row in result.get("rows", []) if "median_ms" in row and "batch" in row]
     lines = [
-        f"{row['config']:<11} B{row['batch']:<4} {row['what']:<9} {row['name']:<24}"
-        f"{row['median_ms']:>10.2f} ms {row['ours_is_faster_by'] or float('nan'):>7.2f}x\n"
+        f"{row['config']:<11} B{row['batch']:<4} {row['what']:<9} {row.get('name', ''):<24}"
+        f"{row['median_ms']:>10.2f} ms"
+        + (f" {row['ours_is_faster_by']:>7.2f}x" if row.get("ours_is_faster_by") else "")
+        + (f"  kernels {row['kernel_ms']:.2f} ms" if "kernel_ms" in row else "")
+        + "\n"
         for row in measured
     ]
     return "".join(lines)
@@ -208,15 +302,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("parts", nargs="*", help="kernels, cifar, imagenet; all by default")
+    parser.add_argument(
+        "parts", nargs="*", help="kernels, cifar, imagenet, brief; the first three by default"
+    )
     parser.add_argument("--only", default="", help="names of steps, separated by commas")
+    parser.add_argument("--budget-s", type=float, default=PART_SECONDS, help="of each part")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "gpu-check")
     arguments = parser.parse_args()
     out = arguments.out.resolve()
     parts = plan(out)
     if unknown := set(arguments.parts) - set(parts):
         parser.error(f"parts must be of {list(parts)}, got {sorted(unknown)}")
-    parts = {name: parts[name] for name in arguments.parts or parts}
+    parts = {name: parts[name] for name in arguments.parts or list(parts)[:3]}
     names = [step.name for steps in parts.values() for step in steps]
     chosen = [name for name in arguments.only.split(",") if name] or names
     if unknown := set(chosen) - set(names):
@@ -226,9 +323,10 @@ def main() -> int:
     if not torch.cuda.is_available():
         print(f"gpu-check: no CUDA device (torch {torch.__version__}); nothing to check here")
         return NO_DEVICE
-    out.mkdir(parents=True, exist_ok=True)
+    for folder in (out, ROOT / "runs" / "gpu-check-steps"):
+        folder.mkdir(parents=True, exist_ok=True)
     passed = [
-        run_part(name, steps, out)
+        run_part(name, steps, out, arguments.budget_s)
         for name, all_steps in parts.items()
         if (steps := [step for step in all_steps if step.name in chosen])
     ]

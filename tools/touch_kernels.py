@@ -9,6 +9,7 @@ import argparse
 
 import torch
 
+from iddpm_ext.ops.pixel_rows import channel_sums, rows_of, settle
 from iddpm_ext.ops.spec import BACKENDS, REGISTRY, unavailable
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -30,6 +31,14 @@ def main() -> None:
                     calls += 1
         print(f"{name}: {calls} calls", flush=True)
         total += calls
+    if backend in ("cuda", "reference"):
+        for dtype in DTYPES:
+            for channels, pitch in ((3, 0), (40, 8), (1536, 0)):
+                wide = torch.randn(2, 5, 9, channels + pitch, dtype=dtype, device=device)
+                x = wide[..., :channels].permute(0, 3, 1, 2)
+                channel_sums(rows_of(x), backend)
+                bias = torch.randn(channels, dtype=torch.float32, device=device)
+                settle(x, x.clone(memory_format=torch.preserve_format), bias, backend)
     if device == "cuda":
         torch.cuda.synchronize()
     if total == 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .arrays import ArrayData
+from .cache import CachedData
 from .check import DataReport, check_data, empty_classes
 from .files import BAD_IMAGES, FileData
 from .idx import read_idx
@@ -14,6 +15,7 @@ from .source import ImageData, open_data
 __all__ = [
     "BAD_IMAGES",
     "ArrayData",
+    "CachedData",
     "BadImage",
     "Batch",
     "DataReport",

@@ -40,7 +40,7 @@ def batches(
         batch_sampler=positions,
         num_workers=workers,
         collate_fn=_only,
-        worker_init_fn=_ignore_signals,
+        worker_init_fn=ignore_signals,
         # Its own generator: the loader would otherwise advance the global one.
         generator=torch.Generator(),
     )
@@ -60,7 +60,8 @@ class _Positions(Dataset):
         return self.__getitems__([position])[0]
 
 
-def _ignore_signals(worker: int) -> None:
+def ignore_signals(worker: int) -> None:
+    """What a worker process begins with."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 

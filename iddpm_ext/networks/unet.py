@@ -158,7 +158,7 @@ class UNet(nn.Module):
         Raises ValueError or TypeError.
         """
         self._require_inputs(x, timesteps, y, low_res)
-        emb = self._embed(timesteps, y)
+        emb = self.embed(timesteps, y)
         h = x if low_res is None else torch.cat([x, _upsample_to(low_res, x)], dim=1)
         h, emb = h.to(self.dtype), emb.to(self.dtype)
         trains = trains_on_cpu(h, self.input_blocks[0].get_parameter("0.weight"), self._backend)
@@ -184,7 +184,8 @@ class UNet(nn.Module):
             return checkpoint(block, h, emb, use_reentrant=False)
         return block(h, emb)
 
-    def _embed(self, timesteps: Tensor, y: Tensor | None) -> Tensor:
+    def embed(self, timesteps: Tensor, y: Tensor | None) -> Tensor:
+        """The embedding [N, 4 model_channels] of timesteps and labels as of `forward`, at least float32."""
         # bfloat16 cannot tell step 3999 from step 4000, so this path is at least float32.
         work = torch.promote_types(self.dtype, torch.float32)
         with no_autocast(timesteps.device.type):

@@ -5,9 +5,37 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from iddpm_ext.engines.cuda.graphs import CaptureFailed, Graphs
+
+from .config import TrainConfig
+
+
+def serves_device(device: torch.device) -> bool:
+    """Whether graphs and the fused network are of use on this kind of device."""
+    return device.type == "cuda"
+
+
+def why_not_fused(config: TrainConfig, device: torch.device) -> str | None:
+    """None if the run trains by `fused.FusedTraining`, else the reason."""
+    if not serves_device(device):
+        return f"the device is {device}"
+    for name in ("compile", "fsdp", "gradient_checkpointing"):
+        if getattr(config, name):
+            return f"{name} is on"
+    return None
+
+
+def why_not_captured(config: TrainConfig, device: torch.device) -> str | None:
+    """None if forward and backward pass are one graph, else the reason."""
+    if not config.cuda_graph:
+        return "cuda_graph is off"
+    reason = why_not_fused(config, device)
+    if reason is None and config.accumulate > 1:
+        return f"accumulate is {config.accumulate}"
+    return reason
 
 
 class Inputs(NamedTuple):
@@ -57,7 +85,8 @@ class CapturedPass:
             self._replay = self._graphs.capture(self._work)
         except CaptureFailed as reason:
             raise RuntimeError(
-                f"train: cuda_graph must be off, as a step cannot be captured here: {reason}"
+                "train: cuda_graph must be off (--no-cuda-graph), as a step cannot be captured "
+                f"here: {reason}"
             ) from reason
         return self._replay
 

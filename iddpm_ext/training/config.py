@@ -39,6 +39,7 @@ class TrainConfig:
         channels: 1 or 3; None for what the data has.
         flip: mirror half of the images.
         workers: processes that decode images; 0 does it in the training process.
+        cache: decode all images once, when the run begins, and keep them in memory.
         bad_images: skip (and count) or stop at unreadable images.
         class_cond: give the network the class.
         label_dropout: chance that an image's class is withheld, for guidance.
@@ -67,9 +68,10 @@ class TrainConfig:
         grad_clip: largest norm of the gradient; None for no limit.
         dtype: float32, or the type of autocast over float32 weights; float16 scales the loss.
         gradient_checkpointing: trade computation for memory.
-        channels_last: keep features in that memory format.
+        channels_last: keep features in that memory format on the CPU too; on a CUDA device they always are.
         compile: run the network through torch.compile.
-        cuda_graph: replay forward and backward pass as a CUDA graph; one process, accumulate 1.
+        cuda_graph: on a CUDA device, replay forward and backward pass as a graph; not with accumulate above
+            1, compile, fsdp or gradient_checkpointing, which a note then says.
         fsdp: split weights and optimiser over the processes of torchrun.
         noise_scale: log the gradient-noise scale; needs accumulate of at least 2.
         save_every: steps between checkpoints.
@@ -97,6 +99,7 @@ class TrainConfig:
     channels: int | None = None
     flip: bool = False
     workers: int = 0
+    cache: bool = False
     bad_images: Literal["skip", "stop"] = "skip"
     class_cond: bool = False
     label_dropout: float = 0.0
@@ -126,7 +129,7 @@ class TrainConfig:
     gradient_checkpointing: bool = False
     channels_last: bool = False
     compile: bool = False
-    cuda_graph: bool = False
+    cuda_graph: bool = True
     fsdp: bool = False
     noise_scale: bool = False
     save_every: int = 1000
@@ -172,11 +175,6 @@ class TrainConfig:
         if self.noise_scale and self.fsdp:
             raise ValueError(
                 "train: noise_scale must be off with fsdp, which keeps no gradient of a part, got on"
-            )
-        if self.cuda_graph and (self.accumulate > 1 or self.fsdp or self.gradient_checkpointing):
-            raise ValueError(
-                "train: cuda_graph must be off with accumulate above 1, fsdp or "
-                "gradient_checkpointing, got on"
             )
         if self.objective == "hybrid" and not self.variance.startswith("learned"):
             raise ValueError(

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 import iddpm_ext
-from iddpm_ext.data import ImageData, Order, batches, empty_classes, open_data
+from iddpm_ext.data import CachedData, ImageData, Order, batches, empty_classes, open_data
 from iddpm_ext.networks.config import NUM_GROUPS
 
+from .captured import why_not_captured
 from .config import TrainConfig
 from .initial import start_from
 from .log import RunLog
@@ -53,11 +54,6 @@ def train(config: TrainConfig) -> Path:
                 f"train: batch_size must be a multiple of accumulate {config.accumulate} times "
                 f"{parallel.size} processes, got {config.batch_size}"
             )
-        if config.cuda_graph and (parallel.device.type != "cuda" or parallel.size > 1):
-            raise ValueError(
-                "train: cuda_graph must be off but for one process on a CUDA device, got on for "
-                f"{parallel.size} on {parallel.device}"
-            )
         if parallel.device.type == "cpu":
             keep_freed_memory()
         data = _open(config)
@@ -77,7 +73,7 @@ def train(config: TrainConfig) -> Path:
             main=parallel.rank == 0, tensorboard=config.tensorboard, progress=config.progress,
         )  # fmt: skip
         with log, _own_generator():
-            for note in (*notes, *_notes_on(data, config)):
+            for note in (*notes, *_notes_on(data, config), *_notes_on_device(config, parallel)):
                 log.say(note)
             if newest is not None and state.step >= config.steps:
                 log.say(f"nothing to do: {newest} has all of the {config.steps} steps")
@@ -95,7 +91,12 @@ def _run(
 ) -> Path:
     folder = Path(config.out) / "ckpt"
     positions = positions_of(config, state.images, parallel.rank, parallel.size)
-    source = batches(data, Order(len(data), config.seed), positions, config.workers)
+    if config.cache:
+        began = time.monotonic()
+        data = CachedData(data, config.workers)
+        log.say(f"decoded {len(data)} images into memory, {time.monotonic() - began:.1f} s")
+    workers = 0 if config.cache else config.workers
+    source = batches(data, Order(len(data), config.seed), positions, workers)
     meter = _Meter(config, state, parallel)
     bad_images, named = 0, set[str]()
     while True:
@@ -262,6 +263,13 @@ def _notes_on(data: ImageData, config: TrainConfig) -> list[str]:
             "brightness and colour from the output: samples will be tinted, 64 channels are far better"
         )
     return notes
+
+
+def _notes_on_device(config: TrainConfig, parallel: Parallel) -> list[str]:
+    reason = why_not_captured(config, parallel.device)
+    if parallel.device.type != "cuda" or reason is None:
+        return []
+    return [f"kernels are launched one by one, without a CUDA graph: {reason}"]
 
 
 def _own_generator() -> AbstractContextManager[None]:

@@ -27,6 +27,7 @@ class AdamWEMA(torch.optim.Optimizer):
 
     Attributes:
         updates: steps really made, a tensor on the parameters' device.
+        copies: of some parameters, in another dtype, written with them; empty at first.
         state: of each parameter its moments `exp_avg` and `exp_avg_sq`.
     """
 
@@ -44,6 +45,7 @@ class AdamWEMA(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
         self._parameters: list[Tensor] = self.param_groups[0]["params"]
         self._averages = averages
+        self.copies: Mapping[Tensor, Tensor] = {}
         self.updates = torch.zeros((), dtype=torch.float32, device=self._parameters[0].device)
         for parameter in self._parameters:
             self.state[parameter] = {m: torch.zeros_like(parameter.detach()) for m in MOMENTS}
@@ -61,22 +63,43 @@ class AdamWEMA(torch.optim.Optimizer):
         found: Any = getattr(self, "found_inf", None)
         skip = bad if found is None else torch.maximum(bad, found.to(bad.dtype))
         self.updates += 1 - skip
-        group = self.param_groups[0]
+        averages = [list(average.values()) for average in self._averages.values()]
+        numbered = list(enumerate(self._parameters))
+        for chosen in (
+            [i for i, p in numbered if p in self.copies],
+            [i for i, p in numbered if p not in self.copies],
+        ):
+            if chosen:
+                self._update(chosen, averages, decays=decays, skip=skip, factor=factor)
+
+    def _update(
+        self,
+        chosen: Sequence[int],
+        averages: Sequence[Sequence[Tensor]],
+        *,
+        decays: Sequence[float],
+        skip: Tensor,
+        factor: Tensor | None,
+    ) -> None:
+        """The parameters of these numbers, which all have copies or none."""
+        group, parameters = self.param_groups[0], [self._parameters[i] for i in chosen]
         exp_avgs, exp_avg_sqs = (
-            [local(self.state[p][moment]) for p in self._parameters] for moment in MOMENTS
+            [local(self.state[p][moment]) for p in parameters] for moment in MOMENTS
         )
+        copies = [self.copies[p].detach() for p in parameters if p in self.copies]
         adamw_ema(
-            [local(p.detach()) for p in self._parameters],
-            [local(_gradient(p)) for p in self._parameters],
+            [local(p.detach()) for p in parameters],
+            [local(_gradient(p)) for p in parameters],
             exp_avgs,
             exp_avg_sqs,
-            [[local(x) for x in average.values()] for average in self._averages.values()],
+            [[local(average[i]) for i in chosen] for average in averages],
             step=self.updates,
             lr=group["lr"],
             betas=_BETAS,
             eps=_EPS,
             weight_decay=group["weight_decay"],
             decays=list(decays),
+            copies=copies or None,
             grad_scale=factor,
             found_inf=skip,
         )

@@ -99,6 +99,13 @@ class Parallel:
             dist.all_reduce(values)
         return values
 
+    def average(self, values: list[Tensor]) -> None:
+        """Replaces the values by their means over the processes, in one exchange."""
+        if self.size > 1:
+            flat = self.mean(torch.cat([value.flatten() for value in values]))
+            for value, mean in zip(values, flat.split([v.numel() for v in values]), strict=True):
+                value.copy_(mean.view(value.shape))
+
     def any(self, flag: bool) -> bool:
         """Whether `flag` is set on any process; the host waits."""
         return bool(self.sum(torch.tensor(float(flag), device=self.device)) > 0)

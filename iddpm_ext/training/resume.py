@@ -14,7 +14,7 @@ _FIXED = (
     "prediction", "rescale_timesteps", "seed",
 )  # fmt: skip
 _FREE = (
-    "out", "resume", "progress", "device", "workers", "log_every", "tensorboard",
+    "out", "resume", "progress", "device", "workers", "cache", "log_every", "tensorboard",
     "init_from", "init_ema", "init_optimizer",
 )  # fmt: skip
 

@@ -15,9 +15,10 @@ from iddpm_ext.diffusion.timestep_samplers import TimestepSampler, make_timestep
 from iddpm_ext.networks.config import UNetConfig
 from iddpm_ext.networks.unet import UNet
 
-from .captured import CapturedPass
+from .captured import CapturedPass, why_not_fused
 from .checkpoints import read_state, read_tensors, write_checkpoint
 from .config import TrainConfig
+from .fused import FusedTraining
 from .optimizer import MOMENTS, AdamWEMA
 from .parallel import Parallel, copy_whole, whole
 from .rates import ema_decay
@@ -32,6 +33,7 @@ class TrainState:
     model: the network itself. module: what is called in training, `model` or its wrapper.
     emas: decay -> averaged parameters by name. seconds: spent in training, over all lives of the run.
     skipped: steps in a row whose gradient was not finite, a tensor on the run's device.
+    fused: the network as a GPU trains it, in place of `module`, once a step was made.
     captured: forward and backward pass as a CUDA graph, once there is one.
     """
 
@@ -46,6 +48,7 @@ class TrainState:
     step: int = 0
     images: int = 0
     seconds: float = 0.0
+    fused: FusedTraining | None = None
     captured: CapturedPass | None = None
 
     def decays(self, warmup: bool) -> list[float]:
@@ -167,11 +170,13 @@ def new_state(
         config.rescale_timesteps,
     )
     model.gradient_checkpointing = config.gradient_checkpointing
-    memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
+    fused = why_not_fused(config, parallel.device) is None
+    last = config.channels_last or parallel.device.type == "cuda" or fused
+    memory_format = torch.channels_last if last else torch.contiguous_format
     model.to(parallel.device, memory_format=memory_format)  # type: ignore[call-overload]
     parallel.shard(model)
     emas = {d: {n: p.detach().clone() for n, p in model.named_parameters()} for d in config.ema}
-    module = parallel.wrap(model)
+    module = model if fused else parallel.wrap(model)
     return TrainState(
         model=model,
         module=torch.compile(module) if config.compile else module,  # type: ignore[arg-type]

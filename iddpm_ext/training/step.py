@@ -12,8 +12,9 @@ from iddpm_ext.data import Batch
 from iddpm_ext.engines.cuda.graphs import Graphs
 from iddpm_ext.random import STREAM_CHOICE, STREAM_FORWARD, NoiseKey, uniform
 
-from .captured import CapturedPass, Inputs
+from .captured import CapturedPass, Inputs, why_not_captured, why_not_fused
 from .config import TrainConfig
+from .fused import FusedTraining
 from .parallel import Parallel, whole
 from .rates import learning_rate
 from .state import TrainState
@@ -75,6 +76,8 @@ def train_step(
             # A single part's gradient, of which the accumulated one holds 1 / accumulate.
             small = (_gradient_norm(state) / state.scaler.get_scale() * config.accumulate) ** 2
 
+    if state.fused is not None:  # which nobody wraps that would have done it
+        parallel.average([p.grad for p in state.model.parameters() if p.grad is not None])
     state.scaler.unscale_(optimizer)
     norm = _gradient_norm(state)
     bad = (~norm.isfinite()).float()
@@ -99,11 +102,15 @@ def train_step(
 
 def _forward_backward(config: TrainConfig, state: TrainState, inputs: Inputs) -> dict[str, Tensor]:
     """loss, mse and vlb of each image, [N]; the parameters have the gradient of the mean."""
-    if not config.cuda_graph:
+    device = inputs.x_0.device
+    if state.fused is None and why_not_fused(config, device) is None:
+        state.fused = FusedTraining(state.model, _DTYPES[config.dtype])
+        state.optimizer.copies = state.fused.copies
+    if why_not_captured(config, device) is not None:
         return _pass(config, state, inputs)
     if state.captured is None:
         state.captured = CapturedPass(
-            partial(_pass, config, state), state.model.parameters(), Graphs(inputs.x_0.device)
+            partial(_pass, config, state), state.model.parameters(), Graphs(device)
         )
     return state.captured(inputs)
 
@@ -112,25 +119,34 @@ def _pass(config: TrainConfig, state: TrainState, inputs: Inputs) -> dict[str, T
     losses = _losses(config, state, inputs)
     mean = (losses["loss"] * inputs.weight).mean() / config.accumulate
     state.scaler.scale(mean).backward()
+    if state.fused is not None:
+        state.fused.collect()
     return {name: value.detach() for name, value in losses.items()}
 
 
 def _inputs(config: TrainConfig, state: TrainState, batch: Batch, device: torch.device) -> Inputs:
-    positions = batch.positions.to(device)
-    x_0 = batch.images.to(device, non_blocking=True)
+    positions = _moved(batch.positions, device)
+    x_0 = _moved(batch.images, device)
     t, weight = state.timestep_sampler.sample(positions)
     key = NoiseKey(config.seed, STREAM_CHOICE, positions, 0, _CHOICE_DRAW)
     choice = uniform(key, (len(positions), 2))
     if config.flip:
         x_0 = torch.where((choice[:, 0] < 0.5)[:, None, None, None], x_0.flip(3), x_0)
-    if config.channels_last:
+    if config.channels_last or device.type == "cuda":
         x_0 = x_0.contiguous(memory_format=torch.channels_last)
     labels = None
     if config.class_cond:
         assert batch.labels is not None
-        labels = batch.labels.to(device, non_blocking=True)
+        labels = _moved(batch.labels, device)
         labels = torch.where(choice[:, 1] < config.label_dropout, -1, labels)
     return Inputs(x_0, positions, t, weight, labels)
+
+
+def _moved(values: Tensor, device: torch.device) -> Tensor:
+    # A copy from memory that the system may move would wait for all that the device still has to do.
+    if device.type == "cuda" and values.device.type == "cpu":
+        values = values.pin_memory()
+    return values.to(device, non_blocking=True)
 
 
 def _losses(config: TrainConfig, state: TrainState, inputs: Inputs) -> dict[str, Tensor]:
@@ -138,6 +154,8 @@ def _losses(config: TrainConfig, state: TrainState, inputs: Inputs) -> dict[str,
     assert diffusion is not None
 
     def network(x_t: Tensor, timesteps: Tensor, **kwargs: Tensor) -> Tensor:
+        if state.fused is not None:
+            return state.fused(x_t, timesteps, **kwargs)
         dtype = _DTYPES[config.dtype]
         with torch.autocast(x_t.device.type, dtype, enabled=dtype != torch.float32):
             return state.module(x_t, timesteps, **kwargs)

@@ -65,8 +65,9 @@ class CUDAEngine:
 
     model: its weights are copied; when they have changed, the next call copies them again.
     dtype: torch.float32, bfloat16 or float16, of the features. Sums, statistics, the network's two
-        ends and the timestep path stay float32, and float32 is what it says: TensorFloat32 is used
-        only after `torch.set_float32_matmul_precision("high")`.
+        ends and the timestep path stay float32. Whether float32 features may be multiplied in
+        TensorFloat32 is PyTorch's to say: in convolutions `torch.backends.cudnn.allow_tf32`, which is
+        on from the start, in products `torch.set_float32_matmul_precision`.
     exact: never TensorFloat32.
 
     Raises NotServed, saying why, where it cannot run the network. One call at a time: calls share
@@ -103,13 +104,15 @@ class CUDAEngine:
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.no_grad())
             stack.enter_context(no_autocast(self.device.type))
-            stack.enter_context(_float32_as_asked(self.exact))
+            if self.exact:
+                stack.enter_context(_no_tensor_float32())
             yield
 
     def task(
         self, key: Hashable, build: Callable[[], AnyTask]
     ) -> tuple[AnyTask, Callable[[], None]]:
         """The task of that key, built and captured at first, and the function that does its work."""
+        key = (key, *_float32_settings())  # which a graph keeps
         found = self._ready.pop(key, None)
         if found is None:
             with self.computing():
@@ -296,24 +299,22 @@ class _Same:
     __hash__ = None  # type: ignore[assignment]
 
 
-@contextlib.contextmanager
-def _float32_as_asked(exact: bool) -> Iterator[None]:
-    """TensorFloat32 in convolutions only where matrix products may use it, which is the user's word.
+def _float32_settings() -> tuple[bool, str]:
+    """What PyTorch was told of TensorFloat32: in convolutions, and in products."""
+    return torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
 
-    PyTorch allows it in convolutions from the start.
-    """
-    cudnn, asked = torch.backends.cudnn, torch.get_float32_matmul_precision()
-    wanted = "highest" if exact else asked
+
+@contextlib.contextmanager
+def _no_tensor_float32() -> Iterator[None]:
+    cudnn, (_, precision) = torch.backends.cudnn, _float32_settings()
     with cudnn.flags(
         enabled=cudnn.enabled,
         benchmark=cudnn.benchmark,
         deterministic=cudnn.deterministic,
-        allow_tf32=wanted != "highest",
+        allow_tf32=False,
     ):
-        if wanted != asked:
-            torch.set_float32_matmul_precision(wanted)
+        torch.set_float32_matmul_precision("highest")
         try:
             yield
         finally:
-            if wanted != asked:
-                torch.set_float32_matmul_precision(asked)
+            torch.set_float32_matmul_precision(precision)

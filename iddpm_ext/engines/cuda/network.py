@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from iddpm_ext.engines.cuda import kernels
 from iddpm_ext.networks.unet import (
     AttentionBlock,
     Downsample,
@@ -25,6 +26,7 @@ from iddpm_ext.networks.unet import (
     Upsample,
 )
 from iddpm_ext.ops import group_norm_silu, qkv_attention
+from iddpm_ext.ops.pixel_rows import settle
 
 _LAST = torch.channels_last
 
@@ -57,12 +59,10 @@ class Features:
     def __init__(self, h: Tensor, residual: Tensor | None = None, bias: Tensor | None = None):
         self.h, self.residual, self.bias = h, residual, bias
 
-    def settled(self) -> Tensor:
+    def settled(self, backend: str) -> Tensor:
         """The sum, as a pass of its own where no normalisation has written it yet."""
-        if self.residual is not None:
-            self.h.add_(self.residual)
-        if self.bias is not None:
-            self.h.add_(self.bias[:, None, None])
+        if self.residual is not None or self.bias is not None:
+            self.h = settle(self.h, self.residual, self.bias, backend)
         self.residual = self.bias = None
         return self.h
 
@@ -90,20 +90,21 @@ class FusedNetwork:
 
     def __init__(self, model: UNet, dtype: torch.dtype, backend: str = "auto"):
         self.dtype, self._backend = dtype, backend
+        self._kernels = backend if backend in ("cuda", "reference") else "auto"
         self._attention_backend = backend if backend in ("cpu", "cuda", "reference") else "auto"
         self._weights = Weights()
         self._embedding_biases: list[Callable[[], Tensor]] = []
         inputs: list[Any] = list(model.input_blocks)
         outputs: list[Any] = list(model.output_blocks)
         head: Any = model.out
-        self._first = self._kernel(inputs[0][0], torch.float32)
+        self._first = self._end_kernel(inputs[0][0])
         self._first_bias = self._float(inputs[0][0].bias)
         self.floats = 0
         self._down = [self._block(block) for block in inputs[1:]]
         self._middle = self._block(model.middle_block)
         self._up = [self._block(block) for block in outputs]
         self._head_norm = self._norm(head[0])
-        self._head = self._kernel(head[2], torch.float32)
+        self._head = self._end_kernel(head[2])
         self._head_bias = self._float(head[2].bias)
         #: float32 [floats], to be added to the embeddings: the bias of a convolution whose result an
         #: embedding is added to anyway.
@@ -119,9 +120,7 @@ class FusedNetwork:
         """x: float32 [N, C, H, W]; embeddings: float32 [N, floats], the blocks' in their order with
         `embedding_bias` added, of any strides. Returns float32 [N, C_out, H, W].
         """
-        h = F.conv2d(x.contiguous(memory_format=_LAST), self._first, None, padding=1)
-        # Images of one channel are of either format: the convolution's result may be of the other.
-        h = h.to(self.dtype, memory_format=_LAST)
+        h = kernels.first_convolution(x, self._first, self.dtype, self._kernels)
         features = Features(h, None, self._first_bias)
         skips = [features]
         for layers in self._down:
@@ -131,16 +130,28 @@ class FusedNetwork:
         for layers in self._up:
             features = _run(layers, features, embeddings, skips.pop())
         y = self._normalised(self._head_norm, features)
-        return F.conv2d(y.float(), self._head, self._head_bias, padding=1)
+        return kernels.last_convolution(y, self._head, self._head_bias, self._kernels)
 
     # ---- weights
 
-    def _kernel(self, conv: Any, dtype: torch.dtype | None = None) -> Tensor:
+    def _kernel(self, conv: Any) -> Tensor:
         """[K, C, 3, 3] as convolutions read it."""
-        dtype = dtype or self.dtype
         return self._weights.add(
-            lambda: conv.weight.detach().to(dtype).contiguous(memory_format=_LAST)
+            lambda: conv.weight.detach().to(self.dtype).contiguous(memory_format=_LAST)
         )
+
+    def _end_kernel(self, conv: Any) -> Tensor:
+        """[K, C, 3, 3] of the network's ends, float32."""
+        return self._weights.add(lambda: kernels.columns_last(conv.weight.detach().float()))
+
+    def _doubling_kernel(self, conv: Any) -> Tensor:
+        """[4K, C, 2, 2], a convolution of a doubled image."""
+
+        def make() -> Tensor:
+            four = kernels.doubling_weight(conv.weight.detach().float())
+            return four.to(self.dtype).contiguous(memory_format=_LAST)
+
+        return self._weights.add(make)
 
     def _matrix(self, conv: Any) -> Tensor:
         """[K, C] of a 1x1 convolution."""
@@ -166,29 +177,41 @@ class FusedNetwork:
         if isinstance(layer, AttentionBlock):
             return self._attention(layer)
         if isinstance(layer, Upsample):
-            return self._resample(_doubled, layer.conv, stride=1)
+            return self._upsample(layer.conv)
         assert isinstance(layer, Downsample)
         if isinstance(layer.op, nn.Conv2d):
-            return self._resample(_same, layer.op, stride=2)
-        return self._resample(_halved, nn.Identity(), stride=1)
+            return self._strided(layer.op)
+        return lambda features, *_: Features(_halved(self._settled(features)))
 
-    def _resample(
-        self, resized: Callable[[Tensor], Tensor], conv: nn.Module, stride: int
-    ) -> _Layer:
+    def _upsample(self, conv: nn.Module) -> _Layer:
         if not isinstance(conv, nn.Conv2d):
-            return lambda features, *_: Features(resized(features.settled()))
-        kernel, bias = self._kernel(conv), self._float(conv.bias)
+            return lambda features, *_: Features(_doubled(self._settled(features)))
+        kernel, bias = self._doubling_kernel(conv), self._float(conv.bias)
 
         def run(features: Features, *_: Any) -> Features:
-            h = F.conv2d(resized(features.settled()), kernel, None, stride=stride, padding=1)
+            h = kernels.doubled_convolution(self._settled(features), kernel, self._kernels)
             return Features(h, None, bias)
 
         return run
 
+    def _strided(self, conv: nn.Conv2d) -> _Layer:
+        kernel, bias = self._kernel(conv), self._float(conv.bias)
+
+        def run(features: Features, *_: Any) -> Features:
+            h = F.conv2d(self._settled(features), kernel, None, stride=2, padding=1)
+            return Features(h, None, bias)
+
+        return run
+
+    def _settled(self, features: Features) -> Tensor:
+        return features.settled(self._kernels)
+
     def _res_block(self, layer: ResBlock) -> _Layer:
         in_norm, out_norm = (self._norm(layers[0]) for layers in _pair(layer))
         first_conv, second_conv = (layers[-1] for layers in _pair(layer))
-        first, second = self._kernel(first_conv), self._kernel(second_conv)
+        doubles = layer.resample == "up"
+        first = self._doubling_kernel(first_conv) if doubles else self._kernel(first_conv)
+        second = self._kernel(second_conv)
         own = slice(self.floats, self.floats + self._claim(layer, first_conv))
         first_bias = self._float(first_conv.bias) if layer.scale_shift else None
         skip_conv: Any = layer.skip_connection
@@ -198,9 +221,12 @@ class FusedNetwork:
         resized = {None: _same, "up": _doubled, "down": _halved}[layer.resample]
 
         def run(features: Features, embeddings: Tensor, joined: Features | None) -> Features:
-            beside = None if joined is None else joined.settled()
+            beside = None if joined is None else self._settled(joined)
             y = self._normalised(in_norm, features, beside)
-            h = F.conv2d(resized(y), first, None, padding=1)
+            if doubles:
+                h = kernels.doubled_convolution(y, first, self._kernels)
+            else:
+                h = F.conv2d(resized(y), first, None, padding=1)
             embedding = embeddings[:, own]
             if layer.scale_shift:
                 scale, shift = embedding.chunk(2, dim=1)

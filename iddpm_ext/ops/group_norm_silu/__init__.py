@@ -13,6 +13,7 @@ from iddpm_ext.ops.group_norm_silu import native, reference
 from iddpm_ext.ops.group_norm_silu.layout import empty_like_images, optional
 from iddpm_ext.ops.kernels import kernels
 from iddpm_ext.ops.library import define, differentiate, vector_jacobian
+from iddpm_ext.ops.pixel_rows import channel_sums, rows_of
 from iddpm_ext.ops.rows import compute_dtype
 from iddpm_ext.ops.spec import FLOAT32_AND_HALVES, OpSpec, register, resolve_backend
 
@@ -288,11 +289,13 @@ def _backward(
         dy, dsum, x, x2, folded, weight, bias, scale, shift, mean, rstd,
         ctx.silu, wants_bias, ctx.backend,
     )  # fmt: skip
-    if wants_bias:
+    if ctx.bias_rank == 1:
+        dchannel = dchannel.sum(dim=0)
         if dsum is not None:
-            dchannel = dchannel + dsum.sum(dim=(2, 3), dtype=dchannel.dtype)
-        if ctx.bias_rank == 1:
-            dchannel = dchannel.sum(dim=0)
+            kernel = "cuda" if ctx.backend == "cuda" else "auto"
+            dchannel = dchannel + channel_sums(rows_of(dsum), kernel).to(dchannel.dtype)
+    elif wants_bias and dsum is not None:
+        dchannel = dchannel + dsum.sum(dim=(2, 3), dtype=dchannel.dtype)
 
     found = (dweight, dbias, dscale, dshift, dchannel)
     grads = [None if d is None else g.to(d) for g, d in zip(found, ctx.dtypes, strict=True)]

@@ -1,0 +1,89 @@
+"""The network as a GPU trains it: its gradients are those of the module, here on the CPU."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from test_cpu_engine import CONFIGS, inputs, make
+from test_cuda_engine import MORE_CONFIGS
+
+from iddpm_ext.training.fused import FusedTraining
+
+NAMES = ("bundled", "one head, shift only", "resampling blocks, new heads", "concatenated identity")
+ALL = {name: (CONFIGS | MORE_CONFIGS)[name] for name in NAMES}
+
+
+def gradients(model, call, x, t, y):
+    """The output and every parameter's gradient, float64."""
+    model.zero_grad(set_to_none=True)
+    draw = torch.Generator().manual_seed(5)
+    out = call(x, t, y)
+    (out * torch.randn(out.shape, generator=draw).to(out.dtype)).sum().backward()
+    if isinstance(call, FusedTraining):
+        call.collect()
+    return out.detach().double(), {n: p.grad.double() for n, p in model.named_parameters()}
+
+
+def distance(found, exact):
+    """Of all gradients together, relative to their length."""
+    gap = sum(float((found[name] - exact[name]).square().sum()) for name in exact)
+    return (gap / sum(float(value.square().sum()) for value in exact.values())) ** 0.5
+
+
+@pytest.fixture(params=ALL)
+def network(request):
+    model = make(**ALL[request.param]).train().requires_grad_()
+    x, y = inputs(model, 3)
+    t = torch.tensor([0.0, 500.0, 999.0])
+    exact = copy.deepcopy(model).double()
+    exact.backend = "plain"
+    return model, (x, t, y), gradients(exact, exact, x.double(), t.double(), y)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_are_those_of_the_module(network, dtype):
+    model, arguments, (out, exact) = network
+
+    def module(x, t, y):
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            return model(x, t, y)
+
+    usual, yardstick = gradients(model, module, *arguments)
+    found_out, found = gradients(model, FusedTraining(model, dtype), *arguments)
+    assert distance({"": found_out}, {"": out}) < 2 * distance({"": usual}, {"": out})
+    assert distance(found, exact) < 2 * distance(yardstick, exact)
+    # None is forgotten, however little it weighs; some are zero but for rounding.
+    whole = sum(float(value.square().sum()) for value in exact.values()) ** 0.5
+    for name, value in exact.items():
+        assert (found[name] - value).norm() < 0.2 * value.norm() + 1e-4 * whole, name
+
+
+def test_gradients_of_two_parts_add_up(network):
+    model, (x, t, y), _ = network
+    fused = FusedTraining(model, torch.bfloat16)
+    once = gradients(model, fused, x, t, y)[1]
+    out = fused(x, t, y)
+    draw = torch.Generator().manual_seed(5)
+    (out * torch.randn(out.shape, generator=draw)).sum().backward()
+    fused.collect()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad.double(), 2 * once[name])
+
+
+def test_dropout_draws_from_the_global_generator_in_training_alone():
+    model = make(**CONFIGS["bundled"]).train()
+    model.requires_grad_()
+    for block in model.modules():
+        if isinstance(block, torch.nn.Dropout):
+            block.p = 0.5
+    x, y = inputs(model, 3)
+    t = torch.tensor([0.0, 500.0, 999.0])
+    torch.manual_seed(3)
+    dropped = FusedTraining(model, torch.float32)(x, t, y)
+    torch.manual_seed(3)
+    again = FusedTraining(model, torch.float32)(x, t, y)
+    model.eval()
+    assert torch.equal(dropped, again)
+    assert (dropped - FusedTraining(model, torch.float32)(x, t, y)).abs().max() > 1e-3
