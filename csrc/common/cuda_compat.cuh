@@ -303,6 +303,35 @@ IDDPM_DEVICE void store_pack(T* p, const Pack<T, N>& pack) {
   *reinterpret_cast<Pack<T, N>*>(p) = pack;
 }
 
+// 16 bytes of shared memory in one instruction, where a copy of the struct would be split.
+template <typename T, int N>
+IDDPM_DEVICE Pack<T, N> load_shared(const Pack<T, N>* p) {
+  static_assert(sizeof(Pack<T, N>) == 16, "a pack of 16 bytes");
+#if defined(__CUDACC__)
+  union {
+    uint4 bits;
+    Pack<T, N> pack;
+  } u{*reinterpret_cast<const uint4*>(p)};
+  return u.pack;
+#else
+  return *p;
+#endif
+}
+
+template <typename T, int N>
+IDDPM_DEVICE void store_shared(Pack<T, N>* p, const Pack<T, N>& pack) {
+  static_assert(sizeof(Pack<T, N>) == 16, "a pack of 16 bytes");
+#if defined(__CUDACC__)
+  union {
+    Pack<T, N> pack;
+    uint4 bits;
+  } u{pack};
+  *reinterpret_cast<uint4*>(p) = u.bits;
+#else
+  *p = pack;
+#endif
+}
+
 template <typename T, int N>
 IDDPM_DEVICE void load_floats(const T* p, float (&out)[N]) {
   const Pack<T, N> pack = load_pack<T, N>(p);

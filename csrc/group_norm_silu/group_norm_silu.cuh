@@ -143,50 +143,53 @@ IDDPM_DEVICE float lanes_sum(float x) {
   return x;
 }
 
-// The moments of all of parts[0..size), of parts.count(i) elements each: centred on the mean of
-// means.
-template <typename Parts>
-IDDPM_DEVICE Moments combine(const Parts& parts, int size, int lane, float total) {
+// Those of a block's threads for one group: `across` fragments of `fragment` channels in every row,
+// `pitch` from one row to the next. The lanes share the rows.
+IDDPM_DEVICE Moments combine_threads(const Moments* parts, const TilePlan& plan, int pixels,
+                                     int pitch, int across, int fragment, int lane) {
+  const int least = pixels >> plan.row_bits, longer = pixels - (least << plan.row_bits);
+  const float total = static_cast<float>(pixels * across * fragment);
   float sum = 0.0f;
-  for (int i = lane; i < size; i += kMomentLanes) sum += parts.count(i) * parts[i].mean;
-  const float mean = total > 0.0f ? divide(lanes_sum(sum), total) : lanes_sum(sum);
+#pragma unroll 2
+  for (int row = lane; row < plan.rows; row += kMomentLanes) {
+    const float count = static_cast<float>((least + (row < longer)) * fragment);
+#pragma unroll 1
+    for (int f = 0; f < across; ++f) sum += count * parts[row * pitch + f].mean;
+  }
+  const float mean = pixels > 0 ? divide(lanes_sum(sum), total) : lanes_sum(sum);
   float squares = 0.0f;
-  for (int i = lane; i < size; i += kMomentLanes) {
-    const Moments part = parts[i];
-    const float d = part.mean - mean;
-    squares += part.squares + parts.count(i) * d * d;
+#pragma unroll 2
+  for (int row = lane; row < plan.rows; row += kMomentLanes) {
+    const float count = static_cast<float>((least + (row < longer)) * fragment);
+#pragma unroll 1
+    for (int f = 0; f < across; ++f) {
+      const Moments part = parts[row * pitch + f];
+      const float d = part.mean - mean;
+      squares += part.squares + count * d * d;
+    }
   }
   return {mean, lanes_sum(squares)};
 }
 
-// Those of a block's threads that have a share in one group: `across` fragments of `fragment`
-// channels, in each of the rows.
-struct ThreadParts {
-  const Moments* first;
-  int pitch, across, fragment, rows, pixels;
-
-  IDDPM_DEVICE Moments operator[](int i) const {
-    const int row = i / across;
-    return first[row * pitch + (i - row * across)];
+// Those of a sample's chunks for one group of `group` channels, from `first` on and `step` chunks
+// at a time; `sum` adds over those who share the chunks.
+template <typename Sum>
+IDDPM_DEVICE Moments combine_chunks(const Moments* parts, const GroupNormInput& in,
+                                    const TilePlan& plan, int pitch, int group, int first, int step,
+                                    Sum sum) {
+  float means = 0.0f, squares = 0.0f;
+#pragma unroll 2
+  for (int i = first; i < plan.chunks; i += step)
+    means += static_cast<float>(TilePlace::chunk_pixels(in, plan, i)) * parts[i * pitch].mean;
+  const float mean = divide(sum(means), static_cast<float>(in.hw));
+#pragma unroll 2
+  for (int i = first; i < plan.chunks; i += step) {
+    const float count = static_cast<float>(TilePlace::chunk_pixels(in, plan, i) * group);
+    const float d = parts[i * pitch].mean - mean;
+    squares += parts[i * pitch].squares + count * d * d;
   }
-  IDDPM_DEVICE float count(int i) const {
-    const int row = i / across;
-    return row < pixels ? static_cast<float>((pixels - row + rows - 1) / rows * fragment) : 0.0f;
-  }
-};
-
-// Those of the chunks of a sample for one group of `group` channels.
-struct ChunkParts {
-  const Moments* first;
-  int pitch, group, pixels;
-  int64_t hw;
-
-  IDDPM_DEVICE Moments operator[](int i) const { return first[i * pitch]; }
-  IDDPM_DEVICE float count(int i) const {
-    const int64_t rest = hw - static_cast<int64_t>(i) * pixels;
-    return static_cast<float>((rest < 0 ? 0 : rest < pixels ? rest : pixels) * group);
-  }
-};
+  return {mean, sum(squares)};
+}
 
 // Of the pixels that a thread holds, for each of its fragments of U channels: sums of the
 // differences from the fragment's first number, which is itself one of those whose squares are
@@ -266,16 +269,24 @@ IDDPM_DEVICE void add_to_slots(const Slots<T, V>& slots, int count, const float 
 #pragma unroll
       for (int i = 0; i < V; ++i) h[i] += bias[i];
       const Pack<T, V> result = packed<T, V>(h);
-      slots[first + k] = result;
+      slots.put(first + k, result);
       store_pack<T, V>(sum.at(first + k), result);
     }
   }
 }
 
+// 80 registers let three blocks of 256 threads share a multiprocessor; before compute capability 9
+// the compiler cannot do with so few.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int kTileBlocks = 1;
+#else
+constexpr int kTileBlocks = 2;
+#endif
+
 // Dynamic shared memory: the slots, [threads, V / U] moments of the threads, [chunks, groups of the
 // slice] of the chunks.
 template <typename T, int U>
-__global__ void __launch_bounds__(kTileThreads, U > 1 ? 2 : 1)
+__global__ void __launch_bounds__(kTileThreads, U > 1 ? kTileBlocks : 1)
     group_norm_tile_kernel(const GroupNormSiluArgs a, const TilePlan plan, const TilePhase phase) {
   constexpr int V = kPackSize<T>, F = V / U;
   IDDPM_SMEM_DYNAMIC(unsigned char, shared);
@@ -330,14 +341,11 @@ __global__ void __launch_bounds__(kTileThreads, U > 1 ? 2 : 1)
   if (phase != TilePhase::kApply) {
     __syncthreads();
     if (plan.cluster) cluster_wait();
-    const ThreadParts all{of_threads, pitch, group / U, U, plan.rows, at.pixels};
     for (int base = 0; base < groups; base += teams) {
       const int g = base + team;
       const bool known = g < groups;
-      ThreadParts parts = all;
-      parts.first += known ? g * parts.across : 0;
-      const Moments m = combine(parts, known ? plan.rows * parts.across : 0, lane,
-                                static_cast<float>(at.pixels * group));
+      const Moments m = combine_threads(of_threads + (known ? g * (group / U) : 0), plan, at.pixels,
+                                        pitch, group / U, U, lane);
       if (!known) continue;
       if (phase == TilePhase::kSums) {
         if (lane == 0) kept()[static_cast<int64_t>(at.chunk) * in.groups + g] = m;
@@ -354,10 +362,9 @@ __global__ void __launch_bounds__(kTileThreads, U > 1 ? 2 : 1)
     for (int base = 0; base < groups; base += teams) {
       const int g = base + team;
       const bool known = g < groups;
-      const ChunkParts parts{kept() + (known ? g : 0), static_cast<int>(in.groups), group,
-                             plan.pixels, in.hw};
-      const Moments m = combine(parts, known ? plan.chunks : 0, lane,
-                                static_cast<float>(group) * static_cast<float>(in.hw));
+      const Moments m =
+          combine_chunks(kept() + (known ? g : 0), in, plan, static_cast<int>(in.groups), group,
+                         lane, kMomentLanes, [](float x) { return lanes_sum(x); });
       if (known && lane == 0) of_chunks[g] = m;
     }
   }
@@ -369,23 +376,13 @@ __global__ void __launch_bounds__(kTileThreads, U > 1 ? 2 : 1)
   }
 
   // Every thread adds up the chunks of its groups for itself, in their order.
-  const int chunks = plan.cluster ? plan.chunks : 1;
   const float total = static_cast<float>(group) * static_cast<float>(in.hw);
 #pragma unroll
   for (int f = 0; f < F; ++f) {
     const int g = at.active ? (at.local + f * U) / group : 0;
-    const ChunkParts parts{of_chunks + g, groups, group, plan.pixels, in.hw};
-    Moments m = parts[0];
-    if (chunks > 1) {
-      float sum = 0.0f, squares = 0.0f;
-      for (int i = 0; i < chunks; ++i) sum += parts.count(i) * parts[i].mean;
-      m.mean = divide(sum, total);
-      for (int i = 0; i < chunks; ++i) {
-        const float d = parts[i].mean - m.mean;
-        squares += parts[i].squares + parts.count(i) * d * d;
-      }
-      m.squares = squares;
-    }
+    Moments m = of_chunks[g];
+    if (plan.cluster)
+      m = combine_chunks(of_chunks + g, in, plan, groups, group, 0, 1, [](float x) { return x; });
     const float mean = reference[f] + m.mean, rest = m.mean - (mean - reference[f]);
     const float rstd = rsqrtf(fmaxf(divide(m.squares, total), 0.0f) + a.eps);
     if (at.active && at.chunk == 0 && at.row == 0 && (at.local + f * U) % group == 0) {

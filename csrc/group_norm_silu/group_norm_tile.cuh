@@ -28,7 +28,8 @@ enum class TilePhase : int { kResident, kSums, kApply };
 struct TilePlan {
   int width, slices;   // channels of a slice; slices of a sample
   int chunks, pixels;  // of a sample; pixels of a chunk, the last ones may have fewer
-  int rows, threads;
+  int rows, row_bits;  // a power of two
+  int threads;
   int slots;     // pixels of a thread at most
   bool cluster;  // whether the chunks of a slice are a cluster, of one block where there is one
                  // chunk
@@ -56,12 +57,12 @@ struct TilePlace {
     active = row < plan.rows;
     begin = chunk * plan.pixels;
     pixels = chunk_pixels(in, plan, chunk);
-    count = active && row < pixels ? (pixels - row + plan.rows - 1) / plan.rows : 0;
+    count = active && row < pixels ? (pixels - row + plan.rows - 1) >> plan.row_bits : 0;
   }
 
   IDDPM_DEVICE static int chunk_pixels(const GroupNormInput& in, const TilePlan& plan, int chunk) {
-    const int64_t rest = in.hw - static_cast<int64_t>(chunk) * plan.pixels;
-    return static_cast<int>(rest < 0 ? 0 : rest < plan.pixels ? rest : plan.pixels);
+    const int rest = static_cast<int>(in.hw) - chunk * plan.pixels;
+    return rest < 0 ? 0 : rest < plan.pixels ? rest : plan.pixels;
   }
   IDDPM_DEVICE int channel() const { return first + local; }
 };
@@ -87,7 +88,10 @@ struct Slots {
   Pack<T, V>* mine;
   int step;
 
-  IDDPM_DEVICE Pack<T, V>& operator[](int i) const { return mine[i * step]; }
+  IDDPM_DEVICE Pack<T, V> operator[](int i) const { return load_shared(mine + i * step); }
+  IDDPM_DEVICE void put(int i, const Pack<T, V>& pack) const {
+    store_shared(mine + i * step, pack);
+  }
   IDDPM_DEVICE void fetch(const Walk<const T>& from, int count) const {
     const T* source = from.data;
     Pack<T, V>* target = mine;
@@ -155,7 +159,9 @@ TilePlan plan_tiles(const GroupNormInput& in, int64_t bytes, int tensors, int64_
   while (unit % V) unit += group;
   if (in.c % unit || unit / V > kTileThreads || in.hw > (int64_t(1) << 30)) return plan;
   int64_t rows = 1;
-  while (rows < kTileRows && rows < in.hw && 2 * rows * (unit / V) <= kTileThreads) rows *= 2;
+  while (rows < tile_setting("IDDPM_GN_ROWS", kTileRows) && rows < in.hw &&
+         2 * rows * (unit / V) <= kTileThreads)
+    rows *= 2;
 
   const int64_t line = tile_setting("IDDPM_GN_LINE", 128);
   const auto fits = [&](int64_t width) {
@@ -198,6 +204,7 @@ TilePlan plan_tiles(const GroupNormInput& in, int64_t bytes, int tensors, int64_
   plan.slices = static_cast<int>(in.c / width);
   plan.chunks = static_cast<int>(chunks);
   plan.rows = static_cast<int>(rows);
+  while ((1 << plan.row_bits) < plan.rows) ++plan.row_bits;
   plan.threads = static_cast<int>((width / V * rows + 31) / 32 * 32);
   plan.slots = static_cast<int>((plan.pixels + rows - 1) / rows);
   plan.wide_parameters = four_at_once(in.weight, 0) && four_at_once(in.bias, 0) &&
