@@ -213,11 +213,11 @@ struct BackwardTile {
   IDDPM_HD int64_t floats(int width) const { return int64_t(3) * width * (parts + inbox + 1); }
 };
 
-template <typename T, int U>
-__global__ void __launch_bounds__(kTileThreads)
+template <typename T, bool kSilu>
+__global__ void __launch_bounds__(kTileThreads, 1)
     group_norm_bwd_tile_kernel(const GroupNormSiluBwdArgs a, const TilePlan plan,
                                const TilePhase phase) {
-  constexpr int V = kPackSize<T>, F = V / U;
+  constexpr int V = kPackSize<T>;
   IDDPM_SMEM_DYNAMIC(unsigned char, shared);
   const GroupNormInput& in = a.in;
   const TilePlace at(in, plan, V);
@@ -239,17 +239,15 @@ __global__ void __launch_bounds__(kTileThreads)
 
   float gain[V], offset[V], centre[V];
   load_modulation<V>(in, n, c, plan.wide_parameters, gain, offset);
+  int g = c / group, place = c - g * group;
 #pragma unroll
-  for (int f = 0; f < F; ++f) {
-    const int64_t g = n * in.groups + (c + f * U) / group;
-    const float mean = in.mean[g], rstd = in.rstd[g];
-#pragma unroll
-    for (int i = f * U; i < (f + 1) * U; ++i) {
-      const Centre k = centre_of(mean, bias_of(in, n, c + i));
-      gain[i] *= rstd;
-      offset[i] += gain[i] * k.rest;
-      centre[i] = k.centre;
-    }
+  for (int i = 0; i < V; ++i) {
+    const float mean = in.mean[n * in.groups + g], rstd = in.rstd[n * in.groups + g];
+    const Centre k = centre_of(mean, bias_of(in, n, c + i));
+    gain[i] *= rstd;
+    offset[i] += gain[i] * k.rest;
+    centre[i] = k.centre;
+    if (++place == group) place = 0, ++g;
   }
   copy_async_wait();
 
@@ -263,7 +261,7 @@ __global__ void __launch_bounds__(kTileThreads)
 #pragma unroll
       for (int i = 0; i < V; ++i) {
         const float u = h[i] - centre[i], z = u * gain[i] + offset[i];
-        const float dz = in.silu ? grad_before_silu<T, true>(grad[i], z) : grad[i];
+        const float dz = grad_before_silu<T, kSilu>(grad[i], z);
         s[0][i] += dz;
         s[1][i] += dz * u;
         s[2][i] += u;
@@ -375,7 +373,7 @@ __global__ void __launch_bounds__(kTileThreads)
 #pragma unroll
     for (int i = 0; i < V; ++i) {
       const float u = h[i] - centre[i], z = u * gain[i] + offset[i];
-      const float dz = in.silu ? grad_before_silu<T, true>(grad[i], z) : grad[i];
+      const float dz = grad_before_silu<T, kSilu>(grad[i], z);
       grad[i] = gain[i] * dz - k1[i] - k2[i] * u;
     }
     if (adds && c < in.c1) {
@@ -429,10 +427,13 @@ void launch_bwd_rows(const GroupNormSiluBwdArgs& a, void* stream) {
     IDDPM_LAUNCH((group_norm_bwd_rows_kernel<T, V, false, kSilu>), grid, block, sums, stream, a);
 }
 
-template <typename T, int U>
+template <typename T, bool kSilu>
 bool launch_bwd_tiles(const GroupNormSiluBwdArgs& a, void* stream) {
   constexpr int V = kPackSize<T>;
-  const auto kernel = group_norm_bwd_tile_kernel<T, U>;
+  for (const Plane* plane : {&a.in.x, &a.in.x2, &a.dy, &a.dsum, &a.dx, &a.dx2})
+    if (!aligned(*plane, true, V, 16)) return false;
+  if (a.in.c % V || a.in.c1 % V) return false;
+  const auto kernel = group_norm_bwd_tile_kernel<T, kSilu>;
   const int tensors = a.dsum.data ? 3 : 2;
   const TilePlan plan =
       plan_tiles<V>(a.in, sizeof(T), tensors, kBackwardTile, device_limits(kernel));
@@ -442,32 +443,19 @@ bool launch_bwd_tiles(const GroupNormSiluBwdArgs& a, void* stream) {
   const dim3 grid(static_cast<unsigned>(tile_blocks(a.in, plan)));
   const dim3 block(static_cast<unsigned>(plan.threads));
   if (plan.split) {
-    IDDPM_LAUNCH((group_norm_bwd_tile_kernel<T, U>), grid, block, bytes, stream, a, plan,
+    IDDPM_LAUNCH((group_norm_bwd_tile_kernel<T, kSilu>), grid, block, bytes, stream, a, plan,
                  TilePhase::kSums);
-    IDDPM_LAUNCH((group_norm_bwd_tile_kernel<T, U>), grid, block, bytes, stream, a, plan,
+    IDDPM_LAUNCH((group_norm_bwd_tile_kernel<T, kSilu>), grid, block, bytes, stream, a, plan,
                  TilePhase::kApply);
   } else if (plan.cluster) {
-    IDDPM_LAUNCH_CLUSTER((group_norm_bwd_tile_kernel<T, U>), grid,
+    IDDPM_LAUNCH_CLUSTER((group_norm_bwd_tile_kernel<T, kSilu>), grid,
                          static_cast<unsigned>(plan.chunks), block, bytes, stream, a, plan,
                          TilePhase::kResident);
   } else {
-    IDDPM_LAUNCH((group_norm_bwd_tile_kernel<T, U>), grid, block, bytes, stream, a, plan,
+    IDDPM_LAUNCH((group_norm_bwd_tile_kernel<T, kSilu>), grid, block, bytes, stream, a, plan,
                  TilePhase::kResident);
   }
   return true;
-}
-
-template <typename T>
-bool launch_bwd_tiles(const GroupNormSiluBwdArgs& a, void* stream) {
-  constexpr int V = kPackSize<T>;
-  const GroupNormInput& in = a.in;
-  for (const Plane* plane : {&in.x, &in.x2, &a.dy, &a.dsum, &a.dx, &a.dx2})
-    if (!aligned(*plane, true, V, 16)) return false;
-  if (in.c % V || in.c1 % V) return false;
-  const int fragment = fragment_of(in, V);
-  if (fragment == V) return launch_bwd_tiles<T, V>(a, stream);
-  if (fragment == V / 2) return launch_bwd_tiles<T, V / 2>(a, stream);
-  return launch_bwd_tiles<T, 1>(a, stream);
 }
 
 template <typename T, bool kSilu>
@@ -477,7 +465,7 @@ void launch_backward(const GroupNormSiluBwdArgs& a, void* stream) {
   bool wide = !in.channels_last && in.hw % V == 0;
   for (const Plane* plane : {&in.x, &in.x2, &a.dy, &a.dsum, &a.dx, &a.dx2})
     wide = wide && aligned(*plane, false, V, 16);
-  if (!in.channels_last || !launch_bwd_tiles<T>(a, stream))
+  if (!in.channels_last || !launch_bwd_tiles<T, kSilu>(a, stream))
     wide ? launch_bwd_rows<T, V, kSilu>(a, stream) : launch_bwd_rows<T, 1, kSilu>(a, stream);
   const dim3 grid(static_cast<unsigned>((in.c + kBatchChannels - 1) / kBatchChannels));
   IDDPM_LAUNCH(group_norm_bwd_batch_kernel, grid, dim3(kBatchChannels * kBatchLanes), 0, stream, a);
