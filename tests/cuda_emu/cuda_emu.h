@@ -11,10 +11,12 @@
 // of weakly ordered memory.
 #pragma once
 
+#include <limits.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 
+#include <algorithm>
 #include <functional>
 #include <string>
 #include <utility>
@@ -43,9 +45,9 @@ struct Thread {
   State state;
   const char* file;  // where it waits
   int line;
-  uint32_t mask;   // of the warp operation it waits at
-  uint64_t value;  // what it brought to it
-  int arrivals;    // at the cluster's barrier
+  uint32_t mask;        // of the warp operation it waits at
+  uint64_t value;       // what it brought to it
+  int arrivals, waits;  // at the cluster's barrier
   std::vector<AsyncCopy> copies;
 };
 
@@ -186,7 +188,18 @@ T* remote_shared(T* mine, int other) {
   fail("an address outside shared memory is given for another block's");
 }
 
-inline void arrive_at_cluster() { ++engine.threads[engine.current].arrivals; }
+// One arrival to each wait, in turn; whoever has returned keeps nobody waiting.
+inline void arrive_at_cluster() {
+  Thread& t = engine.threads[engine.current];
+  if (t.arrivals != t.waits) fail("a second arrival at the cluster's barrier without a wait");
+  ++t.arrivals;
+}
+
+inline void wait_for_cluster(const char* file, int line) {
+  Thread& t = engine.threads[engine.current];
+  if (t.arrivals != ++t.waits) fail("a wait at the cluster's barrier without an arrival");
+  wait(kAtCluster, file, line);
+}
 
 inline void copy_async(void* target, const void* source) {
   check_aligned(target, 16);
@@ -297,23 +310,20 @@ inline bool release_barrier(int rank) {
   return true;
 }
 
-// Lets those go on who wait at the cluster's barrier for arrivals that have all happened.
+// Lets those go on who wait at the cluster's barrier for arrivals that have all happened; false if
+// nobody waits there.
 inline bool release_cluster_barrier() {
   const int n = engine.threads_in_block * engine.cluster;
-  int waiting = -1, behind = -1;
+  int least = INT_MAX;
   for (int i = 0; i < n; ++i)
-    if (engine.threads[i].state == kAtCluster) waiting = i;
-  if (waiting < 0) return false;
-  const int arrivals = engine.threads[waiting].arrivals;
-  for (int i = 0; i < n; ++i)
-    if (engine.threads[i].state != kDone && engine.threads[i].arrivals < arrivals) behind = i;
-  if (behind >= 0) {
-    report(719, "the cluster's barrier is not reached: " + name(waiting) + ", but " + name(behind));
-    return false;
+    if (engine.threads[i].state != kDone) least = std::min(least, engine.threads[i].arrivals);
+  bool released = false;
+  for (int i = 0; i < n; ++i) {
+    if (engine.threads[i].state != kAtCluster || engine.threads[i].arrivals > least) continue;
+    engine.threads[i].state = kReady;
+    released = true;
   }
-  for (int i = 0; i < n; ++i)
-    if (engine.threads[i].state == kAtCluster) engine.threads[i].state = kReady;
-  return true;
+  return released;
 }
 
 inline void free_shared(std::vector<SharedArray>& shared) {
@@ -332,7 +342,7 @@ inline void run_cluster() {
   for (int i = 0; i < n * engine.cluster; ++i) {
     start_fiber(engine.threads[i].fiber, thread_main);
     engine.threads[i].state = kReady;
-    engine.threads[i].arrivals = 0;
+    engine.threads[i].arrivals = engine.threads[i].waits = 0;
     engine.threads[i].copies.clear();
   }
   std::vector<int> order(warps * engine.cluster);
@@ -394,9 +404,7 @@ inline void __syncthreads(CUDA_EMU_SITE) { cuda_emu::wait(cuda_emu::kAtBarrier, 
 inline void __syncwarp(uint32_t mask = ~0u, CUDA_EMU_SITE) {
   cuda_emu::exchange<int>(mask, 0, 0, file, line);
 }
-inline void cuda_emu_wait_for_cluster(CUDA_EMU_SITE) {
-  cuda_emu::wait(cuda_emu::kAtCluster, file, line);
-}
+inline void cuda_emu_wait_for_cluster(CUDA_EMU_SITE) { cuda_emu::wait_for_cluster(file, line); }
 inline void __threadfence() {}
 inline void __threadfence_block() {}
 
