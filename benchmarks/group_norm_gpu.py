@@ -329,7 +329,8 @@ def measure(
     call: Call, what: str, states: tuple[str, ...], variants: list[str], rounds: int, compiled: dict
 ) -> Iterator[Row]:
     """All rows of one call; PyTorch's backward pass is that of both passes less the forward pass."""
-    torch.compiler.reset()
+    if COMPILED in variants:
+        torch.compiler.reset()
     compiled.clear()
     checked = check(call, what, variants, compiled)
     for state in states:
