@@ -226,12 +226,6 @@ IDDPM_DEVICE void thread_moments(const Slots<T, V>& slots, int count, const floa
   }
 }
 
-template <int V>
-IDDPM_DEVICE void load_biases(const GroupNormInput& in, int64_t n, int64_t c, float (&bias)[V]) {
-#pragma unroll
-  for (int i = 0; i < V; ++i) bias[i] = bias_of(in, n, c + i);
-}
-
 // The reference of each fragment's group: the first number of its first channel.
 template <typename T, int V, int U>
 IDDPM_DEVICE void load_references(const GroupNormInput& in, int n, int c,
@@ -312,7 +306,7 @@ __global__ void __launch_bounds__(kTileThreads, U > 1 ? kTileBlocks : 1)
   if (plan.cluster) cluster_arrive();
 
   float bias[V], reference[F];
-  load_biases<V>(in, n, c, bias);
+  load_biases<V>(in, n, c, plan.wide_parameters, bias);
   load_references<T, V, U>(in, n, c, reference);
   copy_async_wait();
 
@@ -337,7 +331,7 @@ __global__ void __launch_bounds__(kTileThreads, U > 1 ? kTileBlocks : 1)
   float gain[V], offset[V];
   load_modulation<V>(in, n, c, plan.wide_parameters, gain, offset);
   if constexpr (F > 1) load_references<T, V, U>(in, n, c, reference);
-  if (!sums) load_biases<V>(in, n, c, bias);
+  if (!sums) load_biases<V>(in, n, c, plan.wide_parameters, bias);
   if (phase != TilePhase::kApply) {
     __syncthreads();
     if (plan.cluster) cluster_wait();

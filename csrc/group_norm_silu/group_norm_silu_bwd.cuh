@@ -239,11 +239,12 @@ __global__ void __launch_bounds__(kTileThreads, 1)
 
   float gain[V], offset[V], centre[V];
   load_modulation<V>(in, n, c, plan.wide_parameters, gain, offset);
+  load_biases<V>(in, n, c, plan.wide_parameters, centre);
   int g = c / group, place = c - g * group;
 #pragma unroll
   for (int i = 0; i < V; ++i) {
     const float mean = in.mean[n * in.groups + g], rstd = in.rstd[n * in.groups + g];
-    const Centre k = centre_of(mean, bias_of(in, n, c + i));
+    const Centre k = centre_of(mean, centre[i]);
     gain[i] *= rstd;
     offset[i] += gain[i] * k.rest;
     centre[i] = k.centre;

@@ -34,7 +34,7 @@ struct TilePlan {
   bool cluster;  // whether the chunks of a slice are a cluster, of one block where there is one
                  // chunk
   bool split;
-  bool wide_parameters;  // whether four neighbours of weight, bias, scale and shift move at once
+  bool wide_parameters;  // whether four neighbours of a row of parameters move at once
 };
 
 // What a thread of a tile kernel has to know about where it is.
@@ -136,6 +136,18 @@ IDDPM_DEVICE void load_modulation(const GroupNormInput& in, int64_t n, int64_t c
   }
 }
 
+// What is added to V channels from c on, all of x or all of x2.
+template <int V>
+IDDPM_DEVICE void load_biases(const GroupNormInput& in, int64_t n, int64_t c, bool wide,
+                              float (&bias)[V]) {
+  if (in.channel_bias && c < in.c1) {
+    load_channels<V>(in.channel_bias + n * in.channel_bias_stride + c, wide, bias);
+  } else {
+#pragma unroll
+    for (int i = 0; i < V; ++i) bias[i] = 0.0f;
+  }
+}
+
 // ---- what the launchers decide
 
 // For trying others than the sizes below: IDDPM_GN_<name>.
@@ -207,7 +219,8 @@ TilePlan plan_tiles(const GroupNormInput& in, int64_t bytes, int tensors, int64_
   while ((1 << plan.row_bits) < plan.rows) ++plan.row_bits;
   plan.threads = static_cast<int>((width / V * rows + 31) / 32 * 32);
   plan.slots = static_cast<int>((plan.pixels + rows - 1) / rows);
-  plan.wide_parameters = four_at_once(in.weight, 0) && four_at_once(in.bias, 0) &&
+  plan.wide_parameters = four_at_once(in.channel_bias, in.channel_bias_stride) &&
+                         four_at_once(in.weight, 0) && four_at_once(in.bias, 0) &&
                          four_at_once(in.scale, in.scale_stride) &&
                          four_at_once(in.shift, in.shift_stride);
   return plan;
