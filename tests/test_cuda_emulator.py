@@ -34,8 +34,13 @@ def test_a_missing_barrier_changes_the_result_for_most_orders(bug: str):
     assert results.count("wrong\n") >= 6
 
 
-def test_shared_memory_that_nobody_wrote_changes_the_result():
-    assert run_planted("unset_shared").stdout == "wrong\n"
+@pytest.mark.parametrize("bug", ["unset_shared", "no_copy_wait"])
+def test_shared_memory_that_nobody_wrote_changes_the_result(bug: str):
+    assert run_planted(bug).stdout == "wrong\n"
+
+
+def test_a_block_that_does_not_wait_for_its_cluster_changes_the_result_or_fails():
+    assert not any(run_planted("no_cluster_wait", seed).stdout == "right\n" for seed in range(4))
 
 
 @pytest.mark.parametrize(
@@ -47,6 +52,9 @@ def test_shared_memory_that_nobody_wrote_changes_the_result():
         ("overrun", "719 shared memory overrun behind the 16 bytes of planted.cpp:"),
         ("misaligned", "719 misaligned access of 16 bytes (thread "),
         ("empty_grid", "9 invalid launch: grid 0x1x1, 128 threads"),
+        ("no_cluster_barrier", "719 access to a block of the cluster that may not have started"),
+        ("half_cluster_barrier", "719 a wait at the cluster's barrier without an arrival"),
+        ("odd_cluster", "9 invalid launch: grid 4x1x1, 128 threads"),
         ("too_much_shared", "9 invalid launch: grid 3x1x1, 128 threads, 307200 bytes"),
     ],
 )

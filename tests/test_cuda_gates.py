@@ -27,10 +27,11 @@ REGISTERS = 64
 MORE_REGISTERS: dict[str, int] = {
     "ExactLikelihood": 128,  # double precision, by choice and at the last step only
     "vlb_terms_kernel": 80,  # value and gradient of either kind of term in one pass
-    "group_norm_columns_kernel": 80,  # a thread keeps eight channels' maps; three blocks still fit
+    "group_norm_tile_kernel": 96,  # a thread keeps eight channels' maps; three blocks still fit
+    r"group_norm_tile_kernel<\w+, (\(int\))?1>": 128,  # groups of odd widths: eight at a time
     "group_norm_rows_kernel": 80,
     # Staged tiles leave room for two blocks anyway.
-    "group_norm_bwd_(rows|columns)_kernel": 128,
+    "group_norm_bwd_(rows|tile)_kernel": 128,
     "first_conv_kernel": 128,  # 32 sums a thread; two blocks' weights share a multiprocessor
     "last_conv_kernel": 80,  # 24 sums and 18 weights a thread
     "hybrid_loss_kernel": 80,  # noise, two losses and two gradients in one pass
@@ -45,13 +46,15 @@ WIDE_LOADS = (
     r"adamw_ema_kernel<float>",
     r"settle_kernel<\w+, (\(int\))?[48]>",
     r"interleave_kernel<\w+, (\(int\))?[48]>",
-    r"group_norm_columns_kernel<\w+, (\(int\))?[48],",
     r"group_norm_rows_kernel<\w+, (\(int\))?[48],",
 )
+# Kernels that copy 16 bytes at a time to shared memory without registers, and read as many back.
+TILES = r"group_norm_(bwd_)?tile_kernel"
 WIDE_STORES = (
     r"reverse_step_kernel<\w+, true>",
     r"chain_step_kernel<\w+, true>",
     *WIDE_LOADS[3:],
+    TILES,
 )
 
 
@@ -149,6 +152,8 @@ def test_kernels_that_claim_it_move_sixteen_bytes_at_a_time(compiled, arch: str)
     for patterns, instruction in (
         (WIDE_LOADS, r"LDG\.E\S*\.128"),
         (WIDE_STORES, r"STG\.E\S*\.128"),
+        ((TILES,), r"LDGSTS\.E\S*\.128"),
+        ((TILES,), r"LDS\.128"),
     ):
         for pattern in patterns:
             claimed = [k for name, k in named.items() if re.search(pattern, name)]

@@ -18,13 +18,17 @@
 //
 // - Offsets are int64_t; 16 bytes are loaded and stored by load_pack and store_pack below.
 //
-// - No cooperative groups, clusters, textures, device malloc or printf outside such a guard, and no
-//   atomics where a result must repeat bit for bit.
+// - Clusters are launched by IDDPM_LAUNCH_CLUSTER and used through cluster_rank and its neighbours
+//   below, where device_limits says that the device and the compiled code have them.
+//
+// - No cooperative groups, textures, device malloc or printf outside such a guard, and no atomics
+//   where a result must repeat bit for bit.
 //
 // A launcher is `int <op>_cuda(const <Op>Args&, void* stream)`: it returns 0 for empty input before
 // any launch, and launch_status() after it. Args are plain structs passed by value to the kernel.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 
 #include "host_device.h"
@@ -44,6 +48,9 @@
   T* const name = reinterpret_cast<T*>(iddpm_smem)
 #define IDDPM_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
   kernel<<<(grid), (block), (shared_bytes), static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
+// `cluster` blocks that follow each other along x form a cluster.
+#define IDDPM_LAUNCH_CLUSTER(kernel, grid, cluster, block, shared_bytes, stream, ...) \
+  iddpm::launch_cluster(kernel, grid, cluster, block, shared_bytes, stream, __VA_ARGS__)
 
 #else
 
@@ -55,6 +62,9 @@
 #define IDDPM_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
   (static_cast<void>(stream),                                        \
    cuda_emu::launch((grid), (block), (shared_bytes), [&] { kernel(__VA_ARGS__); }))
+#define IDDPM_LAUNCH_CLUSTER(kernel, grid, cluster, block, shared_bytes, stream, ...) \
+  (static_cast<void>(stream),                                                         \
+   cuda_emu::launch((grid), (block), (shared_bytes), [&] { kernel(__VA_ARGS__); }, (cluster)))
 
 #endif
 
@@ -62,6 +72,141 @@ namespace iddpm {
 
 // The error code of the launches since the last call, 0 for none: what a launcher returns.
 inline int launch_status() { return static_cast<int>(cudaGetLastError()); }
+
+// ---- clusters: blocks that run at once and reach each other's shared memory (compute capability
+// 9)
+
+#if defined(__CUDACC__)
+template <typename... Parameters, typename... Arguments>
+void launch_cluster(void (*kernel)(Parameters...), dim3 grid, unsigned cluster, dim3 block,
+                    size_t shared_bytes, void* stream, const Arguments&... arguments) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = cluster;
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
+}
+#endif
+
+// What the current device offers a block: clusters, where the code that runs was compiled for them
+// too
+// (`kernel` is any one of it; PTX of an older architecture was not), and bytes of shared memory.
+// Asked once a device.
+struct DeviceLimits {
+  bool clusters;
+  int64_t shared_bytes;
+};
+
+template <typename Kernel>
+DeviceLimits device_limits([[maybe_unused]] Kernel kernel) {
+#if defined(__CUDACC__)
+  constexpr int kDevices = 64;
+  static std::atomic<int> known[kDevices];  // 0, or twice the bytes and whether there are clusters
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess || device >= kDevices) return {false, 48 << 10};
+  int code = known[device].load(std::memory_order_relaxed);
+  if (code == 0) {
+    int clusters = 0, bytes = 48 << 10;
+    cudaFuncAttributes attributes{};
+    cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    cudaDeviceGetAttribute(&clusters, cudaDevAttrClusterLaunch, device);
+    cudaFuncGetAttributes(&attributes, kernel);
+    code = 2 * bytes + (clusters && attributes.ptxVersion >= 90);
+    known[device].store(code, std::memory_order_relaxed);
+  }
+  return {code % 2 != 0, code / 2};
+#else
+  return {true, static_cast<int64_t>(cuda_emu::kSharedOptInLimit)};
+#endif
+}
+
+// The block's place in its cluster.
+IDDPM_DEVICE int cluster_rank() {
+#ifdef __CUDA_ARCH__
+#if __CUDA_ARCH__ >= 900
+  unsigned rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return static_cast<int>(rank);
+#else
+  return 0;
+#endif
+#elif !defined(__CUDACC__)
+  return cuda_emu::rank();
+#else
+  return 0;
+#endif
+}
+
+// The two halves of the cluster's barrier, each reached by every thread in turn: what a thread
+// wrote before it arrived, all see after they waited. The first barrier must be behind a thread
+// that stores into another block's shared memory, so that all blocks have started; after its last
+// wait a block's shared memory is no longer written by others.
+IDDPM_DEVICE void cluster_arrive() {
+#ifdef __CUDA_ARCH__
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#endif
+#elif !defined(__CUDACC__)
+  cuda_emu::arrive_at_cluster();
+#endif
+}
+
+IDDPM_DEVICE void cluster_wait() {
+#ifdef __CUDA_ARCH__
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+#elif !defined(__CUDACC__)
+  cuda_emu_wait_for_cluster();
+#endif
+}
+
+// Writes to where `mine` lies in the shared memory of the cluster's block `rank`.
+IDDPM_DEVICE void cluster_store(float* mine, int rank, float value) {
+#ifdef __CUDA_ARCH__
+#if __CUDA_ARCH__ >= 900
+  const unsigned local = static_cast<unsigned>(__cvta_generic_to_shared(mine));
+  unsigned remote;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(local), "r"(rank));
+  asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(remote), "f"(value) : "memory");
+#endif
+#elif !defined(__CUDACC__)
+  *cuda_emu::remote_shared(mine, rank) = value;
+#endif
+}
+
+// ---- copies of 16 bytes from global to shared memory that take no registers
+
+IDDPM_DEVICE void copy_async(void* shared, const void* global) {
+#ifdef __CUDA_ARCH__
+#if __CUDA_ARCH__ >= 800
+  const unsigned target = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target), "l"(global) : "memory");
+#else
+  *static_cast<uint4*>(shared) = *static_cast<const uint4*>(global);
+#endif
+#elif !defined(__CUDACC__)
+  cuda_emu::copy_async(shared, global);
+#endif
+}
+
+// Waits for the thread's own copies: only that thread sees them without a barrier.
+IDDPM_DEVICE void copy_async_wait() {
+#ifdef __CUDA_ARCH__
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+#elif !defined(__CUDACC__)
+  cuda_emu::wait_for_copies();
+#endif
+}
 
 // ---- 16-bit types: arithmetic is in float, rounding to nearest even on the way back
 
@@ -156,6 +301,35 @@ IDDPM_DEVICE void store_pack(T* p, const Pack<T, N>& pack) {
   cuda_emu::check_aligned(p, kBytes);
 #endif
   *reinterpret_cast<Pack<T, N>*>(p) = pack;
+}
+
+// 16 bytes of shared memory in one instruction, where a copy of the struct would be split.
+template <typename T, int N>
+IDDPM_DEVICE Pack<T, N> load_shared(const Pack<T, N>* p) {
+  static_assert(sizeof(Pack<T, N>) == 16, "a pack of 16 bytes");
+#if defined(__CUDACC__)
+  union {
+    uint4 bits;
+    Pack<T, N> pack;
+  } u{*reinterpret_cast<const uint4*>(p)};
+  return u.pack;
+#else
+  return *p;
+#endif
+}
+
+template <typename T, int N>
+IDDPM_DEVICE void store_shared(Pack<T, N>* p, const Pack<T, N>& pack) {
+  static_assert(sizeof(Pack<T, N>) == 16, "a pack of 16 bytes");
+#if defined(__CUDACC__)
+  union {
+    Pack<T, N> pack;
+    uint4 bits;
+  } u{pack};
+  *reinterpret_cast<uint4*>(p) = u.bits;
+#else
+  *p = pack;
+#endif
 }
 
 template <typename T, int N>

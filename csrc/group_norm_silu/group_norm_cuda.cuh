@@ -142,15 +142,6 @@ IDDPM_DEVICE float sigmoid_for(float z) {
   return 0.5f + 0.5f * tanh_approx(0.5f * z);
 }
 
-// Sums over the columns' threads: parts[row][channel] -> total[channel], in the order of the rows.
-IDDPM_DEVICE void sum_parts(const float* parts, float* total, int rows, int width) {
-  for (int c = static_cast<int>(threadIdx.x); c < width; c += kGroupNormThreads) {
-    float sum = 0.0f;
-    for (int row = 0; row < rows; ++row) sum += parts[row * width + c];
-    total[c] = sum;
-  }
-}
-
 // ---- what the launchers decide
 
 // Whether V neighbours move in one access from every place of the plane.
@@ -160,15 +151,6 @@ inline bool aligned(const Plane& plane, bool channels_last, int64_t v, int64_t b
   const int64_t along = channels_last ? plane.channel : plane.pixel;
   return along == 1 && pitch % v == 0 && plane.sample % v == 0 &&
          reinterpret_cast<uintptr_t>(plane.data) % bytes == 0;
-}
-
-// Channels of a block's slice: whole groups and whole vectors, at least `minimum`.
-inline int64_t slice_width(const GroupNormInput& in, int64_t v, int64_t minimum) {
-  const int64_t group = in.c / in.groups;
-  int64_t unit = group;
-  while (unit % v) unit += group;
-  const int64_t width = unit * ((minimum + unit - 1) / unit);
-  return width < in.c ? width : in.c;
 }
 
 // Grants a kernel that much dynamic shared memory beside its own: more than 48 KiB in all must be

@@ -1,9 +1,13 @@
 // The forward pass: sum, mean, squares about the mean, result; see group_norm_cuda.cuh.
 #pragma once
 
-#include "group_norm_silu/group_norm_cuda.cuh"
+#include "group_norm_silu/group_norm_tile.cuh"
 
 namespace iddpm {
+
+// Bytes of x in a block's tile: several blocks share a multiprocessor, so that some load while
+// others store.
+constexpr int64_t kForwardTile = 32 << 10;
 
 // Where the pixels of one channel, or of V channels_last ones, are read and written.
 template <typename T>
@@ -120,127 +124,293 @@ __global__ void __launch_bounds__(kGroupNormThreads)
   }
 }
 
-// `slice` channels a block, a multiple of V and of the group; the last block of a sample may have
-// fewer.
-template <typename T, int V, bool kStaged, bool kSilu>
-__global__ void __launch_bounds__(kGroupNormThreads)
-    group_norm_columns_kernel(const GroupNormSiluArgs a, const int64_t slice) {
-  IDDPM_SMEM(float, parts, kGroupNormThreads* V);
-  IDDPM_SMEM(float, more_parts, kGroupNormThreads* V);
-  IDDPM_SMEM_DYNAMIC(unsigned char, stage);
-  const GroupNormInput& in = a.in;
-  const int64_t slices = (in.c + slice - 1) / slice;
-  const int64_t n = blockIdx.x / slices, first = (blockIdx.x - n * slices) * slice;
-  const int width = static_cast<int>(in.c - first < slice ? in.c - first : slice);
-  const int columns = width / V, rows = kGroupNormThreads / columns;
-  const int group = static_cast<int>(in.c / in.groups);
-  const int thread = static_cast<int>(threadIdx.x), row = thread / columns;
-  const int local = (thread - row * columns) * V;  // the thread's first channel in the slice
-  const bool active = row < rows;
-  const int64_t c = first + local;
-  const float count = static_cast<float>(group * in.hw);
-  const Shelf<T, V, kStaged> shelf{reinterpret_cast<Pack<T, V>*>(stage)};
-  const bool folded = a.sum.data == nullptr;
-  const int64_t end = active ? in.hw : 0;
-  const ForwardWalk<T> w(a, n, active ? c : 0, 1);
+// ---- channels_last: see group_norm_tile.cuh
 
-  float bias[V], first_sum[V] = {};
+// Of a part of a group: the mean less the group's reference, and the squares about the mean. The
+// reference is a number of the group, which keeps the means small: a mean of a thousand deviations
+// costs no digits.
+struct Moments {
+  float mean, squares;
+};
+
+// Parts of a group are combined by as many neighbouring lanes.
+constexpr int kMomentLanes = 16;
+
+IDDPM_DEVICE float lanes_sum(float x) {
 #pragma unroll
-  for (int i = 0; i < V; ++i) bias[i] = active ? bias_of(in, n, c + i) : 0.0f;
-  for (int64_t p = row; p < end; p += rows) {
-    const Pack<T, V> pack = first_read<T, V>(w, p, bias);
-    shelf.put(p * columns + local / V, pack);
-    float h[V];
-    unpack<T, V>(pack, h);
-#pragma unroll
-    for (int i = 0; i < V; ++i) first_sum[i] += folded ? h[i] + bias[i] : h[i];
+  for (int offset = kMomentLanes / 2; offset > 0; offset /= 2)
+    x += __shfl_xor_sync(0xffffffffu, x, offset);
+  return x;
+}
+
+// Those of a block's threads for one group: `across` fragments of `fragment` channels in every row,
+// `pitch` from one row to the next. The lanes share the rows.
+IDDPM_DEVICE Moments combine_threads(const Moments* parts, const TilePlan& plan, int pixels,
+                                     int pitch, int across, int fragment, int lane) {
+  const int least = pixels >> plan.row_bits, longer = pixels - (least << plan.row_bits);
+  const float total = static_cast<float>(pixels * across * fragment);
+  float sum = 0.0f;
+#pragma unroll 2
+  for (int row = lane; row < plan.rows; row += kMomentLanes) {
+    const float count = static_cast<float>((least + (row < longer)) * fragment);
+#pragma unroll 1
+    for (int f = 0; f < across; ++f) sum += count * parts[row * pitch + f].mean;
   }
-  if (!folded)
+  const float mean = pixels > 0 ? divide(lanes_sum(sum), total) : lanes_sum(sum);
+  float squares = 0.0f;
+#pragma unroll 2
+  for (int row = lane; row < plan.rows; row += kMomentLanes) {
+    const float count = static_cast<float>((least + (row < longer)) * fragment);
+#pragma unroll 1
+    for (int f = 0; f < across; ++f) {
+      const Moments part = parts[row * pitch + f];
+      const float d = part.mean - mean;
+      squares += part.squares + count * d * d;
+    }
+  }
+  return {mean, lanes_sum(squares)};
+}
+
+// Those of a sample's chunks for one group of `group` channels, from `first` on and `step` chunks
+// at a time; `sum` adds over those who share the chunks.
+template <typename Sum>
+IDDPM_DEVICE Moments combine_chunks(const Moments* parts, const GroupNormInput& in,
+                                    const TilePlan& plan, int pitch, int group, int first, int step,
+                                    Sum sum) {
+  float means = 0.0f, squares = 0.0f;
+#pragma unroll 2
+  for (int i = first; i < plan.chunks; i += step)
+    means += static_cast<float>(TilePlace::chunk_pixels(in, plan, i)) * parts[i * pitch].mean;
+  const float mean = divide(sum(means), static_cast<float>(in.hw));
+#pragma unroll 2
+  for (int i = first; i < plan.chunks; i += step) {
+    const float count = static_cast<float>(TilePlace::chunk_pixels(in, plan, i) * group);
+    const float d = parts[i * pitch].mean - mean;
+    squares += parts[i * pitch].squares + count * d * d;
+  }
+  return {mean, sum(squares)};
+}
+
+// Of the pixels that a thread holds, for each of its fragments of U channels: sums of the
+// differences from the fragment's first number, which is itself one of those whose squares are
+// summed.
+template <typename T, int V, int U>
+IDDPM_DEVICE void thread_moments(const Slots<T, V>& slots, int count, const float (&bias)[V],
+                                 const float (&reference)[V / U], Moments (&out)[V / U]) {
+  constexpr int F = V / U;
+  float start[F] = {}, sum[F] = {}, squares[F] = {}, away[V];
+  if (count > 0) {
+    float h[V];
+    unpack<T, V>(slots[0], h);
+#pragma unroll
+    for (int f = 0; f < F; ++f) start[f] = h[f * U] + bias[f * U];
+  }
+#pragma unroll
+  for (int i = 0; i < V; ++i) away[i] = bias[i] - start[i / U];
+#pragma unroll 2
+  for (int p = 0; p < count; ++p) {
+    float h[V];
+    unpack<T, V>(slots[p], h);
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+      const float d = h[i] + away[i];
+      sum[i / U] += d;
+      squares[i / U] += d * d;
+    }
+  }
+  const float elements = static_cast<float>(count * U);
+#pragma unroll
+  for (int f = 0; f < F; ++f) {
+    const float mean = count > 0 ? divide(sum[f], elements) : 0.0f;
+    out[f] = {(start[f] - reference[f]) + mean, squares[f] - sum[f] * mean};
+  }
+}
+
+// The reference of each fragment's group: the first number of its first channel.
+template <typename T, int V, int U>
+IDDPM_DEVICE void load_references(const GroupNormInput& in, int n, int c,
+                                  float (&reference)[V / U]) {
+  const int group = static_cast<int>(in.c / in.groups);
+#pragma unroll
+  for (int f = 0; f < V / U; ++f) {
+    const int head = (c + f * U) / group * group;
+    reference[f] =
+        to_float(*walk<const T>(in.x, in.x2, in.c1, n, head, 0).data) + bias_of(in, n, head);
+  }
+}
+
+// Reads the residual, adds and writes the sum, and leaves it in the slots.
+template <typename T, int V>
+IDDPM_DEVICE void add_to_slots(const Slots<T, V>& slots, int count, const float (&bias)[V],
+                               const Walk<const T>& residual, const Walk<T>& sum) {
+  constexpr int kAtOnce = 2;
+  for (int first = 0; first < count; first += kAtOnce) {
+    Pack<T, V> more[kAtOnce];
+    if (residual.data)
+#pragma unroll
+      for (int k = 0; k < kAtOnce; ++k)
+        if (first + k < count) more[k] = load_pack<T, V>(residual.at(first + k));
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) {
+      if (first + k >= count) break;
+      float h[V], r[V];
+      unpack<T, V>(slots[first + k], h);
+      if (residual.data) {
+        unpack<T, V>(more[k], r);
+#pragma unroll
+        for (int i = 0; i < V; ++i) h[i] += r[i];
+      }
+#pragma unroll
+      for (int i = 0; i < V; ++i) h[i] += bias[i];
+      const Pack<T, V> result = packed<T, V>(h);
+      slots.put(first + k, result);
+      store_pack<T, V>(sum.at(first + k), result);
+    }
+  }
+}
+
+// 80 registers let three blocks of 256 threads share a multiprocessor; before compute capability 9
+// the compiler cannot do with so few.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int kTileBlocks = 1;
+#else
+constexpr int kTileBlocks = 2;
+#endif
+
+// Dynamic shared memory: the slots, [threads, V / U] moments of the threads, [chunks, groups of the
+// slice] of the chunks.
+template <typename T, int U>
+__global__ void __launch_bounds__(kTileThreads, U > 1 ? kTileBlocks : 1)
+    group_norm_tile_kernel(const GroupNormSiluArgs a, const TilePlan plan, const TilePhase phase) {
+  constexpr int V = kPackSize<T>, F = V / U;
+  IDDPM_SMEM_DYNAMIC(unsigned char, shared);
+  const GroupNormInput& in = a.in;
+  const TilePlace at(in, plan, V);
+  const int n = at.n, c = at.active ? at.channel() : 0;
+  const int group = static_cast<int>(in.c / in.groups), groups = plan.width / group;
+  const int pitch = plan.width / U;  // fragments of a row
+  const Slots<T, V> slots{reinterpret_cast<Pack<T, V>*>(shared) + at.thread, plan.threads};
+  Moments* const of_threads = reinterpret_cast<Moments*>(
+      shared + static_cast<int64_t>(plan.slots) * plan.threads * sizeof(Pack<T, V>));
+  Moments* const of_chunks = of_threads + plan.rows * pitch;
+  const auto kept = [&] {
+    return reinterpret_cast<Moments*>(a.workspace) +
+           static_cast<int64_t>(n) * plan.chunks * in.groups + at.first / group;
+  };
+
+  const bool sums = a.sum.data != nullptr && c < in.c1,
+             written = phase == TilePhase::kApply && sums;
+  const Walk<const T> source = written ? tile_walk<const T>(a.sum, n, c, at, plan)
+                                       : tile_walk<const T>(in.x, in.x2, in.c1, n, c, at, plan);
+  slots.fetch(source, at.count);
+  if (plan.cluster) cluster_arrive();
+
+  float bias[V], reference[F];
+  load_biases<V>(in, n, c, plan.wide_parameters, bias);
+  load_references<T, V, U>(in, n, c, reference);
+  copy_async_wait();
+
+  if (sums) {
+    if (phase != TilePhase::kApply)
+      add_to_slots<T, V>(slots, at.count, bias, tile_walk<const T>(a.residual, n, c, at, plan),
+                         tile_walk<T>(a.sum, n, c, at, plan));
 #pragma unroll
     for (int i = 0; i < V; ++i) bias[i] = 0.0f;
-  if (active)
-#pragma unroll
-    for (int i = 0; i < V; ++i) parts[row * width + local + i] = first_sum[i];
-  __syncthreads();
-  // The channels' sums go to the front of more_parts, the groups' means behind them.
-  sum_parts(parts, more_parts, rows, width);
-  __syncthreads();
-  // Both fit: a slice has at most half as many channels as more_parts has floats.
-  float* const means = more_parts + width;
-  for (int g = thread; g < width / group; g += kGroupNormThreads) {
-    float sum = 0.0f;
-    for (int i = 0; i < group; ++i) sum += more_parts[g * group + i];
-    means[g] = divide(sum, count);
   }
-  __syncthreads();
 
-  float mean[V], centre[V], rest[V], squares[V] = {}, rest_sum[V] = {};
+  const int lane = at.thread % kMomentLanes, team = at.thread / kMomentLanes;
+  const int teams = plan.threads / kMomentLanes;
+  if (phase != TilePhase::kApply) {
+    Moments mine[F];
+    thread_moments<T, V, U>(slots, at.count, bias, reference, mine);
+    if (at.active)
 #pragma unroll
-  for (int i = 0; i < V; ++i) {
-    mean[i] = active ? means[(local + i) / group] : 0.0f;
-    const Centre k = centre_of(mean[i], bias[i]);
-    centre[i] = k.centre;
-    rest[i] = k.rest;
+      for (int f = 0; f < F; ++f) of_threads[at.row * pitch + at.local / U + f] = mine[f];
   }
-  __syncthreads();
-  for (int64_t p = row; p < end; p += rows) {
-    float h[V];
-    unpack<T, V>(shelf.get(p * columns + local / V, w.source.at(p)), h);
-#pragma unroll
-    for (int i = 0; i < V; ++i) {
-      const float d = (h[i] - centre[i]) + rest[i];
-      rest_sum[i] += d;
-      squares[i] += d * d;
-    }
-  }
-  if (active)
-#pragma unroll
-    for (int i = 0; i < V; ++i) {
-      parts[row * width + local + i] = rest_sum[i];
-      more_parts[row * width + local + i] = squares[i];
-    }
-  __syncthreads();
-  // Each thread reads a channel's parts before it writes the channel's total over the first of
-  // them.
-  sum_parts(parts, parts, rows, width);
-  sum_parts(more_parts, more_parts, rows, width);
-  __syncthreads();
-  float group_rest = 0.0f, group_rstd = 0.0f;
-  for (int g = thread; g < width / group; g += kGroupNormThreads) {
-    float sum = 0.0f, square_sum = 0.0f;
-    for (int i = 0; i < group; ++i) {
-      sum += parts[g * group + i];
-      square_sum += more_parts[g * group + i];
-    }
-    group_rest = divide(sum, count);
-    const float variance = divide(square_sum, count) - group_rest * group_rest;
-    group_rstd = rsqrtf(fmaxf(variance, 0.0f) + a.eps);
-    // Later groups of this thread stand on later channels, which nobody else reads.
-    parts[g * group] = group_rest;
-    more_parts[g * group] = group_rstd;
-  }
-  __syncthreads();
-
+  // On their way while the blocks meet; read again rather than kept in registers until here.
   float gain[V], offset[V];
-#pragma unroll
-  for (int i = 0; i < V; ++i) {
-    if (!active) break;
-    const int g = (local + i) / group;
-    const AffineMap m =
-        affine_map(in, n, c + i, mean[i], parts[g * group], more_parts[g * group], bias[i]);
-    gain[i] = m.gain;
-    offset[i] = m.offset;
-    if (row == 0 && (local + i) % group == 0) {
-      in.mean[n * in.groups + (c + i) / group] = mean[i] + parts[g * group];
-      in.rstd[n * in.groups + (c + i) / group] = more_parts[g * group];
+  load_modulation<V>(in, n, c, plan.wide_parameters, gain, offset);
+  if constexpr (F > 1) load_references<T, V, U>(in, n, c, reference);
+  if (!sums) load_biases<V>(in, n, c, plan.wide_parameters, bias);
+  if (phase != TilePhase::kApply) {
+    __syncthreads();
+    if (plan.cluster) cluster_wait();
+    for (int base = 0; base < groups; base += teams) {
+      const int g = base + team;
+      const bool known = g < groups;
+      const Moments m = combine_threads(of_threads + (known ? g * (group / U) : 0), plan, at.pixels,
+                                        pitch, group / U, U, lane);
+      if (!known) continue;
+      if (phase == TilePhase::kSums) {
+        if (lane == 0) kept()[static_cast<int64_t>(at.chunk) * in.groups + g] = m;
+      } else if (!plan.cluster) {
+        if (lane == 0) of_chunks[g] = m;
+      } else if (lane < plan.chunks) {
+        float* const target = &of_chunks[at.chunk * groups + g].mean;
+        cluster_store(target, lane, m.mean);
+        cluster_store(target + 1, lane, m.squares);
+      }
+    }
+    if (phase == TilePhase::kSums) return;
+  } else {
+    for (int base = 0; base < groups; base += teams) {
+      const int g = base + team;
+      const bool known = g < groups;
+      const Moments m =
+          combine_chunks(kept() + (known ? g : 0), in, plan, static_cast<int>(in.groups), group,
+                         lane, kMomentLanes, [](float x) { return lanes_sum(x); });
+      if (known && lane == 0) of_chunks[g] = m;
     }
   }
-  for (int64_t p = row; p < end; p += rows) {
-    float h[V];
-    unpack<T, V>(shelf.get(p * columns + local / V, w.source.at(p)), h);
+  if (plan.cluster) {
+    cluster_arrive();
+    cluster_wait();
+  } else {
+    __syncthreads();
+  }
+
+  // Every thread adds up the chunks of its groups for itself, in their order.
+  const float total = static_cast<float>(group) * static_cast<float>(in.hw);
 #pragma unroll
-    for (int i = 0; i < V; ++i) h[i] = finish<T, kSilu>((h[i] - centre[i]) * gain[i] + offset[i]);
-    store_pack<T, V>(w.y.at(p), packed<T, V>(h));
+  for (int f = 0; f < F; ++f) {
+    const int g = at.active ? (at.local + f * U) / group : 0;
+    Moments m = of_chunks[g];
+    if (plan.cluster)
+      m = combine_chunks(of_chunks + g, in, plan, groups, group, 0, 1, [](float x) { return x; });
+    const float mean = reference[f] + m.mean, rest = m.mean - (mean - reference[f]);
+    const float rstd = rsqrtf(fmaxf(divide(m.squares, total), 0.0f) + a.eps);
+    if (at.active && at.chunk == 0 && at.row == 0 && (at.local + f * U) % group == 0) {
+      in.mean[n * in.groups + (c + f * U) / group] = mean;
+      in.rstd[n * in.groups + (c + f * U) / group] = rstd;
+    }
+    // From here on bias holds the channel's centre.
+#pragma unroll
+    for (int i = f * U; i < (f + 1) * U; ++i) {
+      const Centre k = centre_of(mean, bias[i]);
+      gain[i] *= rstd;
+      offset[i] += gain[i] * (k.rest - rest);
+      bias[i] = k.centre;
+    }
+  }
+
+  // The numbers of 16-bit types are rounded more coarsely than this product, wherever their mean
+  // is.
+  constexpr bool kFolded = sizeof(T) == 2;
+  if constexpr (kFolded)
+#pragma unroll
+    for (int i = 0; i < V; ++i) offset[i] -= gain[i] * bias[i];
+  Walk<T> y = tile_walk<T>(a.y, n, c, at, plan);
+#pragma unroll 2
+  for (int p = 0; p < at.count; ++p) {
+    float h[V];
+    unpack<T, V>(slots[p], h);
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+      const float z = (kFolded ? h[i] : h[i] - bias[i]) * gain[i] + offset[i];
+      h[i] = in.silu ? finish<T, true>(z) : z;
+    }
+    store_pack<T, V>(y.data, packed<T, V>(h));
+    y.data += y.step;
   }
 }
 
@@ -254,34 +424,56 @@ void launch_rows(const GroupNormSiluArgs& a, void* stream) {
     IDDPM_LAUNCH((group_norm_rows_kernel<T, V, false, kSilu>), grid, block, 0, stream, a);
 }
 
-template <typename T, int V, bool kSilu>
-void launch_columns(const GroupNormSiluArgs& a, int64_t slice, int64_t staged, void* stream) {
-  const int64_t slices = (a.in.c + slice - 1) / slice;
-  const dim3 grid(static_cast<unsigned>(a.in.n * slices)), block(kGroupNormThreads);
-  if (staged && grant_shared(group_norm_columns_kernel<T, V, true, kSilu>, staged))
-    IDDPM_LAUNCH((group_norm_columns_kernel<T, V, true, kSilu>), grid, block, staged, stream, a,
-                 slice);
-  else
-    IDDPM_LAUNCH((group_norm_columns_kernel<T, V, false, kSilu>), grid, block, 0, stream, a, slice);
+template <typename T, int U>
+bool launch_tiles(const GroupNormSiluArgs& a, void* stream) {
+  constexpr int V = kPackSize<T>;
+  const auto kernel = group_norm_tile_kernel<T, U>;
+  const TilePlan plan = plan_tiles<V>(a.in, sizeof(T), 1, kForwardTile, device_limits(kernel));
+  const int64_t groups = plan.width / (a.in.c / a.in.groups);
+  const int64_t bytes = static_cast<int64_t>(plan.slots) * plan.threads * 16 +
+                        (static_cast<int64_t>(plan.rows) * (plan.width / U) +
+                         groups * (plan.split ? 1 : plan.chunks)) *
+                            static_cast<int64_t>(sizeof(Moments));
+  if (plan.width == 0 || !grant_shared(kernel, bytes - kGroupNormStatic)) return false;
+  const dim3 grid(static_cast<unsigned>(tile_blocks(a.in, plan)));
+  const dim3 block(static_cast<unsigned>(plan.threads));
+  if (plan.split) {
+    IDDPM_LAUNCH((group_norm_tile_kernel<T, U>), grid, block, bytes, stream, a, plan,
+                 TilePhase::kSums);
+    IDDPM_LAUNCH((group_norm_tile_kernel<T, U>), grid, block, bytes, stream, a, plan,
+                 TilePhase::kApply);
+  } else if (plan.cluster) {
+    IDDPM_LAUNCH_CLUSTER((group_norm_tile_kernel<T, U>), grid, static_cast<unsigned>(plan.chunks),
+                         block, bytes, stream, a, plan, TilePhase::kResident);
+  } else {
+    IDDPM_LAUNCH((group_norm_tile_kernel<T, U>), grid, block, bytes, stream, a, plan,
+                 TilePhase::kResident);
+  }
+  return true;
+}
+
+template <typename T>
+bool launch_tiles(const GroupNormSiluArgs& a, void* stream) {
+  constexpr int V = kPackSize<T>;
+  const GroupNormInput& in = a.in;
+  for (const Plane* plane : {&in.x, &in.x2, &a.residual, &a.sum, &a.y})
+    if (!aligned(*plane, true, V, 16)) return false;
+  if (in.c % V || in.c1 % V) return false;
+  const int fragment = fragment_of(in, V);
+  if (fragment == V) return launch_tiles<T, V>(a, stream);
+  if (fragment == V / 2) return launch_tiles<T, V / 2>(a, stream);
+  return launch_tiles<T, 1>(a, stream);
 }
 
 template <typename T, bool kSilu>
 void launch_forward(const GroupNormSiluArgs& a, void* stream) {
   constexpr int V = kPackSize<T>;
   const GroupNormInput& in = a.in;
-  bool wide = true;
+  if (in.channels_last && launch_tiles<T>(a, stream)) return;
+  bool wide = !in.channels_last && in.hw % V == 0;
   for (const Plane* plane : {&in.x, &in.x2, &a.residual, &a.sum, &a.y})
-    wide = wide && aligned(*plane, in.channels_last, V, 16);
-  if (in.channels_last && wide && in.c % V == 0 && in.c1 % V == 0) {
-    // 128-byte rows, or 64-byte ones where only those fit into shared memory.
-    const int64_t size = static_cast<int64_t>(sizeof(T)), half = slice_width(in, V, 64 / size);
-    int64_t slice = slice_width(in, V, 128 / size), staged = slice * in.hw * size;
-    if (staged > kGroupNormStage && half * in.hw * size <= kGroupNormStage)
-      slice = half, staged = half * in.hw * size;
-    if (slice <= kGroupNormThreads * V / 2)
-      return launch_columns<T, V, kSilu>(a, slice, staged <= kGroupNormStage ? staged : 0, stream);
-  }
-  if (!in.channels_last && wide && in.hw % V == 0) return launch_rows<T, V, kSilu>(a, stream);
+    wide = wide && aligned(*plane, false, V, 16);
+  if (wide) return launch_rows<T, V, kSilu>(a, stream);
   launch_rows<T, 1, kSilu>(a, stream);
 }
 

@@ -5,13 +5,12 @@
 // over the batch in order: no atomics.
 #pragma once
 
-#include "group_norm_silu/group_norm_cuda.cuh"
+#include "group_norm_silu/group_norm_tile.cuh"
 
 namespace iddpm {
 
-// Vectors of the backward columns kernel: the three sums of eight channels would take too many
-// registers.
-constexpr int kBackwardColumns = 4;
+// Bytes of x, and as many of dy, in a block's tile.
+constexpr int64_t kBackwardTile = 32 << 10;
 
 template <typename T, bool kSilu>
 IDDPM_DEVICE float grad_before_silu(float dy, float z) {
@@ -183,110 +182,236 @@ __global__ void __launch_bounds__(kGroupNormThreads, 2)
   }
 }
 
-template <typename T, int V, bool kStaged, bool kSilu>
-__global__ void __launch_bounds__(kGroupNormThreads, 2)
-    group_norm_bwd_columns_kernel(const GroupNormSiluBwdArgs a, const int64_t slice) {
-  IDDPM_SMEM(float, parts, 3 * kGroupNormThreads * V);
-  IDDPM_SMEM_DYNAMIC(unsigned char, stage);
-  const GroupNormInput& in = a.in;
-  const int64_t slices = (in.c + slice - 1) / slice;
-  const int64_t n = blockIdx.x / slices, first = (blockIdx.x - n * slices) * slice;
-  const int width = static_cast<int>(in.c - first < slice ? in.c - first : slice);
-  const int columns = width / V, rows = kGroupNormThreads / columns;
-  const int group = static_cast<int>(in.c / in.groups);
-  const int thread = static_cast<int>(threadIdx.x), row = thread / columns;
-  const int local = (thread - row * columns) * V;
-  const bool active = row < rows;
-  const int64_t c = first + local, end = active ? in.hw : 0;
-  const Shelf<T, V, kStaged> shelf_x{reinterpret_cast<Pack<T, V>*>(stage)};
-  const Shelf<T, V, kStaged> shelf_dy{shelf_x.slots + in.hw * columns};
-  const BackwardWalk<T> w(a, n, active ? c : 0, 1);
-  float* const parts2 = parts + kGroupNormThreads * V;
-  float* const parts3 = parts2 + kGroupNormThreads * V;
+// ---- channels_last: see group_norm_tile.cuh
 
-  float centre[V], gain[V], offset[V], s1[V] = {}, s2[V] = {}, s3[V] = {};
+// Where a channel's sums over the chunks of a split sample stand in the workspace: [N, chunks, 3,
+// C].
+IDDPM_DEVICE float* chunk_sums(const GroupNormSiluBwdArgs& a, const TilePlan& plan, int n,
+                               int chunk) {
+  return a.workspace + 2 * a.in.n * a.in.c +
+         (static_cast<int64_t>(n) * plan.chunks + chunk) * 3 * a.in.c;
+}
+
+// Four rows next to each other are added first, within a warp where their lanes stand in one.
+constexpr int kQuad = 4;
+
+// What the kernel and its launcher have to agree on: places in shared memory behind the slots.
+struct BackwardTile {
+  bool shuffled;  // whether quads of rows are added before they reach shared memory
+  int parts;      // [3, parts, width] sums of rows or of quads
+  int inbox;      // [inbox, 3, width] sums of chunks
+  int64_t slots;  // of all the tensors
+
+  template <typename Plan>
+  IDDPM_HD static BackwardTile of(const Plan& plan, int vector, int tensors) {
+    const int columns = plan.width / vector;
+    const bool shuffled =
+        plan.rows >= kQuad && (columns == 1 || columns == 2 || columns == 4 || columns == 8);
+    return {shuffled, shuffled ? plan.rows / kQuad : plan.rows, plan.cluster ? plan.chunks : 1,
+            static_cast<int64_t>(tensors) * plan.slots * plan.threads * 16};
+  }
+  IDDPM_HD int64_t floats(int width) const { return int64_t(3) * width * (parts + inbox + 1); }
+};
+
+template <typename T, bool kSilu>
+__global__ void __launch_bounds__(kTileThreads, 1)
+    group_norm_bwd_tile_kernel(const GroupNormSiluBwdArgs a, const TilePlan plan,
+                               const TilePhase phase) {
+  constexpr int V = kPackSize<T>;
+  IDDPM_SMEM_DYNAMIC(unsigned char, shared);
+  const GroupNormInput& in = a.in;
+  const TilePlace at(in, plan, V);
+  const int n = at.n, c = at.active ? at.channel() : 0, width = plan.width;
+  const int group = static_cast<int>(in.c / in.groups);
+  const bool adds = a.dsum.data != nullptr && phase != TilePhase::kSums;
+  const BackwardTile tile = BackwardTile::of(plan, V, a.dsum.data ? 3 : 2);
+  const Slots<T, V> x{reinterpret_cast<Pack<T, V>*>(shared) + at.thread, plan.threads};
+  const Slots<T, V> dy{x.mine + plan.slots * plan.threads, plan.threads};
+  const Slots<T, V> dsum{dy.mine + plan.slots * plan.threads, plan.threads};
+  float* const parts = reinterpret_cast<float*>(shared + tile.slots);
+  float* const inbox = parts + 3 * width * tile.parts;
+  float* const totals = inbox + 3 * width * tile.inbox;
+
+  x.fetch(tile_walk<const T>(in.x, in.x2, in.c1, n, c, at, plan), at.count);
+  dy.fetch(tile_walk<const T>(a.dy, n, c, at, plan), at.count);
+  if (adds && c < in.c1) dsum.fetch(tile_walk<const T>(a.dsum, n, c, at, plan), at.count);
+  if (plan.cluster) cluster_arrive();
+
+  float gain[V], offset[V], centre[V];
+  load_modulation<V>(in, n, c, plan.wide_parameters, gain, offset);
+  load_biases<V>(in, n, c, plan.wide_parameters, centre);
+  int g = c / group, place = c - g * group;
 #pragma unroll
   for (int i = 0; i < V; ++i) {
-    const AffineMap m = active ? saved_map(in, n, c + i) : AffineMap{};
-    centre[i] = m.centre;
-    gain[i] = m.gain;
-    offset[i] = m.offset;
+    const float mean = in.mean[n * in.groups + g], rstd = in.rstd[n * in.groups + g];
+    const Centre k = centre_of(mean, centre[i]);
+    gain[i] *= rstd;
+    offset[i] += gain[i] * k.rest;
+    centre[i] = k.centre;
+    if (++place == group) place = 0, ++g;
   }
-#pragma unroll 2
-  for (int64_t p = row; p < end; p += rows) {
-    const auto x = load_pack<T, V>(w.x.at(p));
-    const auto dy = load_pack<T, V>(w.dy.at(p));
-    shelf_x.put(p * columns + local / V, x);
-    shelf_dy.put(p * columns + local / V, dy);
-    float h[V], grad[V];
-    unpack<T, V>(x, h);
-    unpack<T, V>(dy, grad);
+  copy_async_wait();
+
+  if (phase != TilePhase::kApply) {
+    float s[3][V] = {};
+#pragma unroll 1
+    for (int p = 0; p < at.count; ++p) {
+      float h[V], grad[V];
+      unpack<T, V>(x[p], h);
+      unpack<T, V>(dy[p], grad);
 #pragma unroll
-    for (int i = 0; i < V; ++i) {
-      const float u = h[i] - centre[i];
-      const float dz = grad_before_silu<T, kSilu>(grad[i], u * gain[i] + offset[i]);
-      s1[i] += dz;
-      s2[i] += dz * u;
-      s3[i] += u;
+      for (int i = 0; i < V; ++i) {
+        const float u = h[i] - centre[i], z = u * gain[i] + offset[i];
+        const float dz = grad_before_silu<T, kSilu>(grad[i], z);
+        s[0][i] += dz;
+        s[1][i] += dz * u;
+        s[2][i] += u;
+      }
+    }
+    if (tile.shuffled) {
+      const int columns = width / V;
+#pragma unroll
+      for (int j = 0; j < 3; ++j)
+#pragma unroll
+        for (int i = 0; i < V; ++i) {
+          s[j][i] += __shfl_xor_sync(0xffffffffu, s[j][i], columns);
+          s[j][i] += __shfl_xor_sync(0xffffffffu, s[j][i], 2 * columns);
+        }
+    }
+    if (at.active && (!tile.shuffled || at.row % kQuad == 0)) {
+      const int part = tile.shuffled ? at.row / kQuad : at.row;
+#pragma unroll
+      for (int j = 0; j < 3; ++j)
+#pragma unroll
+        for (int i = 0; i < V; ++i) parts[(j * tile.parts + part) * width + at.local + i] = s[j][i];
+    }
+    __syncthreads();
+    if (plan.cluster) cluster_wait();
+    for (int k = at.thread; k < 3 * width; k += plan.threads) {
+      const int j = k / width;
+      const float* const column = parts + j * tile.parts * width + (k - j * width);
+      float sum = 0.0f;
+      if (tile.shuffled || tile.parts < kQuad)
+        for (int i = 0; i < tile.parts; ++i) sum += column[i * width];
+      else
+        for (int i = 0; i < tile.parts; i += kQuad)
+          sum += (column[i * width] + column[(i + 1) * width]) +
+                 (column[(i + 2) * width] + column[(i + 3) * width]);
+      if (phase == TilePhase::kSums)
+        chunk_sums(a, plan, n, at.chunk)[j * in.c + at.first + (k - j * width)] = sum;
+      else if (!plan.cluster)
+        inbox[k] = sum;
+      else
+        for (int rank = 0; rank < plan.chunks; ++rank)
+          cluster_store(inbox + at.chunk * 3 * width + k, rank, sum);
+    }
+    if (phase == TilePhase::kSums) return;
+  } else {
+    for (int k = at.thread; k < 3 * width; k += plan.threads) {
+      const int j = k / width;
+      const float* const column = chunk_sums(a, plan, n, 0) + j * in.c + at.first + (k - j * width);
+      float sum = 0.0f;
+#pragma unroll 8
+      for (int i = 0; i < plan.chunks; ++i) sum += column[i * 3 * in.c];
+      inbox[k] = sum;
     }
   }
-  if (active)
+  if (plan.cluster) {
+    cluster_arrive();
+    cluster_wait();
+  } else {
+    __syncthreads();
+  }
+
+  // In `parts`, which all have read: the channels' shares of their group's sums, then k1 and k2.
+  for (int k = at.thread; k < width; k += plan.threads) {
+    float sum[3] = {};
+    for (int i = 0; i < tile.inbox; ++i)
 #pragma unroll
-    for (int i = 0; i < V; ++i) {
-      parts[row * width + local + i] = s1[i];
-      parts2[row * width + local + i] = s2[i];
-      parts3[row * width + local + i] = s3[i];
+      for (int j = 0; j < 3; ++j) sum[j] += inbox[(i * 3 + j) * width + k];
+#pragma unroll
+    for (int j = 0; j < 3; ++j) totals[j * width + k] = sum[j];
+    const int channel = at.first + k;
+    const float unit = sum[1] * in.rstd[n * in.groups + channel / group];
+    const float gamma = in.weight[channel] * factor_of(in, n, channel);
+    parts[k] = gamma * sum[0];
+    parts[width + k] = gamma * unit;
+    if (at.chunk == 0) {
+      float weighted[2];
+      channel_grads(a, n, channel, sum[0], sum[1], weighted);
     }
+  }
   __syncthreads();
-  // In place: a channel's total stands where its first part stood, which its thread alone reads.
-  sum_parts(parts, parts, rows, width);
-  sum_parts(parts2, parts2, rows, width);
-  sum_parts(parts3, parts3, rows, width);
-  __syncthreads();
-  for (int g = thread; g < width / group; g += kGroupNormThreads) {
-    const float rstd = in.rstd[n * in.groups + first / group + g];
-    const float count = static_cast<float>(group * in.hw);
-    float total1 = 0.0f, total2 = 0.0f, weighted[2];
-    for (int k = g * group; k < (g + 1) * group; ++k) {
-      channel_grads(a, n, first + k, parts[k], parts2[k], weighted);
-      total1 += weighted[0];
-      total2 += weighted[1];
+  for (int k = at.thread; k < width; k += plan.threads) {
+    const int head = k / group * group, channel = at.first + k;
+    float share1 = 0.0f, share2 = 0.0f;
+    for (int i = head; i < head + group; ++i) {
+      share1 += parts[i];
+      share2 += parts[width + i];
     }
-    const float k1 = rstd * divide(total1, count), k2 = rstd * rstd * divide(total2, count);
-    for (int k = g * group; k < (g + 1) * group; ++k) {
-      channel_bias_grad(a, n, first + k, parts[k], parts3[k], k1, k2);
-      parts[k] = k1;
-      parts2[k] = k2;
-    }
+    const float count = static_cast<float>(group) * static_cast<float>(in.hw);
+    const float rstd = in.rstd[n * in.groups + channel / group];
+    const float k1 = rstd * divide(share1, count), k2 = rstd * rstd * divide(share2, count);
+    if (at.chunk == 0) channel_bias_grad(a, n, channel, totals[k], totals[2 * width + k], k1, k2);
+    // Where only this thread has read or will read before the barrier.
+    totals[k] = k1;
+    totals[width + k] = k2;
   }
   __syncthreads();
 
   float k1[V], k2[V];
 #pragma unroll
   for (int i = 0; i < V; ++i) {
-    k1[i] = active ? parts[local + i] : 0.0f;
-    k2[i] = active ? parts2[local + i] : 0.0f;
+    k1[i] = at.active ? totals[at.local + i] : 0.0f;
+    k2[i] = at.active ? totals[width + at.local + i] : 0.0f;
   }
-#pragma unroll 2
-  for (int64_t p = row; p < end; p += rows)
-    write_grads<T, V, kSilu>(w, p, shelf_x.get(p * columns + local / V, w.x.at(p)),
-                             shelf_dy.get(p * columns + local / V, w.dy.at(p)), centre, gain,
-                             offset, k1, k2);
+  const Walk<T> dx = tile_walk<T>(a.dx, a.dx2, in.c1, n, c, at, plan);
+#pragma unroll 1
+  for (int p = 0; p < at.count; ++p) {
+    float h[V], grad[V];
+    unpack<T, V>(x[p], h);
+    unpack<T, V>(dy[p], grad);
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+      const float u = h[i] - centre[i], z = u * gain[i] + offset[i];
+      const float dz = grad_before_silu<T, kSilu>(grad[i], z);
+      grad[i] = gain[i] * dz - k1[i] - k2[i] * u;
+    }
+    if (adds && c < in.c1) {
+      unpack<T, V>(dsum[p], h);
+#pragma unroll
+      for (int i = 0; i < V; ++i) grad[i] += h[i];
+    }
+    store_pack<T, V>(dx.at(p), packed<T, V>(grad));
+  }
 }
 
-// dweight and dbias: a thread a channel walks the batch in order.
-__global__ void __launch_bounds__(kGroupNormThreads)
+// dweight and dbias: a lane takes every kBatchLanes-th sample of its channel, then the lanes are
+// added in order.
+constexpr int kBatchChannels = 32, kBatchLanes = 16;
+
+__global__ void __launch_bounds__(kBatchChannels* kBatchLanes)
     group_norm_bwd_batch_kernel(const GroupNormSiluBwdArgs a) {
-  const int64_t c = static_cast<int64_t>(blockIdx.x) * kGroupNormThreads + threadIdx.x;
-  if (c >= a.in.c) return;
+  IDDPM_SMEM(float, sums, 2 * kBatchChannels * kBatchLanes);
+  const int thread = static_cast<int>(threadIdx.x), lane = thread / kBatchChannels;
+  const int column = thread - lane * kBatchChannels;
+  const int64_t c = static_cast<int64_t>(blockIdx.x) * kBatchChannels + column;
+  const bool known = c < a.in.c;
   float dweight = 0.0f, dbias = 0.0f;
-  for (int64_t n = 0; n < a.in.n; ++n) {
+#pragma unroll 8
+  for (int64_t n = lane; n < (known ? a.in.n : 0); n += kBatchLanes) {
     const float factor = factor_of(a.in, n, c);
     dbias += factor * batch_sums(a, n)[c];
     dweight += factor * batch_sums(a, n)[a.in.c + c];
   }
-  a.dweight[c] = dweight;
-  a.dbias[c] = dbias;
+  sums[thread] = dbias;
+  sums[thread + kBatchChannels * kBatchLanes] = dweight;
+  __syncthreads();
+  if (lane > 1 || !known) return;
+  float* const mine = sums + lane * kBatchChannels * kBatchLanes + column;
+  float sum = 0.0f;
+  for (int i = 0; i < kBatchLanes; ++i) sum += mine[i * kBatchChannels];
+  (lane == 0 ? a.dbias : a.dweight)[c] = sum;
 }
 
 template <typename T, int V, bool kSilu>
@@ -303,44 +428,48 @@ void launch_bwd_rows(const GroupNormSiluBwdArgs& a, void* stream) {
     IDDPM_LAUNCH((group_norm_bwd_rows_kernel<T, V, false, kSilu>), grid, block, sums, stream, a);
 }
 
-template <typename T, int V, bool kSilu>
-void launch_bwd_columns(const GroupNormSiluBwdArgs& a, int64_t slice, int64_t staged,
-                        void* stream) {
-  const dim3 grid(static_cast<unsigned>(a.in.n * ((a.in.c + slice - 1) / slice)));
-  const dim3 block(kGroupNormThreads);
-  if (staged && grant_shared(group_norm_bwd_columns_kernel<T, V, true, kSilu>, staged))
-    IDDPM_LAUNCH((group_norm_bwd_columns_kernel<T, V, true, kSilu>), grid, block, staged, stream, a,
-                 slice);
-  else
-    IDDPM_LAUNCH((group_norm_bwd_columns_kernel<T, V, false, kSilu>), grid, block, 0, stream, a,
-                 slice);
+template <typename T, bool kSilu>
+bool launch_bwd_tiles(const GroupNormSiluBwdArgs& a, void* stream) {
+  constexpr int V = kPackSize<T>;
+  for (const Plane* plane : {&a.in.x, &a.in.x2, &a.dy, &a.dsum, &a.dx, &a.dx2})
+    if (!aligned(*plane, true, V, 16)) return false;
+  if (a.in.c % V || a.in.c1 % V) return false;
+  const auto kernel = group_norm_bwd_tile_kernel<T, kSilu>;
+  const int tensors = a.dsum.data ? 3 : 2;
+  const TilePlan plan =
+      plan_tiles<V>(a.in, sizeof(T), tensors, kBackwardTile, device_limits(kernel));
+  const BackwardTile tile = BackwardTile::of(plan, V, tensors);
+  const int64_t bytes = tile.slots + tile.floats(plan.width) * static_cast<int64_t>(sizeof(float));
+  if (plan.width == 0 || !grant_shared(kernel, bytes - kGroupNormStatic)) return false;
+  const dim3 grid(static_cast<unsigned>(tile_blocks(a.in, plan)));
+  const dim3 block(static_cast<unsigned>(plan.threads));
+  if (plan.split) {
+    IDDPM_LAUNCH((group_norm_bwd_tile_kernel<T, kSilu>), grid, block, bytes, stream, a, plan,
+                 TilePhase::kSums);
+    IDDPM_LAUNCH((group_norm_bwd_tile_kernel<T, kSilu>), grid, block, bytes, stream, a, plan,
+                 TilePhase::kApply);
+  } else if (plan.cluster) {
+    IDDPM_LAUNCH_CLUSTER((group_norm_bwd_tile_kernel<T, kSilu>), grid,
+                         static_cast<unsigned>(plan.chunks), block, bytes, stream, a, plan,
+                         TilePhase::kResident);
+  } else {
+    IDDPM_LAUNCH((group_norm_bwd_tile_kernel<T, kSilu>), grid, block, bytes, stream, a, plan,
+                 TilePhase::kResident);
+  }
+  return true;
 }
 
 template <typename T, bool kSilu>
 void launch_backward(const GroupNormSiluBwdArgs& a, void* stream) {
+  constexpr int V = kPackSize<T>;
   const GroupNormInput& in = a.in;
-  const int64_t size = static_cast<int64_t>(sizeof(T));
-  const auto wide = [&](int64_t v) {
-    bool all = true;
-    for (const Plane* plane : {&in.x, &in.x2, &a.dy, &a.dsum, &a.dx, &a.dx2})
-      all = all && aligned(*plane, in.channels_last, v, v * size);
-    return all;
-  };
-  constexpr int kRows = kPackSize<T>, kColumns = kBackwardColumns;
-  const int64_t half = slice_width(in, kColumns, 64 / size);
-  int64_t slice = slice_width(in, kColumns, 128 / size), staged = 2 * slice * in.hw * size;
-  if (staged > kGroupNormStage && 2 * half * in.hw * size <= kGroupNormStage)
-    slice = half, staged = 2 * half * in.hw * size;
-  if (in.channels_last && wide(kColumns) && in.c % kColumns == 0 && in.c1 % kColumns == 0 &&
-      slice <= kGroupNormThreads * kColumns)
-    launch_bwd_columns<T, kColumns, kSilu>(a, slice, staged <= kGroupNormStage ? staged : 0,
-                                           stream);
-  else if (!in.channels_last && wide(kRows) && in.hw % kRows == 0)
-    launch_bwd_rows<T, kRows, kSilu>(a, stream);
-  else
-    launch_bwd_rows<T, 1, kSilu>(a, stream);
-  const dim3 grid(static_cast<unsigned>((in.c + kGroupNormThreads - 1) / kGroupNormThreads));
-  IDDPM_LAUNCH(group_norm_bwd_batch_kernel, grid, dim3(kGroupNormThreads), 0, stream, a);
+  bool wide = !in.channels_last && in.hw % V == 0;
+  for (const Plane* plane : {&in.x, &in.x2, &a.dy, &a.dsum, &a.dx, &a.dx2})
+    wide = wide && aligned(*plane, false, V, 16);
+  if (!in.channels_last || !launch_bwd_tiles<T, kSilu>(a, stream))
+    wide ? launch_bwd_rows<T, V, kSilu>(a, stream) : launch_bwd_rows<T, 1, kSilu>(a, stream);
+  const dim3 grid(static_cast<unsigned>((in.c + kBatchChannels - 1) / kBatchChannels));
+  IDDPM_LAUNCH(group_norm_bwd_batch_kernel, grid, dim3(kBatchChannels * kBatchLanes), 0, stream, a);
 }
 
 }  // namespace iddpm

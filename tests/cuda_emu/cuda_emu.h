@@ -3,17 +3,23 @@
 // lane misses, unset shared memory (filled with NaN), an overrun of it (a canary, or
 // AddressSanitizer), a misaligned vector access and launches beyond the limits.
 //
-// One block runs at a time. Each warp runs alone until all its lanes wait, and the warps take turns
-// in an order drawn from CUDA_EMU_SEED, so that a forgotten barrier changes the result. What it
-// cannot find: races inside a warp, races between blocks, effects of weakly ordered memory.
+// One cluster of blocks runs at a time, where there are none one block. Each warp runs alone until
+// all its lanes wait, and the warps take turns in an order drawn from CUDA_EMU_SEED, so that a
+// forgotten barrier changes the result. An asynchronous copy arrives when it is waited for, and no
+// earlier. A store into another block's shared memory must follow a barrier of the cluster, and
+// that block must live. What it cannot find: races inside a warp, races between clusters, effects
+// of weakly ordered memory.
 #pragma once
 
+#include <limits.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 
+#include <algorithm>
 #include <functional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cuda_emu_fiber.h"
@@ -23,19 +29,26 @@ inline dim3 gridDim, blockDim, blockIdx, threadIdx;
 
 namespace cuda_emu {
 
-constexpr int kWarp = 32, kMaxThreads = 1024;
+constexpr int kWarp = 32, kMaxThreads = 1024, kMaxCluster = 8;
 constexpr size_t kSharedLimit = 48 << 10, kSharedOptInLimit = 227 << 10, kCanaryBytes = 64;
 constexpr unsigned char kUnset = 0xFF, kCanary = 0xA5;  // 0xFF... is a NaN in every float type
 
-enum State { kReady, kAtBarrier, kAtWarp, kDone };
+enum State { kReady, kAtBarrier, kAtWarp, kAtCluster, kDone };
+
+struct AsyncCopy {
+  void* target;
+  const void* source;
+};
 
 struct Thread {
   Fiber fiber;
   State state;
   const char* file;  // where it waits
   int line;
-  uint32_t mask;   // of the warp operation it waits at
-  uint64_t value;  // what it brought to it
+  uint32_t mask;        // of the warp operation it waits at
+  uint64_t value;       // what it brought to it
+  int arrivals, waits;  // at the cluster's barrier
+  std::vector<AsyncCopy> copies;
 };
 
 struct SharedArray {
@@ -46,13 +59,14 @@ struct SharedArray {
 };
 
 struct Engine {
-  Thread threads[kMaxThreads];
-  uint64_t exchanged[kMaxThreads];  // the values of the last completed warp operation
+  Thread threads[kMaxCluster * kMaxThreads];      // those of a block stand together
+  uint64_t exchanged[kMaxCluster * kMaxThreads];  // the values of the last completed warp operation
   Fiber scheduler;
   std::function<void()> body;
-  std::vector<SharedArray> shared;
+  std::vector<SharedArray> shared[kMaxCluster];
   size_t dynamic_bytes = 0, shared_limit = kSharedLimit;
-  int threads_in_block = 0, current = 0, error_code = 0;
+  int threads_in_block = 0, cluster = 1, current = 0, error_code = 0;
+  uint64_t first_block = 0;  // of the cluster
   uint64_t random = 0;
   bool failed = false;
   std::string message;
@@ -78,10 +92,14 @@ inline std::string site(const char* file, int line) {
 
 inline std::string name(int thread) {
   const Thread& t = engine.threads[thread];
-  const std::string who = "thread " + std::to_string(thread);
+  const std::string who = "thread " + std::to_string(thread % engine.threads_in_block);
   if (t.state == kDone) return who + " has returned";
   return who + " waits at " + site(t.file, t.line);
 }
+
+// The rank of the running thread's block in its cluster, and the thread's number in the block.
+inline int rank() { return engine.current / engine.threads_in_block; }
+inline int thread_in_block() { return engine.current % engine.threads_in_block; }
 
 // ---- in a thread
 
@@ -95,7 +113,7 @@ inline void wait(State state, const char* file, int line) {
 
 // Gives up the launch: this thread never continues.
 [[noreturn]] inline void fail(const std::string& message) {
-  report(719, message + " (thread " + std::to_string(engine.current) + ", block " +
+  report(719, message + " (thread " + std::to_string(thread_in_block()) + ", block " +
                   std::to_string(blockIdx.x) + ")");
   wait(kDone, "", 0);
   abort();
@@ -115,7 +133,8 @@ inline void thread_main() {
 
 inline unsigned char* new_shared(size_t bytes, const char* file, int line) {
   size_t total = bytes;
-  for (const SharedArray& a : engine.shared) total += a.bytes;
+  std::vector<SharedArray>& shared = engine.shared[rank()];
+  for (const SharedArray& a : shared) total += a.bytes;
   if (total > engine.shared_limit)
     fail(std::to_string(total) + " bytes of shared memory, the limit is " +
          std::to_string(engine.shared_limit));
@@ -125,13 +144,13 @@ inline unsigned char* new_shared(size_t bytes, const char* file, int line) {
   if (posix_memalign(&data, 16, bytes + guard + (bytes + guard == 0))) abort();
   memset(data, kUnset, bytes);
   memset(static_cast<unsigned char*>(data) + bytes, kCanary, guard);
-  engine.shared.push_back({file, line, bytes, static_cast<unsigned char*>(data)});
-  return engine.shared.back().data;
+  shared.push_back({file, line, bytes, static_cast<unsigned char*>(data)});
+  return shared.back().data;
 }
 
 template <typename T>
 T* static_shared(size_t n, const char* file, int line) {
-  for (const SharedArray& a : engine.shared)
+  for (const SharedArray& a : engine.shared[rank()])
     if (a.line == line && a.bytes == n * sizeof(T) && strcmp(a.file, file) == 0)
       return reinterpret_cast<T*>(a.data);
   return reinterpret_cast<T*>(new_shared(n * sizeof(T), file, line));
@@ -139,16 +158,66 @@ T* static_shared(size_t n, const char* file, int line) {
 
 template <typename T>
 T* dynamic_shared() {
-  for (const SharedArray& a : engine.shared)
+  for (const SharedArray& a : engine.shared[rank()])
     if (a.line == 0) return reinterpret_cast<T*>(a.data);
   return reinterpret_cast<T*>(new_shared(engine.dynamic_bytes, "dynamic shared memory", 0));
+}
+
+// Where `mine`, in the running block's shared memory, lies in that of another block of the cluster.
+template <typename T>
+T* remote_shared(T* mine, int other) {
+  if (other < 0 || other >= engine.cluster)
+    fail("no block " + std::to_string(other) + " in the cluster");
+  if (other == rank()) return mine;
+  const int first = other * engine.threads_in_block;
+  bool lives = false;
+  for (int i = 0; i < engine.threads_in_block; ++i) {
+    lives = lives || engine.threads[first + i].state != kDone;
+    if (engine.threads[first + i].arrivals == 0)
+      fail("access to a block of the cluster that may not have started");
+  }
+  if (!lives) fail("access to a block of the cluster that has returned");
+  const auto address = reinterpret_cast<unsigned char*>(mine);
+  const std::vector<SharedArray>& here = engine.shared[rank()];
+  for (const SharedArray& a : here) {
+    if (address < a.data || address >= a.data + a.bytes) continue;
+    for (const SharedArray& b : engine.shared[other])
+      if (b.line == a.line && b.bytes == a.bytes && strcmp(b.file, a.file) == 0)
+        return reinterpret_cast<T*>(b.data + (address - a.data));
+  }
+  fail("an address outside shared memory is given for another block's");
+}
+
+// One arrival to each wait, in turn; whoever has returned keeps nobody waiting.
+inline void arrive_at_cluster() {
+  Thread& t = engine.threads[engine.current];
+  if (t.arrivals != t.waits) fail("a second arrival at the cluster's barrier without a wait");
+  ++t.arrivals;
+}
+
+inline void wait_for_cluster(const char* file, int line) {
+  Thread& t = engine.threads[engine.current];
+  if (t.arrivals != ++t.waits) fail("a wait at the cluster's barrier without an arrival");
+  wait(kAtCluster, file, line);
+}
+
+inline void copy_async(void* target, const void* source) {
+  check_aligned(target, 16);
+  check_aligned(source, 16);
+  engine.threads[engine.current].copies.push_back({target, source});
+}
+
+inline void wait_for_copies() {
+  std::vector<AsyncCopy>& copies = engine.threads[engine.current].copies;
+  for (const AsyncCopy& copy : copies) memcpy(copy.target, copy.source, 16);
+  copies.clear();
 }
 
 template <typename T>
 T exchange(uint32_t mask, T value, int source_lane, const char* file, int line) {
   static_assert(sizeof(T) <= 8, "a shuffle moves at most 8 bytes");
   Thread& t = engine.threads[engine.current];
-  const int lane = engine.current % kWarp, first = engine.current - lane;
+  const int lane = thread_in_block() % kWarp, first = engine.current - lane;
   if (!(mask >> lane & 1))
     fail("the mask at " + site(file, line) + " lacks the lane that calls it");
   t.mask = mask;
@@ -163,7 +232,7 @@ T exchange(uint32_t mask, T value, int source_lane, const char* file, int line) 
 
 inline uint32_t ballot(uint32_t mask, bool predicate, const char* file, int line) {
   exchange<int>(mask, predicate, 0, file, line);
-  const int first = engine.current / kWarp * kWarp;
+  const int first = engine.current - thread_in_block() % kWarp;
   uint32_t bits = 0;
   for (int lane = 0; lane < kWarp; ++lane)
     if (mask >> lane & 1) bits |= uint32_t(engine.exchanged[first + lane] != 0) << lane;
@@ -174,9 +243,13 @@ inline uint32_t ballot(uint32_t mask, bool predicate, const char* file, int line
 
 inline void resume(int thread) {
   engine.current = thread;
-  threadIdx.x = thread % blockDim.x;
-  threadIdx.y = thread / blockDim.x % blockDim.y;
-  threadIdx.z = thread / (blockDim.x * blockDim.y);
+  const uint64_t block = engine.first_block + rank();
+  blockIdx = dim3(block % gridDim.x, block / gridDim.x % gridDim.y,
+                  block / (uint64_t(gridDim.x) * gridDim.y));
+  const int local = thread_in_block();
+  threadIdx.x = local % blockDim.x;
+  threadIdx.y = local / blockDim.x % blockDim.y;
+  threadIdx.z = local / (blockDim.x * blockDim.y);
   switch_fiber(engine.scheduler, engine.threads[thread].fiber, false);
 }
 
@@ -218,68 +291,91 @@ inline void run_warp(int first, int lanes) {
   } while (complete_warp_operations(first, lanes));
 }
 
-// Releases the block's barrier; false when all threads have returned, or the barrier is divergent.
-inline bool release_barrier() {
-  const int n = engine.threads_in_block;
+// Releases the barrier of a block; false when none of its threads waits there, or it is divergent.
+inline bool release_barrier(int rank) {
+  const int n = engine.threads_in_block, first = rank * n;
   int waiting = -1;
-  for (int i = 0; i < n && waiting < 0; ++i)
+  for (int i = first; i < first + n && waiting < 0; ++i)
     if (engine.threads[i].state == kAtBarrier) waiting = i;
   if (waiting < 0) return false;
   const Thread& w = engine.threads[waiting];
-  for (int i = 0; i < n; ++i) {
+  for (int i = first; i < first + n; ++i) {
     const Thread& t = engine.threads[i];
     if (t.state != kAtBarrier || t.line != w.line || strcmp(t.file, w.file)) {
       report(719, "divergent __syncthreads: " + name(waiting) + ", but " + name(i));
       return false;
     }
   }
-  for (int i = 0; i < n; ++i) engine.threads[i].state = kReady;
+  for (int i = first; i < first + n; ++i) engine.threads[i].state = kReady;
   return true;
 }
 
-inline void free_shared() {
-  for (const SharedArray& a : engine.shared) {
+// Lets those go on who wait at the cluster's barrier for arrivals that have all happened; false if
+// nobody waits there.
+inline bool release_cluster_barrier() {
+  const int n = engine.threads_in_block * engine.cluster;
+  int least = INT_MAX;
+  for (int i = 0; i < n; ++i)
+    if (engine.threads[i].state != kDone) least = std::min(least, engine.threads[i].arrivals);
+  bool released = false;
+  for (int i = 0; i < n; ++i) {
+    if (engine.threads[i].state != kAtCluster || engine.threads[i].arrivals > least) continue;
+    engine.threads[i].state = kReady;
+    released = true;
+  }
+  return released;
+}
+
+inline void free_shared(std::vector<SharedArray>& shared) {
+  for (const SharedArray& a : shared) {
     for (size_t i = 0; !kAddressSanitizer && i < kCanaryBytes; ++i)
       if (a.data[a.bytes + i] != kCanary)
         report(719, "shared memory overrun behind the " + std::to_string(a.bytes) + " bytes of " +
                         site(a.file, a.line));
     free(a.data);
   }
-  engine.shared.clear();
+  shared.clear();
 }
 
-inline void run_block() {
+inline void run_cluster() {
   const int n = engine.threads_in_block, warps = (n + kWarp - 1) / kWarp;
-  for (int i = 0; i < n; ++i) {
+  for (int i = 0; i < n * engine.cluster; ++i) {
     start_fiber(engine.threads[i].fiber, thread_main);
     engine.threads[i].state = kReady;
+    engine.threads[i].arrivals = engine.threads[i].waits = 0;
+    engine.threads[i].copies.clear();
   }
-  int order[kMaxThreads / kWarp];
-  for (int i = 0; i < warps; ++i) order[i] = i;
-  do {
-    for (int i = warps - 1; i > 0; --i) {
-      const int j = static_cast<int>(random_below(i + 1)), w = order[i];
-      order[i] = order[j];
-      order[j] = w;
+  std::vector<int> order(warps * engine.cluster);
+  for (size_t i = 0; i < order.size(); ++i) order[i] = static_cast<int>(i);
+  bool released = true;
+  while (released && !engine.failed) {
+    for (size_t i = order.size() - 1; i > 0; --i)
+      std::swap(order[i], order[random_below(static_cast<uint32_t>(i + 1))]);
+    for (size_t i = 0; i < order.size() && !engine.failed; ++i) {
+      const int first = order[i] % warps * kWarp;
+      run_warp(order[i] / warps * n + first, n - first < kWarp ? n - first : kWarp);
     }
-    for (int i = 0; i < warps && !engine.failed; ++i) {
-      const int first = order[i] * kWarp;
-      run_warp(first, n - first < kWarp ? n - first : kWarp);
-    }
-  } while (!engine.failed && release_barrier());
-  free_shared();
+    released = false;
+    for (int rank = 0; rank < engine.cluster && !engine.failed; ++rank)
+      released = release_barrier(rank) || released;
+    if (!released && !engine.failed) released = release_cluster_barrier();
+  }
+  for (int rank = 0; rank < engine.cluster; ++rank) free_shared(engine.shared[rank]);
 }
 
-inline void launch(dim3 grid, dim3 block, size_t dynamic_bytes, std::function<void()> body) {
+inline void launch(dim3 grid, dim3 block, size_t dynamic_bytes, std::function<void()> body,
+                   unsigned cluster = 1) {
   const uint64_t threads = uint64_t(block.x) * block.y * block.z;
   if (engine.error_code) return;
   engine.failed = false;
   engine.message.clear();
   if (threads == 0 || threads > kMaxThreads || grid.x == 0 || grid.x > 0x7FFFFFFFu || grid.y == 0 ||
-      grid.y > 65535 || grid.z == 0 || grid.z > 65535 || dynamic_bytes > engine.shared_limit) {
+      grid.y > 65535 || grid.z == 0 || grid.z > 65535 || dynamic_bytes > engine.shared_limit ||
+      cluster == 0 || cluster > kMaxCluster || grid.x % cluster) {
     report(9, "invalid launch: grid " + std::to_string(grid.x) + "x" + std::to_string(grid.y) +
                   "x" + std::to_string(grid.z) + ", " + std::to_string(threads) + " threads, " +
-                  std::to_string(dynamic_bytes) + " bytes of shared memory");
+                  std::to_string(dynamic_bytes) + " bytes of shared memory, clusters of " +
+                  std::to_string(cluster));
     return;
   }
   const char* seed = getenv("CUDA_EMU_SEED");
@@ -289,12 +385,12 @@ inline void launch(dim3 grid, dim3 block, size_t dynamic_bytes, std::function<vo
   engine.threads_in_block = static_cast<int>(threads);
   gridDim = grid;
   blockDim = block;
-  const uint64_t blocks = uint64_t(grid.x) * grid.y * grid.z;
+  engine.cluster = static_cast<int>(cluster);
+  const uint64_t clusters = uint64_t(grid.x) * grid.y * grid.z / cluster;
   const bool backwards = random_below(2);
-  for (uint64_t i = 0; i < blocks && !engine.failed; ++i) {
-    const uint64_t b = backwards ? blocks - 1 - i : i;
-    blockIdx = dim3(b % grid.x, b / grid.x % grid.y, b / (uint64_t(grid.x) * grid.y));
-    run_block();
+  for (uint64_t i = 0; i < clusters && !engine.failed; ++i) {
+    engine.first_block = (backwards ? clusters - 1 - i : i) * cluster;
+    run_cluster();
   }
 }
 
@@ -308,27 +404,28 @@ inline void __syncthreads(CUDA_EMU_SITE) { cuda_emu::wait(cuda_emu::kAtBarrier, 
 inline void __syncwarp(uint32_t mask = ~0u, CUDA_EMU_SITE) {
   cuda_emu::exchange<int>(mask, 0, 0, file, line);
 }
+inline void cuda_emu_wait_for_cluster(CUDA_EMU_SITE) { cuda_emu::wait_for_cluster(file, line); }
 inline void __threadfence() {}
 inline void __threadfence_block() {}
 
 template <typename T>
 T __shfl_sync(uint32_t mask, T x, int source, int width = 32, CUDA_EMU_SITE) {
-  const int lane = cuda_emu::engine.current % 32;
+  const int lane = cuda_emu::thread_in_block() % 32;
   return cuda_emu::exchange(mask, x, lane / width * width + (source & (width - 1)), file, line);
 }
 template <typename T>
 T __shfl_xor_sync(uint32_t mask, T x, int flip, int width = 32, CUDA_EMU_SITE) {
-  const int lane = cuda_emu::engine.current % 32, source = lane ^ flip;
+  const int lane = cuda_emu::thread_in_block() % 32, source = lane ^ flip;
   return cuda_emu::exchange(mask, x, source / width > lane / width ? lane : source, file, line);
 }
 template <typename T>
 T __shfl_up_sync(uint32_t mask, T x, int delta, int width = 32, CUDA_EMU_SITE) {
-  const int lane = cuda_emu::engine.current % 32;
+  const int lane = cuda_emu::thread_in_block() % 32;
   return cuda_emu::exchange(mask, x, lane % width < delta ? lane : lane - delta, file, line);
 }
 template <typename T>
 T __shfl_down_sync(uint32_t mask, T x, int delta, int width = 32, CUDA_EMU_SITE) {
-  const int lane = cuda_emu::engine.current % 32;
+  const int lane = cuda_emu::thread_in_block() % 32;
   const int source = lane % width + delta < width ? lane + delta : lane;
   return cuda_emu::exchange(mask, x, source, file, line);
 }

@@ -19,6 +19,11 @@ enum Bug {
   kMisaligned,
   kEmptyGrid,
   kTooMuchShared,
+  kNoClusterBarrier,    // another block's shared memory is written before that block has started
+  kNoClusterWait,       // what the others wrote is read before they arrived
+  kHalfClusterBarrier,  // one block waits and has not arrived
+  kNoCopyWait,          // what is copied asynchronously is read at once
+  kOddCluster,          // the grid is not a number of clusters
 };
 const char* const kNames[] = {
     "none",
@@ -32,6 +37,11 @@ const char* const kNames[] = {
     "misaligned",
     "empty_grid",
     "too_much_shared",
+    "no_cluster_barrier",
+    "no_cluster_wait",
+    "half_cluster_barrier",
+    "no_copy_wait",
+    "odd_cluster",
 };
 
 constexpr int kThreads = 128, kWarps = kThreads / 32, kBlocks = 3, kRounds = 2;
@@ -58,6 +68,37 @@ __global__ void sum_blocks(const float* x, float* sums, Bug bug) {
   if (bug == kMisaligned) iddpm::load_pack<float, 4>(x + 1);
 }
 
+// sums[b] = sum over all of x: the blocks of the one cluster send each other their own.
+__global__ void sum_cluster(const float* x, float* sums, Bug bug) {
+  const int thread = static_cast<int>(threadIdx.x), rank = iddpm::cluster_rank();
+  IDDPM_SMEM(float, mine, kThreads);
+  IDDPM_SMEM(float, scratch, 32);
+  IDDPM_SMEM(float, inbox, kBlocks);
+  if (bug != kNoClusterBarrier) iddpm::cluster_arrive();
+  if (thread < kThreads / 4)
+    iddpm::copy_async(mine + 4 * thread, x + blockIdx.x * kThreads + 4 * thread);
+  if (bug != kNoCopyWait) iddpm::copy_async_wait();
+  __syncthreads();
+  const float total = iddpm::block_sum(mine[thread], scratch);
+  if (bug != kNoClusterBarrier) iddpm::cluster_wait();
+  if (thread < kBlocks) iddpm::cluster_store(inbox + rank, thread, total);
+  if (bug != kHalfClusterBarrier || rank != 1) iddpm::cluster_arrive();
+  if (bug != kNoClusterWait) iddpm::cluster_wait();
+  float sum = 0.0f;
+  for (int i = 0; i < kBlocks; ++i) sum += inbox[i];
+  if (thread == 0) sums[blockIdx.x] = sum;
+}
+
+bool cluster_is_right(const float* x, float* sums, Bug bug) {
+  IDDPM_LAUNCH_CLUSTER(sum_cluster, dim3(bug == kOddCluster ? kBlocks + 1 : kBlocks), kBlocks,
+                       dim3(kThreads), 0, nullptr, x, sums, bug);
+  float expected = 0.0f;
+  for (int i = 0; i < kBlocks * kThreads; ++i) expected += x[i];
+  bool right = true;
+  for (int i = 0; i < kBlocks; ++i) right = right && sums[i] == expected;
+  return right;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -71,7 +112,11 @@ int main(int argc, char** argv) {
                x, sums, static_cast<Bug>(bug));
   if (const int code = iddpm::launch_status())
     return printf("%d %s\n", code, cuda_emu_message()), 0;
-  bool right = true;
+  alignas(16) static float of_cluster[kBlocks + 1];
+  const bool cluster_right = cluster_is_right(x, of_cluster, static_cast<Bug>(bug));
+  if (const int code = iddpm::launch_status())
+    return printf("%d %s\n", code, cuda_emu_message()), 0;
+  bool right = cluster_right;
   for (int i = 0; i < kRounds * kBlocks * kWarps; ++i) {
     const int block = i / kWarps % kBlocks, round = i / (kWarps * kBlocks);
     right = right && sums[i] == expected[block] + float(round * kThreads);

@@ -1,0 +1,243 @@
+// How channels_last images are cut into tiles, and what the forward and the backward kernel do with
+// a tile; both walk it the same way.
+//
+// A block has a slice of the channels, whole groups of them and at least 128 bytes a pixel where
+// there are as many, of a chunk of one sample's pixels. A thread keeps its V channels and takes
+// every rows-th pixel of the chunk. The tile is copied to shared memory at once, 16 bytes a time,
+// so that all of it is on its way together; a thread reads only what it copied itself. The chunks
+// of a slice exchange their sums
+//   in a cluster    each block writes its own into every block's shared memory, one barrier follows
+//   or split        where the sample is too large for a cluster, or the device has none: a first
+//                   launch writes them to the workspace, a second one reads the tile again
+// and add them in the order of the chunks. Chunks and rows depend on the shape alone, so no result
+// depends on the batch; how many channels a slice has does, and changes no sum.
+#pragma once
+
+#include <cstdlib>
+
+#include "group_norm_silu/group_norm_cuda.cuh"
+
+namespace iddpm {
+
+constexpr int kTileRows = 32, kTileThreads = 384, kTileCluster = 8;
+// Shared memory beside a tile, at most: partial results.
+constexpr int64_t kTileBeside = 32 << 10;
+
+enum class TilePhase : int { kResident, kSums, kApply };
+
+struct TilePlan {
+  int width, slices;   // channels of a slice; slices of a sample
+  int chunks, pixels;  // of a sample; pixels of a chunk, the last ones may have fewer
+  int rows, row_bits;  // a power of two
+  int threads;
+  int slots;     // pixels of a thread at most
+  bool cluster;  // whether the chunks of a slice are a cluster, of one block where there is one
+                 // chunk
+  bool split;
+  bool wide_parameters;  // whether four neighbours of a row of parameters move at once
+};
+
+// What a thread of a tile kernel has to know about where it is.
+struct TilePlace {
+  int n, first, local;  // the slice's first channel; the thread's first one in the slice
+  int chunk, row, thread;
+  int begin, pixels;  // of the chunk
+  bool active;
+  int count;  // the thread's own pixels
+
+  IDDPM_DEVICE TilePlace(const GroupNormInput& in, const TilePlan& plan, int vector) {
+    const int unit = static_cast<int>(blockIdx.x) / plan.chunks;
+    chunk = static_cast<int>(blockIdx.x) - unit * plan.chunks;
+    n = unit / plan.slices;
+    first = (unit - n * plan.slices) * plan.width;
+    thread = static_cast<int>(threadIdx.x);
+    const int columns = plan.width / vector;
+    row = thread / columns;
+    local = (thread - row * columns) * vector;
+    active = row < plan.rows;
+    begin = chunk * plan.pixels;
+    pixels = chunk_pixels(in, plan, chunk);
+    count = active && row < pixels ? (pixels - row + plan.rows - 1) >> plan.row_bits : 0;
+  }
+
+  IDDPM_DEVICE static int chunk_pixels(const GroupNormInput& in, const TilePlan& plan, int chunk) {
+    const int rest = static_cast<int>(in.hw) - chunk * plan.pixels;
+    return rest < 0 ? 0 : rest < plan.pixels ? rest : plan.pixels;
+  }
+  IDDPM_DEVICE int channel() const { return first + local; }
+};
+
+// A thread's pixels of one plane: those from its first one on, `rows` pixels at a time.
+template <typename T>
+IDDPM_DEVICE Walk<T> tile_walk(const Plane& plane, int64_t n, int64_t c, const TilePlace& at,
+                               const TilePlan& plan) {
+  Walk<T> w = walk<T>(plane, n, c, plan.rows);
+  if (w.data) w.data += (at.begin + at.row) * plane.pixel;
+  return w;
+}
+
+template <typename T>
+IDDPM_DEVICE Walk<T> tile_walk(const Plane& x, const Plane& x2, int64_t c1, int64_t n, int64_t c,
+                               const TilePlace& at, const TilePlan& plan) {
+  return c < c1 ? tile_walk<T>(x, n, c, at, plan) : tile_walk<T>(x2, n, c - c1, at, plan);
+}
+
+// The slots of a thread in shared memory, one pixel's V channels each.
+template <typename T, int V>
+struct Slots {
+  Pack<T, V>* mine;
+  int step;
+
+  IDDPM_DEVICE Pack<T, V> operator[](int i) const { return load_shared(mine + i * step); }
+  IDDPM_DEVICE void put(int i, const Pack<T, V>& pack) const {
+    store_shared(mine + i * step, pack);
+  }
+  IDDPM_DEVICE void fetch(const Walk<const T>& from, int count) const {
+    const T* source = from.data;
+    Pack<T, V>* target = mine;
+#pragma unroll 4
+    for (int i = 0; i < count; ++i, source += from.step, target += step) copy_async(target, source);
+  }
+};
+
+// V neighbours of a row of parameters.
+template <int V>
+IDDPM_DEVICE void load_channels(const float* p, bool wide, float (&out)[V]) {
+  if (wide) {
+#pragma unroll
+    for (int i = 0; i < V; i += 4) {
+      const Pack<float, 4> pack = load_pack<float, 4>(p + i);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) out[i + k] = pack.v[k];
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < V; ++i) out[i] = p[i];
+  }
+}
+
+// z = (x_hat * weight + bias) * (1 + scale) + shift = x_hat * gain + offset, for V channels from c
+// on.
+template <int V>
+IDDPM_DEVICE void load_modulation(const GroupNormInput& in, int64_t n, int64_t c, bool wide,
+                                  float (&gain)[V], float (&offset)[V]) {
+  load_channels<V>(in.weight + c, wide, gain);
+  load_channels<V>(in.bias + c, wide, offset);
+  float more[V];
+  if (in.scale) {
+    load_channels<V>(in.scale + n * in.scale_stride + c, wide, more);
+#pragma unroll
+    for (int i = 0; i < V; ++i) gain[i] *= 1.0f + more[i], offset[i] *= 1.0f + more[i];
+  }
+  if (in.shift) {
+    load_channels<V>(in.shift + n * in.shift_stride + c, wide, more);
+#pragma unroll
+    for (int i = 0; i < V; ++i) offset[i] += more[i];
+  }
+}
+
+// What is added to V channels from c on, all of x or all of x2.
+template <int V>
+IDDPM_DEVICE void load_biases(const GroupNormInput& in, int64_t n, int64_t c, bool wide,
+                              float (&bias)[V]) {
+  if (in.channel_bias && c < in.c1) {
+    load_channels<V>(in.channel_bias + n * in.channel_bias_stride + c, wide, bias);
+  } else {
+#pragma unroll
+    for (int i = 0; i < V; ++i) bias[i] = 0.0f;
+  }
+}
+
+// ---- what the launchers decide
+
+// For trying others than the sizes below: IDDPM_GN_<name>.
+inline int64_t tile_setting(const char* name, int64_t otherwise) {
+  const char* value = getenv(name);
+  return value && *value ? atoll(value) : otherwise;
+}
+
+inline bool four_at_once(const float* p, int64_t stride) {
+  return p == nullptr || (reinterpret_cast<uintptr_t>(p) % 16 == 0 && stride % 4 == 0);
+}
+
+// How to cut images of `bytes` bytes an element, of which a block keeps `tensors` in tiles of about
+// `tile_bytes`; of width 0 if they cannot be cut.
+template <int V>
+TilePlan plan_tiles(const GroupNormInput& in, int64_t bytes, int tensors, int64_t tile_bytes,
+                    const DeviceLimits& limits) {
+  TilePlan plan{};
+  const int64_t group = in.c / in.groups;
+  int64_t unit = group;
+  while (unit % V) unit += group;
+  if (in.c % unit || unit / V > kTileThreads || in.hw > (int64_t(1) << 30)) return plan;
+  int64_t rows = 1;
+  while (rows < tile_setting("IDDPM_GN_ROWS", kTileRows) && rows < in.hw &&
+         2 * rows * (unit / V) <= kTileThreads)
+    rows *= 2;
+
+  const int64_t line = tile_setting("IDDPM_GN_LINE", 128);
+  const auto fits = [&](int64_t width) {
+    return in.c % width == 0 && width / V * rows <= kTileThreads;
+  };
+  int64_t width = unit;
+  for (int64_t w = unit; w <= in.c && width * bytes < line; w += unit)
+    if (fits(w)) width = w;
+
+  // Chunks must not depend on the width, which may become smaller below: they are counted for a
+  // line.
+  const int64_t pixel = (unit * bytes > 128 ? unit * bytes : 128) * tensors;
+  tile_bytes = tile_setting("IDDPM_GN_TILE", tile_bytes) * tensors;
+  const int64_t room = limits.shared_bytes - kTileBeside;
+  const int64_t most = limits.clusters ? tile_setting("IDDPM_GN_CLUSTER", kTileCluster) : 1;
+  int64_t chunks = 1;
+  const auto pixels_of = [&](int64_t n) { return ((in.hw + n - 1) / n + rows - 1) / rows * rows; };
+  while (chunks < most && pixels_of(chunks) * pixel > tile_bytes && pixels_of(chunks) > rows)
+    chunks *= 2;
+  const int64_t widest = width * bytes * tensors > pixel ? width * bytes * tensors : pixel;
+  plan.split = pixels_of(chunks) * widest > room;
+  if (plan.split) {
+    // The workspace has room for one chunk in every slab.
+    const int64_t pixels = kGroupNormSlab;
+    if (pixels * widest > room) return plan;
+    chunks = (in.hw + pixels - 1) / pixels;
+    plan.pixels = static_cast<int>(pixels);
+  } else {
+    plan.pixels = static_cast<int>(pixels_of(chunks));
+  }
+  plan.cluster = !plan.split && chunks > 1;
+
+  // Few images: narrower slices, so that they spread over the multiprocessors.
+  const int64_t blocks = tile_setting("IDDPM_GN_BLOCKS", 66);
+  const int64_t narrow = tile_setting("IDDPM_GN_NARROW", 32);
+  for (int64_t w = width; w >= unit; w -= unit)
+    if (fits(w) && w * bytes >= narrow && in.n * (in.c / width) * chunks < blocks) width = w;
+
+  plan.width = static_cast<int>(width);
+  plan.slices = static_cast<int>(in.c / width);
+  plan.chunks = static_cast<int>(chunks);
+  plan.rows = static_cast<int>(rows);
+  while ((1 << plan.row_bits) < plan.rows) ++plan.row_bits;
+  plan.threads = static_cast<int>((width / V * rows + 31) / 32 * 32);
+  plan.slots = static_cast<int>((plan.pixels + rows - 1) / rows);
+  plan.wide_parameters = four_at_once(in.channel_bias, in.channel_bias_stride) &&
+                         four_at_once(in.weight, 0) && four_at_once(in.bias, 0) &&
+                         four_at_once(in.scale, in.scale_stride) &&
+                         four_at_once(in.shift, in.shift_stride);
+  return plan;
+}
+
+inline int64_t tile_blocks(const GroupNormInput& in, const TilePlan& plan) {
+  return in.n * plan.slices * plan.chunks;
+}
+
+// Channels that a fragment of a thread's V has in one group for sure: the greatest common divisor.
+inline int fragment_of(const GroupNormInput& in, int v) {
+  int a = static_cast<int>(in.c / in.groups), b = v;
+  while (b) {
+    const int rest = a % b;
+    a = b, b = rest;
+  }
+  return a;
+}
+
+}  // namespace iddpm
