@@ -81,7 +81,10 @@ def philox_4x32(counter: Sequence[Tensor | int], key: tuple[int, int]) -> list[T
 
     Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
     """
-    c0, c1, c2, c3 = (torch.as_tensor(word) for word in counter)
+    device = next(
+        (word.device for word in counter if isinstance(word, Tensor)), torch.device("cpu")
+    )
+    c0, c1, c2, c3 = (torch.as_tensor(word, dtype=torch.int64, device=device) for word in counter)
     k0, k1 = key
     for _ in range(10):
         # int64 products wrap modulo 2^64: masked, both halves are those of the unsigned product.
@@ -101,7 +104,7 @@ def words(key: NoiseKey, shape: Sequence[int], device: torch.device | str | None
     shape = _check_shape(key, shape)
     device = key.samples.device if device is None else torch.device(device)
     elements = math.prod(shape[1:])
-    quads = torch.arange((elements + 3) // 4, device=device)
+    quads = torch.arange((elements + 3) // 4, device=device, dtype=torch.int64)
     samples = key.samples.to(device)[:, None] & _MASK
     steps = key.steps
     steps = steps.to(device)[:, None] & _MASK if isinstance(steps, Tensor) else steps & _MASK
