@@ -223,7 +223,7 @@ def _checked_labels(
 ) -> list[int] | None:
     if labels is None:
         return None
-    values = torch.as_tensor(labels)
+    values = torch.as_tensor(labels, device="cpu")
     if values.is_floating_point() or values.shape != (n,):
         raise ValueError(
             f"save_images: labels must be integers [{n}], got {values.dtype} {list(values.shape)}"
