@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from iddpm_ext.data import (
+    ArrayData,
     BadImage,
     FileData,
     Order,
@@ -23,7 +24,7 @@ from iddpm_ext.data import (
     open_data,
 )
 from iddpm_ext.data import image as image_module
-from iddpm_ext.data.image import fit, open_image, to_array
+from iddpm_ext.data.image import Reading, fit, open_image, to_array
 
 
 def _png(path: Path, array: np.ndarray) -> Path:
@@ -106,16 +107,9 @@ def test_pickled_arrays_are_never_loaded(tmp_path):
 
 def test_archives_larger_than_memory_are_refused_unread(tmp_path, monkeypatch):
     np.savez_compressed(tmp_path / "a.npz", arr_0=np.zeros((100, 32, 32, 3), np.uint8))
-    monkeypatch.setattr("os.sysconf", lambda name: 1000 if name == "SC_AVPHYS_PAGES" else 10)
+    monkeypatch.setattr("iddpm_ext.data.memory.free_memory", lambda: 10_000)
     with pytest.raises(ValueError, match="free memory"):
         open_data(tmp_path / "a.npz")
-
-
-@pytest.mark.parametrize("values", [1.5, float("nan")])
-def test_floats_outside_the_range_are_refused(tmp_path, values):
-    np.save(tmp_path / "a.npy", np.full((2, 4, 4), values, np.float32))
-    with pytest.raises(ValueError, match=r"must lie in \[-1, 1\]"):
-        open_data(tmp_path / "a.npy").images(torch.tensor([0]))
 
 
 def test_cifar_batches_give_planes_and_names(tmp_path):
@@ -205,13 +199,18 @@ def test_resize_and_crop_are_the_originals(height, width):
 
 
 def test_arrays_are_resized_like_files():
-    image = _noise(4, 40, 30)
-    from iddpm_ext.data import ArrayData
-
+    image = (
+        64 + _noise(4, 40, 30) // 2
+    )  # in the middle, so that nothing is cut off between the passes
     data = ArrayData(image[None], image_size=16)
     got = data.images(torch.tensor([0]))[0][0, 0].numpy()
     expected = to_array(Image.fromarray(image), 1, 16)[..., 0]
-    assert data.image_shape == (1, 16, 16) and np.abs(got - expected).max() < 0.02
+    assert data.image_shape == (1, 16, 16)
+    # Pillow resizes rows, then columns, and rounds 8-bit images to whole levels after each; floating ones it
+    # does not. The second pass weighs the half level of the first with the sum of its weights' sizes.
+    weights = Image.fromarray(np.eye(40, dtype=np.float32)).resize((40, 21), Image.BICUBIC)
+    amplified = np.abs(np.asarray(weights)).sum(1).max()
+    assert np.abs(got - expected).max() <= (0.5 * amplified + 0.5) / 127.5 + 2e-6
 
 
 def _damaged(kind: str) -> bytes:
@@ -251,8 +250,9 @@ def test_orientation_of_photographs_is_applied():
 @pytest.mark.parametrize("mode", ["1", "P", "RGBA", "CMYK", "LA", "I", "F"])
 def test_every_mode_becomes_the_asked_channels(mode):
     image = Image.new("L", (4, 4), 128).convert(mode)
+    reading = Reading((0, 255)) if mode == "F" else None
     for channels in (1, 3):
-        array = to_array(image, channels, 2)
+        array = to_array(image, channels, 2, reading)
         assert array.shape == (2, 2, channels) and array.dtype == np.float32
         assert array.min() >= -1 and array.max() <= 1
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 import iddpm_ext
 from iddpm_ext import evaluate, save_images
 from iddpm_ext.cli import main
+from iddpm_ext.data import open_data
 from iddpm_ext.evaluation import extractors, open_extractor
 from iddpm_ext.metrics import (
     frechet_distance,
@@ -298,7 +300,7 @@ def test_efficientnet_tells_noisier_images_from_less_noisy_ones():
     real = iddpm_ext.sample(model, 4, n=24, labels=[i % 10 for i in range(24)], progress=False)
     noise = torch.randn(real.shape, generator=torch.Generator().manual_seed(0))
     distances = [
-        plain(real + scale * noise, real, extractor="efficientnet-lite0-64")[
+        plain((real + scale * noise).clamp(-1, 1), real, extractor="efficientnet-lite0-64")[
             "fd-efficientnet-lite0-64"
         ]
         for scale in (0.0, 0.1, 0.3)
@@ -398,6 +400,190 @@ def test_nothing_is_cached_of_a_callable(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_cache_that_cannot_be_written_costs_a_warning_not_the_result(tmp_path):
+    a, b = levels(0, 20), levels(1, 30)
+    expected = plain(a, b).scores
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.warns(
+        UserWarning, match="evaluate: cache must be a folder that can be read and writ"
+    ):
+        got = plain(a, b, cache=tmp_path / "file" / "cache")
+    assert got.scores == expected
+
+
+def test_a_user_without_a_home_has_no_cache(monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    assert plain(levels(0, 20), levels(1, 30), cache=None).sample_count == 20
+
+
+def test_other_ways_of_reading_have_a_cache_of_their_own(tmp_path):
+    known, path = Known(), tmp_path / "reference.npz"
+    np.savez(path, levels(1, 30, size=24).permute(0, 2, 3, 1).numpy())
+    for size, extracted in ((12, 30), (12, 0), (24, 30)):
+        known.seen = 0
+        plain(
+            levels(0, 20, size=size), path, extractor=known, cache=tmp_path / "cache",
+            image_size=size,
+        )  # fmt: skip
+        assert known.seen - 20 == extracted
+
+
+# ---- sizes, ranges and classes
+
+
+resized = pytest.mark.filterwarnings("ignore:evaluate. .* are resized and cropped")
+
+
+@resized
+def test_the_reference_is_resized_as_training_resizes(tmp_path):
+    """Samples that are the very images that training sees are at no distance from larger originals."""
+    large = save_images(levels(0, 30, size=64).float() / 127.5 - 1, tmp_path / "large")
+    seen = open_data(large, image_size=32).images(torch.arange(30))[0]
+    small = save_images(seen, tmp_path / "small")
+    with pytest.raises(
+        ValueError, match=r"must have one size, or image_size .* got 32x32 and 64x64"
+    ):
+        plain(small, large)
+    got = plain(small, large, image_size=32)
+    # Equal images have equal features: what is left of the distance is the rounding of its eigenvalues, of
+    # which there are 30 with a relative 1e-16 times the rank, under roots.
+    assert got["fd-pixels-8x8"] < 30 * np.sqrt(30 * np.finfo(np.float64).eps)
+    assert json.loads(got.to_json())["image_size"] == [32, 32]
+    assert "32x32 pixels" in str(got)
+
+
+@resized
+def test_a_models_size_is_that_of_its_reference(tmp_path):
+    large = save_images(levels(0, 12, c=1, size=56).float() / 127.5 - 1, tmp_path / "large")
+    options: dict[str, Any] = {"n": 6, "steps": 2, "batch_size": 6}
+    got = plain("fashion-mnist", large, **options)
+    small = open_data(large, image_size=28).images(torch.arange(12))[0]
+    expected = plain("fashion-mnist", small, **options)
+    # The same images in another order: sums round otherwise.
+    assert got["fd-pixels-8x8"] == pytest.approx(expected["fd-pixels-8x8"], rel=1e-6)
+    assert got.image_size == (28, 28)
+    with pytest.raises(ValueError, match=r"must have one size, .* got 28x28 and 12x12"):
+        plain("fashion-mnist", large, image_size=12, **options)
+    with pytest.raises(ValueError, match=r"must have one size, .* got 28x28 and 56x56"):
+        plain("fashion-mnist", levels(0, 12, c=1, size=56), **options)
+
+
+@resized
+def test_mixed_sizes_are_brought_to_one_where_it_is_said(tmp_path):
+    for i in range(12):
+        array = np.random.default_rng(i).integers(0, 256, (16 + i, 20, 3), dtype=np.uint8)
+        Image.fromarray(array).save(tmp_path / f"{i}.png")
+    with pytest.raises(ValueError, match="image_size must be given where sizes differ"):
+        plain(levels(0, 9), tmp_path)
+    assert plain(levels(0, 9), tmp_path, image_size=12).image_size == (12, 12)
+
+
+def test_batches_of_another_size_are_refused():
+    with pytest.raises(
+        ValueError, match=r"samples must have one size, got \[4, 3, 12, 12\] and \[4, 3, 8"
+    ):
+        plain(iter([levels(0, 4), levels(1, 4, size=8)]), levels(2, 9))
+    with pytest.raises(ValueError, match="samples must have at least 2 images, got 0"):
+        plain(iter([]), levels(2, 9))
+
+
+@pytest.mark.parametrize("batches", [False, True])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda x: x, r"got torch.float32 between 0 and 255: images / 127.5 - 1"),
+        (lambda x: x / 255, r"got values from 0 to 1 only: 2 \* images - 1"),
+        (lambda x: (x / 127.5 - 1) * 1.01, "between -1.01 and 1.01"),
+        (lambda x: torch.where(x == 255, torch.nan, x / 127.5 - 1), "between nan and nan"),
+    ],
+)
+def test_floats_that_are_not_in_the_range_are_refused(change, message, batches):
+    x = change(levels(0, 40).float())
+    with pytest.raises(
+        ValueError, match=rf"evaluate: samples must be floating in \[-1, 1\].*{message}"
+    ):
+        plain(iter([x]) if batches else x, levels(1, 30))
+    with pytest.raises(ValueError, match=r"evaluate: reference must be floating in \[-1, 1\]"):
+        plain(levels(1, 30), iter([x]) if batches else x)
+
+
+def test_arrays_in_another_range_are_read_as_value_range_says(tmp_path):
+    a, b = levels(0, 30), levels(1, 30)
+    np.save(tmp_path / "b.npy", b.permute(0, 2, 3, 1).numpy() / np.float32(255))
+    with pytest.raises(ValueError, match="must have a value_range"):
+        plain(a, tmp_path / "b.npy")
+    got = plain(a, tmp_path / "b.npy", value_range=(0, 1))
+    assert got["fd-pixels-8x8"] == pytest.approx(plain(a, b)["fd-pixels-8x8"], rel=1e-6)
+
+
+def test_a_model_draws_the_classes_that_the_reference_has(tmp_path):
+    model = iddpm_ext.load("fashion-mnist")
+    x = levels(1, 12, c=1, size=28).float() / 127.5 - 1
+    for name, part in (("bag", x[:6]), ("trouser", x[6:])):
+        (tmp_path / name).mkdir()
+        save_images(part, tmp_path / name)
+    options: dict[str, Any] = {"n": 8, "steps": 2, "batch_size": 8, "seed": 4}
+    got = plain(model, tmp_path, **options)
+    trouser, bag = (model.extra["class_names"].index(name) for name in ("trouser", "bag"))
+    drawn = iddpm_ext.sample(model, 2, n=8, labels=[trouser, bag] * 4, seed=4, progress=False)
+    assert got["fd-pixels-8x8"] == pytest.approx(plain(drawn, x)["fd-pixels-8x8"], rel=1e-6)
+    assert got.samples == "8 samples of a UNet (ddpm, 2 steps), classes trouser, bag"
+    every = plain(model, tmp_path, classes="none", **options)
+    assert every.samples == "8 samples of a UNet (ddpm, 2 steps)"
+    (tmp_path / "bag").rename(tmp_path / "hat")
+    with pytest.raises(
+        ValueError, match=r"reference must have classes of the network .* got hat: .*'none'"
+    ):
+        plain(model, tmp_path, **options)
+
+
+def test_what_reading_leaves_out_is_a_warning(tmp_path):
+    folder = save_images(levels(1, 12).float() / 127.5 - 1, tmp_path / "d")
+    (folder / "@eaDir").mkdir()
+    shutil.copy(folder / "000000.png", folder / "@eaDir")
+    with pytest.warns(
+        UserWarning, match=r"evaluate: reference: left out, as systems .* @eaDir \(1\)"
+    ):
+        assert plain(levels(0, 9), folder).reference_count == 12
+
+
+def test_the_processs_settings_change_no_number(tmp_path):
+    a, b = (
+        levels(0, 40, low=40).float() / 127.5 - 1,
+        save_images(levels(1, 50).float() / 127.5 - 1, tmp_path / "b"),
+    )
+    labels = torch.arange(40) % 2
+
+    def extractor(x: Tensor) -> tuple[Tensor, Tensor]:
+        pooled = x.float().mean((2, 3)) / 255
+        return pooled @ pooled.T.mean(1, keepdim=True) * pooled, pooled.softmax(1)
+
+    def found() -> Any:
+        scores = plain(
+            a, b, metrics=("fid", "kid", "precision_recall", "inception_score"), resamples=3,
+            extractor=extractor,
+        ).scores  # fmt: skip
+        save_images(a, tmp_path / "a.npz", labels=labels.tolist())
+        with np.load(tmp_path / "a.npz") as arrays:
+            return scores, arrays["arr_1"].tolist()
+
+    want = found()
+    try:
+        torch.set_default_dtype(torch.float64)
+        torch.set_default_device("meta")
+        with torch.autocast("cpu", torch.bfloat16):
+            got = found()
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+    assert got == want
+
+
 # ---- the command
 
 
@@ -414,6 +600,7 @@ def test_the_command_prints_and_writes_what_the_function_gives(tmp_path, capsys)
     assert written["scores"] == json.loads(expected.to_json())["scores"]
     assert written["sample_count"] == 30 and len(written["scores"]["fd-pixels-8x8"]["ci95"]) == 2
     printed = capsys.readouterr().out
+    assert written["image_size"] == [12, 12]
     assert "30 samples (0 (train))" in printed and "fd-pixels-8x8" in printed
 
 

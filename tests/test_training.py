@@ -414,14 +414,14 @@ def test_what_is_odd_about_the_data_is_said_once(tmp_path, capsys):
     odd = {"class_cond": True, "attention_resolutions": (8, 5, 3), "steps": 8}
     train(_config(str(folder), tmp_path / "out", **odd))
     said = capsys.readouterr().err
-    assert said.count("the class empty has no images") == 1
+    assert said.count("classes without images: empty") == 1
     assert said.count("names 5, 3, but the features are 8 wide: no attention there") == 1
     assert said.count("skipped an image: ") == said.count("a/1.png") == 1
     # All 32 places of 8 steps, in passes over 6 images.
     assert _records(tmp_path / "out")[-1]["bad_images"] in (5, 6)
     train(_config(str(folder), tmp_path / "b", attention_resolutions=(8,)))
     said = capsys.readouterr().err
-    assert "has no images" not in said and "attention" not in said
+    assert "without images" not in said and "attention" not in said
     assert "the 32 channels of the first level are normalised one by one" in said
     train(_config(str(folder), tmp_path / "c", channel_mult=(2,), steps=1))
     assert "one by one" not in capsys.readouterr().err

@@ -10,19 +10,26 @@ import tyro
 def run(
     action: Annotated[Literal["check"], tyro.conf.Positional],
     path: Annotated[str, tyro.conf.Positional],
-    split: Literal["train", "test"] = "train",
+    split: Literal["train", "test", "all"] = "train",
+    classes: str = "auto",
+    value_range: tuple[float, ...] | None = None,
+    alpha: Literal["refuse", "drop", "black", "white"] = "refuse",
 ) -> int:
-    """Reads every image and reports unreadable files, sizes, channels, bit depth and classes.
+    """Reads every image and reports unreadable files, sizes, channels, bit depth, values and classes, what
+    is left out or changed in reading, and what training would refuse as it is not clear.
 
     Args:
         action: check.
         path: a folder or zip of images, or any other source that training reads.
-        split: of sources that have both.
+        split: of sources that have both; all takes no folder for a split.
+        classes: where they come from: auto, folders, names, file, ids, none or a column.
+        value_range: the values of black and white, 0,1 or 0,4095 or =-1,1.
+        alpha: what becomes of transparent pixels.
 
     Returns 1 where an image or a class could not be used, else 0.
     """
     from iddpm_ext.data import check_data
 
-    report = check_data(path, split=split)
+    report = check_data(path, split=split, classes=classes, value_range=value_range, alpha=alpha)
     print(report)
     return 0 if report.sound else 1

@@ -16,7 +16,11 @@ def run(
     metrics: tuple[str, ...] = ("fid", "precision_recall"),
     n: int | None = None,
     reference_n: int | None = None,
-    split: Literal["train", "test"] = "train",
+    split: Literal["train", "test", "all"] = "train",
+    image_size: int | None = None,
+    classes: str = "auto",
+    value_range: tuple[float, ...] | None = None,
+    alpha: Literal["refuse", "drop", "black", "white"] = "refuse",
     steps: str = "50",
     sampler: Literal["ddpm", "ddim", "dpm++"] = "ddpm",
     eta: float = 0.0,
@@ -40,6 +44,12 @@ def run(
         n: how many samples; all, or 10000 of a checkpoint.
         reference_n: how many reference images; all if left out.
         split: of data that has both.
+        image_size: side that images of files are resized and cropped to, as in training; a checkpoint's own,
+            or as they are, if left out.
+        classes: where classes come from: auto, folders, names, file (dataset.json), ids, none or a column.
+            A checkpoint draws those of its classes that the reference has.
+        value_range: the values of black and white, 0,1 or 0,4095 or =-1,1, where their type does not tell.
+        alpha: what becomes of transparent pixels: refuse; drop (the colours below show); black or white.
         steps: of a checkpoint's sampling, as of `iddpm sample`.
         sampler: ancestral (ddpm), DDIM, or DPM-Solver++ (dpm++).
         eta: the noise of DDIM, from 0 to 1.
@@ -56,11 +66,14 @@ def run(
     from iddpm_ext.cli._common import pick_device, read_steps
     from iddpm_ext.evaluation import evaluate
 
+    if out is not None and not out.absolute().parent.is_dir():
+        raise FileNotFoundError(f"out must be in a folder that exists, got {str(out)!r}")
     found = evaluate(
         samples, reference, extractor=extractor, metrics=metrics, n=n, reference_n=reference_n,
-        split=split, steps=read_steps(steps), sampler=sampler, eta=eta,
-        guidance_scale=guidance_scale, seed=seed, neighbours=neighbours, resamples=resamples,
-        batch_size=batch_size, device=pick_device(device), cache=cache,
+        split=split, image_size=image_size, classes=classes, value_range=value_range, alpha=alpha,
+        steps=read_steps(steps), sampler=sampler, eta=eta, guidance_scale=guidance_scale, seed=seed,
+        neighbours=neighbours, resamples=resamples, batch_size=batch_size,
+        device=pick_device(device), cache=cache,
     )  # fmt: skip
     print(found)
     if out is not None:

@@ -16,7 +16,10 @@ def run(
     checkpoint: Annotated[str, tyro.conf.Positional] = "fashion-mnist",
     *,
     data: Path,
-    split: Literal["train", "test"] = "test",
+    classes: str = "auto",
+    value_range: tuple[float, ...] | None = None,
+    alpha: Literal["refuse", "drop", "black", "white"] = "refuse",
+    split: Literal["train", "test", "all"] = "test",
     n: int | None = None,
     budget: float | None = 64,
     full: bool = False,
@@ -39,7 +42,10 @@ def run(
 
     Args:
         checkpoint: a bundled name, one of our .safetensors files or an OpenAI .pt.
-        data: a folder, zip or array of images, as for training; class labels are read with them.
+        data: a folder, zip or array of images, as for training; classes are taken by their names.
+        classes: where they come from: auto, folders, names, file (dataset.json), ids, none or a column.
+        value_range: the values of black and white, 0,1 or 0,4095 or =-1,1, where their type does not tell.
+        alpha: what becomes of transparent pixels: refuse; drop (the colours below show); black or white.
         split: of data that has both.
         n: only the first so many images.
         budget: network evaluations an image, at least 1.
@@ -58,6 +64,7 @@ def run(
         device: auto, cpu, cuda or cuda:1.
     """
     import iddpm_ext
+    from iddpm_ext.data import open_data
     from iddpm_ext.likelihood.request import make_likelihood_request
     from iddpm_ext.likelihood.run import compute
     from iddpm_ext.sampling.distributed import Processes
@@ -68,8 +75,12 @@ def run(
 
         require_matplotlib()
     model = iddpm_ext.load(checkpoint).to(pick_device(device))
+    images = open_data(
+        data, split=split, image_size=model.config.image_size, bad_images="stop", classes=classes,
+        value_range=value_range, alpha=alpha,
+    )  # fmt: skip
     request = make_likelihood_request(
-        model, data, labels=None, low_res=None, budget=None if full else budget,
+        model, images, labels=None, low_res=None, budget=None if full else budget,
         steps=read_steps(steps), clip=clip, exact=exact, batch_size=batch_size, seed=seed,
         split=split, limit=n, diffusion=None,
         dtype=None if dtype is None else getattr(torch, dtype), engine=engine, backend=backend,

@@ -14,6 +14,7 @@ import tyro
 from torch import Tensor
 
 from iddpm_ext.cli._common import pick_device, read_steps
+from iddpm_ext.data.formats import read_npz
 
 
 def run(
@@ -57,7 +58,7 @@ def run(
         seed: names all noise.
         out: a .png for a grid, an .npz for arrays, no suffix for a folder of PNGs.
         animate: a .webp or .gif file for the chain.
-        low_res: an .npz of uint8 images [N, h, w, C], for a super-resolution checkpoint.
+        low_res: an .npz of uint8 images [N, h, w, C] (arr_0), for a super-resolution checkpoint.
         upsampler: a super-resolution checkpoint that enlarges the images, with the same labels.
         upsampler_steps: its steps; as many as steps if not given.
         flags: of an OpenAI .pt that needs them, "image_size=64 noise_schedule=cosine ...".
@@ -178,8 +179,7 @@ def _read_low_res(path: Path | None, device: torch.device) -> Tensor | None:
     """uint8 [N, h, w, C] of an .npz -> float32 [N, C, h, w] in [-1, 1]."""
     if path is None:
         return None
-    with np.load(path) as arrays:
-        levels = arrays[arrays.files[0]]
+    levels = read_npz(path).images
     if levels.dtype != np.uint8 or levels.ndim != 4:
         raise ValueError(
             f"low_res must be an .npz of uint8 [N, h, w, C], got {levels.dtype} {levels.shape}"

@@ -17,7 +17,10 @@ def run(
     checkpoint: Annotated[str, tyro.conf.Positional],
     *,
     data: Path,
-    split: Literal["train", "test"] = "train",
+    classes: str = "auto",
+    value_range: tuple[float, ...] | None = None,
+    alpha: Literal["refuse", "drop", "black", "white"] = "refuse",
+    split: Literal["train", "test", "all"] = "train",
     n: int = 64,
     candidates: int = 500,
     most: int = 250,
@@ -33,7 +36,10 @@ def run(
 
     Args:
         checkpoint: a bundled name, one of our .safetensors files or an OpenAI .pt.
-        data: a folder, zip or array of images, of training best; class labels are read with them.
+        data: a folder, zip or array of images, of training best; classes are taken by their names.
+        classes: where they come from: auto, folders, names, file (dataset.json), ids, none or a column.
+        value_range: the values of black and white, 0,1 or 0,4095 or =-1,1, where their type does not tell.
+        alpha: what becomes of transparent pixels: refuse; drop (the colours below show); black or white.
         split: of data that has both.
         n: how many images, a random choice.
         candidates: how many of the chain's steps may be chosen; each costs an evaluation an image.
@@ -45,6 +51,7 @@ def run(
     """
     import iddpm_ext
     from iddpm_ext.checkpoint import bundled
+    from iddpm_ext.data import open_data
     from iddpm_ext.likelihood.request import make_likelihood_request
     from iddpm_ext.likelihood.schedules import check_counts, search
     from iddpm_ext.sampling.distributed import Processes
@@ -57,8 +64,12 @@ def run(
         )
     model = iddpm_ext.load(checkpoint).to(pick_device(device))
     with Processes.of_torchrun() as processes:
+        images = open_data(
+            data, split=split, image_size=model.config.image_size, bad_images="stop",
+            classes=classes, value_range=value_range, alpha=alpha,
+        )  # fmt: skip
         request = make_likelihood_request(
-            model, data, labels=None, low_res=None, budget=None, steps=None, clip=True, exact=False,
+            model, images, labels=None, low_res=None, budget=None, steps=None, clip=True, exact=False,
             batch_size=batch_size, seed=seed, split=split, limit=n, diffusion=None, dtype=None,
             engine=True, backend="auto", progress=processes.rank == 0, who="find_schedules",
             shuffle=True,

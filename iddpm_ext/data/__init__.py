@@ -5,14 +5,16 @@ from __future__ import annotations
 from .arrays import ArrayData
 from .cache import CachedData
 from .check import DataReport, check_data, empty_classes
+from .classes import match_classes
 from .files import BAD_IMAGES, FileData
 from .idx import read_idx
-from .image import BadImage
+from .image import ALPHA, BadImage
 from .loader import Batch, batches
 from .order import Order
 from .source import ImageData, open_data
 
 __all__ = [
+    "ALPHA",
     "BAD_IMAGES",
     "ArrayData",
     "CachedData",
@@ -25,6 +27,7 @@ __all__ = [
     "batches",
     "check_data",
     "empty_classes",
+    "match_classes",
     "open_data",
     "read_idx",
 ]

@@ -9,7 +9,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from .classes import of_numbers
 from .image import fit
+from .values import Range, choose_range, extremes, to_signed_unit
+
+ARRAY_CLASSES = ("auto", "ids", "none")
 
 
 class ArrayData:
@@ -17,10 +21,15 @@ class ArrayData:
 
     Args:
         images: [N, H, W], [N, H, W, C] or [N, C, H, W] with C of 1 or 3; uint8, uint16, or floating
-            in [-1, 1]. May be memory-mapped: only what is asked for is read.
+            in [-1, 1], or of the `value_range`. May be memory-mapped: only what is asked for is read, but
+            floating values are all looked at once.
         labels: integers [N] from 0, or None.
         class_names: one a class; the numbers if not given.
         image_size: side of the square that each image is brought to; None keeps them as they are.
+        value_range: the values of black and white; None: those of the type, where that is not in doubt.
+        classes: "auto"; "ids" makes a class of each different label, whatever the numbers; "none" leaves
+            labels out.
+        notes: what is to be said of the data before it is used.
 
     Raises:
         ValueError or TypeError for anything else.
@@ -32,20 +41,40 @@ class ArrayData:
         labels: np.ndarray | None = None,
         class_names: Sequence[str] | None = None,
         image_size: int | None = None,
+        *,
+        value_range: Range | None = None,
+        classes: str = "auto",
+        notes: Sequence[str] = (),
     ):
-        self._images = _channels_last(images)
-        if images.dtype not in (np.uint8, np.uint16) and images.dtype.kind != "f":
-            raise TypeError(
-                f"ArrayData: images must be uint8, uint16 or floating, got {images.dtype}"
+        if classes not in ARRAY_CLASSES:
+            raise ValueError(
+                f"ArrayData: classes must be one of {', '.join(ARRAY_CLASSES)}, got {classes!r}"
             )
+        if images.dtype.kind not in "buif":
+            raise TypeError(f"ArrayData: images must be numbers, got {images.dtype}")
+        self._images = _channels_last(images)
+        #: The type of the values, and the least and largest of those that were looked at.
+        self.dtype = images.dtype
+        self.extremes = extremes(self._images)
+        self._range = choose_range("ArrayData: images", images.dtype, self.extremes, value_range)
         height, width = self._images.shape[1:3]
         self._size = (
             None if image_size in (None, height) and image_size in (None, width) else image_size
         )
         self._labels: Tensor | None = None
         self.class_names: tuple[str, ...] | None = None
-        if labels is not None:
-            self._labels, self.class_names = _check_labels(labels, len(images), class_names)
+        self.notes = list(notes)
+        if self._size is not None:
+            self.notes.append(
+                f"images of {width}x{height} are resized and cropped to {self._size}x{self._size}"
+            )
+        if labels is not None and classes != "none":
+            if labels.shape != (len(images),):
+                raise ValueError(
+                    f"ArrayData: labels must have shape [{len(images)}], got {list(labels.shape)}"
+                )
+            found = of_numbers("ArrayData", labels, class_names, ids=classes == "ids")
+            self._labels, self.class_names = found
 
     def __len__(self) -> int:
         return len(self._images)
@@ -67,10 +96,10 @@ class ArrayData:
             unreadable images.
 
         Raises:
-            ValueError: floating images outside [-1, 1], or not finite.
+            ValueError: values outside the range.
         """
         values = self._images[indices.numpy()]
-        unit = _to_signed_unit(values)
+        unit = to_signed_unit("ArrayData: images", values, self._range)
         if self._size is not None:
             unit = np.stack([_resized(image, self._size) for image in unit])
         return torch.from_numpy(unit).permute(0, 3, 1, 2).contiguous(), indices, []
@@ -80,16 +109,6 @@ class ArrayData:
         return None if self._labels is None else self._labels[indices]
 
 
-def _to_signed_unit(values: np.ndarray) -> np.ndarray:
-    if values.dtype.kind == "u":
-        return values.astype(np.float32) / np.float32(np.iinfo(values.dtype).max / 2) - 1
-    if not (values.min() >= -1 and values.max() <= 1):
-        raise ValueError(
-            f"ArrayData: floating images must lie in [-1, 1], got {values.min()} .. {values.max()}"
-        )
-    return values.astype(np.float32)
-
-
 def _resized(image: np.ndarray, size: int) -> np.ndarray:
     planes = [fit(Image.fromarray(np.ascontiguousarray(p)), size) for p in image.transpose(2, 0, 1)]
     return np.clip(np.stack([np.asarray(plane) for plane in planes], axis=-1), -1, 1)
@@ -97,6 +116,11 @@ def _resized(image: np.ndarray, size: int) -> np.ndarray:
 
 def _channels_last(images: np.ndarray) -> np.ndarray:
     """[N, H, W, C] for any of the layouts that ArrayData takes."""
+    if images.ndim == 3 and images.shape[-1] in (1, 3):
+        raise ValueError(
+            "ArrayData: images must be [N, H, W, C] where they have channels, also one image alone, got "
+            f"{list(images.shape)}"
+        )
     if images.ndim == 3:
         images = images[..., None]
     elif images.ndim == 4 and images.shape[-1] not in (1, 3) and images.shape[1] in (1, 3):
@@ -107,18 +131,3 @@ def _channels_last(images: np.ndarray) -> np.ndarray:
             f"or 3 and no size 0, got {list(images.shape)}"
         )
     return images
-
-
-def _check_labels(
-    labels: np.ndarray, count: int, class_names: Sequence[str] | None
-) -> tuple[Tensor, tuple[str, ...]]:
-    if labels.shape != (count,):
-        raise ValueError(f"ArrayData: labels must have shape [{count}], got {list(labels.shape)}")
-    if labels.dtype.kind not in "iu":
-        raise TypeError(f"ArrayData: labels must be integers, got {labels.dtype}")
-    low, high = int(labels.min()), int(labels.max())
-    classes = high + 1 if class_names is None else len(class_names)
-    if low < 0 or high >= classes:
-        raise ValueError(f"ArrayData: labels must lie in [0, {classes - 1}], got {low} .. {high}")
-    names = map(str, range(classes)) if class_names is None else class_names
-    return torch.from_numpy(labels.astype(np.int64)), tuple(names)

@@ -2,101 +2,95 @@
 
 from __future__ import annotations
 
-import os
-import zipfile
-from bisect import bisect_left
-from collections.abc import Sequence
-from pathlib import Path, PurePosixPath
+from collections import Counter
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
-from .image import BadImage, is_grey, open_image, to_array
+from .classes import Labelled, of_names
+from .containers import Folder, Zip
+from .image import (
+    ALPHA,
+    BadImage,
+    Reading,
+    UnclearImage,
+    deep_values,
+    is_deep,
+    is_grey,
+    look_at,
+    open_image,
+    to_array,
+)
+from .label_file import find_label_file, read_label_file
+from .names import (
+    CLASSES,
+    EXTENSIONS,
+    class_of_each,
+    empty_class_folders,
+    images_among,
+    in_split,
+    printable,
+)
+from .values import Range, choose_range
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 BAD_IMAGES = ("skip", "stop")
-_SPLITS = {"train": ("train", "training"), "test": ("test", "val", "validation", "valid")}
-# A member that claims to be larger is refused unread.
-_MAX_FILE_BYTES = 1 << 29
 _PROBED = 64
 
 
-class Folder:
-    """The files below a directory, by their path relative to it."""
+class Listing(NamedTuple):
+    """Which images there are. names: sorted; classes: or None; empty: folders of classes without a file.
 
-    def __init__(self, path: Path):
-        self.path = path
+    notes: what a user may not expect.
+    """
 
-    def names(self) -> list[str]:
-        """Relative POSIX paths of all files, sorted."""
-        found = [p.relative_to(self.path).as_posix() for p in self.path.rglob("*") if p.is_file()]
-        return sorted(found)
-
-    def empty_folders(self) -> list[str]:
-        """Relative paths of the sub-folders without any file, sorted."""
-        folders = [p for p in self.path.rglob("*") if p.is_dir()]
-        empty = [p for p in folders if not any(q.is_file() for q in p.rglob("*"))]
-        return sorted(p.relative_to(self.path).as_posix() for p in empty)
-
-    def read(self, name: str) -> bytes:
-        """The bytes of one file; BadImage when it cannot be read."""
-        try:
-            return (self.path / name).read_bytes()
-        except OSError as error:
-            raise BadImage(f"{self.path / name}: must be readable, got {error}") from error
+    names: list[str]
+    classes: Labelled | None
+    empty: list[str]
+    notes: list[str]
 
 
-class Zip:
-    """The members of a zip archive. Nothing is extracted; every process opens the archive for itself."""
+def list_images(source: Folder | Zip, split: str, classes: str) -> Listing:
+    """The images of a split with their classes, by names alone: none is opened.
 
-    def __init__(self, path: Path):
-        self.path = path
-        self._opened: tuple[int, zipfile.ZipFile] | None = None
-        self._archive()
-
-    def names(self) -> list[str]:
-        """Names of all file members, sorted."""
-        return sorted(i.filename for i in self._archive().infolist() if not i.is_dir())
-
-    def empty_folders(self) -> list[str]:
-        """Names of the directory members under which no file is, sorted."""
-        files = self.names()
-        folders = [i.filename for i in self._archive().infolist() if i.is_dir()]
-        empty = []
-        for folder in folders:
-            first = bisect_left(files, folder)  # what is in the folder comes from there on
-            if not any(name.startswith(folder) for name in files[first : first + 1]):
-                empty.append(folder.rstrip("/"))
-        return sorted(empty)
-
-    def read(self, name: str) -> bytes:
-        """The bytes of one member; BadImage when it is damaged, encrypted or claims to be huge."""
-        try:
-            size = self._archive().getinfo(name).file_size
-            if size > _MAX_FILE_BYTES:
-                raise BadImage(
-                    f"{self.path}:{name}: must unpack to at most {_MAX_FILE_BYTES} bytes, got {size}"
-                )
-            return self._archive().read(name)
-        except BadImage:
-            raise
-        except Exception as error:  # zlib.error, BadZipFile, RuntimeError for a password, OSError
-            raise BadImage(f"{self.path}:{name}: must be readable, got {error}") from error
-
-    def _archive(self) -> zipfile.ZipFile:
-        # A file position shared between forked workers would mix their reads.
-        if self._opened is None or self._opened[0] != os.getpid():
-            try:
-                self._opened = (os.getpid(), zipfile.ZipFile(self.path))
-            except (zipfile.BadZipFile, OSError) as error:
-                raise ValueError(
-                    f"open_data: path must be a complete zip archive, got {self.path}: {error}"
-                ) from error
-        return self._opened[1]
-
-    def __getstate__(self) -> dict[str, object]:
-        return {"path": self.path, "_opened": None}
+    Raises ValueError where there are none, or where it is not clear which they are.
+    """
+    if classes not in CLASSES:
+        raise ValueError(f"open_data: classes must be one of {', '.join(CLASSES)}, got {classes!r}")
+    survey = source.survey()
+    images, notes = images_among(survey.files)
+    if not images:
+        raise ValueError(
+            f"open_data: path must hold image files ({', '.join(EXTENSIONS)}), "
+            f"got {printable(str(source.path))}"
+        )
+    names, more = in_split(images, split)
+    notes = [*survey.notes, *notes, *more]
+    if classes == "none":
+        return Listing(names, None, [], notes)
+    found: Labelled | None = None
+    empty: list[str] = []
+    label_file = (
+        find_label_file(survey.files, names) if classes in ("auto", "file", "ids") else None
+    )
+    if label_file is not None:
+        data = source.read(label_file)
+        found, more = read_label_file(data, label_file, names, ids=classes == "ids")
+        notes += more
+    if found is None and classes in ("file", "ids"):
+        raise ValueError(
+            f"open_data: classes must be other than {classes!r} for images without a dataset.json that "
+            f"labels them, got {printable(str(source.path))}"
+        )
+    if found is None:
+        each, more = class_of_each(names, classes)
+        notes += more
+        if each is not None:
+            found = of_names(each)
+            empty = empty_class_folders(survey.folders, survey.files, names)
+    return Listing(names, found, empty, notes)
 
 
 class FileData:
@@ -104,18 +98,27 @@ class FileData:
 
     Args:
         source: a `Folder` or a `Zip`.
-        split: "train" or "test"; where the top folders bear such names, only its own is read.
+        split: "train" or "test"; where the top folders bear such names, only its own is read. "all": no
+            folder is taken for a split.
         image_size: side of the square that each image is brought to; None demands that all have one size:
-            an image of another counts as unreadable, and where 64 spread over the data differ, none is given.
+            64 spread over the data must, and an image of another counts as unreadable.
         channels: 1 or 3; None takes 1 where every one of the first images is grey.
         bad_images: "skip" replaces an unreadable image by the next readable one and names it;
             "stop" raises BadImage.
+        classes: "auto": those of a dataset.json, else the first folders below the split, or else the file
+            names up to the first "_" (the original's rule), when that gives at least two classes with two
+            images each on average. "folders", "names", "file" (dataset.json), "ids" (its numbers, any) and
+            "none" say which.
+        value_range: the values of black and white in files of more than 8 bits, or of masks; None: 0 and
+            65535 of 16 bits, where that is not in doubt.
+        alpha: "refuse" images with transparent pixels; or "drop" the transparency, or lay images over
+            "black" or "white".
 
-    Classes are the first folders below the split, or else the file names up to the first "_" (the
-    original's rule), when that gives at least two classes with two images each on average.
+    notes: what of the files is left out or changed on the way, one line each.
 
     Raises:
-        ValueError: no images, or no readable ones among those 64.
+        ValueError: no images, no readable ones among those 64, sizes that differ with no image_size given, or
+        images whose meaning is not certain.
     """
 
     def __init__(
@@ -126,26 +129,24 @@ class FileData:
         image_size: int | None = None,
         channels: int | None = None,
         bad_images: str = "skip",
+        classes: str = "auto",
+        value_range: Range | None = None,
+        alpha: str = "refuse",
     ):
         if bad_images not in BAD_IMAGES:
             raise ValueError(
                 f"open_data: bad_images must be one of {', '.join(BAD_IMAGES)}, got {bad_images!r}"
             )
+        if alpha not in ALPHA:
+            raise ValueError(f"open_data: alpha must be one of {', '.join(ALPHA)}, got {alpha!r}")
+        listing = list_images(source, split, classes)
         self.source, self._stop = source, bad_images == "stop"
-        images = [name for name in source.names() if _is_image(name)]
-        self.names = in_split(images, split)
-        if not self.names:
-            raise ValueError(
-                f"open_data: path must hold image files ({', '.join(EXTENSIONS)}), got {source.path}"
-            )
-        classes = class_of_each(self.names)
-        self.class_names = None if classes is None else tuple(sorted(set(classes)))
-        self._labels: Tensor | None = None
-        if classes is not None and self.class_names is not None:
-            number = {name: i for i, name in enumerate(self.class_names)}
-            self._labels = torch.tensor([number[name] for name in classes])
+        self.names, self.empty_classes = listing.names, listing.empty
+        self.class_names = None if listing.classes is None else listing.classes.names
+        self._labels = None if listing.classes is None else listing.classes.labels
         self._size = image_size
-        self._differing: str | None = None
+        self._reading = Reading(value_range, alpha)
+        self.notes = listing.notes
         self.image_shape = self._probe(channels)
 
     def __len__(self) -> int:
@@ -163,21 +164,20 @@ class FileData:
 
         Raises:
             BadImage: an unreadable image with bad_images="stop", or a whole run of them.
-            ValueError: sizes differ, with no image_size given.
         """
-        if self._differing is not None:
-            raise ValueError(
-                f"open_data: image_size must be given where sizes differ, got {self._differing}"
-            )
         complaints: list[str] = []
         found = [self._nearest(int(index), complaints) for index in indices]
         stacked = np.stack([array for array, _ in found]).transpose(0, 3, 1, 2)
-        used = torch.tensor([index for _, index in found], dtype=torch.int64)
+        used = torch.tensor([index for _, index in found], dtype=torch.int64, device="cpu")
         return torch.from_numpy(np.ascontiguousarray(stacked)), used, complaints
 
     def labels(self, indices: Tensor) -> Tensor | None:
         """indices: int64 [N]. Returns int64 [N], or None where the data has no classes."""
         return None if self._labels is None else self._labels[indices]
+
+    def label(self, index: int) -> str:
+        """How messages call an image."""
+        return f"{printable(str(self.source.path))}/{printable(self.names[index])}"
 
     def _nearest(self, index: int, complaints: list[str]) -> tuple[np.ndarray, int]:
         for offset in range(min(len(self), 1000)):
@@ -188,13 +188,15 @@ class FileData:
                 if self._stop:
                     raise
                 complaints.append(str(error))
-        raise BadImage(f"{self.source.path}: must hold readable images, got {complaints[-1]}")
+        raise BadImage(
+            f"{printable(str(self.source.path))}: must hold readable images, got {complaints[-1]}"
+        )
 
     def _decode(self, index: int) -> np.ndarray:
-        name = self.names[index]
-        label = f"{self.source.path}/{name}"
+        label = self.label(index)
         channels, *size = self.image_shape
-        array = to_array(open_image(self.source.read(name), label), channels, self._size)
+        image = open_image(self.source.read(self.names[index]), label)
+        array = to_array(image, channels, self._size, self._reading, label)
         if list(array.shape[:2]) != size:
             raise BadImage(
                 f"{label}: must be {size[1]}x{size[0]} like the others, or image_size given, "
@@ -203,61 +205,76 @@ class FileData:
         return array
 
     def _probe(self, channels: int | None) -> tuple[int, int, int]:
-        """(C, H, W), from images spread over the data."""
+        """(C, H, W), from images spread over the data; what is unclear in one of them is raised."""
         chosen = np.unique(np.linspace(0, len(self) - 1, min(len(self), _PROBED)).astype(int))
         problem = ""
-        size, grey = None, True
-        for index in chosen:
-            name = self.names[index]
+        sizes: Counter[tuple[int, int]] = Counter()
+        traits: Counter[str] = Counter()
+        ranges = Extremes()
+        grey = True
+        for index in chosen.tolist():
+            label = self.label(index)
             try:
-                image = open_image(self.source.read(name), f"{self.source.path}/{name}")
+                image, found = look_at(self.source.read(self.names[index]), label)
+                to_array(image, 1, None, self._reading, label)
+            except UnclearImage as error:
+                raise ValueError(f"open_data: {error}") from None
             except BadImage as error:
                 if self._stop:
                     raise
                 problem = str(error)
                 continue
+            ranges.add(image)
             own = (image.height, image.width)
-            size = own if size is None else size
-            if self._size is None and own != size:
-                self._differing = f"{size[1]}x{size[0]} and {own[1]}x{own[0]} in {name}"
+            if self._size is None and sizes and own not in sizes:
+                first = next(iter(sizes))
+                raise ValueError(
+                    "open_data: image_size must be given where sizes differ, got "
+                    f"{first[1]}x{first[0]} and {own[1]}x{own[0]} in {label}"
+                )
+            sizes[own] += 1
+            traits.update(found)
             grey = grey and is_grey(image)
-        if size is None:
+        if not sizes:
             raise BadImage(f"open_data: path must hold readable images, got {problem}")
-        height, width = size if self._size is None else (self._size, self._size)
+        ranges.check(f"open_data: {printable(str(self.source.path))}", self._reading.value_range)
+        self.notes = [
+            *self.notes,
+            *(f"{n} of {len(chosen)} images: {t}" for t, n in traits.items()),
+        ]
+        if self._size is None:
+            height, width = next(iter(sizes))
+        else:
+            height = width = self._size
+            self.notes += resizing_note(sizes, self._size)
         return (1 if grey else 3) if channels is None else channels, height, width
 
 
-def in_split(names: Sequence[str], split: str) -> list[str]:
-    """The names of one split, where the top folders are named after splits; else all of them."""
-    depth = len(_common_folder(names).parts)
-    below = {name: PurePosixPath(name).parts[depth:] for name in names}
-    folders = {parts[0].lower() for parts in below.values() if len(parts) > 1}
-    if not folders & {*_SPLITS["train"], *_SPLITS["test"]}:
-        return list(names)
-    return [
-        n for n, parts in below.items() if len(parts) > 1 and parts[0].lower() in _SPLITS[split]
-    ]
+class Extremes:
+    """The least and largest values of 8-bit images and of deeper ones, to tell what they mean."""
+
+    def __init__(self) -> None:
+        self.found: dict[np.dtype, Range] = {}
+
+    def add(self, image: Image.Image) -> None:
+        """Counts an opened image in; a palette's numbers are no values."""
+        values = deep_values(image) if is_deep(image) else np.asarray(image)
+        if image.mode in ("1", "P", "PA"):
+            return
+        low, high = self.found.get(values.dtype, (np.inf, -np.inf))
+        least, most = float(values.min()), float(values.max())
+        self.found[values.dtype] = (min(low, least), max(high, most))
+
+    def check(self, who: str, given: Range | None) -> None:
+        """ValueError where it is not clear which values are black and white."""
+        for dtype, found in self.found.items():
+            choose_range(f"{who}: images", dtype, found, given)
 
 
-def class_of_each(names: Sequence[str]) -> list[str] | None:
-    """Each file's class: its folder below the common one, else its name up to the first "_"; or None."""
-    depth = len(_common_folder(names).parts)
-    relative = [PurePosixPath(*PurePosixPath(name).parts[depth:]) for name in names]
-    if all(len(path.parts) > 1 for path in relative):
-        classes = [path.parts[0] for path in relative]
-    elif all(len(path.parts) == 1 and "_" in path.name for path in relative):
-        classes = [path.name.split("_")[0] for path in relative]
-    else:
-        return None
-    return classes if 2 <= len(set(classes)) <= len(names) // 2 else None
-
-
-def _common_folder(names: Sequence[str]) -> PurePosixPath:
-    parents = [str(PurePosixPath("/", name).parent) for name in names]
-    return PurePosixPath(os.path.commonpath(parents) if names else "/").relative_to("/")
-
-
-def _is_image(name: str) -> bool:
-    path = PurePosixPath(name)
-    hidden = any(part.startswith((".", "__MACOSX")) for part in path.parts)
-    return not hidden and path.suffix.lower() in EXTENSIONS
+def resizing_note(sizes: Counter[tuple[int, int]], size: int) -> list[str]:
+    """What is said of sizes (H, W) that are not `size` x `size`."""
+    others = [f"{w}x{h}" for (h, w), _ in sizes.most_common() if (h, w) != (size, size)]
+    if not others:
+        return []
+    more = f" and {len(others) - 3} other sizes" if len(others) > 3 else ""
+    return [f"images of {', '.join(others[:3])}{more} are resized and cropped to {size}x{size}"]

@@ -2,31 +2,74 @@
 
 from __future__ import annotations
 
-import os
+import io
+import math
 import zipfile
+import zlib
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
+from .classes import shown
+from .memory import Stream, read_at_most, require_memory
+from .names import printable
+
 _IMAGE_KEYS = ("images", "image", "x", "arr_0")
 _LABEL_KEYS = ("labels", "label", "y", "arr_1")
+# NumPy's own limit.
+_MOST_HEADER = 10_000
 
 
 class Arrays(NamedTuple):
-    """images as `ArrayData` takes them; labels int64 [N] or None; class names or None."""
+    """images and labels as `ArrayData` takes them; class names or None; notes on what is left out."""
 
     images: np.ndarray
     labels: np.ndarray | None = None
     class_names: tuple[str, ...] | None = None
+    notes: tuple[str, ...] = ()
 
 
 def read_npy(path: Path) -> Arrays:
     """A .npy file of images, memory-mapped."""
     try:
-        return Arrays(np.load(path, mmap_mode="r", allow_pickle=False))
-    except (ValueError, OSError, EOFError) as error:
+        with open(path, "rb") as file:
+            header = _read_header(file, path.stat().st_size)
+            start = file.tell()
+        order: Literal["F", "C"] = "F" if header.by_column else "C"
+        return Arrays(np.memmap(path, header.dtype, "r", start, header.shape, order))
+    except (ValueError, OSError) as error:
         raise ValueError(f"open_data: {path} must be a complete .npy array, got {error}") from error
+
+
+class _Header(NamedTuple):
+    shape: tuple[int, ...]
+    by_column: bool
+    dtype: np.dtype
+    bytes: int
+
+
+def _read_header(file: Stream, size: int) -> _Header:
+    """What an array's file says of it; ValueError where it says nothing, or more than `size` bytes hold."""
+    start = file.read(8)
+    if len(start) < 8 or start[:6] != b"\x93NUMPY":
+        raise ValueError("a file that does not begin like an array")
+    width = 2 if start[6] == 1 else 4
+    stated = file.read(width)
+    length = int.from_bytes(stated, "little")
+    if length > _MOST_HEADER:
+        raise ValueError(f"a header of {length} bytes")
+    text = io.BytesIO(stated + file.read(length))
+    form = np.lib.format
+    shape, by_column, dtype = (
+        form.read_array_header_1_0(text) if width == 2 else form.read_array_header_2_0(text)
+    )
+    if dtype.kind not in "buif":
+        raise ValueError(f"values of {dtype}, which are no numbers")
+    needed = math.prod(shape) * dtype.itemsize
+    if needed > size:
+        raise ValueError(f"{needed} bytes claimed for {shape} of {size}")
+    return _Header(shape, by_column, dtype, needed)
 
 
 def read_npz(path: Path) -> Arrays:
@@ -36,18 +79,40 @@ def read_npz(path: Path) -> Arrays:
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            require_memory(str(path), sum(info.file_size for info in archive.infolist()))
-        with np.load(path, allow_pickle=False) as file:
+            members = {i.filename.removesuffix(".npy"): i for i in archive.infolist()}
+            used = [
+                next((k for k in keys if k in members), None) for keys in (_IMAGE_KEYS, _LABEL_KEYS)
+            ]
+            if used[0] is None:
+                raise ValueError(
+                    f"images under one of {_IMAGE_KEYS} are missing, of {list(members)}"
+                )
+            require_memory(str(path), sum(members[key].file_size for key in used if key))
             images, labels = (
-                next((file[key] for key in keys if key in file.files), None)
-                for keys in (_IMAGE_KEYS, _LABEL_KEYS)
+                None if k is None else _read_member(archive, members[k]) for k in used
             )
-            names = list(file.files)
-    except (zipfile.BadZipFile, ValueError, OSError, EOFError) as error:
+    except (zipfile.BadZipFile, ValueError, OSError, EOFError, RuntimeError, NotImplementedError,
+            zlib.error) as error:  # fmt: skip
         raise ValueError(f"open_data: {path} must be a sound .npz file, got {error}") from error
-    if images is None:
-        raise ValueError(f"open_data: {path} must hold one of {_IMAGE_KEYS}, got {names}")
-    return Arrays(images, labels)
+    assert images is not None
+    others = [printable(key) for key in members if key not in used]
+    notes = (f"arrays of other names are left out: {shown(others)}",) if others else ()
+    return Arrays(images, labels, None, notes)
+
+
+def _read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
+    """One array. What its header claims is compared with what there is: it sizes no memory."""
+    with archive.open(member) as file:
+        shape, by_column, dtype, needed = _read_header(file, member.file_size)
+        values = read_at_most(file, needed + 1)
+    if len(values) != needed:
+        got = "more" if len(values) > needed else "fewer"
+        raise ValueError(
+            f"{got} than the {needed} bytes of {shape} in {printable(member.filename)}"
+        )
+    array = np.frombuffer(values, dtype)
+    array = array.reshape(shape[::-1]).T if by_column else array.reshape(shape)
+    return array.astype(dtype.newbyteorder("="), copy=False)
 
 
 def find_cifar(path: Path, split: str) -> list[Path]:
@@ -75,15 +140,3 @@ def read_cifar(paths: list[Path]) -> Arrays:
     listing = paths[0].parent / ("fine_label_names.txt" if fine else "batches.meta.txt")
     names = tuple(listing.read_text().split()) if listing.exists() else None
     return Arrays(images, data[:, record - 3073].astype(np.int64), names)
-
-
-def require_memory(what: str, needed: int) -> None:
-    """Raises ValueError when `needed` bytes are more than the machine has free."""
-    try:
-        available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):  # not every system tells
-        return
-    if needed > available:
-        raise ValueError(
-            f"{what} must unpack to at most the {available} bytes of free memory, got {needed}"
-        )

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from .memory import Stream, read_at_most, require_memory
+
 _TYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 _PREFIXES = {"train": "train-", "test": "t10k-"}
 
@@ -21,20 +23,29 @@ def read_idx(path: str | Path) -> np.ndarray:
     """
     path = Path(path)
     try:
-        raw = path.read_bytes()
-        raw = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
+        with open(path, "rb") as raw:
+            packed = raw.read(2) == b"\x1f\x8b"
+            raw.seek(0)
+            return _read_array(path, gzip.GzipFile(fileobj=raw) if packed else raw)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"read_idx: {path} must be a complete gzip file, got {error}") from error
-    if len(raw) < 4 or raw[:2] != b"\0\0" or raw[2] not in _TYPES or raw[3] == 0:
-        raise ValueError(f"read_idx: {path} must begin with an IDX header, got {raw[:4]!r}")
-    dtype, header = np.dtype(_TYPES[raw[2]]), 4 + 4 * raw[3]
-    shape = tuple(int(size) for size in np.frombuffer(raw[4:header], ">u4"))
-    expected = header + math.prod(shape) * dtype.itemsize
-    if len(shape) != raw[3] or len(raw) != expected:
+
+
+def _read_array(path: Path, file: Stream) -> np.ndarray:
+    head = file.read(4)
+    if len(head) < 4 or head[:2] != b"\0\0" or head[2] not in _TYPES or head[3] == 0:
+        raise ValueError(f"read_idx: {path} must begin with an IDX header, got {head!r}")
+    dtype, sizes = np.dtype(_TYPES[head[2]]), file.read(4 * head[3])
+    shape = tuple(int(size) for size in np.frombuffer(sizes[: len(sizes) // 4 * 4], ">u4"))
+    header, needed = 4 + 4 * head[3], math.prod(shape) * dtype.itemsize
+    require_memory(f"read_idx: {path}", needed)
+    values = read_at_most(file, needed + 1)
+    if len(shape) != head[3] or len(values) != needed:
+        more = "more" if len(values) > needed else str(4 + len(sizes) + len(values))
         raise ValueError(
-            f"read_idx: {path} must hold {expected} bytes for shape {shape}, got {len(raw)}"
+            f"read_idx: {path} must hold {header + needed} bytes for shape {shape}, got {more}"
         )
-    return np.frombuffer(raw, dtype, offset=header).reshape(shape).astype(dtype.newbyteorder("="))
+    return np.frombuffer(values, dtype).reshape(shape).astype(dtype.newbyteorder("="))
 
 
 def find_idx(path: Path, split: str) -> tuple[Path, Path | None] | None:

@@ -5,13 +5,20 @@ from __future__ import annotations
 import io
 import math
 import warnings
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from .values import Range, choose_range, to_signed_unit
+
 # More pixels than this are taken for a decompression bomb; Pillow only warns until twice its own limit.
 MAX_PIXELS = 100_000_000
+ALPHA = ("refuse", "drop", "black", "white")
+# No format whose decoder would start another program, as PostScript's does.
+_FORMATS = (
+    "PNG", "JPEG", "GIF", "WEBP", "BMP", "DIB", "TIFF", "PPM", "TGA", "JPEG2000", "AVIF",
+)  # fmt: skip
 _GREY = ("1", "L", "LA", "La")
 _DEEP = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")
 
@@ -20,23 +27,49 @@ class BadImage(ValueError):
     """An image that cannot be used; the message says which and why."""
 
 
+class UnclearImage(BadImage):
+    """An image that could be meant in more than one way; the message says how to tell."""
+
+
+class Reading(NamedTuple):
+    """How images are to be understood where their files do not tell.
+
+    value_range: black and white of images of more than 8 bits, or of 8-bit masks of 0 and 1; None for
+    0 .. 65535 of 16 bits. alpha: what becomes of transparent pixels, one of ALPHA: "drop" shows the colour
+    below them, "black" and "white" lay the image over that colour.
+    """
+
+    value_range: Range | None = None
+    alpha: str = "refuse"
+
+
 def open_image(data: bytes | BinaryIO, name: str) -> Image.Image:
     """The first frame of an image file, complete and upright (EXIF orientation applied).
 
     name: for the message of BadImage, which is raised when the file is empty, truncated, of no known format,
     or claims more than MAX_PIXELS pixels.
     """
+    return look_at(data, name)[0]
+
+
+def look_at(data: bytes | BinaryIO, name: str) -> tuple[Image.Image, list[str]]:
+    """The image as `open_image` gives it, and what of its file does not show in it."""
     file = io.BytesIO(data) if isinstance(data, bytes) else data
+    Image.init()
+    formats = [kind for kind in _FORMATS if kind in Image.OPEN]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            image = Image.open(file)
+            image = Image.open(file, formats=formats)
             if math.prod(image.size) > MAX_PIXELS:
                 raise BadImage(
                     f"{name}: must have at most {MAX_PIXELS} pixels, got {image.width}x{image.height}"
                 )
+            # A photograph's second picture (MPO) is its preview.
+            moving = getattr(image, "is_animated", False) and image.format != "MPO"
+            shortened = ";16" in str(image.tile) and image.mode not in _DEEP
             image.load()
-            return ImageOps.exif_transpose(image)
+            upright = ImageOps.exif_transpose(image)
     except BadImage:
         raise
     except Image.DecompressionBombError as error:
@@ -51,6 +84,16 @@ def open_image(data: bytes | BinaryIO, name: str) -> Image.Image:
         Exception
     ) as error:  # Pillow's decoders raise struct.error, IndexError and more on damage
         raise BadImage(f"{name}: must be decodable, got {type(error).__name__}: {error}") from error
+    traits = ["only the first of several frames is read"] if moving else []
+    if image.getexif().get(0x0112, 1) != 1:
+        traits.append("turned upright, as EXIF says")
+    if shortened:
+        traits.append("16 bits a channel of colour are read as 8, as Pillow does it")
+    if upright.mode == "CMYK":
+        traits.append("CMYK is converted to RGB without a colour profile")
+    if upright.mode == "P":
+        traits.append("palettes are read as colour")
+    return upright, traits
 
 
 def is_grey(image: Image.Image) -> bool:
@@ -58,28 +101,107 @@ def is_grey(image: Image.Image) -> bool:
     return image.mode in _GREY or image.mode in _DEEP
 
 
+def is_deep(image: Image.Image) -> bool:
+    """Whether the file's values are of 16 bits, or floating."""
+    return image.mode in _DEEP
+
+
 def bit_depth(image: Image.Image) -> int:
     """Bits a channel of the file, as far as Pillow keeps them: 1, 8, 16 or 32."""
     return {"1": 1, "F": 32}.get(image.mode, 16 if image.mode in _DEEP else 8)
 
 
-def to_array(image: Image.Image, channels: int, size: int | None) -> np.ndarray:
+def is_transparent(image: Image.Image) -> bool:
+    """Whether a pixel is not wholly opaque."""
+    if not image.has_transparency_data:
+        return False
+    return int(np.asarray(image.convert("RGBA").getchannel("A")).min()) < 255
+
+
+def deep_values(image: Image.Image) -> np.ndarray:
+    """[H, W] of an image with `is_deep`: uint16 where values fit, else what the file has."""
+    values = np.asarray(image)
+    if values.dtype.kind == "f":
+        return values
+    fits = values.min() >= 0 and values.max() <= 65535
+    return values.astype(np.uint16 if fits else np.int32)
+
+
+def to_array(
+    image: Image.Image,
+    channels: int,
+    size: int | None,
+    reading: Reading | None = None,
+    name: str = "image",
+) -> np.ndarray:
     """float32 [H, W, channels] in [-1, 1]; with `size`, resized and cropped to that square.
 
-    16-bit values keep their precision (65535 becomes 1); an alpha channel is dropped, as in the original.
+    16-bit values keep their precision (65535 becomes 1). name: for the message of BadImage, raised for
+    values outside the range that `reading` gives, and of UnclearImage, where it should give more.
     """
+    reading = Reading() if reading is None else reading
     if image.mode in _DEEP:
-        # "I" is how Pillow gives 16-bit files of some formats; its values are still 0..65535.
-        values = np.asarray(image, dtype=np.float32)
-        full = 1.0 if image.mode == "F" else 65535.0
-        plane = Image.fromarray(values)
-        plane = plane if size is None else fit(plane, size)
-        unit = np.clip(np.asarray(plane), 0.0, full) / np.float32(full / 2) - 1
+        unit = _deep_unit(image, reading, name)
+        if size is not None:
+            unit = np.clip(np.asarray(_fitted(Image.fromarray(unit), size, name)), -1, 1)
         return np.repeat(unit[..., None], channels, axis=2)
-    image = image.convert("L" if channels == 1 else "RGB")
-    image = image if size is None else fit(image, size)
+    image = _opaque(image, reading.alpha, name)
+    one_bit = image.mode == "1"
+    try:
+        image = image.convert("L" if channels == 1 else "RGB")
+    except ValueError as error:
+        raise BadImage(f"{name}: must have a colour space of screens, got {error}") from error
+    if reading.value_range is not None and not one_bit:
+        unit = _unit(np.asarray(image), reading.value_range, name)
+        image = Image.fromarray(np.round((unit + 1) * np.float32(127.5)).astype(np.uint8))
+    image = image if size is None else _fitted(image, size, name)
     levels = np.asarray(image, dtype=np.float32)
     return levels.reshape(*levels.shape[:2], channels) / np.float32(127.5) - 1
+
+
+def _deep_unit(image: Image.Image, reading: Reading, name: str) -> np.ndarray:
+    if image.has_transparency_data and reading.alpha != "drop":
+        raise UnclearImage(f"{name}: must be without transparency where it has 16 bits, got some")
+    values, given = deep_values(image), reading.value_range
+    # Whether 16 bits are used to the full shows in many images, not in one.
+    if given is None and values.dtype == np.uint16:
+        given = (0.0, 65535.0)
+    if given is None and values.dtype.kind == "f":
+        raise UnclearImage(
+            f"{name}: must have a value_range for floating values ({values.min():g} .. "
+            f"{values.max():g}; 0,1 or -1,1 or 0,255?), got None"
+        )
+    return _unit(values, given, name)
+
+
+def _unit(values: np.ndarray, given: Range | None, name: str) -> np.ndarray:
+    try:
+        found = (float(values.min()), float(values.max()))
+        return to_signed_unit(name, values, choose_range(name, values.dtype, found, given))
+    except ValueError as error:
+        raise UnclearImage(str(error)) from None
+
+
+def _fitted(image: Image.Image, size: int, name: str) -> Image.Image:
+    """`fit`, unless the longer side would grow with the shorter one beyond MAX_PIXELS."""
+    short, long = sorted(image.size)
+    if size * (long * size / short) > MAX_PIXELS:
+        raise BadImage(
+            f"{name}: must have sides more alike for {size}x{size}, got {image.width}x{image.height}"
+        )
+    return fit(image, size)
+
+
+def _opaque(image: Image.Image, alpha: str, name: str) -> Image.Image:
+    if alpha == "drop" or not is_transparent(image):
+        return image
+    if alpha == "refuse":
+        raise UnclearImage(
+            f"{name}: must be opaque, or alpha be 'drop' (show the colours below), 'black' or 'white' "
+            "(lay it over that), got transparent pixels"
+        )
+    ground = Image.new("RGBA", image.size, (0, 0, 0, 255) if alpha == "black" else (255,) * 4)
+    return Image.alpha_composite(ground, image.convert("RGBA"))
 
 
 def fit(image: Image.Image, size: int) -> Image.Image:

@@ -42,9 +42,11 @@ def batches(
         collate_fn=_only,
         worker_init_fn=ignore_signals,
         # Its own generator: the loader would otherwise advance the global one.
-        generator=torch.Generator(),
+        generator=torch.Generator(device="cpu"),
     )
-    return iter(loader)
+    # The loader draws a seed on the default device, which its generator is not on.
+    with torch.device("cpu"):
+        return iter(loader)
 
 
 class _Positions(Dataset):
@@ -52,7 +54,7 @@ class _Positions(Dataset):
         self._data, self._order = data, order
 
     def __getitems__(self, positions: list[int]) -> list[Batch]:
-        at = torch.tensor(positions)
+        at = torch.tensor(positions, dtype=torch.int64, device="cpu")
         images, used, complaints = self._data.images(self._order.at(at))
         return [Batch(at, images, self._data.labels(used), complaints)]
 

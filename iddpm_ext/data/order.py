@@ -34,9 +34,10 @@ class Order:
 
     def _pass(self, number: int) -> Tensor:
         if number not in self._passes:
-            key = NoiseKey(self.seed, STREAM_CHOICE, torch.arange(self.count), number, _ORDER_DRAW)
+            places = torch.arange(self.count, dtype=torch.int64, device="cpu")
+            key = NoiseKey(self.seed, STREAM_CHOICE, places, number, _ORDER_DRAW)
             # 63 bits, so that ties, which would fall to the lower index, do not occur in practice.
-            pair = words(key, (self.count, 2))
+            pair = words(key, (self.count, 2), "cpu")
             keys = (pair[:, 0] << 31) ^ pair[:, 1]
             kept = {n: p for n, p in self._passes.items() if n == number - 1}
             self._passes = {**kept, number: keys.argsort(stable=True)}

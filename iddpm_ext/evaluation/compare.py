@@ -8,7 +8,7 @@ import os
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,16 @@ from torch import Tensor
 
 from iddpm_ext.evaluation.extraction import FeatureSet, cached_extract, extract
 from iddpm_ext.evaluation.extractors import INCEPTION, Extractor, ExtractorSpec, open_extractor
-from iddpm_ext.evaluation.images import Images, Recipe, open_images
+from iddpm_ext.evaluation.images import (
+    Images,
+    ImageSet,
+    Reading,
+    Recipe,
+    is_model,
+    model_classes,
+    open_images,
+    open_source,
+)
 from iddpm_ext.metrics import (
     Interval,
     Neighbourhoods,
@@ -26,6 +35,7 @@ from iddpm_ext.metrics import (
     inception_score,
     kernel_distance,
 )
+from iddpm_ext.networks.unet import UNet
 
 METRICS = ("fid", "sfid", "kid", "inception_score", "precision_recall")
 # What the original evaluator compares neighbourhoods with.
@@ -47,7 +57,7 @@ class Evaluation:
     scores: by name: fid, sfid, kid for FID's Inception and fd, sfd, kd for any other network,
     inception_score, precision_k3, recall_k3 and so on, each followed by "-" and the extractor.
     samples, reference: what they were. sample_count, reference_count: how many. extractor: its
-    name. seconds: the time it took.
+    name. image_size: (height, width) of both. seconds: the time it took.
     """
 
     scores: dict[str, Score]
@@ -56,6 +66,7 @@ class Evaluation:
     reference: str
     reference_count: int
     extractor: str
+    image_size: tuple[int, int]
     seconds: float
 
     def __getitem__(self, name: str) -> float:
@@ -74,6 +85,7 @@ class Evaluation:
         lines = [
             f"{self.sample_count} samples ({self.samples})",
             f"{self.reference_count} reference images ({self.reference})",
+            f"{self.image_size[1]}x{self.image_size[0]} pixels",
         ]
         for name, score in self.scores.items():
             interval = ""
@@ -92,6 +104,10 @@ def evaluate(
     n: int | None = None,
     reference_n: int | None = None,
     split: str = "train",
+    image_size: int | None = None,
+    classes: str = "auto",
+    value_range: Sequence[float] | None = None,
+    alpha: str = "refuse",
     steps: Any = 50,
     sampler: str = "ddpm",
     eta: float = 0.0,
@@ -109,7 +125,8 @@ def evaluate(
     Args:
         samples: a folder, zip, .npz (`arr_0`) or anything else that `open_data` reads; a tensor or
             an iterable of tensors [N, C, H, W], floating in [-1, 1] or uint8; a `UNet` or a name or
-            file of `load`, which is sampled while features are extracted, classes taking turns.
+            file of `load`, which is sampled while features are extracted. Its classes take turns: those
+            that the reference has, by their names, where it has any.
         reference: the same; usually the training data.
         extractor: what `open_extractor` takes: FID's Inception is a file that you have.
         metrics: of "fid", "sfid", "kid", "inception_score", "precision_recall". With an extractor
@@ -117,6 +134,9 @@ def evaluate(
         n: how many samples; all, or 10,000 of a model. The paper takes 50,000.
         reference_n: how many reference images; all if None.
         split: of data that has "train" and "test".
+        image_size: side of the square that images of files are resized and cropped to, as in training; None:
+            the model's where a model is sampled, else as they are. Both sets must have one size in the end.
+        classes, value_range, alpha: of `open_data`, for both where they are paths.
         steps, sampler, eta, guidance_scale, seed: of `sample`, for a model.
         neighbours: the k of precision and recall, whose real neighbourhoods are those of the first
             10,000 reference images; "kid" compares with these too.
@@ -139,14 +159,12 @@ def evaluate(
     _check(metrics, n, reference_n, neighbours, resamples, batch_size)
     began = time.perf_counter()
     network = open_extractor(extractor, device)
-    recipe = Recipe(n or 10_000, steps, sampler, eta, guidance_scale, seed)
-    drawn = open_images(
-        "samples", samples, n=n, split=split, batch_size=batch_size, recipe=recipe, device=device
-    )
-    real = open_images(
-        "reference", reference, n=reference_n, split=split, batch_size=batch_size,
-        recipe=Recipe(reference_n or 10_000, steps, sampler, eta, guidance_scale, seed + 1),
-        device=device,
+    drawn, real = _open_both(
+        samples, reference,
+        (Recipe(n or 10_000, steps, sampler, eta, guidance_scale, seed), n),
+        (Recipe(reference_n or 10_000, steps, sampler, eta, guidance_scale, seed + 1), reference_n),
+        Reading(split, image_size, classes, None if value_range is None else tuple(value_range), alpha),
+        batch_size, device,
     )  # fmt: skip
     others = {"kid", "precision_recall"} & set(metrics)
     b = cached_extract(real, network, keep=_KEPT, cache=_cache(cache), progress=progress)
@@ -156,9 +174,48 @@ def evaluate(
     for metric in metrics:
         scores.update(_SCORES[metric](a, b, network, tuple(neighbours), resamples))
     return Evaluation(
-        scores, drawn.what, a.count, real.what, b.count, network.name,
+        scores, drawn.what, a.count, real.what, b.count, network.name, drawn.size,
         round(time.perf_counter() - began, 1),
     )  # fmt: skip
+
+
+def _open_both(
+    samples: Images,
+    reference: Images,
+    of_samples: tuple[Recipe, int | None],
+    of_reference: tuple[Recipe, int | None],
+    reading: Reading,
+    batch_size: int,
+    device: torch.device | str,
+) -> tuple[ImageSet, ImageSet]:
+    """Both sets, of one size. of_samples, of_reference: how a model samples, and the most images."""
+    given = {"samples": samples, "reference": reference}
+    wanted = {"samples": of_samples, "reference": of_reference}
+    sources: dict[str, Any] = {}
+    # Models first: they say which size files are brought to.
+    for name, images in sorted(given.items(), key=lambda pair: not is_model(pair[1])):
+        sources[name] = open_source(name, images, reading, device)
+        if reading.image_size is None and isinstance(sources[name], UNet):
+            reading = replace(reading, image_size=sources[name].config.image_size)
+    sets = []
+    for name, other in (("samples", "reference"), ("reference", "samples")):
+        recipe, n = wanted[name]
+        words = ""
+        if isinstance(sources[name], UNet):
+            chosen, words = model_classes(other, sources[name], sources[other], name)
+            recipe = replace(recipe, classes=chosen)
+        found = open_images(
+            name, given[name], sources[name], n=n, batch_size=batch_size, recipe=recipe,
+            reading=reading,
+        )  # fmt: skip
+        sets.append(replace(found, what=found.what + words))
+    drawn, real = sets
+    if drawn.size != real.size:
+        raise ValueError(
+            "evaluate: samples and reference must have one size, or image_size say which files are "
+            f"brought to, got {drawn.size[1]}x{drawn.size[0]} and {real.size[1]}x{real.size[0]}"
+        )
+    return drawn, real
 
 
 def _named(metric: str, extractor: Extractor) -> str:
@@ -270,7 +327,10 @@ def _share_interval(share: float, count: int) -> Interval:
 def _cache(given: str | os.PathLike[str] | None) -> Path | None:
     if given is not None:
         return Path(given) if os.fspath(given) else None
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    try:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError:  # a user without a home
+        return None
     return Path(base) / "iddpm_ext" / "reference"
 
 

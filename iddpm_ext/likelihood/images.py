@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -10,15 +11,22 @@ from torch import Tensor
 
 from iddpm_ext.data import ImageData, Order, open_data
 
+# Of a level, in float32 and in arithmetic that others do on the way to [-1, 1].
+_ROUNDING = 1e-2
 #: What `nll` takes: images in a tensor, opened data, or a path to open.
 Data = Tensor | ImageData | str | os.PathLike[str]
 
 
 class Images(NamedTuple):
-    """x_0: float32 [N, C, H, W], 8-bit levels in [-1, 1]. labels: int64 [N], or None."""
+    """x_0: float32 [N, C, H, W], 8-bit levels in [-1, 1]. labels: int64 [N], or None.
+
+    class_names: what labels mean, or None. used: the labels that occur in the whole data.
+    """
 
     x_0: Tensor
     labels: Tensor | None
+    class_names: tuple[str, ...] | None = None
+    used: tuple[int, ...] = ()
 
 
 def read_images(
@@ -29,25 +37,36 @@ def read_images(
     shuffle: `limit` images of opened data are a choice of all of them, always the same one.
 
     The bound is that of 8-bit images. A tensor must hold such levels; what a file gives (16 bits, resized
-    images) is rounded to them.
+    images) is rounded to them, and a warning says so, as one does of what reading leaves out or changes.
     """
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
         raise ValueError(f"{who}: limit must be an int above 0, got {limit!r}")
     if isinstance(data, Tensor):
         _check_tensor(who, data)
-        return Images(data[:limit].float(), None)
+        return Images(data[:limit].detach().float(), None)
     if isinstance(data, (str, os.PathLike)):
         data = open_data(os.fspath(data), split=split, image_size=size, bad_images="stop")
     if not hasattr(data, "images") or not hasattr(data, "labels"):
         raise TypeError(f"{who}: data must be a tensor, a path or image data, got {type(data)}")
-    indices = torch.arange(
-        len(data) if limit is None else min(limit, len(data)), dtype=torch.int64, device="cpu"
-    )
+    for note in getattr(data, "notes", ()):
+        warnings.warn(f"{who}: {note}", stacklevel=4)
+    count = len(data) if limit is None else min(limit, len(data))
+    indices = torch.arange(count, dtype=torch.int64, device="cpu")
     if shuffle:
         indices = Order(len(data), seed=0).at(indices)
-    parts = [data.images(part)[0] for part in indices.split(256)]
-    levels = ((torch.cat(parts) + 1) * 127.5).round()
-    return Images(levels / 127.5 - 1, data.labels(indices))
+    given = (torch.cat([data.images(part)[0] for part in indices.split(256)]) + 1) * 127.5
+    levels = given.round()
+    if bool(((given - levels).abs() > _ROUNDING).any()):
+        warnings.warn(
+            f"{who}: images are rounded to the 256 levels that the bound is told of, as they have others",
+            stacklevel=4,
+        )
+    labels = data.labels(indices)
+    if labels is None or data.class_names is None:
+        return Images(levels / 127.5 - 1, None)
+    every = data.labels(torch.arange(len(data), dtype=torch.int64, device="cpu"))
+    used = tuple(every.unique().tolist()) if every is not None else ()
+    return Images(levels / 127.5 - 1, labels, data.class_names, used)
 
 
 def _check_tensor(who: str, data: Tensor) -> None:
@@ -60,7 +79,7 @@ def _check_tensor(who: str, data: Tensor) -> None:
         raise ValueError(f"{who}: data must lie in [-1, 1], got {low:g} .. {high:g}")
     for part in data.split(256):
         levels = (part.double() + 1) * 127.5
-        wrong = (levels - levels.round()).abs() > 1e-2
+        wrong = (levels - levels.round()).abs() > _ROUNDING
         if bool(wrong.any()):
             value = float(part[wrong][0])
             raise ValueError(

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from iddpm_ext.data import match_classes
 from iddpm_ext.diffusion import Diffusion
 from iddpm_ext.likelihood.images import Data, Images, read_images
 from iddpm_ext.networks.config import UNetConfig
@@ -126,7 +127,7 @@ def make_likelihood_request(
         raise ValueError(
             f"{who}: budget must be at least 2 for one image alone, to tell its error, got {budget}"
         )
-    labels = _labels(who, config, images, labels)
+    labels = _labels(who, model, config, images, labels)
     with _as_errors_of(who):
         network = make_request(
             model, steps, n=len(images.x_0), sampler="ddpm", eta=0.0, labels=labels,
@@ -140,8 +141,13 @@ def make_likelihood_request(
 
 
 def _labels(
-    who: str, config: UNetConfig | None, images: Images, labels: Sequence[int] | Tensor | None
+    who: str,
+    model: object,
+    config: UNetConfig | None,
+    images: Images,
+    labels: Sequence[int] | Tensor | None,
 ) -> Sequence[int] | Tensor | None:
+    """Those that are given, else the data's, as the classes that the network has for their names."""
     if labels is not None:
         return labels
     classes = None if config is None else config.num_classes
@@ -152,7 +158,9 @@ def _labels(
             f"{who}: labels must be given for a model of {classes} classes (-1 for unlabelled images), "
             f"as the data has none, got None"
         )
-    return images.labels
+    names = (getattr(model, "extra", None) or {}).get("class_names")
+    own = images.class_names or ()
+    return match_classes(who, own, images.used, names, classes)[images.labels]
 
 
 @contextmanager

@@ -37,9 +37,10 @@ def inception_score(probabilities: Features, *, splits: int = 10, seed: int = 0)
     p = checks.features("inception_score", "probabilities", probabilities, least=splits)
     if bool((p < 0).any()) or bool(((p.sum(1) - 1).abs() > 1e-3).any()):
         raise ValueError("inception_score: probabilities must be rows of sum 1, got others")
-    order = torch.randperm(
-        len(p), generator=torch.Generator().manual_seed(seed), dtype=torch.int64, device="cpu"
-    ).to(p.device)
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+    order = torch.randperm(len(p), generator=generator, dtype=torch.int64, device="cpu").to(
+        p.device
+    )
     scores = []
     for part in p[order].tensor_split(splits):
         marginal = part.mean(0)

@@ -59,7 +59,7 @@ def kernel_distance(
         raise ValueError(
             f"kernel_distance: subset_size must be at most {min(len(x), len(y))}, got {subset_size}"
         )
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device="cpu").manual_seed(seed)
     values = [
         squared_mmd(*(_subset(features, subset_size, generator) for features in (x, y)))
         for _ in range(subsets)
@@ -83,8 +83,5 @@ def _kernel(x: Tensor, y: Tensor) -> Tensor:
 def _subset(x: Tensor, size: int, generator: torch.Generator) -> Tensor:
     if size == len(x):
         return x
-    return x[
-        torch.randperm(len(x), generator=generator, dtype=torch.int64, device="cpu")[:size].to(
-            x.device
-        )
-    ]
+    order = torch.randperm(len(x), generator=generator, dtype=torch.int64, device="cpu")
+    return x[order[:size].to(x.device)]

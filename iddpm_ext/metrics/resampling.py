@@ -46,14 +46,10 @@ def half_sample_interval(
     """
     checks.positive("half_sample_interval", "count", count, least=4)
     checks.positive("half_sample_interval", "resamples", resamples, least=2)
-    generator = torch.Generator().manual_seed(seed)
-    values = [
-        metric(
-            torch.randperm(count, generator=generator, dtype=torch.int64, device="cpu")[
-                : count // 2
-            ]
-        )
-        for _ in range(resamples)
-    ]
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+    values = []
+    for _ in range(resamples):
+        order = torch.randperm(count, generator=generator, dtype=torch.int64, device="cpu")
+        values.append(metric(order[: count // 2]))
     reach = 1.96 * statistics.stdev(values)
     return Interval(value - reach, value + reach)

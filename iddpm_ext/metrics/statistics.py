@@ -40,7 +40,7 @@ class Moments:
     def __init__(self) -> None:
         self._count = 0
         self._mean = torch.empty(0, dtype=torch.float64, device="cpu")
-        self._scatter = torch.empty(0, 0, dtype=torch.float64, device="cpu")
+        self._scatter = torch.empty((0, 0), dtype=torch.float64, device="cpu")
 
     def update(self, features: Features) -> None:
         """Adds feature vectors, floating [N, D]."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from iddpm_ext import foreign
+from iddpm_ext.checkpoint.unlabelled import warn_if_never_unlabelled
 from iddpm_ext.diffusion import SAMPLERS as ONE_STEP_SAMPLERS
 from iddpm_ext.diffusion import Diffusion
 from iddpm_ext.interop.process import diffusion_of
@@ -372,6 +373,8 @@ def _guidance_scale(scale: float, labels: Tensor | None, model: object) -> float
         raise ValueError(
             f"sample: guidance_scale must be 1 for a model without labels, got {scale}"
         )
+    if scale != 1:
+        warn_if_never_unlabelled(model, "sample")
     return float(scale)
 
 

@@ -19,6 +19,8 @@ _CHOICES = {
     "objective": ("simple", "hybrid", "vlb"),
     "timestep_sampler": ("uniform", "loss-second-moment"),
     "bad_images": ("skip", "stop"),
+    "split": ("train", "test", "all"),
+    "alpha": ("refuse", "drop", "black", "white"),
     "schedule": ("cosine", "linear"),
     "variance": ("learned_range", "learned", "fixed_large", "fixed_small"),
     "prediction": ("epsilon", "x_0", "x_prev"),
@@ -41,6 +43,11 @@ class TrainConfig:
         workers: processes that decode images; 0 does it in the training process.
         cache: decode all images once, when the run begins, and keep them in memory.
         bad_images: skip (and count) or stop at unreadable images.
+        split: train, test, or all, which takes no folder for a split.
+        classes: where they come from: auto; folders, names or file (dataset.json); ids, where labels are any
+            numbers; a column of a Hugging Face data set; none.
+        value_range: the values of black and white, 0,1 or 0,4095 or =-1,1, where their type does not tell.
+        alpha: what becomes of transparent pixels: refuse; drop (the colours below show); black or white.
         class_cond: give the network the class.
         label_dropout: chance that an image's class is withheld, for guidance.
         model_channels: width of the first level; at 32 every channel is a group of its own in GroupNorm,
@@ -101,6 +108,10 @@ class TrainConfig:
     workers: int = 0
     cache: bool = False
     bad_images: Literal["skip", "stop"] = "skip"
+    split: Literal["train", "test", "all"] = "train"
+    classes: str = "auto"
+    value_range: tuple[float, ...] | None = None
+    alpha: Literal["refuse", "drop", "black", "white"] = "refuse"
     class_cond: bool = False
     label_dropout: float = 0.0
     model_channels: int = 64
@@ -150,6 +161,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("channel_mult", "attention_resolutions", "ema", "init_ema"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
+        if self.value_range is not None:
+            object.__setattr__(self, "value_range", tuple(self.value_range))
         for name in _POSITIVE:
             if not getattr(self, name) > 0:
                 raise ValueError(f"train: {name} must be above 0, got {getattr(self, name)}")

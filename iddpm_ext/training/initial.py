@@ -18,6 +18,7 @@ from iddpm_ext.checkpoint.torch_file import (
     read_plain,
     require_dense,
 )
+from iddpm_ext.data.classes import difference
 from iddpm_ext.diffusion import Diffusion
 from iddpm_ext.networks.config import UNetConfig
 
@@ -74,6 +75,8 @@ def _read_weights(path: Path, state: TrainState) -> tuple[dict[str, Tensor], lis
         raise FileNotFoundError(f"train: init files must exist, got {str(path)!r}")
     metadata, tensors = read_file(path)
     notes = _compare(path, metadata, state)
+    # OpenAI's code never withholds a label.
+    state.trained_before(_extra(metadata).get("label_dropout") if "unet" in metadata else 0.0)
     expected = state.model.state_dict()
     rows = expected[_LABELS].shape[0] if _LABELS in expected else 0
     if is_torch_file(path) and _LABELS in tensors and len(tensors[_LABELS]) > rows > 0:
@@ -89,7 +92,7 @@ def _read_weights(path: Path, state: TrainState) -> tuple[dict[str, Tensor], lis
 
 
 def _compare(path: Path, metadata: Mapping[str, str], state: TrainState) -> list[str]:
-    """Refuses another network than the run's; notes on another process."""
+    """Refuses another network than the run's; notes on another process and other classes."""
     if "unet" not in metadata:
         return []
     theirs = UNetConfig.from_dict(json.loads(metadata["unet"])).to_dict()
@@ -99,9 +102,19 @@ def _compare(path: Path, metadata: Mapping[str, str], state: TrainState) -> list
     if broken:
         raise ValueError(f"train: settings must be those of {path}, got {', '.join(broken)}")
     described = json.loads(metadata.get("diffusion", "null"))
+    notes = []
     if described is not None and Diffusion.from_dict(described) != state.model.diffusion:
-        return [f"{path} was trained for {Diffusion.from_dict(described)!r}"]
-    return []
+        notes.append(f"{path} was trained for {Diffusion.from_dict(described)!r}")
+    names, before = state.class_names, _extra(metadata).get("class_names")
+    if ours["num_classes"] and names and before and list(names) != before:
+        notes.append(
+            f"{path} has other classes ({difference(names, before)}): each begins as the one of its number"
+        )
+    return notes
+
+
+def _extra(metadata: Mapping[str, str]) -> dict[str, Any]:
+    return json.loads(metadata.get("extra", "{}"))
 
 
 def _read_optimizer(

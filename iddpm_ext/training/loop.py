@@ -13,6 +13,7 @@ from torch import Tensor
 
 import iddpm_ext
 from iddpm_ext.data import CachedData, ImageData, Order, batches, empty_classes, open_data
+from iddpm_ext.data.classes import shown
 from iddpm_ext.networks.config import NUM_GROUPS
 
 from .captured import why_not_captured
@@ -21,7 +22,7 @@ from .initial import start_from
 from .log import RunLog
 from .memory import keep_freed_memory
 from .parallel import Parallel
-from .resume import find_resume
+from .resume import find_resume, require_same_data
 from .signals import StopSignals
 from .state import TrainState, new_state
 from .step import positions_of, summarise, train_step
@@ -59,7 +60,10 @@ def train(config: TrainConfig) -> Path:
         data = _open(config)
         out, folder = Path(config.out), Path(config.out) / "ckpt"
         newest, notes = find_resume(folder, config, parallel.size)
+        if newest is not None:
+            notes += require_same_data(newest, config, data)
         state = new_state(config, data.image_shape, data.class_names, parallel)
+        state.data_images = len(data)
         if newest is not None:
             notes += state.restore(newest)
         elif config.init_from:
@@ -115,7 +119,9 @@ def _run(
         if save or state.step % config.log_every == 0:
             _require_finite(state, folder)
         if state.step % config.log_every == 0 or done or stopping:
-            skipped = parallel.sum(torch.tensor(bad_images, device=parallel.device))
+            skipped = parallel.sum(
+                torch.tensor(bad_images, dtype=torch.int64, device=parallel.device)
+            )
             log.record({**meter.record(), "bad_images": int(skipped)})
         if save:
             path = state.save(folder, config, parallel)
@@ -191,7 +197,10 @@ def _draw_samples(
     model = state.averaged_model(parallel)
     if model is not None:
         classes = model.config.num_classes
-        labels = None if classes is None else torch.arange(config.sample_count) % classes
+        labels = None
+        if classes is not None:
+            counted = torch.arange(config.sample_count, dtype=torch.int64, device="cpu")
+            labels = counted % classes
         chain = iddpm_ext.sample_progressive(
             model,
             steps=min(config.sample_steps, config.diffusion_steps),
@@ -220,36 +229,42 @@ def _draw_samples(
 def _open(config: TrainConfig) -> ImageData:
     data = open_data(
         config.data,
+        split=config.split,
         image_size=config.image_size,
         channels=config.channels,
         bad_images=config.bad_images,
+        classes=config.classes,
+        value_range=config.value_range,
+        alpha=config.alpha,
     )
     if config.class_cond and data.class_names is None:
         raise ValueError(
             "train: class_cond must be off for data without classes (every image in a folder of its "
             "class, or names that begin with it and '_'; two images a class on average), "
-            f"got on for {config.data}"
+            f"got on for {'; '.join([config.data, *data.notes])}"
         )
     _, height, width = data.image_shape
     if height != width:
         raise ValueError(
             f"train: image_size must be given for images that are not square, got {width}x{height}"
         )
-    # Sizes that differ, or values out of range, end the run here rather than after its folder is made.
-    data.images(torch.zeros(1, dtype=torch.int64))
     return data
 
 
 def _notes_on(data: ImageData, config: TrainConfig) -> list[str]:
     channels, height, width = data.image_shape
     classes = f", {len(data.class_names)} classes" if data.class_names else ""
-    notes = [f"{config.data}: {len(data)} images of {channels}x{height}x{width}{classes}"]
+    notes = [
+        f"{config.data}: {len(data)} images of {channels}x{height}x{width}{classes}",
+        *data.notes,
+    ]
     if len(data) < config.batch_size:
         notes.append(
             f"there are fewer images than the {config.batch_size} of a batch: batches repeat them"
         )
     if config.class_cond and data.class_names:
-        notes += [f"the class {name} has no images" for name in empty_classes(data)]
+        empty = empty_classes(data)
+        notes += [f"classes without images: {shown(empty)}"] if empty else []
     sides = [width >> level for level in range(len(config.channel_mult))]
     unused = [side for side in config.attention_resolutions if side not in sides]
     if unused:

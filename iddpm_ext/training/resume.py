@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+
+from safetensors import safe_open
+
+from iddpm_ext.data import ImageData
+from iddpm_ext.data.classes import difference
 
 from .checkpoints import newest_checkpoint, read_state
 from .config import TrainConfig
@@ -32,7 +38,8 @@ def find_resume(folder: Path, config: TrainConfig, processes: int) -> tuple[Path
     if config.resume == "never":
         raise ValueError(f"train: out must hold no checkpoint with resume='never', got {newest}")
     state = read_state(newest)
-    before, now = state["config"], config.to_dict()
+    # A setting that is newer than the checkpoint was at its default.
+    before, now = {**TrainConfig().to_dict(), **state["config"]}, config.to_dict()
     changed = [name for name in now if name not in _FREE and before.get(name) != now[name]]
     broken = [name for name in changed if name in _FIXED]
     if broken:
@@ -43,3 +50,31 @@ def find_resume(folder: Path, config: TrainConfig, processes: int) -> tuple[Path
     if processes != state["processes"]:
         notes.append(f"the run has {processes} processes now, {state['processes']} before")
     return newest, notes
+
+
+def require_same_data(newest: Path, config: TrainConfig, data: ImageData) -> list[str]:
+    """Notes on data that is not what the checkpoint was trained on.
+
+    Raises ValueError where it cannot be: images of another size or other channels, or other classes.
+    """
+    with safe_open(newest / "model.safetensors", framework="pt", device="cpu") as file:
+        metadata = file.metadata()
+    network, extra = json.loads(metadata["unet"]), json.loads(metadata.get("extra", "{}"))
+    channels, height, width = data.image_shape
+    found = []
+    if max(height, width) != network["image_size"]:
+        side = network["image_size"]
+        found.append(f"images of {width}x{height}, which were {side}x{side}")
+    if channels != network["in_channels"]:
+        found.append(f"{channels} channels, which were {network['in_channels']}")
+    names, before = data.class_names, extra.get("class_names")
+    if config.class_cond and names is not None and before is not None and list(names) != before:
+        found.append(f"other classes ({difference(names, before)})")
+    if found:
+        raise ValueError(
+            f"train: data must be that of the run in {newest}, got {'; '.join(found)}: {config.data}"
+        )
+    images = read_state(newest).get("data_images")
+    if images is None or images == len(data):
+        return []
+    return [f"the data has {len(data)} images now, {images} before: its order begins anew"]

@@ -35,6 +35,8 @@ class TrainState:
     skipped: steps in a row whose gradient was not finite, a tensor on the run's device.
     fused: the network as a GPU trains it, in place of `module`, once a step was made.
     captured: forward and backward pass as a CUDA graph, once there is one.
+    label_dropout: the largest that the weights were trained with, None where that is not known.
+    data_images: how many images the data has.
     """
 
     model: UNet
@@ -50,6 +52,8 @@ class TrainState:
     seconds: float = 0.0
     fused: FusedTraining | None = None
     captured: CapturedPass | None = None
+    label_dropout: float | None = 0.0
+    data_images: int | None = None
 
     def decays(self, warmup: bool) -> list[float]:
         """The decay of each average in the next update; `step` counts the updates before."""
@@ -83,6 +87,8 @@ class TrainState:
             "updates": int(self.optimizer.updates),
             "scaler": self.scaler.state_dict(),
             "processes": parallel.size,
+            "label_dropout": self.label_dropout,
+            "data_images": self.data_images,
             "config": config.to_dict(),
         }
         path = folder / f"step-{self.step}"
@@ -95,6 +101,7 @@ class TrainState:
         """Takes everything from the checkpoint directory `path`; returns notes on what it did not hold."""
         state = read_state(path)
         self.step, self.images, self.seconds = state["step"], state["images"], state["seconds"]
+        self.trained_before(state.get("label_dropout", state["config"]["label_dropout"]))
         notes = []
         weights = read_tensors(path, "model.safetensors")
         with torch.no_grad():
@@ -120,11 +127,20 @@ class TrainState:
             self.timestep_sampler.load_state_dict(read_tensors(path, "timesteps.safetensors"))
         return notes
 
+    def trained_before(self, label_dropout: float | None) -> None:
+        """The weights come from training with this `label_dropout`; None where that is not known."""
+        if label_dropout is None and not self.label_dropout:
+            self.label_dropout = None
+        elif self.label_dropout is not None and label_dropout is not None:
+            self.label_dropout = max(self.label_dropout, label_dropout)
+
     def describe(self) -> dict[str, str]:
         """The metadata of a weights file, as `iddpm_ext.load` wants it."""
         extra: dict[str, Any] = {"step": self.step, "images": self.images}
         if self.model.config.num_classes is not None and self.class_names is not None:
             extra["class_names"] = list(self.class_names)
+        if self.model.config.num_classes is not None and self.label_dropout is not None:
+            extra["label_dropout"] = self.label_dropout
         return metadata_of(self.model, extra)
 
     def averaged_model(self, parallel: Parallel) -> UNet | None:
@@ -192,7 +208,8 @@ def new_state(
         ),
         emas=emas,
         class_names=class_names,
-        skipped=torch.zeros((), device=parallel.device),
+        skipped=torch.zeros((), dtype=torch.float32, device=parallel.device),
+        label_dropout=config.label_dropout,
     )
 
 

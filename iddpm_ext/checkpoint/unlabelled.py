@@ -1,0 +1,24 @@
+"""Whether a class-conditional network has ever seen an image without its class."""
+
+from __future__ import annotations
+
+import warnings
+
+from iddpm_ext.networks.unet import UNet
+
+
+def warn_if_never_unlabelled(model: object, who: str) -> None:
+    """Warns where `model` was trained on labelled images alone, from which guidance cannot lead away.
+
+    A checkpoint of ours says so (`extra["label_dropout"]` of 0), and OpenAI's code never leaves a label
+    out. Of other networks nothing is known and nothing said. who: the function that the warning names.
+    """
+    if not isinstance(model, UNet) or model.config.num_classes is None:
+        return
+    known = 0 if "openai" in model.extra else None
+    if model.extra.get("label_dropout", known) == 0:
+        warnings.warn(
+            f"{who}: guidance_scale must be 1 for images as the network learned them: it was trained without "
+            "label_dropout, and half of the guidance comes from unlabelled images that it never saw",
+            stacklevel=5,
+        )
