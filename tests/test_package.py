@@ -17,7 +17,7 @@ PACKAGE = Path(iddpm_ext.__file__).parent
 # From the ground up; a part not named here belongs to MIDDLE. A part imports its own floor and
 # those below it.
 FLOORS = [
-    {"_C", "_native", "random", "gaussian", "foreign", "process_group"},
+    {"_C", "_native", "random", "gaussian", "foreign", "process_group", "files", "text"},
     {"ops"},
     {"diffusion"},
     {"networks"},

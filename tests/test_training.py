@@ -16,14 +16,14 @@ import numpy as np
 import pytest
 import torch
 
-from iddpm_ext.training import TrainConfig, newest_checkpoint, train
-from iddpm_ext.training.checkpoints import (
+from iddpm_ext.checkpoint.runs import (
     list_checkpoints,
     read_state,
     read_tensors,
     verify_checkpoint,
-    write_checkpoint,
 )
+from iddpm_ext.training import TrainConfig, newest_checkpoint, train
+from iddpm_ext.training.checkpoints import write_checkpoint
 from iddpm_ext.training.rates import ema_decay, learning_rate
 from iddpm_ext.training.step import positions_of
 

@@ -52,9 +52,9 @@ def run(
         cache: folder for the reference's statistics; "" for none.
         out: a .json file for the numbers.
     """
-    from iddpm_ext.checkpoint.write import write_whole
     from iddpm_ext.cli._common import pick_device, read_steps
     from iddpm_ext.evaluation import evaluate
+    from iddpm_ext.files import write_whole
 
     found = evaluate(
         samples, reference, extractor=extractor, metrics=metrics, n=n, reference_n=reference_n,

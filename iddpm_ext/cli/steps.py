@@ -45,6 +45,7 @@ def run(
     """
     import iddpm_ext
     from iddpm_ext.checkpoint import bundled
+    from iddpm_ext.files import beside
     from iddpm_ext.likelihood.request import make_likelihood_request
     from iddpm_ext.likelihood.schedules import check_counts, search
     from iddpm_ext.sampling.distributed import Processes
@@ -65,7 +66,7 @@ def run(
         )  # fmt: skip
         began = time.perf_counter()
         # Beside the checkpoint, so that an interrupted search finds it.
-        state = target.with_name(f"{target.name}.steps")
+        state = beside(target, ".steps")
         found = search(request, candidates, most, state, processes)
         seconds = time.perf_counter() - began
         if processes.rank > 0:

@@ -18,6 +18,7 @@ from torch import Tensor
 from iddpm_ext.evaluation.extraction import FeatureSet, cached_extract, extract
 from iddpm_ext.evaluation.extractors import INCEPTION, Extractor, ExtractorSpec, open_extractor
 from iddpm_ext.evaluation.images import Images, Recipe, open_images
+from iddpm_ext.files import cache_folder
 from iddpm_ext.metrics import (
     Interval,
     Neighbourhoods,
@@ -270,8 +271,8 @@ def _share_interval(share: float, count: int) -> Interval:
 def _cache(given: str | os.PathLike[str] | None) -> Path | None:
     if given is not None:
         return Path(given) if os.fspath(given) else None
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "iddpm_ext" / "reference"
+    folder = cache_folder()
+    return None if folder is None else folder / "reference"
 
 
 def _check(

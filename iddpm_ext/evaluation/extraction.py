@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from iddpm_ext.checkpoint.write import write_whole
 from iddpm_ext.evaluation.extractors import Extractor
 from iddpm_ext.evaluation.images import ImageSet
+from iddpm_ext.files import write_whole
 from iddpm_ext.metrics import FeatureStatistics, Moments
 
 _FORMAT = 1
@@ -87,11 +89,19 @@ def cached_extract(
     if cache is None or not images.fingerprint or not extractor.fingerprint:
         return extract(images, extractor, keep=keep, progress=progress)
     key = json.dumps([_FORMAT, images.fingerprint, extractor.fingerprint, keep])
-    path = cache / f"{extractor.name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
-    if path.exists():
+    # An extractor may be called after a file, whose name may be as long as the system allows.
+    path = cache / f"{extractor.name[:50]}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
+    if os.path.exists(path):  # False, not an error, in a folder that may not be looked at
         return _read(path)
     found = extract(images, extractor, keep=keep, progress=progress)
-    _write(path, found, json.dumps({"images": images.what, "extractor": extractor.name}))
+    try:
+        _write(path, found, json.dumps({"images": images.what, "extractor": extractor.name}))
+    except OSError as error:
+        warnings.warn(
+            f"evaluate: cache {cache} cannot be written ({error.strerror}): what was computed of the "
+            "reference is used, and computed anew the next time",
+            stacklevel=3,
+        )
     return found
 
 

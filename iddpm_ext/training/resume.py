@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .checkpoints import newest_checkpoint, read_state
+from iddpm_ext.checkpoint.runs import newest_checkpoint, read_state
+
 from .config import TrainConfig
 
 # What the weights, the meaning of the optimiser's state or the order of the data depend on.

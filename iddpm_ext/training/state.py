@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from iddpm_ext.checkpoint import metadata_of
+from iddpm_ext.checkpoint.runs import WEIGHTS, ema_file, read_state, read_tensors
 from iddpm_ext.diffusion import Diffusion
 from iddpm_ext.diffusion.timestep_samplers import TimestepSampler, make_timestep_sampler
 from iddpm_ext.networks.config import UNetConfig
 from iddpm_ext.networks.unet import UNet
 
 from .captured import CapturedPass
-from .checkpoints import read_state, read_tensors, write_checkpoint
+from .checkpoints import write_checkpoint
 from .config import TrainConfig
 from .optimizer import MOMENTS, AdamWEMA
 from .parallel import Parallel, copy_whole, whole
@@ -57,7 +58,7 @@ class TrainState:
         metadata = self.describe()
         weights = {name: _on_cpu(value) for name, value in self.model.state_dict().items()}
         tensors: dict[str, tuple[dict[str, Tensor], dict[str, str] | None]] = {
-            "model.safetensors": (weights, metadata)
+            WEIGHTS: (weights, metadata)
         }
         for decay, average in self.emas.items():
             values = {name: _on_cpu(value) for name, value in average.items()}
@@ -93,7 +94,7 @@ class TrainState:
         state = read_state(path)
         self.step, self.images, self.seconds = state["step"], state["images"], state["seconds"]
         notes = []
-        weights = read_tensors(path, "model.safetensors")
+        weights = read_tensors(path, WEIGHTS)
         with torch.no_grad():
             for name, value in self.model.state_dict().items():
                 copy_whole(value, weights[name])
@@ -189,11 +190,6 @@ def new_state(
         class_names=class_names,
         skipped=torch.zeros((), device=parallel.device),
     )
-
-
-def ema_file(decay: float) -> str:
-    """The file of the average with this decay in a checkpoint directory."""
-    return f"ema_{decay}.safetensors"
 
 
 def _on_cpu(value: Tensor) -> Tensor:
