@@ -91,6 +91,7 @@ class Journal:
             self._file.close()
             for path in self._paths:
                 path.unlink(missing_ok=True)
+            self._lock.close()
             with contextlib.suppress(OSError):  # other runs' files keep the folder
                 self._paths[0].parent.rmdir()
 
