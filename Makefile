@@ -23,7 +23,7 @@ help: ## print this list
 	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' Makefile | expand -t 14
 
 sample: $(VENV)/.built ## draw 64 garments with the bundled fashion-mnist into samples.png
-	$(PY) -m iddpm_ext sample --n 64 --steps 50 --labels all --out samples.png
+	$(PY) -m iddpm_ext sample -n 64 --steps 50 --labels all --out samples.png
 
 test: $(VENV)/.dev $(VENV)/.built ## run the test suite (TESTS=tests/test_build.py for a part)
 	$(PY) -m pytest -q $(TESTS)

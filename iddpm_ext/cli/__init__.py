@@ -1,7 +1,8 @@
 """The command line: `iddpm VERB ...`.
 
 A verb is a module of this package without a leading underscore: the first line of its docstring is
-its summary, and the arguments of its function `run` are its flags. Nothing is registered elsewhere.
+its summary, and the arguments of its function `run` are its flags. Where a file among the arguments sets
+the flags' defaults, its function `bind` gives `run` with them. Nothing is registered elsewhere.
 """
 
 from __future__ import annotations
@@ -69,9 +70,8 @@ def _run(verb: str, arguments: Sequence[str]) -> int | None:
     from iddpm_ext.cli._flags import parse_and_call
 
     module = _module(verb)
-    return parse_and_call(
-        module.run, arguments, prog=f"iddpm {verb}", description=module.__doc__ or ""
-    )
+    run = module.bind(arguments) if hasattr(module, "bind") else module.run
+    return parse_and_call(run, arguments, prog=f"iddpm {verb}", description=module.__doc__ or "")
 
 
 def _module(verb: str) -> ModuleType:

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
-from iddpm_ext.cli._common import pick_device, read_steps
+from iddpm_ext.cli._common import MaybeCount, pick_device, read_steps
 
 
 def run(
@@ -17,7 +17,7 @@ def run(
     *,
     data: Path,
     split: Literal["train", "test"] = "test",
-    n: int | None = None,
+    n: MaybeCount = None,
     budget: float | None = 64,
     full: bool = False,
     steps: str | None = None,

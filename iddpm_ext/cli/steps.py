@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from iddpm_ext.cli._common import pick_device
+from iddpm_ext.cli._common import Count, pick_device
 
 _SHOWN = (2, 5, 10, 25, 50, 100, 250)
 
@@ -18,7 +18,7 @@ def run(
     *,
     data: Path,
     split: Literal["train", "test"] = "train",
-    n: int = 64,
+    n: Count = 64,
     candidates: int = 500,
     most: int = 250,
     out: Path | None = None,
