@@ -2,7 +2,7 @@
 
 In a folder with the files that they name, at toy size: `fashion-mnist` and OpenAI's checkpoints are small
 random networks of the same kinds, the data a few images. What is long is scaled: SCALED has every
-substitution, and nothing else in a line is changed. Of `make`, `pip` and the programs for a GPU it is
+substitution, and nothing else in a line is changed. It takes minutes, so CI runs it, not `make test`. Of `make`, `pip` and the programs for a GPU it is
 checked that there are such targets, versions and programs; CI runs `make test` and `make check`.
 """
 
@@ -39,7 +39,9 @@ SCALED = {
     r"-n 10000\b": "-n 3 --steps 2",
     r"-n 1000\b": "-n 2",
     r"-n 100\b": "-n 1",
-    r"-n 2000\b": "-n 4 --resamples 0 --steps 2",
+    r"-n 2000\b": "-n 12 --resamples 0 --steps 2",
+    r"-n 64 --steps 50": "-n 10 --steps 2",
+    r"--labels bag,8,8": "--labels bag,8,8 --steps 2",
     r"samples\.npz --reference DIR": "samples.npz --reference DIR --resamples 0",
     r"--extractor (inception-2015-12-05\.pt|efficientnet-lite0)": "--extractor pixels",
     r"--steps [26]00000( --batch-size 128)?": f"{TRAINED} --sample-every 0",
@@ -143,6 +145,7 @@ def commands(block: str) -> Iterator[list[str]]:
             yield words
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", blocks("sh"))
 def test_commands_run_as_written(stage, block, capsys):
     for words in commands(block):
@@ -178,6 +181,7 @@ def _torchrun(arguments: list[str]) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", blocks("python"))
 def test_snippets_run_as_written(stage, block):
     pytest.importorskip("diffusers")
