@@ -254,9 +254,9 @@ def _grid(
     """One picture of uint8 [N, H, W, C], row by row, each under its caption if there are any."""
     n, height, width, channels = levels.shape
     columns = min(n, columns or math.ceil(math.sqrt(n)))
-    font = ImageFont.load_default(_FONT_SIZE)
+    font = ImageFont.load_default(_FONT_SIZE) if captions else None
     if scale is None:
-        widest = max((font.getlength(text) for text in captions or ()), default=0)
+        widest = max(font.getlength(text) for text in captions) if captions and font else 0
         scale = max(1, math.ceil(widest / width))
     above = _CAPTION_HEIGHT if captions else 0
     cell = (width * scale + _GAP, height * scale + _GAP + above)

@@ -2,8 +2,9 @@
 
 In a folder with the files that they name, at toy size: `fashion-mnist` and OpenAI's checkpoints are small
 random networks of the same kinds, the data a few images. What is long is scaled: SCALED has every
-substitution, and nothing else in a line is changed. It takes minutes, so CI runs it, not `make test`. Of `make`, `pip` and the programs for a GPU it is
-checked that there are such targets, versions and programs; CI runs `make test` and `make check`.
+substitution, and nothing else in a line is changed. It takes minutes, so CI runs it, not `make test`.
+Of `make`, `pip` and the programs for a GPU it is checked that there are such targets, versions and
+programs; CI runs `make test` and `make check`.
 """
 
 from __future__ import annotations

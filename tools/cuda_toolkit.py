@@ -100,7 +100,9 @@ def _archs_of_torch(toolkit: Toolkit, text: str) -> tuple[str, str]:
 
     Containers set it for everything that is built in them, old architectures and names among it.
     """
-    supported, kept, left = toolkit.supported(), [], []
+    supported = toolkit.supported()
+    kept: list[str] = []
+    left: list[str] = []
     for word in _listed(text):
         names, ptx = word.removesuffix("+PTX"), "+PTX" * word.endswith("+PTX")
         for arch in _TORCH_NAMES.get(names, names).split(";"):
