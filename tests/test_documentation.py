@@ -37,6 +37,10 @@ TRAINED = "--steps 4 --batch-size 4 --model-channels 32 --num-res-blocks 1 --cha
 SCALED = {
     r"\bn=50_000\b": "n=4",
     r"\bbatch_size=500\b": "batch_size=2",
+    r"\[3\] \* 64": "[3] * 2",
+    r"\(model, steps=50\)": "(model, steps=4, n=2)",
+    r"num_inference_steps=50": "num_inference_steps=2",
+    r"\bn=16\b": "n=2",
     r"-n 10000\b": "-n 3 --steps 2",
     r"-n 1000\b": "-n 2",
     r"-n 100\b": "-n 1",
