@@ -93,7 +93,7 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     patch.setattr(read, "WEIGHTS", folder / "weights")
     garments = network(28, 1, classes=10)
     schedules = {"25": [round(i * (STEPS - 1) / 24) for i in range(25)]}
-    garments.extra = {"class_names": CLASSES, "step_schedules": {"optimal-25": schedules["25"]}}
+    garments.extra = {"class_names": CLASSES, "step_schedules": schedules}
     iddpm_ext.save(garments, folder / "weights" / "fashion-mnist.safetensors")
     for name in ("my.safetensors", "my_model.safetensors", "CHECKPOINT"):
         iddpm_ext.save(garments, folder / name)
