@@ -31,7 +31,7 @@ from iddpm_ext.networks.config import UNetConfig as Config
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 CLASSES = ["bag", *(f"c{i}" for i in range(1, 10))]
-STEPS = 128
+STEPS = 200  # a multiple of 50, for ddim50
 TRAINED = "--steps 4 --batch-size 4 --model-channels 32 --num-res-blocks 1 --channel-mult 1"
 # Pattern in a command or snippet -> what runs in its place.
 SCALED = {
