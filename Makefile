@@ -11,19 +11,21 @@ DATA ?= /usr/share/datasets/fashion-mnist
 STEPS ?= 8000
 
 PY = $(VENV)/bin/python
-INSTALL = $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
+INSTALL = $(PY) -m pip install --disable-pip-version-check -c constraints.txt
+# Of the package itself nothing is compiled by pip, which would not show it.
+INSTALL_HERE = IDDPM_CPP=0 $(INSTALL) --no-build-isolation
 BUILD = $(PY) setup.py -q build_ext --inplace
 CPP_FILES = $(shell find csrc tests benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 BUILD_INPUTS = setup.py $(wildcard tools/*.py) $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help build sample test train bench paper check sanitize gpu-check soak clean
+.PHONY: help build sample test train bench paper check clang sanitize gpu-check soak clean
 
 help: ## print this list
 	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' Makefile | expand -t 14
 
 sample: $(VENV)/.built ## draw 64 garments with the bundled fashion-mnist into samples.png
-	$(PY) -m iddpm_ext sample --n 64 --steps 50 --labels all --out samples.png
+	$(PY) -m iddpm_ext sample -n 64 --steps 50 --labels all --out samples.png
 
 test: $(VENV)/.dev $(VENV)/.built ## run the test suite (TESTS=tests/test_build.py for a part)
 	$(PY) -m pytest -q $(TESTS)
@@ -35,6 +37,10 @@ check: $(VENV)/.dev $(VENV)/.built ## ruff, mypy, clang-format and what makes te
 	$(PY) tools/check_tensors.py
 	$(VENV)/bin/clang-format --dry-run -Werror $(CPP_FILES)
 
+clang: $(VENV)/.ok ## compile the module with clang++ too, into build/clang, and import it
+	CXX=clang++ IDDPM_CUDA=0 $(PY) setup.py -q build_ext --build-lib build/clang
+	PYTHONPATH=build/clang/iddpm_ext $(PY) -c "import torch, _C; print(_C.build_info()['compiler'])"
+
 build: $(VENV)/.ok ## compile the module in place and say what was built
 	$(BUILD)
 	@touch $(VENV)/.built
@@ -45,7 +51,7 @@ train: $(VENV)/.ok $(VENV)/.built ## train the network of the bundled fashion-mn
 	  --lr 1e-3 --lr-warmup 200 --lr-decay --grad-clip 1 --ema 0.999 --dtype bfloat16
 
 bench: $(VENV)/.ok $(VENV)/.built ## the CPU engine against other runtimes (those that are installed)
-	$(INSTALL) --no-build-isolation -e '.[bench]'
+	$(INSTALL_HERE) -e '.[bench]'
 	$(PY) -m benchmarks.end_to_end --device cpu
 
 paper: $(VENV)/.dev $(VENV)/.built ## every figure and table of the paper at toy size into runs/paper (DATA=...)
@@ -65,16 +71,19 @@ clean: ## remove what was built; the environment in $(VENV) stays
 
 # torch comes first: an unpinned one would bring gigabytes of another version.
 $(VENV)/.ok: pyproject.toml constraints.txt
+	@echo "Setting up $(VENV): torch and a few small packages, once"
 	$(PYTHON) -m venv $(VENV) || { echo "make needs Python's venv (Debian: python3-venv)"; exit 1; }
 	$(INSTALL) $(TORCH)
-	$(INSTALL) setuptools pybind11
-	$(INSTALL) --no-build-isolation -e .
+	$(INSTALL) --quiet setuptools pybind11
+	$(INSTALL_HERE) -e .
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.ok
-	$(INSTALL) --no-build-isolation -e '.[dev]'
+	@echo "Adding what the tests need"
+	$(INSTALL_HERE) -e '.[dev]'
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.ok $(BUILD_INPUTS)
+	@echo "Compiling the kernels: minutes the first time, a line a file"
 	$(BUILD)
 	@touch $@

@@ -5,9 +5,10 @@ Environment:
     IDDPM_CUDA=auto|0|1   build CUDA kernels if possible (default), never, or fail if impossible;
                           "emulate" compiles them for the CPU (tests/cuda_emu), for tests
     IDDPM_CUDA_ARCHS      "80;90+PTX", or "native" for this machine's GPUs, the default of builds
-                          that stay in the tree; wheels take tools/cuda_toolkit.py's list
+                          that stay in the tree; wheels take tools/cuda_toolkit.py's list.
+                          TORCH_CUDA_ARCH_LIST is followed where this is not set
     IDDPM_SANITIZE        "address,undefined": compile for these sanitizers
-    CXX, MAX_JOBS         the C++ compiler; how many compilers run at once
+    CXX, MAX_JOBS         the C++ compiler, "clang++" or "ccache g++"; how many run at once
 
 What was decided, and the reason for every fallback, is printed and kept in ``_C.build_info()``.
 """
@@ -17,6 +18,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -36,11 +38,13 @@ from objects import CompileError, Unit, compile_all, compile_one
 
 CSRC = Path("csrc")
 EMULATOR = Path("tests/cuda_emu")
+LAUNCHERS = ("ccache", "sccache", "distcc", "icecc")
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 MODULE_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra")
 # Without these two, gcc leaves loops with exp or a comparison in them scalar.
 KERNEL_FLAGS = (
     *("-fno-trapping-math", "-fno-math-errno", "-Wno-psabi", "-Wno-unknown-pragmas"),
+    "-Wno-unknown-warning-option",  # clang does not know the next one
     "-Wno-maybe-uninitialized",  # the AVX-512 intrinsics of gcc 12
 )
 ISA_FLAGS = {
@@ -72,36 +76,46 @@ def say(text: str) -> None:
     print(f"iddpm_ext: {text}", flush=True)
 
 
-def find_compiler() -> tuple[str, str]:
-    """The C++ compiler and its version line; stops the build where there is none."""
-    for name in (os.environ.get("CXX"), "g++", "clang++", "c++"):
-        if name and shutil.which(name):
-            version = subprocess.run([name, "--version"], capture_output=True, text=True)
+def find_compiler() -> tuple[tuple[str, ...], str]:
+    """The words of the C++ compiler's command and its version line; stops the build without one."""
+    asked = tuple(shlex.split(os.environ.get("CXX", "")))
+    for words in [asked] if asked else [("g++",), ("clang++",), ("c++",)]:
+        if shutil.which(words[0]):
+            version = subprocess.run([*words, "--version"], capture_output=True, text=True)
             if version.returncode == 0:
-                return name, version.stdout.splitlines()[0]
+                return words, version.stdout.splitlines()[0]
+    if asked:
+        raise SystemExit(
+            f"iddpm_ext: CXX must be a C++ compiler that runs, got {os.environ['CXX']!r}"
+        )
     raise SystemExit(
-        "iddpm_ext: no C++ compiler found (CXX, g++, clang++, c++). Install one, or set "
+        "iddpm_ext: no C++ compiler found (g++, clang++, c++). Install one, or set "
         "IDDPM_CPP=0 to install the pure PyTorch reference backend alone."
     )
 
 
-def probe_openmp(cxx: str) -> tuple[tuple[str, ...], str]:
+def host_compiler(cxx: tuple[str, ...]) -> str:
+    """The compiler itself among the words of its command, for nvcc: not ccache, not its flags."""
+    return next(word for word in cxx if Path(word).name not in LAUNCHERS)
+
+
+def probe_openmp(cxx: tuple[str, ...]) -> tuple[tuple[str, ...], str]:
     """The OpenMP flags and "", or serial flags and the reason."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "probe.cpp")
         source.write_text("#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n")
-        command = [cxx, "-fopenmp", str(source), "-o", str(Path(folder, "probe"))]
+        command = [*cxx, "-fopenmp", str(source), "-o", str(Path(folder, "probe"))]
         done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode == 0:
         return ("-fopenmp",), ""
     return ("-fopenmp-simd", "-Wno-unknown-pragmas"), f"no OpenMP: {done.stderr.strip()[-200:]}"
 
 
-def probe_bf16(cxx: str) -> bool:
+def probe_bf16(cxx: tuple[str, ...]) -> bool:
     """Whether the compiler knows `BF16_FLAG`."""
     if not X86:
         return False
-    command = [cxx, *ISA_FLAGS["avx512"], BF16_FLAG, "-xc++", "-fsyntax-only", os.devnull]
+    command = [*cxx, *ISA_FLAGS["avx512"], BF16_FLAG, "-xc++", "-fsyntax-only", os.devnull]
     return subprocess.run(command, capture_output=True).returncode == 0
 
 
@@ -123,7 +137,8 @@ class BuildKernels(build_ext):
     def run(self) -> None:
         """Build; setuptools clears ``inplace`` while it does, and it decides the architectures."""
         in_tree = self.inplace or self.editable_mode
-        self.archs = os.environ.get("IDDPM_CUDA_ARCHS") or ("native" if in_tree else None)
+        self.archs = os.environ.get("IDDPM_CUDA_ARCHS") or None
+        self.default_archs = "native" if in_tree else None
         super().run()
 
     def build_extension(self, ext: Extension) -> None:
@@ -153,7 +168,7 @@ class BuildKernels(build_ext):
         say(f"C++ for {', '.join(ISAS)} with {self.compiler}; {openmp_reason or 'OpenMP'}")
         say(f"CUDA for {cuda.archs} ({cuda.reason})" if cuda.built else f"no CUDA: {cuda.reason}")
         try:
-            objects, compiled = compile_all(units, self.cache)
+            objects, compiled = compile_all(units, self.cache, say)
             self.link(objects, toolkit, Path(self.get_ext_fullpath(ext.name)))
         except CompileError as error:
             raise SystemExit(f"iddpm_ext: {error}") from None
@@ -183,7 +198,7 @@ class BuildKernels(build_ext):
             return Cuda(True, "IDDPM_CUDA=emulate", "the CPU"), None
         try:
             toolkit = find_toolkit()
-            archs, remark = choose_archs(toolkit, self.archs)
+            archs, remark = choose_archs(toolkit, self.archs, default=self.default_archs)
             probe = self.cache / "probe.cu"
             probe.write_text("#include <cuda_runtime.h>\n__global__ void probe() {}\n")
             compile_one(self.cuda_unit(toolkit, archs.split(";")[0], probe), self.cache)
@@ -196,7 +211,7 @@ class BuildKernels(build_ext):
 
     def unit(self, name: str, source: Path, *flags: str) -> Unit:
         """A C++ object file."""
-        command = (self.cxx, *MODULE_FLAGS, *self.openmp, f"-I{CSRC}", *flags, "-c")
+        command = (*self.cxx, *MODULE_FLAGS, *self.openmp, f"-I{CSRC}", *flags, "-c")
         return Unit(name, source, (*command, *sanitizer_flags()), self.compiler)
 
     def bindings_unit(self, with_cuda: bool) -> Unit:
@@ -245,7 +260,7 @@ class BuildKernels(build_ext):
     def cuda_unit(self, toolkit: Toolkit, archs: str, source: Path) -> Unit:
         """A CUDA object file."""
         command = (
-            *(toolkit.nvcc, "-std=c++17", "-O3", "-ccbin", self.cxx, f"-I{CSRC}"),
+            *(toolkit.nvcc, "-std=c++17", "-O3", "-ccbin", host_compiler(self.cxx), f"-I{CSRC}"),
             *("-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xfatbin", "-compress-all", "-lineinfo"),
             *gencode(archs),
             "-c",
@@ -264,7 +279,7 @@ class BuildKernels(build_ext):
         shared = ["-bundle", "-undefined", "dynamic_lookup"]
         if sys.platform != "darwin":
             shared = ["-shared", "-Wl,--exclude-libs,ALL", "-Wl,--as-needed"]
-        command = [self.cxx, *shared, *self.openmp, *sanitizer_flags(), *map(str, objects)]
+        command = [*self.cxx, *shared, *self.openmp, *sanitizer_flags(), *map(str, objects)]
         if toolkit:
             command += [str(toolkit.cudart), "-lrt", "-lpthread", "-ldl"]
         if not sanitizer_flags():

@@ -19,12 +19,16 @@ _LAZY: dict[str, str] = {
     "Splice": "iddpm_ext.networks.splice",
     "UNet": "iddpm_ext.networks.unet",
     "UNetConfig": "iddpm_ext.networks.config",
+    "checkpoint": "iddpm_ext.checkpoint",
     "classifier_gradient": "iddpm_ext.sampling",
+    "data": "iddpm_ext.data",
     "evaluate": "iddpm_ext.evaluation",
     "export_onnx": "iddpm_ext.interop.export",
     "export_program": "iddpm_ext.interop.export",
     "accelerate": "iddpm_ext.interop.acceleration",
     "from_diffusers": "iddpm_ext.interop.convert",
+    "images": "iddpm_ext.images",
+    "interop": "iddpm_ext.interop",
     "interpolate": "iddpm_ext.sampling",
     "invert": "iddpm_ext.sampling",
     "load": "iddpm_ext.checkpoint",
@@ -35,10 +39,12 @@ _LAZY: dict[str, str] = {
     "sample": "iddpm_ext.sampling",
     "sample_progressive": "iddpm_ext.sampling",
     "sample_two_stage": "iddpm_ext.sampling",
+    "sampling": "iddpm_ext.sampling",
     "save": "iddpm_ext.checkpoint",
     "save_animation": "iddpm_ext.images",
     "save_images": "iddpm_ext.images",
     "to_diffusers": "iddpm_ext.interop.convert",
+    "training": "iddpm_ext.training",
 }
 
 # When diffusers loads a pipeline it asks the library that a class names as its own, which is this
@@ -46,6 +52,14 @@ _LAZY: dict[str, str] = {
 _DIFFUSERS_BASES = ("ModelMixin", "SchedulerMixin")
 
 if TYPE_CHECKING:
+    from iddpm_ext import checkpoint as checkpoint
+    from iddpm_ext import data as data
+    from iddpm_ext import images as images
+    from iddpm_ext import interop as interop
+    from iddpm_ext import metrics as metrics
+    from iddpm_ext import ops as ops
+    from iddpm_ext import sampling as sampling
+    from iddpm_ext import training as training
     from iddpm_ext.checkpoint import load as load
     from iddpm_ext.checkpoint import load_classifier as load_classifier
     from iddpm_ext.checkpoint import save as save
@@ -77,15 +91,17 @@ if TYPE_CHECKING:
 __all__ = ["__version__", *_LAZY]
 
 
-def __getattr__(name: str) -> Any:
-    if name in _DIFFUSERS_BASES:
-        return getattr(importlib.import_module("diffusers"), name)
-    if name not in _LAZY:
-        raise AttributeError(f"module 'iddpm_ext' has no attribute {name!r}")
-    module = importlib.import_module(_LAZY[name])
-    value = module if _LAZY[name] == f"{__name__}.{name}" else getattr(module, name)
-    globals()[name] = value
-    return value
+if not TYPE_CHECKING:  # to a checker it would say that every name exists
+
+    def __getattr__(name: str) -> Any:
+        if name in _DIFFUSERS_BASES:
+            return getattr(importlib.import_module("diffusers"), name)
+        if name not in _LAZY:
+            raise AttributeError(f"module 'iddpm_ext' has no attribute {name!r}")
+        module = importlib.import_module(_LAZY[name])
+        value = module if _LAZY[name] == f"{__name__}.{name}" else getattr(module, name)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 
 def output_tensor(owner: str, output: Any) -> Tensor:
@@ -35,6 +36,17 @@ def is_unet2d(model: object) -> bool:
 def is_pipeline(model: object) -> bool:
     """Whether this is a pipeline of diffusers around a `UNet2DModel`."""
     return is_unet2d(getattr(model, "unet", None)) and hasattr(model, "scheduler")
+
+
+def unwrapped(model: Any) -> Any:
+    """The network inside `torch.compile`, DataParallel, DistributedDataParallel and AveragedModel."""
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)):
+            model = model.module
+        elif type(model).__name__ == "OptimizedModule" and hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        else:
+            return model
 
 
 class UNet2DNetwork(nn.Module):

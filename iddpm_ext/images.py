@@ -23,6 +23,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 import iddpm_ext
+from iddpm_ext.files import replacing, temporary_name
 
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 _ANIMATIONS = (".webp", ".gif")
@@ -253,9 +254,9 @@ def _grid(
     """One picture of uint8 [N, H, W, C], row by row, each under its caption if there are any."""
     n, height, width, channels = levels.shape
     columns = min(n, columns or math.ceil(math.sqrt(n)))
-    font = ImageFont.load_default(_FONT_SIZE)
+    font = ImageFont.load_default(_FONT_SIZE) if captions else None
     if scale is None:
-        widest = max((font.getlength(text) for text in captions or ()), default=0)
+        widest = max(font.getlength(text) for text in captions) if captions and font else 0
         scale = max(1, math.ceil(widest / width))
     above = _CAPTION_HEIGHT if captions else 0
     cell = (width * scale + _GAP, height * scale + _GAP + above)
@@ -291,20 +292,17 @@ def _json(recipe: Mapping[str, Any]) -> str:
 @contextlib.contextmanager
 def _replacing(function: str, target: Path) -> Iterator[Path]:
     """A temporary file that takes the target's name once it is whole."""
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        yield temporary
-        os.replace(temporary, target)
+        with replacing(target) as temporary:
+            yield temporary
     except OSError as error:
         raise _unwritable(function, target, error) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def _replacing_files(function: str, target: Path) -> Iterator[Path]:
     """A temporary folder whose files move into the target once all are whole."""
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary = temporary_name(target)
     try:
         temporary.mkdir()
         yield temporary

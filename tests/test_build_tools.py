@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -89,6 +90,7 @@ def toolkit_folder(tmp_path, monkeypatch) -> Path:
     nvcc.write_text(FAKE_NVCC.format(top=top))
     nvcc.chmod(0o755)
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "elsewhere"))
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
     return top
 
 
@@ -137,6 +139,35 @@ def test_native_architectures_are_those_of_the_gpus(toolkit_folder, tmp_path, mo
     assert cuda_toolkit.choose_archs(toolkit, "native") == (placeholder, "native: no GPU here")
 
 
+@pytest.mark.parametrize(
+    ("listed", "archs", "remark"),
+    [
+        ("8.0;9.0+PTX", "80;90+PTX", ""),
+        ("7.0 7.5 8.0 9.0 12.0+PTX", "75;80;90", " without 70, 120+PTX"),
+        ("Ampere Hopper+PTX", "80;90+PTX", " without 86"),
+    ],
+)
+def test_the_list_of_torch_is_followed_and_what_is_left_of_it_said(
+    toolkit_folder, monkeypatch, listed, archs, remark
+):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", listed)
+    toolkit = cuda_toolkit.find_toolkit()
+    for default in (None, "native"):
+        found = cuda_toolkit.choose_archs(toolkit, None, default=default)
+        assert found == (archs, f"TORCH_CUDA_ARCH_LIST{remark}")
+    assert cuda_toolkit.choose_archs(toolkit, "90") == ("90", ""), "IDDPM_CUDA_ARCHS goes before it"
+
+
+def test_a_list_of_torch_without_any_architecture_of_ours_is_the_reason(
+    toolkit_folder, monkeypatch
+):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "6.0;Volta")
+    with pytest.raises(
+        cuda_toolkit.CudaUnavailable, match=r"TORCH_CUDA_ARCH_LIST must .* got 6\.0;V"
+    ):
+        cuda_toolkit.choose_archs(cuda_toolkit.find_toolkit(), None, default="native")
+
+
 def test_gencode_adds_ptx_where_asked():
     assert cuda_toolkit.gencode("80;90+PTX") == [
         "-gencode=arch=compute_80,code=sm_80",
@@ -156,6 +187,53 @@ def test_without_a_compiler_the_build_stops_and_names_the_way_out(tmp_path):
     result = setup_py(tmp_path, PATH=str(tmp_path), CXX="")
     assert result.returncode != 0
     assert "no C++ compiler" in result.stderr and "IDDPM_CPP=0" in result.stderr
+
+
+@pytest.mark.parametrize("named", ["no-such-compiler", "false", "ccache no-such-compiler"])
+def test_a_compiler_that_does_not_run_is_an_error_not_another_compiler(tmp_path, named):
+    result = setup_py(tmp_path, CXX=named)
+    assert result.returncode != 0
+    assert f"CXX must be a C++ compiler that runs, got '{named}'" in result.stderr
+
+
+@needs_compiler
+def test_a_line_is_said_for_every_file_that_is_compiled(project):
+    said: list[str] = []
+    units = [unit(project), unit(project, "-O1")]
+    assert objects.compile_all(units, project / "cache", said.append)[1] == 2
+    assert [line.split(",")[0] for line in sorted(said)] == ["[ 1/2] a", "[ 2/2] a"]
+    said.clear()
+    assert objects.compile_all(units, project / "cache", said.append)[1] == 0 and said == []
+
+
+needs_clang = pytest.mark.skipif(shutil.which("clang++") is None, reason="no clang++")
+
+
+# What is to be checked -> the processor it is for, and the files.
+BUILDS = {
+    "base": ("nehalem", "*"),
+    "avx2": ("haswell", "*"),
+    "avx512": ("skylake-avx512", "*"),
+    "avx512_bf16": ("sapphirerapids", "*_bf16"),
+}
+
+
+@needs_clang
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="instruction sets of x86-64")
+@pytest.mark.parametrize("isa", BUILDS)
+def test_the_kernels_are_c_plus_plus_to_clang_too(isa):
+    """Checked, not compiled, in seconds; CI compiles and links all of it."""
+    command = ["clang++", "-std=c++17", "-fsyntax-only", "-Icsrc", "-Wall", "-Wextra", "-Werror"]
+    processor, pattern = BUILDS[isa]
+    command += ["-Wno-psabi", "-Wno-unknown-pragmas", "-Wno-unused-variable"]
+    command += [f"-DIDDPM_ISA={isa}", f"-march={processor}"]
+    command += [
+        str(source)
+        for source in sorted(ROOT.glob(f"csrc/*/{pattern}.cpp"))
+        if pattern != "*" or not (source.parent.name == "common" or source.stem.endswith("_bf16"))
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[:3000]
 
 
 @needs_compiler

@@ -247,9 +247,11 @@ def test_pickle_is_refused_and_never_run(tmp_path):
 
 
 def test_wrong_arguments_of_load_are_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"existing file or a bundled model .*'no-such'"):
+    with pytest.raises(
+        FileNotFoundError, match=r"existing file or folder, or a bundled model .*'no-such'"
+    ):
         load("no-such")
-    with pytest.raises(ValueError, match="must name a file, got the folder"):
+    with pytest.raises(ValueError, match=r"must be a file, the folder of a run .* got the folder"):
         load(tmp_path)
     with pytest.raises(TypeError, match="name_or_path must be a string or a path, got int"):
         load(3)

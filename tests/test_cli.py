@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -163,6 +164,33 @@ def test_python_m_is_the_same_program():
         cwd=Path(__file__).parent.parent, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0 and done.stdout == f"iddpm {iddpm_ext.__version__}\n"
+
+
+def test_torchrun_leaves_every_flag_of_ours_alone(tmp_path):
+    """It parses the whole line, and takes what begins like a flag of its own for an abbreviation."""
+    pytest.importorskip("torch.distributed.run")
+    from torch.distributed.run import get_args_parser
+
+    parser = get_args_parser()
+    for verb in ("sample", "train", "nll", "steps"):
+        listed = subprocess.run(
+            [sys.executable, "-m", "iddpm_ext", verb, "--help"], capture_output=True, text=True,
+            env={**os.environ, "COLUMNS": "200"},
+        ).stdout  # fmt: skip
+        lines = re.findall(r"^│ (-(?!h).+)", listed, re.MULTILINE)
+        assert len(lines) > 8 and any("--seed" in line for line in lines), verb
+        for line in lines:
+            spellings = re.findall(r"(?<!\S)--?[a-z][a-z-]*", line.split("  ")[0])
+            usable = []
+            for spelling in spellings:
+                call = ["--nproc-per-node", "2", "-m", "iddpm_ext", verb, spelling, "1"]
+                try:
+                    usable.append(
+                        parser.parse_args(call).training_script_args[-2:] == [spelling, "1"]
+                    )
+                except SystemExit:
+                    usable.append(False)
+            assert any(usable), f"{verb}: torchrun takes {spellings}"
 
 
 def test_a_low_resolution_file_starts_super_resolution(model, tmp_path, monkeypatch):

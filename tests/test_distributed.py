@@ -18,8 +18,8 @@ import torch
 from PIL import Image
 from ranks import Rank, finish, started
 
+from iddpm_ext.checkpoint.runs import read_state, read_tensors, verify_checkpoint
 from iddpm_ext.training import TrainConfig, train
-from iddpm_ext.training.checkpoints import read_state, read_tensors, verify_checkpoint
 
 # Seconds. A dead peer is noticed at once; this is for a machine with much else to do.
 _TIMEOUT = 120

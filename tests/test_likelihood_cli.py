@@ -95,7 +95,7 @@ def test_a_killed_run_goes_on_where_it_was(files, tmp_path, capsys):
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    (state,) = (out / "state").iterdir()
+    (state,) = (out / "state").glob("*.rows")
     assert state.stat().st_size > 20 * 36, "it was killed at work, not after it"
     assert main(flags) == 0
     wanted = nll(trained(), images(7, 0), batch_size=1)

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 import iddpm_ext
+from iddpm_ext.checkpoint.runs import read_state, read_tensors
 from iddpm_ext.data import Order, batches, open_data
 from iddpm_ext.training import TrainConfig, train
-from iddpm_ext.training.checkpoints import read_state, read_tensors
 from iddpm_ext.training.parallel import Parallel
 from iddpm_ext.training.state import new_state
 from iddpm_ext.training.step import _inputs, _losses, positions_of

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 import torch
 
+from iddpm_ext.checkpoint.runs import read_state, read_tensors, verify_checkpoint
 from iddpm_ext.training import newest_checkpoint
-from iddpm_ext.training.checkpoints import read_state, read_tensors, verify_checkpoint
 
 _SOAK = bool(os.environ.get("IDDPM_SOAK"))
 _KILLS = 200 if _SOAK else 20

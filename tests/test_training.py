@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,14 +17,14 @@ import numpy as np
 import pytest
 import torch
 
-from iddpm_ext.training import TrainConfig, newest_checkpoint, train
-from iddpm_ext.training.checkpoints import (
+from iddpm_ext.checkpoint.runs import (
     list_checkpoints,
     read_state,
     read_tensors,
     verify_checkpoint,
-    write_checkpoint,
 )
+from iddpm_ext.training import TrainConfig, newest_checkpoint, train
+from iddpm_ext.training.checkpoints import write_checkpoint
 from iddpm_ext.training.rates import ema_decay, learning_rate
 from iddpm_ext.training.step import positions_of
 
@@ -397,6 +398,64 @@ def _folder_of_classes(path: Path) -> Path:
     (path / "a" / "1.png").write_bytes(b"no image")
     (path / "empty").mkdir()
     return path
+
+
+def test_a_second_run_in_a_folder_is_refused_and_writes_nothing(data, tmp_path):
+    from iddpm_ext.files import locked
+
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "metrics.jsonl").write_text('{"step": 1}\n')
+    with locked(out, "train"), pytest.raises(RuntimeError, match="train: out must be in use by no"):
+        train(_config(data, out))
+    assert (out / "metrics.jsonl").read_text() == '{"step": 1}\n'
+    assert [path.name for path in out.iterdir()] == ["metrics.jsonl"]
+    train(_config(data, out))
+    assert not (out / "lock").exists()
+
+
+def test_the_first_lines_come_before_and_after_the_first_step(data, tmp_path, capsys, monkeypatch):
+    from iddpm_ext.training import loop
+
+    steps = []
+
+    def step(*arguments):
+        steps.append(capsys.readouterr().err)
+        return train_step(*arguments)
+
+    train_step = loop.train_step
+    monkeypatch.setattr(loop, "train_step", step)
+    train(_config(data, tmp_path, steps=3, progress=True, log_every=100))
+    assert steps[0].splitlines()[0] == f"reading {data}"
+    assert re.search(r"^training [\d,]+ parameters on cpu$", steps[0], re.MULTILINE)
+    assert re.fullmatch(r"step 1/3: loss \d+\.\d{4}, \d+\.\d images/s, .* s left\n", steps[1])
+    assert steps[2] == "", "then one a minute"
+    last = capsys.readouterr().err
+    assert re.fullmatch(r"step 3/3: loss \d+\.\d{4}, \d+\.\d images/s\n", last)
+
+
+def test_images_a_second_do_not_count_the_drawing_of_grids(data, tmp_path, monkeypatch):
+    """By a clock that a step moves by a second and a grid by a thousand."""
+    from iddpm_ext.training import loop
+
+    now = 0.0
+
+    def passing(seconds, function):
+        def timed(*arguments, **more):
+            nonlocal now
+            now += seconds
+            return function(*arguments, **more)
+
+        return timed
+
+    monkeypatch.setattr(loop.time, "monotonic", lambda: now)
+    monkeypatch.setattr(loop, "train_step", passing(1, loop.train_step))
+    monkeypatch.setattr(loop, "_draw_samples", passing(1000, lambda *_: None))
+    train(_config(data, tmp_path, steps=8, batch_size=4, log_every=2, sample_every=3, keep=1))
+    records = _records(tmp_path)
+    assert [record["images_per_second"] for record in records] == [4.0] * 4
+    # By steps 4 and 6 one grid had been drawn: the time left has its share of grids to come.
+    assert [record["eta_seconds"] for record in records] == [6, 4 * 1004 // 4, 2 * 1006 // 6, 0]
 
 
 def test_sizes_that_differ_are_refused_before_any_work(tmp_path):

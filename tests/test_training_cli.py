@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from iddpm_ext.cli import main
+from iddpm_ext.training import TrainConfig
 
 _SMALL = [
     "--steps", "2", "--batch-size", "2", "--image-size", "8", "--model-channels", "32",
@@ -33,7 +35,12 @@ def test_the_documented_flags_make_a_run_and_a_file_repeats_it(data, tmp_path, c
         "--save-every", "1", "--sample-every", "0", "--seed", "3", "--resume", "auto",
     ]  # fmt: skip
     assert main(["train", *flags]) == 0
-    assert capsys.readouterr().out.strip() == str(out / "ckpt" / "step-2")
+    path, command = capsys.readouterr().out.splitlines()
+    assert path == str(out / "ckpt" / "step-2")
+    assert command == f"iddpm sample {out} --labels all --out samples.png"
+    drawn = ["--steps", "2", "--out", str(tmp_path / "samples.png")]
+    assert main([*command.split()[1:-2], *drawn]) == 0, "the line that it ends with works"
+    assert (tmp_path / "samples.png").exists() and capsys.readouterr()
     config = json.loads((out / "config.json").read_text())
     assert config["channel_mult"] == [1, 2] and config["objective"] == "vlb" and config["seed"] == 3
     again = ["--config-file", str(out / "config.json"), "--out", str(tmp_path / "again")]
@@ -51,10 +58,38 @@ def test_one_of_many_processes_names_the_checkpoint(data, tmp_path, capsys, monk
     import iddpm_ext.training.loop
 
     monkeypatch.setattr(iddpm_ext.training.loop, "train", lambda config: "the/checkpoint")
-    for rank, printed in (("0", "the/checkpoint\n"), ("1", "")):
+    lines = "the/checkpoint\niddpm sample 'my run' --out samples.png\n"
+    for rank, printed in (("0", lines), ("1", "")):
         monkeypatch.setenv("RANK", rank)
-        assert main(["train", "--data", data, "--out", str(tmp_path)]) == 0
+        assert main(["train", "--data", data, "--out", "my run"]) == 0
         assert capsys.readouterr().out == printed
+
+
+def test_a_flag_goes_before_the_file_even_where_it_is_the_default(tmp_path, monkeypatch):
+    import iddpm_ext.training.loop
+
+    seen: list[TrainConfig] = []
+    monkeypatch.setattr(iddpm_ext.training.loop, "train", lambda c: seen.append(c) or tmp_path)
+    default = TrainConfig()
+    given = TrainConfig(
+        data="d", out="o", batch_size=16, class_cond=True, ema=(0.5, 0.25), image_size=8
+    )
+    (tmp_path / "c.json").write_text(json.dumps(given.to_dict()))
+    for flag in (
+        ["--config-file", str(tmp_path / "c.json")],
+        [f"--config_file={tmp_path / 'c.json'}"],
+    ):
+        assert main(["train", *flag]) == 0 and seen.pop() == given
+        explicit = [
+            "--batch-size",
+            str(default.batch_size),
+            "--no-class-cond",
+            "--image-size",
+            "None",
+        ]
+        assert main(["train", *explicit, *flag, "--ema", "0.9999"]) == 0
+        assert seen.pop() == replace(default, data="d", out="o")
+    assert main(["train", "--config-file", str(tmp_path / "absent.json")]) == 1
 
 
 def test_a_wrong_setting_is_one_line_and_status_1(data, tmp_path, capsys):

@@ -15,6 +15,12 @@ from pathlib import Path
 DEFAULT_ARCHS = "75;80;90;100;120+PTX"
 # Stands in for the GPUs of a machine that has none: enough to see that the kernels compile.
 PLACEHOLDER_ARCHS = "90+PTX"
+# The oldest that the kernels compile for.
+LOWEST_ARCH = 75
+# The names that TORCH_CUDA_ARCH_LIST may have instead of numbers.
+_TORCH_NAMES = {
+    "Ampere": "80;86", "Ada": "89", "Hopper": "90", "Blackwell": "100;103;120",
+}  # fmt: skip
 
 
 class CudaUnavailable(Exception):
@@ -54,17 +60,24 @@ def find_toolkit() -> Toolkit:
     raise CudaUnavailable("no nvcc in CUDA_HOME, CUDA_PATH, PATH, /usr/local/cuda or site-packages")
 
 
-def choose_archs(toolkit: Toolkit, asked: str | None) -> tuple[str, str]:
+def choose_archs(
+    toolkit: Toolkit, asked: str | None, *, default: str | None = None
+) -> tuple[str, str]:
     """The architectures to build, as "80;90+PTX", and a remark ("" if they are as asked).
 
-    ``asked`` is IDDPM_CUDA_ARCHS: a list of that form, ``native`` for this machine's own GPUs, or
-    None for the defaults, of which those that nvcc does not know are left out.
+    ``asked`` is IDDPM_CUDA_ARCHS: a list of that form, or ``native`` for this machine's own GPUs. Where
+    it is None, TORCH_CUDA_ARCH_LIST is followed, of which what cannot be built is left out, and where
+    that is not set, ``default``: ``native``, or None for what nvcc knows of DEFAULT_ARCHS.
     Raises CudaUnavailable.
     """
+    of_torch = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip()
+    if asked is None and of_torch:
+        return _archs_of_torch(toolkit, of_torch)
+    asked = asked or default
     if asked == "native":
         return _native_archs()
     supported = toolkit.supported()
-    archs = [arch.replace(".", "") for arch in re.split(r"[;,\s]+", asked or DEFAULT_ARCHS) if arch]
+    archs = _listed(asked or DEFAULT_ARCHS)
     unknown = [arch for arch in archs if _number(arch) not in supported]
     if not unknown:
         return ";".join(archs), ""
@@ -80,6 +93,33 @@ def choose_archs(toolkit: Toolkit, asked: str | None) -> tuple[str, str]:
     if not kept[-1].endswith("+PTX"):
         kept[-1] += "+PTX"
     return ";".join(kept), f"nvcc {toolkit.release} does not know {', '.join(unknown)}"
+
+
+def _archs_of_torch(toolkit: Toolkit, text: str) -> tuple[str, str]:
+    """Those of TORCH_CUDA_ARCH_LIST that these kernels and nvcc have, and a remark that says so.
+
+    Containers set it for everything that is built in them, old architectures and names among it.
+    """
+    supported = toolkit.supported()
+    kept: list[str] = []
+    left: list[str] = []
+    for word in _listed(text):
+        names, ptx = word.removesuffix("+PTX"), "+PTX" * word.endswith("+PTX")
+        for arch in _TORCH_NAMES.get(names, names).split(";"):
+            number = _number(arch)
+            served = number in supported and int(number) >= LOWEST_ARCH
+            (kept if served else left).append(arch + ptx)
+    if not kept:
+        raise CudaUnavailable(
+            f"TORCH_CUDA_ARCH_LIST must name an architecture from {LOWEST_ARCH} on that nvcc "
+            f"{toolkit.release} compiles for, got {text}"
+        )
+    without = f" without {', '.join(left)}" if left else ""
+    return ";".join(dict.fromkeys(kept)), f"TORCH_CUDA_ARCH_LIST{without}"
+
+
+def _listed(text: str) -> list[str]:
+    return [arch.replace(".", "") for arch in re.split(r"[;,\s]+", text) if arch]
 
 
 def gencode(archs: str) -> list[str]:

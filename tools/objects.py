@@ -7,9 +7,12 @@ lives in the source tree's ``build/`` and is found again.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import subprocess
+import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,10 +38,25 @@ class Unit:
     volatile: tuple[str, ...] = ()
 
 
-def compile_all(units: list[Unit], cache: Path) -> tuple[list[Path], int]:
-    """Compile what is not in ``cache``, in parallel; returns the objects and how many were new."""
+def compile_all(
+    units: list[Unit], cache: Path, say: Callable[[str], None]
+) -> tuple[list[Path], int]:
+    """Compile what is not in ``cache``, in parallel; returns the objects and how many were new.
+
+    ``say`` gets a line for each one that was compiled, since all of them take minutes.
+    """
+    done = itertools.count(1)
+
+    def compiled(unit: Unit) -> tuple[Path, bool]:
+        began = time.perf_counter()
+        path, new = compile_one(unit, cache)
+        number = next(done)
+        if new:
+            say(f"[{number:>2}/{len(units)}] {unit.name}, {time.perf_counter() - began:.1f} s")
+        return path, new
+
     with ThreadPoolExecutor(max_workers=_jobs()) as pool:
-        results = list(pool.map(lambda unit: compile_one(unit, cache), units))
+        results = list(pool.map(compiled, units))
     return [path for path, _ in results], sum(new for _, new in results)
 
 

@@ -72,12 +72,12 @@ IDDPM_INLINE void normals_tile(uint64_t seed, uint32_t quad, uint32_t sample, ui
   const vi low1x = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
   const vi low2x = {0, 1, 16, 17, 2, 3, 18, 19, 4, 5, 20, 21, 6, 7, 22, 23};
   const vi high = vi{} + 8;
-  const vf ab0 = __builtin_shuffle(z0, z1, low1x), ab1 = __builtin_shuffle(z0, z1, low1x + high);
-  const vf cd0 = __builtin_shuffle(z2, z3, low1x), cd1 = __builtin_shuffle(z2, z3, low1x + high);
-  store(z, __builtin_shuffle(ab0, cd0, low2x));
-  store(z + 16, __builtin_shuffle(ab0, cd0, low2x + high));
-  store(z + 32, __builtin_shuffle(ab1, cd1, low2x));
-  store(z + 48, __builtin_shuffle(ab1, cd1, low2x + high));
+  const vf ab0 = shuffle(z0, z1, low1x), ab1 = shuffle(z0, z1, low1x + high);
+  const vf cd0 = shuffle(z2, z3, low1x), cd1 = shuffle(z2, z3, low1x + high);
+  store(z, shuffle(ab0, cd0, low2x));
+  store(z + 16, shuffle(ab0, cd0, low2x + high));
+  store(z + 32, shuffle(ab1, cd1, low2x));
+  store(z + 48, shuffle(ab1, cd1, low2x + high));
 }
 
 }  // namespace IDDPM_ISA

@@ -41,6 +41,20 @@ IDDPM_INLINE vf load(const float* p) {
 
 IDDPM_INLINE void store(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
 
+// Lanes of a and b by their numbers, which are constants; those of b follow those of a.
+template <typename V, typename L>
+IDDPM_INLINE V shuffle(V a, V b, L lane) {
+#if defined(__clang__)
+  // Its builtin takes no vector of numbers; from this it makes the same instructions.
+  constexpr int width = sizeof(V) / sizeof(a[0]);
+  V picked = a;
+  for (int i = 0; i < width; ++i) picked[i] = lane[i] < width ? a[lane[i]] : b[lane[i] - width];
+  return picked;
+#else
+  return __builtin_shuffle(a, b, lane);
+#endif
+}
+
 // The first n < 16 lanes from p, zero in the others.
 IDDPM_INLINE vf load_tail(const float* p, int64_t n) {
   float lane[kLanes] = {};

@@ -41,7 +41,7 @@ IDDPM_NATIVE void exchange(nv& a, nv& b) {
     low[i] = i & H ? int(kWidth) + i - H : i;
     high[i] = i & H ? int(kWidth) + i : i + H;
   }
-  const nv first = __builtin_shuffle(a, b, low), second = __builtin_shuffle(a, b, high);
+  const nv first = shuffle(a, b, low), second = shuffle(a, b, high);
   a = first;
   b = second;
 }

@@ -3,11 +3,11 @@
 The file's metadata holds, as JSON text: `format_version`, `unet` (a UNetConfig), `diffusion` (absent
 where the network has none) and `extra` (facts of training, step schedules); a classifier's has
 `classifier` in place of `unet`. OpenAI's .pt files are read too, their configuration supplied from
-`released.py` or from flags. No code in any file is run.
+`released.py` or from flags, and the folders of runs and of diffusers. No code in any file is run.
 """
 
-from .read import bundled, load
+from .read import bundled, is_model_folder, load
 from .read_classifier import load_classifier
 from .write import metadata_of, save
 
-__all__ = ["bundled", "load", "load_classifier", "metadata_of", "save"]
+__all__ = ["bundled", "is_model_folder", "load", "load_classifier", "metadata_of", "save"]

@@ -1,4 +1,4 @@
-"""Loading a network: by the name of a bundled model, from a safetensors file, or from OpenAI's."""
+"""Loading a network: a bundled one, a file of ours or of others, a run, or a folder of diffusers."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ from iddpm_ext.networks.unet import UNet
 
 from .flags import Flags
 from .openai import Described, describe
+from .runs import is_run, weights_of_run
 from .tensors import fill, read_file, require_dtype
 from .torch_file import is_torch_file
 from .write import FORMAT_VERSION
 
 WEIGHTS = Path(__file__).parent.parent / "weights"
+_OF_DIFFUSERS = ("model_index.json", "config.json")
 
 
 def bundled() -> list[str]:
@@ -33,6 +35,7 @@ def load(
     dtype: torch.dtype | None = None,
     *,
     flags: Flags | None = None,
+    part: str | None = None,
 ) -> UNet:
     """The network of a checkpoint, in evaluation mode, with its `diffusion` and `extra` set.
 
@@ -40,19 +43,31 @@ def load(
     released it: "cifar10_uncond_50M_500K.pt" needs nothing else, and `extra["openai"]` says what was
     recognised. One of your own runs needs the flags that tensors cannot tell; the error lists them.
 
-    name_or_path: a bundled model's name, a .safetensors file that `save` wrote, or an OpenAI .pt. A
-        name goes before a file of the same name; "./name" is always a file.
+    Weights of others are taken where they are: under `module.`, `_orig_mod.` or Lightning's prefix, in
+    {"model": ..., "ema": ...} and the like.
+
+    name_or_path: a bundled model's name, a file that `save` wrote, an OpenAI .pt, the folder of a run of
+        `iddpm train` (the first average of its newest sound checkpoint), or a folder of diffusers. A
+        name goes before a file of the same name; "./name" is always a file. What a file is, is seen from
+        its content, not from its suffix.
     device: where the weights go. dtype: of the weights in memory, floating (None: float32).
     flags: of an OpenAI file, names and values or a command line, {"num_heads": 4} or
         "--num_heads 4": the original's names (image_size, noise_schedule, diffusion_steps, ...) or
         ours. They go before those of a released file, and must agree with the tensors.
+    part: which weights of a file that holds several, by its own names, such as "model"; None takes the
+        averaged ones, where it is certain which those are, and says so.
     Raises ValueError when the file is truncated, foreign, or contradicts its own configuration
     (saying what differs), or flags are missing or wrong; FileNotFoundError when there is no file.
     Warns where a file of another name has the tensors of a released one. No code in a file is ever run.
     """
     dtype = require_dtype(dtype)
     path = _locate(name_or_path)
-    metadata, tensors = read_file(path)
+    if path.is_dir():
+        if is_run(path):
+            path = weights_of_run(path)
+        else:
+            return _read_folder(path, flags, part).to(device, dtype)
+    metadata, tensors = read_file(path, part)
     if "unet" not in metadata and (flags is not None or is_torch_file(path)):
         shapes = {name: tuple(value.shape) for name, value in tensors.items()}
         described = describe(path, shapes, flags)
@@ -78,15 +93,33 @@ def _locate(name_or_path: str | os.PathLike[str]) -> Path:
     if name_or_path in bundled():
         return WEIGHTS / f"{name_or_path}.safetensors"
     path = Path(name_or_path)
-    if path.is_dir():
-        raise ValueError(f"load: name_or_path must name a file, got the folder {str(path)!r}")
     if not path.exists():
         names = ", ".join(bundled()) or "none in this installation"
         raise FileNotFoundError(
-            f"load: name_or_path must be an existing file or a bundled model ({names}), "
+            f"load: name_or_path must be an existing file or folder, or a bundled model ({names}), "
             f"got {str(name_or_path)!r}"
         )
     return path
+
+
+def is_model_folder(folder: Path) -> bool:
+    """Whether `load` takes this folder: of a run, or of diffusers."""
+    return is_run(folder) or any((folder / name).is_file() for name in _OF_DIFFUSERS)
+
+
+def _read_folder(folder: Path, flags: Flags | None, part: str | None) -> UNet:
+    """The network of a folder of diffusers."""
+    if not is_model_folder(folder):
+        raise ValueError(
+            "load: name_or_path must be a file, the folder of a run (with ckpt in it) or a folder of "
+            f"diffusers (with model_index.json or config.json), got the folder {str(folder)!r}"
+        )
+    for name, given in (("flags", flags), ("part", part)):
+        if given is not None:
+            raise ValueError(f"load: {name} must be None for a folder of diffusers, got {given!r}")
+    from iddpm_ext.interop.folder import read_folder
+
+    return read_folder(folder)
 
 
 def _parse_metadata(path: Path, metadata: Mapping[str, str]) -> Described:

@@ -33,12 +33,14 @@ def load_classifier(
     dtype: torch.dtype | None = None,
     *,
     flags: Flags | None = None,
+    part: str | None = None,
 ) -> Classifier:
     """The classifier of a checkpoint, in evaluation mode, with its `extra` set.
 
     path: a .safetensors file that `save` wrote, or a .pt of guided-diffusion; the four that OpenAI
         released ("64x64_classifier.pt") need nothing else.
     device, dtype: as in `load`.
+    part: as in `load`.
     flags: of another .pt, as in `load`: image_size, classifier_depth and the other classifier_ flags.
     Raises as `load`. No code in a file is ever run.
     """
@@ -48,7 +50,7 @@ def load_classifier(
         raise FileNotFoundError(
             f"load_classifier: path must be an existing file, got {str(path)!r}"
         )
-    metadata, tensors = read_file(path)
+    metadata, tensors = read_file(path, part)
     if is_torch_file(path):
         shapes = {name: tuple(value.shape) for name, value in tensors.items()}
         config, stated_by = _describe(path, shapes, flags), "its flags"

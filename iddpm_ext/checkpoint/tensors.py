@@ -9,26 +9,61 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from .torch_file import is_torch_file, read_torch_file
+from iddpm_ext.text import printable
+
+from .parts import weights_of
+from .torch_file import is_torch_file, read_plain
 
 _SHOWN = 6
+# What our own files say of themselves.
+OURS = ("unet", "classifier")
 
 
-def read_file(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Metadata, empty in a file of PyTorch's own format, and tensors. Raises ValueError."""
+def read_file(
+    path: Path, part: str | None = None, *, average: bool = True
+) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata, empty in a file of PyTorch's own format, and the tensors of the network.
+
+    part, average: which weights are meant, as `weights_of` reads it, in files of other programs.
+    Raises ValueError.
+    """
     if is_torch_file(path):
-        return {}, read_torch_file(path)
-    return read_safetensors(path)
+        return {}, weights_of(path, read_plain(path), part, average=average)
+    metadata, tensors = read_safetensors(path)
+    if not any(name in metadata for name in OURS):
+        return metadata, weights_of(path, tensors, part, average=average)
+    if part is not None:
+        raise ValueError(
+            f"load: part must be None for {path}, which holds one network, got {part!r}"
+        )
+    return metadata, tensors
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     """Metadata and tensors of a safetensors file. Raises ValueError where it is not a whole one."""
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
+        with (
+            open(path, "rb") as opened,
+            safe_open(
+                # The library takes names of UTF-8 only; a descriptor names any file.
+                path if _is_utf8(path) else f"/dev/fd/{opened.fileno()}",
+                framework="pt",
+                device="cpu",
+            ) as file,
+        ):
             metadata = file.metadata() or {}
             return metadata, {name: file.get_tensor(name) for name in file.keys()}
     except SafetensorError as error:
-        raise ValueError(f"load: {path} must be a whole safetensors file, got: {error}") from error
+        words = printable(str(error))
+        raise ValueError(f"load: {path} must be a whole safetensors file, got: {words}") from None
+
+
+def _is_utf8(path: Path) -> bool:
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def require_dtype(dtype: torch.dtype | None) -> torch.dtype:
@@ -85,4 +120,4 @@ def _listed(what: str, entries: list[str]) -> list[str]:
     if not entries:
         return []
     more = f", and {len(entries) - _SHOWN} more" if len(entries) > _SHOWN else ""
-    return [f"{what}: {', '.join(entries[:_SHOWN])}{more}"]
+    return [f"{what}: {', '.join(map(printable, entries[:_SHOWN]))}{more}"]

@@ -1,59 +1,63 @@
-"""Reading tensors from a file that `torch.save` wrote, without running anything that is in it."""
+"""Reading what `torch.save` wrote, without running anything that is in it."""
 
 from __future__ import annotations
 
-import os
+import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from iddpm_ext.text import printable
+
 SUFFIXES = (".pt", ".pth")
 _ZIP = b"PK\x03\x04"
+_WANTED = re.compile(r"GLOBAL (\S+) was not an allowed global")
 
 
 def is_torch_file(path: Path) -> bool:
-    """Whether `path` is to be read as PyTorch's own format: by its suffix, or as a zip archive."""
-    if path.suffix.lower() in SUFFIXES:
-        return True
+    """Whether `path` is to be read as PyTorch's own format: by its content, else by its suffix."""
     with open(path, "rb") as file:
-        return file.read(len(_ZIP)) == _ZIP
-
-
-def read_torch_file(path: Path) -> dict[str, Tensor]:
-    """The tensors of a state dict by name, in the file's order; archives are mapped, not read.
-
-    Raises ValueError where the file is damaged or holds anything but named, dense tensors.
-    """
-    content = read_plain(path)
-    if not isinstance(content, Mapping):
-        raise ValueError(f"load: {path} must hold tensors by name, got {type(content).__name__}")
-    for name, value in content.items():
-        if not isinstance(name, str) or not isinstance(value, Tensor):
-            kind = type(value).__name__
-            raise ValueError(f"load: {path} must hold tensors by name, got {name!r}: {kind}")
-        require_dense(path, name, value)
-    return {name: value.detach() for name, value in content.items()}
+        head = file.read(9)
+    if head.startswith(_ZIP):
+        return True
+    # A safetensors file is the length of its header in eight bytes, and the header, a JSON object.
+    return head[8:] != b"{" and path.suffix.lower() in SUFFIXES
 
 
 def read_plain(path: Path) -> object:
-    """What `torch.load` allows with weights_only=True: containers of numbers, text and tensors."""
-    with open(path, "rb") as file:
-        archive = file.read(len(_ZIP)) == _ZIP
+    """What `torch.load` allows with weights_only=True: containers of numbers, text and tensors.
+
+    Raises ValueError where there is anything else in the file, or it is damaged.
+    """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
-    # A damaged file fails anywhere inside the reader, with whatever error that part of it has.
+        with warnings.catch_warnings(), open(path, "rb") as file:
+            warnings.simplefilter("ignore")
+            # By its name torch would take a file for safetensors, and only a name can be mapped.
+            mapped = file.read(len(_ZIP)) == _ZIP and path.suffix.lower() in SUFFIXES
+            file.seek(0)
+            source = path if mapped else file
+            return torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
+    # A damaged file fails anywhere inside the reader, with whatever error that part of it has. Its
+    # words are left out: for a file that wants to run code they recommend to let it.
     except Exception as error:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise ValueError(
-            f"load: {os.fspath(path)} must be a whole PyTorch file of nothing but tensors, "
-            f"got: {reason}"
-        ) from error
+        wanted = _WANTED.search(str(error))
+    if wanted is not None:
+        got = (
+            f"an object of {printable(wanted[1])!r}, which is left alone: nothing in a file is run. "
+            "Where the file was made, save the weights by themselves, "
+            "torch.save(model.state_dict(), path)"
+        )
+    else:
+        got = "one that is damaged, cut short, or of another program"
+    raise ValueError(f"load: {path} must be a whole PyTorch file of nothing but tensors, got {got}")
 
 
 def require_dense(path: Path, name: str, value: Tensor) -> None:
     """Refuses tensors that are sparse, quantised or elsewhere, or that claim more than is stored."""
+    name = printable(name)
     if value.layout is not torch.strided or value.is_quantized or value.device.type != "cpu":
         raise ValueError(f"load: {path} must hold dense tensors, got {name}: {value.layout}")
     # A few bytes can describe terabytes, by strides of zero.
@@ -62,3 +66,17 @@ def require_dense(path: Path, name: str, value: Tensor) -> None:
         raise ValueError(
             f"load: {path} must store every element, got {name} {list(value.shape)} in {stored} bytes"
         )
+
+
+def tensors_of(path: Path, content: Mapping[object, object]) -> dict[str, Tensor]:
+    """The tensors of a state dict by name. Raises ValueError where there is anything but dense ones."""
+    tensors: dict[str, Tensor] = {}
+    for name, value in content.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            shown = printable(repr(name))
+            raise ValueError(
+                f"load: {path} must hold tensors by name, got {shown}: {type(value).__name__}"
+            )
+        require_dense(path, name, value)
+        tensors[name] = value.detach()
+    return tensors

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,8 @@ from typing import Any
 import torch
 from safetensors.torch import save as to_bytes
 
+from iddpm_ext.files import write_whole
+from iddpm_ext.foreign import unwrapped
 from iddpm_ext.networks.classifier import Classifier
 from iddpm_ext.networks.unet import UNet
 
@@ -30,11 +31,14 @@ def save(
     The file appears under its name when it is whole and on disk; until then, and after any failure,
     a file that was there before stays as it was.
 
-    model: a UNet, whose `diffusion`, where set, travels along; or a Classifier.
-    path: in an existing folder. extra: JSON-ready facts (None: `model.extra`).
+    model: a UNet, whose `diffusion`, where set, travels along; or a Classifier. Either may be wrapped by
+        `torch.compile`, DataParallel or DistributedDataParallel: the network inside is saved.
+    path: in an existing folder, of any name: `load` goes by the content.
+    extra: JSON-ready facts (None: `model.extra`).
     dtype: of the stored weights: float32, bfloat16, float16 or float64 (None: as they are).
     Raises TypeError or ValueError for a wrong argument, OSError if the file cannot be written.
     """
+    model = unwrapped(model)
     if not isinstance(model, (UNet, Classifier)):
         raise TypeError(f"save: model must be a UNet or a Classifier, got {type(model).__name__}")
     if dtype is not None and dtype not in STORED_DTYPES:
@@ -66,36 +70,6 @@ def metadata_of(model: UNet | Classifier, extra: Mapping[str, Any] | None = None
     except (TypeError, ValueError) as error:
         raise ValueError(f"save: extra must be JSON-ready, got {error}") from error
     return metadata
-
-
-def write_whole(target: Path, data: bytes) -> None:
-    """Writes `data` to a temporary name beside `target`, flushes it to disk and renames it.
-
-    The mode is what the umask leaves of 0666. Raises OSError; the temporary file is removed then.
-    """
-    temporary = target.with_name(f".{target.name[:200]}.{secrets.token_hex(4)}.tmp")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    flush_folder(target.parent)
-
-
-def flush_folder(folder: Path) -> None:
-    """Makes a rename in `folder` outlive a power cut, where the system can open folders."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _require_target(path: str | os.PathLike[str]) -> Path:

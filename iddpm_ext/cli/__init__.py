@@ -1,19 +1,23 @@
 """The command line: `iddpm VERB ...`.
 
 A verb is a module of this package without a leading underscore: the first line of its docstring is
-its summary, and the arguments of its function `run` are its flags. Nothing is registered elsewhere.
+its summary, and the arguments of its function `run` are its flags. Where a file among the arguments sets
+the flags' defaults, its function `bind` gives `run` with them. Nothing is registered elsewhere.
 """
 
 from __future__ import annotations
 
 import importlib
+import io
 import pkgutil
 import sys
 from collections.abc import Sequence
 from types import ModuleType
 
 import iddpm_ext
+from iddpm_ext.text import printable
 
+_LONGEST_ERROR = 2000
 _ORDER = ("sample", "train", "nll", "evaluate", "steps", "convert", "plot", "data", "tune", "info")
 
 
@@ -28,6 +32,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Errors are one line on stderr; with `--debug` they keep their traceback.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # The name of a file may be of any bytes; to print it must not fail after the work.
+            stream.reconfigure(errors="backslashreplace")
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
     given = [argument for argument in given if argument != "--debug"]
@@ -51,7 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if debug:
             raise
-        text = " ".join(str(error).split()).removeprefix(f"{verb}: ") or type(error).__name__
+        words = printable(" ".join(str(error).split()), longest=_LONGEST_ERROR)
+        text = words.removeprefix(f"{verb}: ") or type(error).__name__
         print(f"iddpm {verb}: {text}", file=sys.stderr)
         return 1
     return status or 0
@@ -61,9 +70,8 @@ def _run(verb: str, arguments: Sequence[str]) -> int | None:
     from iddpm_ext.cli._flags import parse_and_call
 
     module = _module(verb)
-    return parse_and_call(
-        module.run, arguments, prog=f"iddpm {verb}", description=module.__doc__ or ""
-    )
+    run = module.bind(arguments) if hasattr(module, "bind") else module.run
+    return parse_and_call(run, arguments, prog=f"iddpm {verb}", description=module.__doc__ or "")
 
 
 def _module(verb: str) -> ModuleType:

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import os
+from typing import Annotated
 
 import torch
+import tyro
+
+# torchrun takes "--n" for an abbreviation of its own flags, wherever it stands; "-n" it passes on.
+Count = Annotated[int, tyro.conf.arg(aliases=("-n",))]
+MaybeCount = Annotated[int | None, tyro.conf.arg(aliases=("-n",))]
 
 
 def pick_device(name: str) -> torch.device:

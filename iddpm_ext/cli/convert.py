@@ -20,7 +20,7 @@ def run(
     """Converts and writes; nothing is written under the target's name before it is whole.
 
     Args:
-        source: a bundled name, one of our .safetensors files, an OpenAI .pt, or a folder of diffusers.
+        source: a bundled name, one of our files or run folders, an OpenAI .pt, or a folder of diffusers.
         target: a .safetensors or .onnx file, or a new folder for diffusers' from_pretrained.
         verify: read the target back and print the largest difference of its outputs.
         flags: of an OpenAI .pt, what its tensors cannot tell: "noise_schedule=cosine ...".
@@ -29,11 +29,12 @@ def run(
     """
     import torch
 
+    import iddpm_ext
     from iddpm_ext.checkpoint import save
     from iddpm_ext.interop import verification
 
     kind = _kind(target)
-    model = verification.read(source, flags)
+    model = iddpm_ext.load(source, flags=flags)
     if dtype is not None:
         model = model.to(getattr(torch, dtype))
     if kind == "onnx":

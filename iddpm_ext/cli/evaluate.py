@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+from iddpm_ext.cli._common import MaybeCount, pick_device, read_steps
+
 
 def run(
     samples: Annotated[str, tyro.conf.Positional],
@@ -14,7 +16,7 @@ def run(
     reference: str,
     extractor: str = "efficientnet-lite0",
     metrics: tuple[str, ...] = ("fid", "precision_recall"),
-    n: int | None = None,
+    n: MaybeCount = None,
     reference_n: int | None = None,
     split: Literal["train", "test", "all"] = "train",
     image_size: int | None = None,
@@ -62,9 +64,8 @@ def run(
         cache: folder for the reference's statistics; "" for none.
         out: a .json file for the numbers.
     """
-    from iddpm_ext.checkpoint.write import write_whole
-    from iddpm_ext.cli._common import pick_device, read_steps
     from iddpm_ext.evaluation import evaluate
+    from iddpm_ext.files import write_whole
 
     if out is not None and not out.absolute().parent.is_dir():
         raise FileNotFoundError(f"out must be in a folder that exists, got {str(out)!r}")

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
-from iddpm_ext.cli._common import pick_device, read_steps
+from iddpm_ext.cli._common import MaybeCount, pick_device, read_steps
 
 
 def run(
@@ -20,7 +20,7 @@ def run(
     value_range: tuple[float, ...] | None = None,
     alpha: Literal["refuse", "drop", "black", "white"] = "refuse",
     split: Literal["train", "test", "all"] = "test",
-    n: int | None = None,
+    n: MaybeCount = None,
     budget: float | None = 64,
     full: bool = False,
     steps: str | None = None,

@@ -13,14 +13,14 @@ import torch
 import tyro
 from torch import Tensor
 
-from iddpm_ext.cli._common import pick_device, read_steps
+from iddpm_ext.cli._common import MaybeCount, pick_device, read_steps
 from iddpm_ext.data.formats import read_npz
 
 
 def run(
     checkpoint: Annotated[str, tyro.conf.Positional] = "fashion-mnist",
     *,
-    n: int | None = None,
+    n: MaybeCount = None,
     steps: str = "50",
     labels: tuple[str, ...] | None = None,
     sampler: Literal["ddpm", "ddim", "dpm++"] = "ddpm",

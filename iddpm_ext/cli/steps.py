@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from iddpm_ext.cli._common import pick_device
+from iddpm_ext.cli._common import Count, pick_device
 
 _SHOWN = (2, 5, 10, 25, 50, 100, 250)
 
@@ -21,7 +21,7 @@ def run(
     value_range: tuple[float, ...] | None = None,
     alpha: Literal["refuse", "drop", "black", "white"] = "refuse",
     split: Literal["train", "test", "all"] = "train",
-    n: int = 64,
+    n: Count = 64,
     candidates: int = 500,
     most: int = 250,
     out: Path | None = None,
@@ -52,6 +52,7 @@ def run(
     import iddpm_ext
     from iddpm_ext.checkpoint import bundled
     from iddpm_ext.data import open_data
+    from iddpm_ext.files import beside
     from iddpm_ext.likelihood.request import make_likelihood_request
     from iddpm_ext.likelihood.schedules import check_counts, search
     from iddpm_ext.sampling.distributed import Processes
@@ -76,7 +77,7 @@ def run(
         )  # fmt: skip
         began = time.perf_counter()
         # Beside the checkpoint, so that an interrupted search finds it.
-        state = target.with_name(f"{target.name}.steps")
+        state = beside(target, ".steps")
         found = search(request, candidates, most, state, processes)
         seconds = time.perf_counter() - began
         if processes.rank > 0:

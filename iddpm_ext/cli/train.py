@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
+import functools
 import os
-from dataclasses import fields
+import shlex
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -19,17 +22,21 @@ def run(
 
     Args:
         config: the run.
-        config_file: a JSON file of these settings, such as a run's config.json. Flags that are not at
-            their defaults go before it.
+        config_file: a JSON file of these settings, such as a run's config.json. Flags that are given go
+            before it.
     """
     from iddpm_ext.training.loop import train
 
-    if config_file is not None:
-        given = config.to_dict()
-        changed = {
-            f.name: given[f.name] for f in fields(config) if getattr(config, f.name) != f.default
-        }
-        config = TrainConfig.from_dict({**TrainConfig.from_json(config_file).to_dict(), **changed})
     path = train(config)
     if os.environ.get("RANK", "0") == "0":
         print(path)
+        labels = " --labels all" if config.class_cond else ""
+        print(f"iddpm sample {shlex.quote(config.out)}{labels} --out samples.png")
+
+
+def bind(arguments: Sequence[str]) -> Callable[..., None]:
+    """`run` with the settings of the file that `arguments` name, if any, as the defaults of its flags."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config-file", "--config_file", type=Path)
+    file = parser.parse_known_args(arguments)[0].config_file
+    return run if file is None else functools.partial(run, config=TrainConfig.from_json(file))

@@ -27,6 +27,7 @@ from iddpm_ext.evaluation.images import (
     open_images,
     open_source,
 )
+from iddpm_ext.files import cache_folder
 from iddpm_ext.metrics import (
     Interval,
     Neighbourhoods,
@@ -327,11 +328,8 @@ def _share_interval(share: float, count: int) -> Interval:
 def _cache(given: str | os.PathLike[str] | None) -> Path | None:
     if given is not None:
         return Path(given) if os.fspath(given) else None
-    try:
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    except RuntimeError:  # a user without a home
-        return None
-    return Path(base) / "iddpm_ext" / "reference"
+    folder = cache_folder()
+    return None if folder is None else folder / "reference"
 
 
 def _check(

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from iddpm_ext.checkpoint.write import write_whole
 from iddpm_ext.evaluation.extractors import Extractor
 from iddpm_ext.evaluation.images import ImageSet
+from iddpm_ext.files import write_whole
 from iddpm_ext.metrics import FeatureStatistics, Moments
 
 _FORMAT = 2
@@ -93,7 +93,8 @@ def cached_extract(
     if cache is None or not images.fingerprint or not extractor.fingerprint:
         return extract(images, extractor, keep=keep, progress=progress)
     key = json.dumps([_FORMAT, images.fingerprint, extractor.fingerprint, keep])
-    path = cache / f"{extractor.name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
+    # An extractor may be called after a file, whose name may be as long as the system allows.
+    path = cache / f"{extractor.name[:50]}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
     try:
         if path.exists():
             return _read(path)

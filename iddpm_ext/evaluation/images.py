@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import iddpm_ext
-from iddpm_ext.checkpoint import bundled
+from iddpm_ext.checkpoint import bundled, is_model_folder
 from iddpm_ext.data import ImageData, match_classes, open_data
 from iddpm_ext.data.classes import shown
 from iddpm_ext.data.containers import Folder
@@ -81,7 +81,9 @@ def is_checkpoint(name: object) -> bool:
     if not isinstance(name, (str, os.PathLike)):
         return False
     text = os.fspath(name)
-    return text in bundled() or Path(text).suffix in (".safetensors", ".pt")
+    if text in bundled() or Path(text).suffix in (".safetensors", ".pt", ".pth"):
+        return True
+    return os.path.isdir(text) and is_model_folder(Path(text))
 
 
 def is_model(images: object) -> bool:

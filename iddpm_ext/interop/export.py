@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import secrets
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from iddpm_ext.checkpoint.write import flush_folder
+from iddpm_ext.files import flush, temporary_name
 from iddpm_ext.networks.unet import UNet
 
 # Above this ONNX keeps weights in a second file: protocol buffers end at 2 GiB.
@@ -91,18 +90,17 @@ def export_onnx(
             dynamic_shapes={name: {0: "batch"} for name in names},
         )  # fmt: skip
     size = sum(p.numel() * p.element_size() for p in model.parameters())
-    temporary = target.with_name(f".{target.name[:200]}.{secrets.token_hex(4)}.tmp")
+    temporary = temporary_name(target)
     temporary.mkdir()
     try:
         exported.save(temporary / target.name, external_data=size > _SINGLE_FILE_BYTES)
         # The model names its weights: they come first, so that it never stands there without them.
         for file in sorted(temporary.iterdir(), key=lambda file: file.suffix == ".onnx"):
-            with open(file, "rb+") as stream:
-                os.fsync(stream.fileno())
+            flush(file)
             os.replace(file, target.parent / file.name)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    flush_folder(target.parent)
+    flush(target.parent)
     return target
 
 

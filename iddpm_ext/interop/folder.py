@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from iddpm_ext.checkpoint.write import flush_folder
+from iddpm_ext.files import replacing
 from iddpm_ext.interop import mapping
 from iddpm_ext.interop.process import diffusion_of
 from iddpm_ext.interop.tensors import tensors_from_diffusers
@@ -85,26 +83,9 @@ def write_folder(model: UNet, path: str | os.PathLike[str], *, stock: bool | Non
     if model.diffusion is not None:
         pipeline = DDPMPipeline if type(unet) is UNet2DModel else IDDPMPipeline
         saved = pipeline(unet, IDDPMScheduler.from_diffusion(model.diffusion))
-    temporary = target.with_name(f".{target.name[:200]}.{secrets.token_hex(4)}.tmp")
-    try:
+    with replacing(target) as temporary:
         saved.save_pretrained(temporary, safe_serialization=True)
-        for file in temporary.rglob("*"):
-            _flush(file)
-        os.replace(temporary, target)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    flush_folder(target.parent)
     return target
-
-
-def _flush(path: Path) -> None:
-    """Makes a file's content outlive a power cut, before the rename that shows it."""
-    if path.is_file():
-        with open(path, "rb+") as file:
-            os.fsync(file.fileno())
-    else:
-        flush_folder(path)
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -10,21 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from iddpm_ext.checkpoint import load
-from iddpm_ext.interop.folder import read_folder
+import iddpm_ext
 from iddpm_ext.networks.unet import UNet
 
 _BATCH = 2
 _FRACTIONS = (0.0, 0.001, 0.25, 0.5, 0.75, 1.0)
-
-
-def read(source: str | os.PathLike[str], flags: str | None = None) -> UNet:
-    """The network of a bundled name, a file that `load` takes, or a folder of diffusers."""
-    if Path(source).is_dir():
-        if flags is not None:
-            raise ValueError(f"flags must be left out for a folder, got {flags!r}")
-        return read_folder(source)
-    return load(source, flags=flags)
 
 
 def compare(model: UNet, target: str | os.PathLike[str]) -> Iterator[str]:
@@ -87,7 +77,7 @@ def _runner(target: Path) -> Callable[[dict[str, Tensor]], Tensor]:
         return _onnx_runner(target)
     if target.is_dir():
         return _diffusers_runner(target)
-    network = load(target)
+    network = iddpm_ext.load(target)
 
     def run(inputs: dict[str, Tensor]) -> Tensor:
         with torch.no_grad():

@@ -17,6 +17,8 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
+from iddpm_ext.files import locked
+
 _HEAD = struct.Struct("<4sI")
 _MAGIC = b"rows"
 
@@ -30,16 +32,19 @@ class Journal:
         process: number of this process, which writes its own file and reads those of all.
         width: values a row.
 
-    Raises OSError where the folder cannot be written.
+    Raises RuntimeError where another run works in the folder, OSError where it cannot be written.
     """
 
     def __init__(self, folder: Path | None, run: str, process: int, width: int):
         self._width = width
+        self._lock = contextlib.ExitStack()
         self._file = None
         self.ids = torch.empty(0, dtype=torch.int64, device="cpu")
         self.values = torch.empty(0, width, dtype=torch.float32, device="cpu")
         if folder is None:
             return
+        if process == 0:
+            self._lock.enter_context(locked(folder, "nll"))
         folder.mkdir(parents=True, exist_ok=True)
         own = folder / f"{run[:32]}.{process}.rows"
         found = [(self.ids, self.values)]
@@ -86,6 +91,7 @@ class Journal:
             self._file.close()
             for path in self._paths:
                 path.unlink(missing_ok=True)
+            self._lock.close()
             with contextlib.suppress(OSError):  # other runs' files keep the folder
                 self._paths[0].parent.rmdir()
 
@@ -100,3 +106,4 @@ class Journal:
     ) -> None:
         if self._file is not None:
             self._file.close()
+        self._lock.close()

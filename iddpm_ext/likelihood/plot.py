@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from iddpm_ext.checkpoint.write import write_whole
+from iddpm_ext.files import write_whole
 from iddpm_ext.likelihood.result import PerStep
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from iddpm_ext.checkpoint.write import write_whole
+from iddpm_ext.files import write_whole
 from iddpm_ext.likelihood.design import Design
 from iddpm_ext.likelihood.evaluate import MEASURED
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from .checkpoints import newest_checkpoint
+from iddpm_ext.checkpoint.runs import newest_checkpoint
+
 from .config import TrainConfig
 from .loop import train
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from iddpm_ext.checkpoint.runs import is_run, weights_of_run
 from iddpm_ext.checkpoint.tensors import differences, read_file
 from iddpm_ext.checkpoint.torch_file import (
     is_torch_file,
@@ -39,8 +40,8 @@ def start_from(state: TrainState, config: TrainConfig) -> list[str]:
     Weights may be any file that `iddpm_ext.load` reads. With an optimiser the run goes on at its step.
     Raises ValueError where a file does not fit the run's network, saying how.
     """
-    weights, notes = _read_weights(Path(config.init_from), state)
-    averages = [_read_weights(Path(path), state)[0] for path in config.init_ema]
+    weights, notes = _read_weights(Path(config.init_from), state, average=False)
+    averages = [_read_weights(Path(path), state, average=True)[0] for path in config.init_ema]
     for path, decay in zip(config.init_ema, config.ema, strict=False):
         named = _EMA_FILE.fullmatch(Path(path).name)
         if named is not None and float(named[1]) != decay:
@@ -70,10 +71,15 @@ def start_from(state: TrainState, config: TrainConfig) -> list[str]:
     return [f"started from {config.init_from}{at}", *notes]
 
 
-def _read_weights(path: Path, state: TrainState) -> tuple[dict[str, Tensor], list[str]]:
+def _read_weights(
+    path: Path, state: TrainState, *, average: bool
+) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors at `path`: of a run or file with both, the averaged ones or those being trained."""
+    if path.is_dir() and is_run(path):
+        path = weights_of_run(path, average=average)
     if not path.is_file():
         raise FileNotFoundError(f"train: init files must exist, got {str(path)!r}")
-    metadata, tensors = read_file(path)
+    metadata, tensors = read_file(path, average=average)
     notes = _compare(path, metadata, state)
     # OpenAI's code never withholds a label.
     state.trained_before(_extra(metadata).get("label_dropout") if "unet" in metadata else 0.0)

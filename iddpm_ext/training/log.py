@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 import math
-import os
 import sys
 import time
 from pathlib import Path
@@ -14,7 +13,16 @@ from typing import Any
 
 from tqdm import tqdm
 
+from iddpm_ext.files import write_whole
+from iddpm_ext.text import duration
+
 _LINE_EVERY_SECONDS = 60.0
+
+
+def say(text: str) -> None:
+    """A message to whoever watches, above a progress bar if there is one."""
+    tqdm.write(text, file=sys.stderr)
+    sys.stderr.flush()
 
 
 class RunLog:
@@ -61,7 +69,7 @@ class RunLog:
             self._writer = module.SummaryWriter(str(out / "tensorboard"), purge_step=first_step + 1)
         terminal = self._progress and sys.stderr.isatty()
         self._bar = tqdm(initial=first_step, total=steps, unit="step", disable=not terminal)
-        self._last_line = time.monotonic()
+        self._last_line = -math.inf
 
     def __enter__(self) -> RunLog:
         return self
@@ -95,28 +103,26 @@ class RunLog:
             for name, value in values.items():
                 if name != "step" and isinstance(value, (int, float)):
                     self._writer.add_scalar(name, value, values["step"])
-        rate = values["images_per_second"]
-        self._bar.set_postfix_str(f"loss {values['loss']:.4f}, {rate:.1f} images/s")
-        if self._progress and self._bar.disable:
-            self._print_line(values)
+
+    def due(self, step: int) -> bool:
+        """Whether a line is wanted now: after the first step, every minute, and after the last step."""
+        late = time.monotonic() - self._last_line >= _LINE_EVERY_SECONDS
+        return self._progress and (late or step == self._steps)
+
+    def line(self, values: dict[str, Any]) -> None:
+        """How far the run is, on the bar or as a line; to be called when one is due."""
+        self._last_line = time.monotonic()
+        pace = f"loss {values['loss']:.4f}, {values['images_per_second']:.1f} images/s"
+        if not self._bar.disable:
+            self._bar.set_postfix_str(pace)
+            return
+        left = f", {duration(values['eta_seconds'])} left" if values["eta_seconds"] else ""
+        say(f"step {values['step']}/{self._steps}: {pace}{left}")
 
     def say(self, text: str) -> None:
         """A message to whoever watches."""
         if self._main:
-            tqdm.write(text, file=sys.stderr)
-
-    def _print_line(self, values: dict[str, Any]) -> None:
-        now = time.monotonic()
-        if now - self._last_line >= _LINE_EVERY_SECONDS or values["step"] == self._steps:
-            self._last_line = now
-            seconds = values["eta_seconds"]
-            print(
-                f"step {values['step']}/{self._steps}  loss {values['loss']:.4f}  "
-                f"{values['images_per_second']:.1f} images/s  "
-                f"{seconds // 3600:.0f}:{seconds // 60 % 60:02.0f} left",
-                file=sys.stderr,
-                flush=True,
-            )
+            say(text)
 
 
 def _drop_after(path: Path, step: int) -> None:
@@ -130,6 +136,4 @@ def _drop_after(path: Path, step: int) -> None:
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
             continue
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    temporary.write_text("".join(kept))
-    temporary.replace(path)
+    write_whole(path, "".join(kept).encode())

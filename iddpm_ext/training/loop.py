@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import time
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import torch
@@ -14,12 +14,13 @@ from torch import Tensor
 import iddpm_ext
 from iddpm_ext.data import CachedData, ImageData, Order, batches, empty_classes, open_data
 from iddpm_ext.data.classes import shown
+from iddpm_ext.files import write_whole
 from iddpm_ext.networks.config import NUM_GROUPS
 
 from .captured import why_not_captured
 from .config import TrainConfig
 from .initial import start_from
-from .log import RunLog
+from .log import RunLog, say
 from .memory import keep_freed_memory
 from .parallel import Parallel
 from .resume import find_resume, require_same_data
@@ -49,7 +50,12 @@ def train(config: TrainConfig) -> Path:
     for name in ("data", "out"):
         if not getattr(config, name):
             raise ValueError(f"train: {name} must be given, got an empty string")
-    with Parallel(config.device, sharded=config.fsdp) as parallel, StopSignals() as stop:
+    out, folder = Path(config.out), Path(config.out) / "ckpt"
+    with (
+        Parallel(config.device, sharded=config.fsdp) as parallel,
+        StopSignals() as stop,
+        parallel.holding(out),
+    ):
         if config.batch_size % (config.accumulate * parallel.size):
             raise ValueError(
                 f"train: batch_size must be a multiple of accumulate {config.accumulate} times "
@@ -57,8 +63,9 @@ def train(config: TrainConfig) -> Path:
             )
         if parallel.device.type == "cpu":
             keep_freed_memory()
+        if parallel.rank == 0:
+            say(f"reading {config.data}")
         data = _open(config)
-        out, folder = Path(config.out), Path(config.out) / "ckpt"
         newest, notes = find_resume(folder, config, parallel.size)
         if newest is not None:
             notes += require_same_data(newest, config, data)
@@ -77,7 +84,8 @@ def train(config: TrainConfig) -> Path:
             main=parallel.rank == 0, tensorboard=config.tensorboard, progress=config.progress,
         )  # fmt: skip
         with log, _own_generator():
-            for note in (*notes, *_notes_on(data, config), *_notes_on_device(config, parallel)):
+            notes += [*_notes_on(data, config), *_notes_on_device(config, parallel)]
+            for note in (*notes, _announcement(state, parallel)):
                 log.say(note)
             if newest is not None and state.step >= config.steps:
                 log.say(f"nothing to do: {newest} has all of the {config.steps} steps")
@@ -113,6 +121,8 @@ def _run(
             named.add(complaint)
         log.step()
         meter.add(measures)
+        if log.due(state.step):
+            log.line(meter.glance())
         done = state.step >= config.steps
         stopping = _agreed(stop.received is not None, state.step, parallel)
         save = done or stopping or state.step % config.save_every == 0
@@ -126,7 +136,8 @@ def _run(
         if save:
             path = state.save(folder, config, parallel)
         if config.sample_every and (done or state.step % config.sample_every == 0):
-            _draw_samples(config, state, parallel, stop)
+            with meter.paused():
+                _draw_samples(config, state, parallel, stop)
         if stopping and not done:
             log.say(f"stopped by {stop.received or 'another process'}; saved {path}")
         if done or stopping:
@@ -139,7 +150,9 @@ class _Meter:
     def __init__(self, config: TrainConfig, state: TrainState, parallel: Parallel):
         self._config, self._state, self._parallel = config, state, parallel
         self._started, self._seconds_before = time.monotonic(), state.seconds
+        # When the interval that is measured began, without what was spent on something else in it.
         self._last = (self._started, state.images)
+        self._drawn = 0.0
         self._sum: Tensor | None = None
         self._count = 0
 
@@ -148,22 +161,45 @@ class _Meter:
         self._count += 1
         self._state.seconds = self._seconds_before + time.monotonic() - self._started
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is done within it counts for the time that is left, not for the images a second."""
+        began = time.monotonic()
+        yield
+        seconds = time.monotonic() - began
+        self._drawn += seconds
+        self._last = (self._last[0] + seconds, self._last[1])
+
+    def glance(self) -> dict[str, float | int]:
+        """What a line says: of this process alone, which waits for no other one."""
+        assert self._sum is not None
+        loss = summarise(self._config, self._sum / self._count, self._parallel.size)["loss"]
+        return {"step": self._state.step, "loss": loss, **self._pace(time.monotonic())}
+
+    def _pace(self, now: float) -> dict[str, float | int]:
+        """Images a second since the last record, and the seconds that are left at that pace."""
+        then, images = self._last
+        rate = (self._state.images - images) / max(now - then, 1e-9)
+        left = (self._config.steps - self._state.step) * self._config.batch_size / rate
+        training = max(now - self._started - self._drawn, 1e-9)
+        return {
+            "images_per_second": round(rate, 2),
+            "eta_seconds": round(left * (1 + self._drawn / training)),
+        }
+
     def record(self) -> dict[str, float | int]:
         """One record of the steps since the last one; every process must call it."""
         assert self._sum is not None
         state, now = self._state, time.monotonic()
         mean = self._parallel.mean(self._sum / self._count)
         self._sum, self._count = None, 0
-        then, images = self._last
+        pace = self._pace(now)
         self._last = (now, state.images)
-        rate = (state.images - images) / max(now - then, 1e-9)
-        left = (self._config.steps - state.step) * self._config.batch_size
         return {
             "step": state.step,
             "images": state.images,
             "seconds": round(state.seconds, 1),
-            "images_per_second": round(rate, 2),
-            "eta_seconds": round(left / rate),
+            **pace,
             "lr": state.optimizer.param_groups[0]["lr"],
             **summarise(self._config, mean, self._parallel.size),
             "loss_scale": state.scaler.get_scale(),
@@ -287,6 +323,12 @@ def _notes_on_device(config: TrainConfig, parallel: Parallel) -> list[str]:
     return [f"kernels are launched one by one, without a CUDA graph: {reason}"]
 
 
+def _announcement(state: TrainState, parallel: Parallel) -> str:
+    parameters = sum(p.numel() for p in state.model.parameters())
+    processes = f", {parallel.size} processes" if parallel.size > 1 else ""
+    return f"training {parameters:,} parameters on {parallel.device}{processes}"
+
+
 def _own_generator() -> AbstractContextManager[None]:
     """Within it, the global generators may be seeded: they are put back afterwards."""
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
@@ -294,6 +336,4 @@ def _own_generator() -> AbstractContextManager[None]:
 
 
 def _write_json(path: Path, config: TrainConfig) -> None:
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    temporary.write_text(json.dumps(config.to_dict(), indent=1) + "\n")
-    temporary.replace(path)
+    write_whole(path, (json.dumps(config.to_dict(), indent=1) + "\n").encode())

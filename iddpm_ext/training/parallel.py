@@ -8,8 +8,9 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from iddpm_ext import process_group
+from iddpm_ext.files import locked
 from iddpm_ext.networks.unet import UNet
 
 # A rank whose peer has died must not wait for ever.
@@ -109,6 +111,22 @@ class Parallel:
     def any(self, flag: bool) -> bool:
         """Whether `flag` is set on any process; the host waits."""
         return bool(self.sum(torch.tensor(float(flag), device=self.device)) > 0)
+
+    @contextmanager
+    def holding(self, folder: Path) -> Iterator[None]:
+        """Within it, `folder` is this run's alone: where another run holds it, every process raises."""
+        with ExitStack() as stack:
+            refusal: Exception | None = None
+            if self.rank == 0:
+                try:
+                    stack.enter_context(locked(folder, "train"))
+                except (RuntimeError, OSError) as error:
+                    refusal = error
+            if self.any(refusal is not None):
+                raise refusal or RuntimeError(
+                    f"train: out must be in use by no other run and writable, got {folder}"
+                )
+            yield
 
     def barrier(self) -> None:
         """Waits for every process."""

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from safetensors import safe_open
 
+from iddpm_ext.checkpoint.runs import newest_checkpoint, read_state
 from iddpm_ext.data import ImageData
 from iddpm_ext.data.classes import difference
 
-from .checkpoints import newest_checkpoint, read_state
 from .config import TrainConfig
 
 # What the weights, the meaning of the optimiser's state or the order of the data depend on.

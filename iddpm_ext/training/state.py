@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from iddpm_ext.checkpoint import metadata_of
+from iddpm_ext.checkpoint.runs import WEIGHTS, ema_file, read_state, read_tensors
 from iddpm_ext.diffusion import Diffusion
 from iddpm_ext.diffusion.timestep_samplers import TimestepSampler, make_timestep_sampler
 from iddpm_ext.networks.config import UNetConfig
 from iddpm_ext.networks.unet import UNet
 
 from .captured import CapturedPass, why_not_fused
-from .checkpoints import read_state, read_tensors, write_checkpoint
+from .checkpoints import write_checkpoint
 from .config import TrainConfig
 from .fused import FusedTraining
 from .optimizer import MOMENTS, AdamWEMA
@@ -64,7 +65,7 @@ class TrainState:
         metadata = self.describe()
         weights = {name: _on_cpu(value) for name, value in self.model.state_dict().items()}
         tensors: dict[str, tuple[dict[str, Tensor], dict[str, str] | None]] = {
-            "model.safetensors": (weights, metadata)
+            WEIGHTS: (weights, metadata)
         }
         for decay, average in self.emas.items():
             values = {name: _on_cpu(value) for name, value in average.items()}
@@ -103,7 +104,7 @@ class TrainState:
         self.step, self.images, self.seconds = state["step"], state["images"], state["seconds"]
         self.trained_before(state.get("label_dropout", state["config"]["label_dropout"]))
         notes = []
-        weights = read_tensors(path, "model.safetensors")
+        weights = read_tensors(path, WEIGHTS)
         with torch.no_grad():
             for name, value in self.model.state_dict().items():
                 copy_whole(value, weights[name])
@@ -211,11 +212,6 @@ def new_state(
         skipped=torch.zeros((), dtype=torch.float32, device=parallel.device),
         label_dropout=config.label_dropout,
     )
-
-
-def ema_file(decay: float) -> str:
-    """The file of the average with this decay in a checkpoint directory."""
-    return f"ema_{decay}.safetensors"
 
 
 def _on_cpu(value: Tensor) -> Tensor:

@@ -22,8 +22,8 @@ from matplotlib.ticker import LogFormatter
 from torch import Tensor
 
 import iddpm_ext
-from iddpm_ext.checkpoint.write import write_whole
 from iddpm_ext.data import open_data
+from iddpm_ext.files import write_whole
 from iddpm_ext.likelihood import Likelihood
 from iddpm_ext.training import TrainConfig, train
 

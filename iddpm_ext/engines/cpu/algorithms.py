@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import platform
+import warnings
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+
+from iddpm_ext.files import cache_folder
 
 Table = dict[str, dict[str, str]]  # {"float32": {shape's key: algorithm's name}, "bfloat16": ...}
 _SHIPPED = Path(__file__).with_name("tables")
@@ -95,7 +97,7 @@ def load_chooser(family: str | None = None) -> Chooser:
     """
     family = cpu_family() if family is None else family
     measured: dict[str, dict[str, dict[int, str]]] = {}
-    for path in (_SHIPPED / f"{family}.json", user_table_path(family)):
+    for path in filter(None, (_SHIPPED / f"{family}.json", user_table_path(family))):
         for precision, entries in load_table(path).items():
             for key, algorithm in entries.items():
                 layer, _, batch = key.rpartition(" x")
@@ -103,17 +105,23 @@ def load_chooser(family: str | None = None) -> Chooser:
     return Chooser(measured)
 
 
-def user_table_path(family: str) -> Path:
-    """Where `iddpm tune` stores what it measured."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache, "iddpm_ext", f"cpu-{family}.json")
+def user_table_path(family: str) -> Path | None:
+    """Where `iddpm tune` stores what it measured; None for a user without a home."""
+    cache = cache_folder()
+    return None if cache is None else cache / f"cpu-{family}.json"
 
 
 def load_table(path: Path) -> Table:
-    """The table at `path`, empty where there is none; ValueError if that is no table."""
+    """The table at `path`; ValueError if that is no table.
+
+    Empty where there is none, and with a warning where it may not be looked at.
+    """
     try:
         return check_table(json.loads(path.read_text()))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except PermissionError as error:
+        warnings.warn(f"{path} is left aside: it cannot be read ({error.strerror})", stacklevel=2)
         return {}
     except (OSError, ValueError) as error:
         raise ValueError(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import statistics
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +25,7 @@ from iddpm_ext.engines.cpu.algorithms import (
     user_table_path,
 )
 from iddpm_ext.engines.cpu.engine import CPUEngine, why_not_served
+from iddpm_ext.files import write_whole
 from iddpm_ext.networks.unet import UNet
 
 _MARGIN = 0.97  # F2 is the more accurate: F4 has to be this much faster
@@ -61,11 +61,17 @@ def tune(
     if rounds < 1:
         raise ValueError(f"tune: rounds must be at least 1, got {rounds}")
     path = user_table_path(cpu_family()) if path is None else path
+    if path is None:
+        raise ValueError("tune: path must be given for a user without a home, got None")
+    # Asked before the minutes of measuring.
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise PermissionError(f"tune: path must be in a folder that can be written, got {path}")
     table = load_table(path)
     for batch in batch_sizes:
         for precision, choices in measure(model, batch, rounds).items():
             table.setdefault(precision, {}).update(choices)
-    _write(path, table)
+    write_whole(path, (json.dumps(table, indent=1, sort_keys=True) + "\n").encode())
     return path
 
 
@@ -115,15 +121,3 @@ class _Run:
         for row, shape in self._engine.convolutions:
             total[shape.key] = total.get(shape.key, 0.0) + statistics.median(self._seconds[row])
         return total
-
-
-def _write(path: Path, table: Table) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, fresh = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w") as file:
-            file.write(json.dumps(table, indent=1, sort_keys=True) + "\n")
-        os.replace(fresh, path)
-    except BaseException:
-        os.unlink(fresh)
-        raise
