@@ -1,7 +1,7 @@
 #include "ceilings/ceilings.h"
 
 #if defined(__AVX2__)
-#include "unet_engine/native.h"
+#include "nhwc/vectors.h"
 #endif
 
 namespace iddpm {

@@ -27,7 +27,7 @@
 
 #include <cstdint>
 
-#include "host_device.h"
+#include "common/host_device.h"
 
 #if defined(__CUDACC__)
 

@@ -1,10 +1,10 @@
-#include "conv3x3.h"
+#include "conv3x3/conv3x3.h"
 
 #if defined(__AVX2__)
 #include "common/threads.h"
-#include "unet_engine/winograd.h"
-#include "unet_engine/winograd_transforms.h"
-#include "workspace.h"
+#include "conv3x3/workspace.h"
+#include "nhwc/winograd.h"
+#include "nhwc/winograd_transforms.h"
 #endif
 
 namespace iddpm {
@@ -67,8 +67,7 @@ int run(const Conv3x3Args& args, int num_threads) {
   float* packed = memory.take(packed_floats);
   float* shared_data = memory.take(shared);
   float* scratch_data = memory.take(scratch * num_threads);
-  const WinogradConv<T> op{0,
-                           args.height,
+  const WinogradConv<T> op{args.height,
                            args.width,
                            static_cast<const T*>(args.in),
                            args.in_stride,
@@ -85,9 +84,8 @@ int run(const Conv3x3Args& args, int num_threads) {
                            block};
   int status = kDone;
   for_threads(num_threads, false, [&](int64_t thread, int64_t threads) {
-    const Team team{
-        thread, threads, args.n, nullptr, shared_data, shared, scratch_data + thread * scratch,
-        scratch};
+    const Team team{thread, threads, args.n, shared_data, shared, scratch_data + thread * scratch,
+                    scratch};
     const Range mine = share(panels, 1, thread, threads);
     for (int64_t panel = mine.begin; panel < mine.end; ++panel) {
       float* here = packed + panel * elements * args.channels * kPanel;

@@ -6,13 +6,13 @@
 // which has (m + 2)^2 products for each of m^2 outputs instead of nine, as the convolution itself.
 // The sum over tiles and input channels x output channels is (m + 2)^2 matrix products. Blocks of
 // tiles follow one another, so that neither threads nor their number change the order of the sum.
-#include "conv3x3.h"
+#include "conv3x3/conv3x3.h"
 
 #if defined(__AVX2__)
 #include "common/threads.h"
-#include "unet_engine/tile.h"
-#include "unet_engine/winograd_tiles.h"
-#include "workspace.h"
+#include "conv3x3/workspace.h"
+#include "nhwc/panel.h"
+#include "nhwc/winograd_tiles.h"
 #endif
 
 namespace iddpm {
@@ -132,7 +132,7 @@ int run(const Conv3x3WeightBwdArgs& args, int num_threads) {
   op.upscale = args.upscale;
 
   for_threads(num_threads, false, [&](int64_t thread, int64_t threads) {
-    const Team team{thread, threads, args.n, nullptr, nullptr, 0, nullptr, 0};
+    const Team team{thread, threads, args.n, nullptr, 0, nullptr, 0};
     const int64_t blocks = (grid.count + block - 1) / block;
     for (int64_t b = 0; b < blocks; ++b) {
       const int64_t begin = grid.count * b / blocks;

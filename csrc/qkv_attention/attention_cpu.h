@@ -5,9 +5,9 @@
 // output row.
 #pragma once
 
+#include "nhwc/panel.h"
 #include "qkv_attention/head_matrix.h"
 #include "qkv_attention/qkv_attention.h"
-#include "unet_engine/tile.h"
 
 namespace iddpm {
 namespace IDDPM_ISA {

@@ -5,7 +5,7 @@
 #pragma once
 
 #include "common/lanes.h"
-#include "unet_engine/native.h"
+#include "nhwc/vectors.h"
 
 namespace iddpm {
 namespace IDDPM_ISA {

@@ -6,8 +6,7 @@
 // combined in float64 by Chan's rule. Chunks depend on the shape alone, so the result does not
 // depend on the number of threads.
 #if defined(__AVX2__)
-#include "native.h"
-#include "team.h"
+#include "unet_engine/plan.h"
 
 namespace iddpm {
 namespace IDDPM_ISA {
@@ -95,7 +94,7 @@ void apply(const float* x, int64_t x_stride, float* y, int64_t y_stride, int64_t
 
 }  // namespace
 
-int run_group_norm(const GroupNormOp& op, const Team& team) {
+int run_group_norm(const GroupNormOp& op, const PlanRun& run, const Team& team) {
   const int64_t chunks = (op.pixels + kChunk - 1) / kChunk, channels = op.channels;
   const int64_t per_sample = (chunks + 1) * 2 * channels;
   if (per_sample * team.n > team.shared_floats) return 1;
@@ -114,8 +113,7 @@ int run_group_norm(const GroupNormOp& op, const Team& team) {
     float* base = team.shared + sample * per_sample;
     float* slope = base + chunks * 2 * channels;
     const float* embedding =
-        op.embedding < 0 ? nullptr
-                         : team.run->embedding + team.run->embedding_row[sample] + op.embedding;
+        op.embedding < 0 ? nullptr : run.embedding + run.embedding_row[sample] + op.embedding;
     fold_group(op, base, chunks, i % op.groups, embedding, slope, slope + channels);
   }
   barrier(team);

@@ -1,8 +1,8 @@
 // Linear layers and 1 x 1 convolutions of bfloat16 operands: a block of rows is rounded into
 // scratch, then multiplied like in gemm.cpp at twice its rate; sums, bias and residual are float32.
 #if defined(__AVX512BF16__)
-#include "team.h"
-#include "tile.h"
+#include "nhwc/gemm.h"
+#include "nhwc/panel.h"
 
 namespace iddpm {
 namespace IDDPM_ISA {

@@ -1,8 +1,9 @@
 // Linear layers and 1 x 1 convolutions: packed weights, bias and residual added as a tile is
 // stored.
 #if defined(__AVX2__)
-#include "team.h"
-#include "tile.h"
+#include "nhwc/gemm.h"
+
+#include "nhwc/panel.h"
 
 namespace iddpm {
 namespace IDDPM_ISA {

@@ -1,4 +1,4 @@
-// The register tile that every matrix product of the engine is made of.
+// The register tile that every matrix product on the CPU is made of.
 //
 // c [rows, columns] = a [rows, depth] * b [depth, columns], with b in rows of `b_stride` floats: a
 // packed panel, or keys and values; kTransposed takes a [depth, rows]. A tile keeps R x V vectors
@@ -6,7 +6,7 @@
 // over depth loads V vectors, broadcasts R values and does R x V multiply-adds.
 #pragma once
 
-#include "native.h"
+#include "nhwc/vectors.h"
 
 namespace iddpm {
 namespace IDDPM_ISA {

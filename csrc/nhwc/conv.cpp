@@ -2,8 +2,9 @@
 // the nine neighbours of a block of pixels are gathered into scratch and multiplied by the packed
 // weights.
 #if defined(__AVX2__)
-#include "team.h"
-#include "tile.h"
+#include "nhwc/conv.h"
+
+#include "nhwc/panel.h"
 
 namespace iddpm {
 namespace IDDPM_ISA {

@@ -2,8 +2,8 @@
 // domain.
 #pragma once
 
-#include "winograd.h"
-#include "winograd_transforms.h"
+#include "nhwc/winograd.h"
+#include "nhwc/winograd_transforms.h"
 
 namespace iddpm {
 namespace IDDPM_ISA {

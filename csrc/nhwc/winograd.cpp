@@ -7,10 +7,10 @@
 // transform adds bias and residual as it stores. With few tiles the team transforms all of them
 // together and divides the panels instead.
 #if defined(__AVX2__)
-#include "winograd.h"
+#include "nhwc/winograd.h"
 
-#include "tile.h"
-#include "winograd_tiles.h"
+#include "nhwc/panel.h"
+#include "nhwc/winograd_tiles.h"
 
 namespace iddpm {
 namespace IDDPM_ISA {

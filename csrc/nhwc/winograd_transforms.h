@@ -1,11 +1,11 @@
 // One-dimensional transforms of Winograd's F(2, 3) and F(4, 3) on vectors of channels.
 //
 // F(4, 3) takes the points 0, +-1/sqrt(2), +-sqrt(2) and infinity: in float32 their error is less
-// than half that of the usual 0, +-1, +-2, at the same cost. `cpu_pack.py` transforms the weights
+// than half that of the usual 0, +-1, +-2, at the same cost. `pack.py` transforms the weights
 // to match.
 #pragma once
 
-#include "native.h"
+#include "nhwc/vectors.h"
 
 namespace iddpm {
 namespace IDDPM_ISA {

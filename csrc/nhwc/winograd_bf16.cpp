@@ -5,8 +5,8 @@
 // stay in the first cache level until they are transformed back: so the weights, half the size of
 // float32's, are what streams. F(4x4) is not served: its error would be three times this one's.
 #if defined(__AVX512BF16__)
-#include "tile.h"
-#include "winograd_tiles.h"
+#include "nhwc/panel.h"
+#include "nhwc/winograd_tiles.h"
 
 namespace iddpm {
 namespace IDDPM_ISA {
