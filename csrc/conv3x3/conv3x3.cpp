@@ -3,6 +3,7 @@
 #if defined(__AVX2__)
 #include "common/threads.h"
 #include "conv3x3/workspace.h"
+#include "nhwc/panel.h"
 #include "nhwc/winograd.h"
 #include "nhwc/winograd_transforms.h"
 #endif
@@ -29,22 +30,22 @@ void transform_panel(const Conv3x3Args& args, int64_t first, float* packed) {
       for (int t = 0; t < 9; ++t) taps[t][k] = filter[t / 3 * w.row + t % 3 * w.tap];
     for (int64_t k = 0; k < columns; k += kWidth) {
       nv half[P][3];
-#pragma GCC unroll 8
+      IDDPM_UNROLL
       for (int j = 0; j < 3; ++j) {
         nv g[3], u[P];
-#pragma GCC unroll 8
-        for (int i = 0; i < 3; ++i) g[i] = nload(&taps[3 * i + j][k]);
+        IDDPM_UNROLL
+        for (int i = 0; i < 3; ++i) g[i] = load<nv>(&taps[3 * i + j][k]);
         Transform<M>::filter(g, u);
-#pragma GCC unroll 8
+        IDDPM_UNROLL
         for (int i = 0; i < P; ++i) half[i][j] = u[i];
       }
-#pragma GCC unroll 8
+      IDDPM_UNROLL
       for (int i = 0; i < P; ++i) {
         nv u[P];
         Transform<M>::filter(half[i], u);
-#pragma GCC unroll 8
+        IDDPM_UNROLL
         for (int j = 0; j < P; ++j)
-          nstore(packed + ((i * P + j) * args.channels + c) * kPanel + k, u[j]);
+          store(packed + ((i * P + j) * args.channels + c) * kPanel + k, u[j]);
       }
     }
   }
@@ -53,7 +54,7 @@ void transform_panel(const Conv3x3Args& args, int64_t first, float* packed) {
 template <class T>
 int run(const Conv3x3Args& args, int num_threads) {
   const int64_t elements = (args.tile + 2) * (args.tile + 2), pitch = args.channels + kRowPad;
-  const int64_t panels = (args.columns + kPanel - 1) / kPanel;
+  const int64_t panels = divide_up(args.columns, kPanel);
   const int64_t tiles = grid_of(args.height, args.width, args.tile, args.n).count;
   const int64_t fit = kBlockFloats / (elements * (pitch + kPanel)) / kTileRows * kTileRows;
   const int64_t block = larger(fit, kTileRows);
@@ -104,7 +105,7 @@ int run(const Conv3x3Args& args, int num_threads) {
 
 int conv3x3(const Conv3x3Args& args, int num_threads) {
   return args.dtype == DType::kFloat32 ? run<float>(args, num_threads)
-                                       : run<uint16_t>(args, num_threads);
+                                       : run<BFloat16>(args, num_threads);
 }
 
 #else

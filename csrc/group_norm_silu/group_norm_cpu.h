@@ -2,7 +2,7 @@
 #pragma once
 
 #include "common/lanes.h"
-#include "common/silu.h"
+#include "common/simd_math.h"
 #include "group_norm_silu/group_norm_silu.h"
 
 namespace iddpm {

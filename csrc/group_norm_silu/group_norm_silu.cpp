@@ -49,7 +49,7 @@ void add_run(const T* p, int64_t count, float bias, Moments* moments) {
     vf rest[4] = {}, squares[4] = {};
     for_vectors(p + first, chunk, [&](int k, vf v, int64_t lanes) {
       vf d = v - mean;
-      if (lanes < kLanes) d = keep_first(d, lanes);
+      if (lanes < kLanes) d = first_lanes(d, lanes);
       rest[k] += d;
       squares[k] += d * d;
     });

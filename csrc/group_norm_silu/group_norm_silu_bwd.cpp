@@ -96,7 +96,7 @@ struct Backward {
       for (int64_t p = first; p < end; p += kLanes) {
         const int64_t lanes = end - p < kLanes ? end - p : kLanes;
         vf u = load_some(x + p, lanes) - k.centre;
-        if (lanes < kLanes) u = keep_first(u, lanes);
+        if (lanes < kLanes) u = first_lanes(u, lanes);
         // Lanes without an element have dy = 0, and so dz = 0.
         const vf dz = grad_before_silu<kSilu>(load_some(dy + p, lanes), u * k.gain + k.offset);
         if (kKeepsDz<T>) store_some(dx + p, dz, lanes);

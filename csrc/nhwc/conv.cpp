@@ -34,10 +34,10 @@ void gather(const ConvOp& op, int64_t pixel, int64_t out_height, int64_t out_wid
 }  // namespace
 
 int run_conv(const ConvOp& op, const Team& team) {
-  const int64_t out_height = ((op.height << op.upscale) + op.stride - 1) / op.stride;
-  const int64_t out_width = ((op.width << op.upscale) + op.stride - 1) / op.stride;
+  const int64_t out_height = divide_up(op.height << op.upscale, op.stride);
+  const int64_t out_width = divide_up(op.width << op.upscale, op.stride);
   const int64_t pixels = out_height * out_width * team.n, depth = 9 * op.channels;
-  const int64_t panels = (op.columns + kPanel - 1) / kPanel;
+  const int64_t panels = divide_up(op.columns, kPanel);
   const bool by_rows = pixels >= 2 * kTileRows * team.threads;
   const Range rows =
       by_rows ? share(pixels, kTileRows, team.thread, team.threads) : Range{0, pixels};

@@ -1,7 +1,10 @@
 // A thread's place in the team that runs a kernel, and the memory that it may use.
 #pragma once
 
-#include "nhwc/vectors.h"
+#include <cstdint>
+
+#include "common/isa.h"
+#include "common/sizes.h"
 
 namespace iddpm {
 
@@ -29,10 +32,9 @@ struct Range {
 
 // The share of `thread` of [0, count), cut at multiples of `grain`.
 static inline Range share(int64_t count, int64_t grain, int64_t thread, int64_t threads) {
-  const int64_t pieces = (count + grain - 1) / grain;
-  const int64_t begin = pieces * thread / threads * grain;
-  const int64_t end = pieces * (thread + 1) / threads * grain;
-  return Range{begin < count ? begin : count, end < count ? end : count};
+  const int64_t pieces = divide_up(count, grain);
+  return Range{smaller(pieces * thread / threads * grain, count),
+               smaller(pieces * (thread + 1) / threads * grain, count)};
 }
 
 }  // namespace IDDPM_ISA

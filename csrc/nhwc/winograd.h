@@ -1,11 +1,12 @@
 // 3 x 3 convolutions with stride 1 by Winograd's F(m x m, 3 x 3) over NHWC pixels.
 #pragma once
 
+#include "common/dtype.h"
 #include "nhwc/team.h"
 
 namespace iddpm {
 
-// T, the element of images: float, or uint16_t for bfloat16.
+// T, the element of images: float, or BFloat16.
 template <class T>
 struct WinogradConv {
   int64_t height, width;  // of the convolution's output
@@ -33,12 +34,12 @@ struct Grid {
 };
 
 static inline Grid grid_of(int64_t height, int64_t width, int64_t tile, int64_t n) {
-  const int64_t rows = (height + tile - 1) / tile, columns = (width + tile - 1) / tile;
+  const int64_t rows = divide_up(height, tile), columns = divide_up(width, tile);
   return Grid{rows, columns, rows * columns * n};
 }
 
 int run_winograd(const WinogradOp& op, const Team& team);
-int run_winograd(const WinogradConv<uint16_t>& op, const Team& team);
+int run_winograd(const WinogradConv<BFloat16>& op, const Team& team);
 
 }  // namespace IDDPM_ISA
 

@@ -6,6 +6,7 @@
 // combined in float64 by Chan's rule. Chunks depend on the shape alone, so the result does not
 // depend on the number of threads.
 #if defined(__AVX2__)
+#include "common/simd_math.h"
 #include "unet_engine/plan.h"
 
 namespace iddpm {
@@ -22,22 +23,22 @@ void chunk_statistics(const float* x, int64_t stride, int64_t pixels, int64_t ch
   const float inverse = 1.0f / float(pixels);
   for (int64_t c = 0; c < channels; c += V * kWidth) {
     nv origin[V], sum[V] = {}, square[V] = {};
-#pragma GCC unroll 2
-    for (int j = 0; j < V; ++j) origin[j] = nload(x + c + j * kWidth);
+    IDDPM_UNROLL
+    for (int j = 0; j < V; ++j) origin[j] = load<nv>(x + c + j * kWidth);
     const float* pixel = x + c;
     for (int64_t p = 0; p < pixels; ++p, pixel += stride) {
-#pragma GCC unroll 2
+      IDDPM_UNROLL
       for (int j = 0; j < V; ++j) {
-        const nv d = nload(pixel + j * kWidth) - origin[j];
+        const nv d = load<nv>(pixel + j * kWidth) - origin[j];
         sum[j] += d;
         square[j] += d * d;
       }
     }
-#pragma GCC unroll 2
+    IDDPM_UNROLL
     for (int j = 0; j < V; ++j) {
       const nv mean = sum[j] * inverse;
-      nstore(means + c + j * kWidth, origin[j] + mean);
-      nstore(squares + c + j * kWidth, square[j] - sum[j] * mean);
+      store(means + c + j * kWidth, origin[j] + mean);
+      store(squares + c + j * kWidth, square[j] - sum[j] * mean);
     }
   }
 }
@@ -86,8 +87,8 @@ void apply(const float* x, int64_t x_stride, float* y, int64_t y_stride, int64_t
            int64_t channels, const float* slope, const float* offset) {
   for (int64_t p = 0; p < pixels; ++p, x += x_stride, y += y_stride) {
     for (int64_t c = 0; c < channels; c += kWidth) {
-      const nv v = nload(x + c) * nload(slope + c) + nload(offset + c);
-      nstore(y + c, Silu ? silu(v) : v);
+      const nv v = load<nv>(x + c) * load<nv>(slope + c) + load<nv>(offset + c);
+      store(y + c, Silu ? silu(v) : v);
     }
   }
 }
@@ -95,7 +96,7 @@ void apply(const float* x, int64_t x_stride, float* y, int64_t y_stride, int64_t
 }  // namespace
 
 int run_group_norm(const GroupNormOp& op, const PlanRun& run, const Team& team) {
-  const int64_t chunks = (op.pixels + kChunk - 1) / kChunk, channels = op.channels;
+  const int64_t chunks = divide_up(op.pixels, kChunk), channels = op.channels;
   const int64_t per_sample = (chunks + 1) * 2 * channels;
   if (per_sample * team.n > team.shared_floats) return 1;
   const Range statistics = share(team.n * chunks, 1, team.thread, team.threads);
