@@ -22,22 +22,26 @@ IDDPM_INLINE BFloat16 to_bfloat16(float f) {
   return {uint16_t((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
 }
 
-// IEEE half precision without F16C; subnormals, infinities and NaN included.
+// IEEE half precision without F16C; subnormals, infinities and NaN included. No float on the way is
+// subnormal, so that it does not matter whether the thread takes those for zero.
 IDDPM_INLINE float to_float(Float16 h) {
   const uint32_t sign = uint32_t(h.bits & 0x8000u) << 16;
-  uint32_t magnitude = uint32_t(h.bits & 0x7fffu) << 13;
-  float f;
-  if (magnitude >= 0x0f800000u) {
-    magnitude += 0x70000000u;  // infinity, NaN
-    magnitude |= sign;
-    std::memcpy(&f, &magnitude, sizeof f);
-    return f;
+  uint32_t bits = uint32_t(h.bits & 0x7fffu) << 13;
+  if (bits >= 0x0f800000u) {  // infinity, NaN
+    bits += 0x70000000u;
+  } else if (bits >= 0x00800000u) {
+    bits += 0x38000000u;
+  } else {  // the mantissa of a number in [2^-14, 2^-13), less 2^-14
+    const uint32_t unit = 0x38800000u;
+    float f, least;
+    bits |= unit;
+    std::memcpy(&f, &bits, sizeof f);
+    std::memcpy(&least, &unit, sizeof least);
+    f -= least;
+    std::memcpy(&bits, &f, sizeof bits);
   }
-  std::memcpy(&f, &magnitude, sizeof f);
-  f *= 5.192296858534828e33f;  // 2^112 moves the exponent, and makes subnormals normal
-  uint32_t bits;
-  std::memcpy(&bits, &f, sizeof bits);
   bits |= sign;
+  float f;
   std::memcpy(&f, &bits, sizeof f);
   return f;
 }

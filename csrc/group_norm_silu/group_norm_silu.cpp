@@ -301,10 +301,8 @@ void run(const GroupNormSiluArgs& a, int num_threads) {
         });
     return;
   }
-  const bool parallel = num_threads > 1 && in.n * in.c * in.hw >= kGroupNormSerialBelow;
-#pragma omp parallel for schedule(static) num_threads(num_threads) if (parallel)
-  for (int64_t job = 0; job < in.n * in.groups; ++job)
-    rows_of_group<T>(a, job / in.groups, job % in.groups);
+  for_jobs(in.n * in.groups, num_threads, runs_alone(in),
+           [&](int64_t job) { rows_of_group<T>(a, job / in.groups, job % in.groups); });
 }
 
 }  // namespace

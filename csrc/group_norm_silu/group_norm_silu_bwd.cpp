@@ -286,10 +286,8 @@ struct Backward {
           in, num_threads, [&](int64_t n, int64_t s) { sum_pixels<kSilu>(n, s); },
           [&](int64_t n) { combine(n); }, [&](int64_t n, int64_t s) { pixel_grads<kSilu>(n, s); });
     } else {
-      const bool parallel = num_threads > 1 && in.n * in.c * in.hw >= kGroupNormSerialBelow;
-#pragma omp parallel for schedule(static) num_threads(num_threads) if (parallel)
-      for (int64_t job = 0; job < in.n * in.groups; ++job)
-        rows_of_group<kSilu>(job / in.groups, job % in.groups);
+      for_jobs(in.n * in.groups, num_threads, runs_alone(in),
+               [&](int64_t job) { rows_of_group<kSilu>(job / in.groups, job % in.groups); });
     }
     reduce_batch();
   }
