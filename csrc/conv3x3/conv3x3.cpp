@@ -15,8 +15,6 @@ namespace IDDPM_ISA {
 
 namespace {
 
-constexpr int64_t kBlockFloats = 96 * 1024;  // of a block's transformed tiles: they stay in level 2
-
 // Weights [K, C, 3, 3] -> packed [(m + 2)^2][C][32] of the panel of output channels from `first`.
 template <int M>
 void transform_panel(const Conv3x3Args& args, int64_t first, float* packed) {
@@ -53,15 +51,13 @@ void transform_panel(const Conv3x3Args& args, int64_t first, float* packed) {
 
 template <class T>
 int run(const Conv3x3Args& args, int num_threads) {
-  const int64_t elements = (args.tile + 2) * (args.tile + 2), pitch = args.channels + kRowPad;
+  const int64_t elements = winograd_elements(args.tile);
   const int64_t panels = divide_up(args.columns, kPanel);
   const int64_t tiles = grid_of(args.height, args.width, args.tile, args.n).count;
-  const int64_t fit = kBlockFloats / (elements * (pitch + kPanel)) / kTileRows * kTileRows;
-  const int64_t block = larger(fit, kTileRows);
+  const int64_t block = winograd_block(args.tile, args.channels, false);
   const int64_t scratch =
-      elements * larger(block * (pitch + kPanel), 2 * kTileRows * num_threads * kPanel);
-  const int64_t shared =
-      num_threads > 1 ? elements * smaller(tiles, 2 * kTileRows * num_threads) * pitch : 0;
+      round_up(winograd_scratch(args.tile, tiles, args.channels, block, num_threads), 16);
+  const int64_t shared = winograd_shared(args.tile, tiles, args.channels, num_threads);
   const int64_t packed_floats = panels * elements * args.channels * kPanel;
   Workspace memory(packed_floats + Workspace::rounded(shared) + scratch * num_threads);
   if (memory.failed()) return kNoMemory;

@@ -42,7 +42,7 @@ int run_conv(const ConvOp& op, const Team& team) {
   const Range rows =
       by_rows ? share(pixels, kTileRows, team.thread, team.threads) : Range{0, pixels};
   const Range columns = by_rows ? Range{0, panels} : share(panels, 1, team.thread, team.threads);
-  const int64_t pitch = depth + 16;  // not a power of two: rows would share cache sets
+  const int64_t pitch = depth + kGatheredPad;
   const int64_t fit = team.scratch_floats / pitch / kTileRows * kTileRows;
   if (fit == 0) return 1;
   const int64_t block = smaller(fit, larger(kBlockFloats / pitch / kTileRows, 1) * kTileRows);

@@ -9,16 +9,12 @@ namespace IDDPM_ISA {
 
 namespace {
 
-constexpr int64_t kBlockHalves = 128 * 1024;
-constexpr int64_t kPadHalves = 32;  // keeps rows from falling into the same cache sets
-
 int multiply(const GemmOp& op, Range rows, Range panels, const Team& team) {
   const BFloat16* w = reinterpret_cast<const BFloat16*>(op.w);
   BFloat16* a = reinterpret_cast<BFloat16*>(team.scratch);
-  const int64_t pitch = op.depth + kPadHalves;
-  const int64_t fit = 2 * team.scratch_floats / pitch;
-  const int64_t most = larger(kBlockHalves / pitch / kTileRows, 1) * kTileRows;
-  if (fit < smaller(most, rows.end - rows.begin)) return 1;
+  const int64_t pitch = op.depth + kRoundedPad;
+  const int64_t most = rounded_rows(rows.end - rows.begin, op.depth);
+  if (team.scratch_floats < gemm_bf16_scratch(rows.end - rows.begin, op.depth)) return 1;
   for (int64_t row = rows.begin; row < rows.end; row += most) {
     const int64_t count = smaller(most, rows.end - row);
     for (int64_t i = 0; i < count; ++i)

@@ -7,17 +7,17 @@
 #pragma once
 
 #include "common/lanes.h"
-#include "common/sizes.h"
+#include "nhwc/packing.h"
 
 namespace iddpm {
 namespace IDDPM_ISA {
 
-constexpr int64_t kPanel = 32;  // columns of a packed weight panel, in every instruction set
 #if defined(__AVX512F__)
 constexpr int64_t kTileRows = 12;  // rows of a register tile: 12 x 2 accumulators of 32 registers
 #else
 constexpr int64_t kTileRows = 6;  // 6 x 2 accumulators of 16 registers
 #endif
+static_assert(kTileRows <= kMostTileRows, "scratch is sized for it");
 
 // What is added to a product as it is stored; null pointers add nothing.
 struct Addends {

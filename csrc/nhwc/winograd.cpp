@@ -17,8 +17,6 @@ namespace IDDPM_ISA {
 
 namespace {
 
-constexpr int64_t kFewTiles = 2 * kTileRows;
-
 // The products and the inverse transforms of `count` tiles from `tile` on, for a range of panels.
 template <int M, class T>
 void multiply_tiles(const WinogradConv<T>& op, const Grid& grid, int64_t tile, int64_t count,
@@ -45,7 +43,7 @@ int run(const WinogradConv<T>& op, const Team& team) {
   const int64_t pitch = op.channels + kRowPad;
   const int64_t panels = divide_up(op.columns, kPanel);
   if (op.channels > kWinogradChannels) return 1;
-  if (team.threads > 1 && grid.count < kFewTiles * team.threads) {
+  if (team.threads > 1 && grid.count < few_tiles(kTileRows) * team.threads) {
     if (E * grid.count * pitch > team.shared_floats) return 1;
     if (E * grid.count * kPanel > team.scratch_floats) return 1;
     const Range mine = share(grid.count, 1, team.thread, team.threads);

@@ -15,7 +15,6 @@ namespace {
 
 constexpr int M = 2;
 constexpr int64_t kElements = 16;
-constexpr int64_t kFewTiles = 2 * kTileRows;
 
 int64_t groups_of(int64_t tiles) { return divide_up(tiles, kTileRows); }
 
@@ -62,7 +61,7 @@ int run_winograd_bf16(const WinogradOp& op, const Team& team) {
   const int64_t panels = divide_up(op.columns, kPanel);
   const int64_t tile_halves = kElements * op.channels;
   if (op.tile != M || op.channels > kWinogradChannels) return 1;
-  if (team.threads > 1 && grid.count < kFewTiles * team.threads) {
+  if (team.threads > 1 && grid.count < few_tiles(kTileRows) * team.threads) {
     if (grid.count * tile_halves > 2 * team.shared_floats) return 1;
     BFloat16* v = reinterpret_cast<BFloat16*>(team.shared);
     const Range mine = share(groups_of(grid.count), 1, team.thread, team.threads);

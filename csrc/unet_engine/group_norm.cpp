@@ -14,8 +14,6 @@ namespace IDDPM_ISA {
 
 namespace {
 
-constexpr int64_t kChunk = 256;  // pixels
-
 // means[c], squares[c]: mean and centred sum of squares of `pixels` values a channel.
 void chunk_statistics(const float* x, int64_t stride, int64_t pixels, int64_t channels,
                       float* means, float* squares) {
@@ -61,7 +59,7 @@ void fold_group(const GroupNormOp& op, const float* statistics, int64_t chunks, 
   const bool added = embedding && op.mode == 0;
   Moments total{0, 0, 0};
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-    const int64_t count = smaller(kChunk, op.pixels - chunk * kChunk);
+    const int64_t count = smaller(kGroupNormChunk, op.pixels - chunk * kGroupNormChunk);
     const float* means = statistics + chunk * 2 * op.channels;
     for (int64_t c = first; c < first + width; ++c) {
       const double mean = double(means[c]) + (added ? double(embedding[c]) : 0.0);
@@ -96,16 +94,17 @@ void apply(const float* x, int64_t x_stride, float* y, int64_t y_stride, int64_t
 }  // namespace
 
 int run_group_norm(const GroupNormOp& op, const PlanRun& run, const Team& team) {
-  const int64_t chunks = divide_up(op.pixels, kChunk), channels = op.channels;
+  const int64_t chunks = divide_up(op.pixels, kGroupNormChunk), channels = op.channels;
   const int64_t per_sample = (chunks + 1) * 2 * channels;
-  if (per_sample * team.n > team.shared_floats) return 1;
+  if (group_norm_shared(team.n, op.pixels, channels) > team.shared_floats) return 1;
   const Range statistics = share(team.n * chunks, 1, team.thread, team.threads);
   for (int64_t i = statistics.begin; i < statistics.end; ++i) {
     const int64_t sample = i / chunks, chunk = i % chunks;
     float* means = team.shared + sample * per_sample + chunk * 2 * channels;
-    const int64_t first = chunk * kChunk;
+    const int64_t first = chunk * kGroupNormChunk;
     chunk_statistics(op.in + (sample * op.pixels + first) * op.in_stride, op.in_stride,
-                     smaller(kChunk, op.pixels - first), channels, means, means + channels);
+                     smaller(kGroupNormChunk, op.pixels - first), channels, means,
+                     means + channels);
   }
   barrier(team);
   const Range groups = share(team.n * op.groups, 1, team.thread, team.threads);

@@ -17,17 +17,19 @@ namespace iddpm {
 
 constexpr int64_t kOpWords = 16;
 
+// One kind an algorithm. Python names them by the binding's RowKind, which lists them too.
 enum class Kind : int64_t {
-  kInput = 0,
-  kOutput = 1,
-  kGemm = 2,
-  kConv = 3,
-  kWinograd = 4,
-  kGroupNorm = 5,
-  kAttention = 6,
-  kGemmBf16 = 7,  // GemmOp and WinogradOp (of tile 2) whose operands are rounded to bfloat16:
-  kWinogradBf16 =
-      8,  // w is then bfloat16, [panels]...[C / 2][32][2]; everything else stays float32
+  kInput,
+  kOutput,
+  kGemm,
+  kConv,
+  kWinograd,
+  kGroupNorm,
+  kAttention,
+  // GemmOp and WinogradOp (of tile 2) whose operands are rounded to bfloat16; w is then bfloat16,
+  // [panels]...[C / 2][32][2], and everything else stays float32.
+  kGemmBf16,
+  kWinogradBf16,
 };
 
 // x [n, C, H, W] -> out [n, H, W, stride].
@@ -58,6 +60,13 @@ struct GroupNormOp {
   int64_t silu;
   double eps;
 };
+
+constexpr int64_t kGroupNormChunk = 256;  // pixels whose statistics are taken together
+
+// Floats of scratch that run_group_norm's team needs.
+static constexpr int64_t group_norm_shared(int64_t n, int64_t pixels, int64_t channels) {
+  return n * (divide_up(pixels, kGroupNormChunk) + 1) * 2 * channels;
+}
 
 // softmax(q k^T / sqrt(d)) v for every head; channels of qkv are [heads][q, k, v][d].
 struct AttentionOp {
