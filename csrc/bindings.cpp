@@ -1,7 +1,7 @@
 // The Python face of the kernels. The only file that knows pybind11.
 //
 // Tensors arrive as integers (data_ptr) with their sizes: shapes, dtypes and devices were checked
-// in Python, and so this module needs no torch header and serves every torch version.
+// in Python, and so this module needs no torch header and works with every torch version.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

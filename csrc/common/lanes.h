@@ -81,7 +81,7 @@ IDDPM_INLINE void store(BFloat16* p, V v) {
   const Words<V> bits = (Words<V>)v;
   const Words<V> rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const Words<V> quiet = (bits >> 16) | 0x40u;
-  const Words<V> is_nan = (Words<V>)((bits & 0x7fffffffu) > 0x7f800000u);
+  const Words<V> is_nan = (Words<V>)(v != v);
   const Halves<V> h = __builtin_convertvector((is_nan & quiet) | (~is_nan & rounded), Halves<V>);
   std::memcpy(p, &h, sizeof h);
 #endif

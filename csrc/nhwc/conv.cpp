@@ -1,4 +1,4 @@
-// Convolutions that Winograd does not serve (stride 2, the first layer, the exact mode): rows of
+// Convolutions that Winograd does not support (stride 2, the first layer, the exact mode): rows of
 // the nine neighbours of a block of pixels are gathered into scratch and multiplied by the packed
 // weights.
 #if defined(__AVX2__)
