@@ -31,7 +31,7 @@
 #include <atomic>
 #include <cstdint>
 
-#include "host_device.h"
+#include "common/host_device.h"
 
 #if defined(__CUDACC__)
 

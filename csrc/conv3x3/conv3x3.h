@@ -2,7 +2,7 @@
 // F(m x m, 3 x 3) in float32 over images with their channels side by side
 // (iddpm_ext/ops/conv3x3/__init__.py has the equation).
 //
-// The kernels of csrc/unet_engine compute the convolution; its weights change at every step, so
+// The kernels of csrc/nhwc compute the convolution; its weights change at every step, so
 // they are transformed here, in the same call. The gradient of the input is the convolution of dy
 // with the taps reversed and the channels exchanged: strides say both.
 #pragma once

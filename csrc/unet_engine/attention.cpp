@@ -1,7 +1,7 @@
 // Attention over NHWC rows: the operator's kernel on the plan's buffers.
 #if defined(__AVX2__)
 #include "qkv_attention/attention_cpu.h"
-#include "team.h"
+#include "unet_engine/plan.h"
 
 namespace iddpm {
 namespace IDDPM_ISA {

@@ -1,9 +1,4 @@
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
-
-#include "team.h"
-#include "unet_engine.h"
+#include "unet_engine/unet_engine.h"
 
 namespace iddpm {
 namespace IDDPM_ISA {
@@ -17,12 +12,13 @@ const T& as(const int64_t* words) {
   return *reinterpret_cast<const T*>(words);
 }
 
-int run_op(const int64_t* words, const Team& team) {
-  switch (Kind(words[0])) {
+int run_op(const int64_t* row, const PlanRun& run, const Team& team) {
+  const int64_t* words = row + 1;
+  switch (Kind(row[0])) {
     case Kind::kInput:
-      return run_input(as<InputOp>(words), team);
+      return run_input(as<InputOp>(words), run, team);
     case Kind::kOutput:
-      return run_output(as<OutputOp>(words), team);
+      return run_output(as<OutputOp>(words), run, team);
     case Kind::kGemm:
       return run_gemm(as<GemmOp>(words), team);
     case Kind::kConv:
@@ -30,7 +26,7 @@ int run_op(const int64_t* words, const Team& team) {
     case Kind::kWinograd:
       return run_winograd(as<WinogradOp>(words), team);
     case Kind::kGroupNorm:
-      return run_group_norm(as<GroupNormOp>(words), team);
+      return run_group_norm(as<GroupNormOp>(words), run, team);
     case Kind::kAttention:
       return run_attention(as<AttentionOp>(words), team);
 #if defined(IDDPM_WITH_BF16) && defined(__AVX512F__)
@@ -50,13 +46,12 @@ int64_t walk(const PlanRun& run, int64_t thread, int64_t threads) {
   const Team team{thread,
                   threads,
                   run.n,
-                  &run,
                   run.shared,
                   run.shared_floats,
                   run.scratch + thread * run.scratch_floats,
                   run.scratch_floats};
   for (int64_t i = 0; i < run.count; ++i) {
-    if (run_op(run.ops + i * kOpWords, team)) return i + 1;
+    if (run_op(run.ops + i * kOpWords, run, team)) return i + 1;
     barrier(team);
   }
   return 0;
@@ -65,18 +60,11 @@ int64_t walk(const PlanRun& run, int64_t thread, int64_t threads) {
 }  // namespace
 
 int64_t unet_engine(const PlanRun& run) {
-  if (run.threads <= 1) return walk(run, 0, 1);
   int64_t failed = 0;
-#pragma omp parallel num_threads(int(run.threads))
-  {
-#if defined(_OPENMP)
-    const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
-#else
-    const int64_t thread = 0, threads = 1;
-#endif
+  for_threads(run.threads, false, [&](int64_t thread, int64_t threads) {
     const int64_t code = walk(run, thread, threads);
     if (thread == 0) failed = code;
-  }
+  });
   return failed;
 }
 

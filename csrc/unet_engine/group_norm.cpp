@@ -6,15 +6,13 @@
 // combined in float64 by Chan's rule. Chunks depend on the shape alone, so the result does not
 // depend on the number of threads.
 #if defined(__AVX2__)
-#include "native.h"
-#include "team.h"
+#include "common/simd_math.h"
+#include "unet_engine/plan.h"
 
 namespace iddpm {
 namespace IDDPM_ISA {
 
 namespace {
-
-constexpr int64_t kChunk = 256;  // pixels
 
 // means[c], squares[c]: mean and centred sum of squares of `pixels` values a channel.
 void chunk_statistics(const float* x, int64_t stride, int64_t pixels, int64_t channels,
@@ -23,22 +21,22 @@ void chunk_statistics(const float* x, int64_t stride, int64_t pixels, int64_t ch
   const float inverse = 1.0f / float(pixels);
   for (int64_t c = 0; c < channels; c += V * kWidth) {
     nv origin[V], sum[V] = {}, square[V] = {};
-#pragma GCC unroll 2
-    for (int j = 0; j < V; ++j) origin[j] = nload(x + c + j * kWidth);
+    IDDPM_UNROLL
+    for (int j = 0; j < V; ++j) origin[j] = load<nv>(x + c + j * kWidth);
     const float* pixel = x + c;
     for (int64_t p = 0; p < pixels; ++p, pixel += stride) {
-#pragma GCC unroll 2
+      IDDPM_UNROLL
       for (int j = 0; j < V; ++j) {
-        const nv d = nload(pixel + j * kWidth) - origin[j];
+        const nv d = load<nv>(pixel + j * kWidth) - origin[j];
         sum[j] += d;
         square[j] += d * d;
       }
     }
-#pragma GCC unroll 2
+    IDDPM_UNROLL
     for (int j = 0; j < V; ++j) {
       const nv mean = sum[j] * inverse;
-      nstore(means + c + j * kWidth, origin[j] + mean);
-      nstore(squares + c + j * kWidth, square[j] - sum[j] * mean);
+      store(means + c + j * kWidth, origin[j] + mean);
+      store(squares + c + j * kWidth, square[j] - sum[j] * mean);
     }
   }
 }
@@ -61,7 +59,7 @@ void fold_group(const GroupNormOp& op, const float* statistics, int64_t chunks, 
   const bool added = embedding && op.mode == 0;
   Moments total{0, 0, 0};
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-    const int64_t count = smaller(kChunk, op.pixels - chunk * kChunk);
+    const int64_t count = smaller(kGroupNormChunk, op.pixels - chunk * kGroupNormChunk);
     const float* means = statistics + chunk * 2 * op.channels;
     for (int64_t c = first; c < first + width; ++c) {
       const double mean = double(means[c]) + (added ? double(embedding[c]) : 0.0);
@@ -87,25 +85,26 @@ void apply(const float* x, int64_t x_stride, float* y, int64_t y_stride, int64_t
            int64_t channels, const float* slope, const float* offset) {
   for (int64_t p = 0; p < pixels; ++p, x += x_stride, y += y_stride) {
     for (int64_t c = 0; c < channels; c += kWidth) {
-      const nv v = nload(x + c) * nload(slope + c) + nload(offset + c);
-      nstore(y + c, Silu ? silu(v) : v);
+      const nv v = load<nv>(x + c) * load<nv>(slope + c) + load<nv>(offset + c);
+      store(y + c, Silu ? silu(v) : v);
     }
   }
 }
 
 }  // namespace
 
-int run_group_norm(const GroupNormOp& op, const Team& team) {
-  const int64_t chunks = (op.pixels + kChunk - 1) / kChunk, channels = op.channels;
+int run_group_norm(const GroupNormOp& op, const PlanRun& run, const Team& team) {
+  const int64_t chunks = divide_up(op.pixels, kGroupNormChunk), channels = op.channels;
   const int64_t per_sample = (chunks + 1) * 2 * channels;
-  if (per_sample * team.n > team.shared_floats) return 1;
+  if (group_norm_shared(team.n, op.pixels, channels) > team.shared_floats) return 1;
   const Range statistics = share(team.n * chunks, 1, team.thread, team.threads);
   for (int64_t i = statistics.begin; i < statistics.end; ++i) {
     const int64_t sample = i / chunks, chunk = i % chunks;
     float* means = team.shared + sample * per_sample + chunk * 2 * channels;
-    const int64_t first = chunk * kChunk;
+    const int64_t first = chunk * kGroupNormChunk;
     chunk_statistics(op.in + (sample * op.pixels + first) * op.in_stride, op.in_stride,
-                     smaller(kChunk, op.pixels - first), channels, means, means + channels);
+                     smaller(kGroupNormChunk, op.pixels - first), channels, means,
+                     means + channels);
   }
   barrier(team);
   const Range groups = share(team.n * op.groups, 1, team.thread, team.threads);
@@ -114,8 +113,7 @@ int run_group_norm(const GroupNormOp& op, const Team& team) {
     float* base = team.shared + sample * per_sample;
     float* slope = base + chunks * 2 * channels;
     const float* embedding =
-        op.embedding < 0 ? nullptr
-                         : team.run->embedding + team.run->embedding_row[sample] + op.embedding;
+        op.embedding < 0 ? nullptr : run.embedding + run.embedding_row[sample] + op.embedding;
     fold_group(op, base, chunks, i % op.groups, embedding, slope, slope + channels);
   }
   barrier(team);

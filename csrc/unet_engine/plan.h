@@ -1,94 +1,54 @@
 // The plan of one network evaluation: a list of operations over NHWC float32 buffers.
 //
-// Python lays out the buffers and writes one row of 16 64-bit words an operation; every thread of a
-// team walks the list and takes its share of each operation. A buffer is a pointer and the distance
-// between two pixels, so that a concatenation is two producers writing side by side.
-// Weights are packed as [ceil(columns / 32)][depth][32] (`iddpm_ext/engines/cpu/pack.py`).
+// Python lays out the buffers and writes one row of 16 64-bit words an operation: its kind, then
+// the kind's struct. Every thread of a team walks the list and takes its share of each operation. A
+// buffer is a pointer and the distance between two pixels, so that a concatenation is two producers
+// writing side by side.
 #pragma once
 
 #include <cstdint>
+
+#include "common/isa.h"
+#include "nhwc/conv.h"
+#include "nhwc/gemm.h"
+#include "nhwc/winograd.h"
 
 namespace iddpm {
 
 constexpr int64_t kOpWords = 16;
 
+// One kind an algorithm. Python names them by the binding's RowKind, which lists them too.
 enum class Kind : int64_t {
-  kInput = 0,
-  kOutput = 1,
-  kGemm = 2,
-  kConv = 3,
-  kWinograd = 4,
-  kGroupNorm = 5,
-  kAttention = 6,
-  kGemmBf16 = 7,  // GemmOp and WinogradOp (of tile 2) whose operands are rounded to bfloat16:
-  kWinogradBf16 =
-      8,  // w is then bfloat16, [panels]...[C / 2][32][2]; everything else stays float32
+  kInput,
+  kOutput,
+  kGemm,
+  kConv,
+  kWinograd,
+  kGroupNorm,
+  kAttention,
+  // GemmOp and WinogradOp (of tile 2) whose operands are rounded to bfloat16; w is then bfloat16,
+  // [panels]...[C / 2][32][2], and everything else stays float32.
+  kGemmBf16,
+  kWinogradBf16,
 };
 
 // x [n, C, H, W] -> out [n, H, W, stride].
 struct InputOp {
-  int64_t kind, channels, pixels;
+  int64_t channels, pixels;
   float* out;
   int64_t out_stride;
 };
 
 // in [n, H, W, stride] -> x [n, C, H, W].
 struct OutputOp {
-  int64_t kind, channels, pixels;
+  int64_t channels, pixels;
   const float* in;
   int64_t in_stride;
 };
 
-// out = a * w + bias + residual; bias and residual may be null.
-struct GemmOp {
-  int64_t kind, rows;  // rows a sample
-  const float* a;
-  int64_t a_stride, depth, columns;
-  const float* w;
-  const float* bias;
-  const float* residual;
-  int64_t residual_stride;
-  float* out;
-  int64_t out_stride;
-};
-
-// A 3 x 3 convolution with padding 1, as a matrix product over gathered rows of 9 C values.
-struct ConvOp {
-  int64_t kind, height, width;  // of the input before up-sampling
-  const float* in;
-  int64_t in_stride, channels, columns;
-  const float* w;
-  const float* bias;
-  const float* residual;
-  int64_t residual_stride;
-  float* out;
-  int64_t out_stride;
-  int64_t stride;   // 1 or 2
-  int64_t upscale;  // 0, or 1: the input is doubled by nearest neighbour
-};
-
-// The same convolution with stride 1 by Winograd's F(m x m, 3 x 3). T, the element of images:
-// float, or uint16_t for bfloat16.
-template <class T>
-struct WinogradConv {
-  int64_t kind, height, width;  // of the convolution's output
-  const T* in;
-  int64_t in_stride, channels, columns;
-  const float* w;  // [panels][(m + 2)^2][C][32]
-  const float* bias;
-  const T* residual;
-  int64_t residual_stride;
-  T* out;
-  int64_t out_stride;
-  int64_t tile;     // m: 2 or 4
-  int64_t upscale;  // 0; 1: the input is doubled; -1: the output is summed over squares of 2 x 2
-  int64_t block;    // tiles that are transformed at a time
-};
-using WinogradOp = WinogradConv<float>;
-
 // out = act(GroupNorm(x (+ e)) * weight + bias (then * (1 + scale) + shift)).
 struct GroupNormOp {
-  int64_t kind, pixels;
+  int64_t pixels;
   const float* in;
   int64_t in_stride, channels, groups;
   const float* weight;
@@ -101,17 +61,24 @@ struct GroupNormOp {
   double eps;
 };
 
+constexpr int64_t kGroupNormChunk = 256;  // pixels whose statistics are taken together
+
+// Floats of scratch that run_group_norm's team needs.
+static constexpr int64_t group_norm_shared(int64_t n, int64_t pixels, int64_t channels) {
+  return n * (divide_up(pixels, kGroupNormChunk) + 1) * 2 * channels;
+}
+
 // softmax(q k^T / sqrt(d)) v for every head; channels of qkv are [heads][q, k, v][d].
 struct AttentionOp {
-  int64_t kind, tokens, heads, width;
+  int64_t tokens, heads, width;
   const float* qkv;
   int64_t qkv_stride;
   float* out;
   int64_t out_stride;
 };
 
-static_assert(sizeof(ConvOp) <= 8 * kOpWords && sizeof(WinogradOp) <= 8 * kOpWords, "");
-static_assert(sizeof(GroupNormOp) <= 8 * kOpWords, "");
+static_assert(sizeof(ConvOp) <= 8 * (kOpWords - 1) && sizeof(WinogradOp) <= 8 * (kOpWords - 1), "");
+static_assert(sizeof(GroupNormOp) <= 8 * (kOpWords - 1), "");
 
 struct PlanRun {
   const int64_t* ops;  // [count][kOpWords]
@@ -128,4 +95,13 @@ struct PlanRun {
   int64_t scratch_floats;  // a thread
 };
 
+namespace IDDPM_ISA {
+
+// Each returns 0, or 1 when the scratch is too small for it.
+int run_input(const InputOp& op, const PlanRun& run, const Team& team);
+int run_output(const OutputOp& op, const PlanRun& run, const Team& team);
+int run_group_norm(const GroupNormOp& op, const PlanRun& run, const Team& team);
+int run_attention(const AttentionOp& op, const Team& team);
+
+}  // namespace IDDPM_ISA
 }  // namespace iddpm

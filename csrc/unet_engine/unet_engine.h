@@ -2,7 +2,7 @@
 #pragma once
 
 #include "common/isa.h"
-#include "plan.h"
+#include "unet_engine/plan.h"
 
 // Returns 0; -1 where the instruction set has no engine; i + 1 if operation i found its scratch too
 // small or its kind unknown (what it should have written is then undefined).

@@ -16,12 +16,10 @@ from iddpm_ext import _native
 from iddpm_ext.engines.base import NotServed
 from iddpm_ext.engines.cpu import pack
 from iddpm_ext.engines.cpu import rows as ops
-from iddpm_ext.engines.cpu.algorithms import Algorithm, ConvShape, choose_block
+from iddpm_ext.engines.cpu.algorithms import Algorithm, ConvShape
 from iddpm_ext.networks.unet import AttentionBlock, Downsample, ResBlock, UNet, Upsample
 
 _ALIGN = 16  # floats: 64 bytes
-_ROUNDED = 128 * 1024  # values that a thread rounds to bfloat16 at a time; see gemm_bf16.cpp
-_TEAM_TILES = 24  # tiles a thread below which a team divides channels instead; see winograd.cpp
 
 
 @dataclass(frozen=True)
@@ -134,8 +132,12 @@ class Planner:
             wide = upper or out
         self._head(out)
         return Plan(
-            *(self.rows, self.arena.size, self.shared, self.scratch, self.embedding),
-            self.convolutions,
+            rows=self.rows,
+            arena_floats=self.arena.size,
+            shared_floats=self.shared,
+            scratch_floats=self.scratch,
+            embedding_floats=self.embedding,
+            convolutions=self.convolutions,
         )
 
     def _new(self, channels: int, size: tuple[int, int]) -> Map:
@@ -225,16 +227,22 @@ class Planner:
         bias = self.packer(norm, "bias", lambda: pack.pack_vector(norm.bias))
         self.rows.append(
             ops.group_norm_row(
-                *(source.pixels, source.buffer, source.channels, norm.num_groups),
-                *(weight, bias, out.buffer),
+                source.pixels,
+                source.buffer,
+                source.channels,
+                norm.num_groups,
+                weight,
+                bias,
+                out.buffer,
                 eps=norm.eps,
                 silu=silu,
                 embedding=embedding,
                 scale_shift=scale_shift,
             )
         )
-        chunks = -(-source.pixels // 256)
-        self.shared = max(self.shared, self.batch * (chunks + 1) * 2 * source.channels)
+        self._need_shared(
+            _native.native().group_norm_shared(self.batch, source.pixels, source.channels)
+        )
 
     def _weight(self, layer: Any, form: str, make: Callable[[], Tensor], bf16: bool) -> Tensor:
         if bf16:
@@ -258,24 +266,35 @@ class Planner:
         )
         self.rows.append(
             ops.gemm_row(
-                *(source.pixels, source.buffer, source.channels, out.channels, weight),
-                *(self._bias(layer), out.buffer, residual.buffer if residual else None),
+                source.pixels,
+                source.buffer,
+                source.channels,
+                out.channels,
+                weight,
+                self._bias(layer),
+                out.buffer,
+                residual.buffer if residual else None,
             )
         )
-        if bf16:  # rounded rows; see gemm_bf16.cpp
-            rows = min(self.batch * source.pixels, _ROUNDED // source.channels + _TEAM_TILES)
-            self._need_scratch(rows * (source.channels + 2 * _ALIGN) // 2)
+        if bf16:
+            rows = self.batch * source.pixels
+            self._need_scratch(_native.native().gemm_bf16_scratch(rows, source.channels))
 
     def _gathered(self, layer: Any, source: Map, out: Map, stride: int = 1) -> None:
         weight = self.packer(layer, "taps", lambda: pack.pack_taps(layer.weight))
         self.rows.append(
             ops.conv_row(
-                *(source.size, source.buffer, source.channels, out.channels, weight),
-                *(self._bias(layer), out.buffer),
+                source.size,
+                source.buffer,
+                source.channels,
+                out.channels,
+                weight,
+                self._bias(layer),
+                out.buffer,
                 stride=stride,
             )
         )
-        self._need_scratch(12 * (9 * source.channels + 16))
+        self._need_scratch(_native.native().conv_scratch(source.channels))
 
     def _conv(
         self, layer: Any, source: Map, out: Map, residual: Map | None = None, *, upscale: int = 0
@@ -291,23 +310,34 @@ class Planner:
         form = f"F({tile})"
         weight = self._weight(layer, form, lambda: pack.pack_winograd(layer.weight, tile), bf16)
         tiles = self.batch * -(-out.size[0] // tile) * -(-out.size[1] // tile)
-        block = choose_block(source.channels, algorithm)
+        native = _native.native()
+        block = native.winograd_block(tile, source.channels, bf16)
         self.rows.append(
             ops.winograd_row(
-                *(out.size, source.buffer, source.channels, out.channels, weight),
-                *(self._bias(layer), out.buffer, residual.buffer if residual else None),
+                out.size,
+                source.buffer,
+                source.channels,
+                out.channels,
+                weight,
+                self._bias(layer),
+                out.buffer,
+                residual.buffer if residual else None,
                 tile=tile,
                 upscale=upscale,
                 block=block,
             )
         )
-        products = (tile + 2) ** 2
-        pitch = source.channels + _ALIGN
-        few = min(tiles, _TEAM_TILES * self.threads)
-        self.shared = max(self.shared, products * few * pitch)
-        self._need_scratch(
-            products * max(few * pack.PANEL, min(block, tiles) * (pitch + pack.PANEL))
-        )
+        if bf16:
+            shared = native.winograd_bf16_shared(tiles, source.channels, self.threads)
+            scratch = native.winograd_bf16_scratch(tiles, source.channels, block)
+        else:
+            shared = native.winograd_shared(tile, tiles, source.channels, self.threads)
+            scratch = native.winograd_scratch(tile, tiles, source.channels, block, self.threads)
+        self._need_shared(shared)
+        self._need_scratch(scratch)
+
+    def _need_shared(self, floats: int) -> None:
+        self.shared = max(self.shared, floats)
 
     def _need_scratch(self, floats: int) -> None:
         self.scratch = max(self.scratch, floats)

@@ -1,6 +1,7 @@
 """The rows of the CPU engine's plan: one function for each struct of `csrc/unet_engine/plan.h`.
 
-A row is 16 integers. A buffer is its address and its pitch: the floats between two pixels.
+A row is its kind (`_C.RowKind`), then the words of the kind's struct. A buffer is its address and
+its pitch: the floats between two pixels.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-WORDS = 16
+from iddpm_ext import _native
+
 Row = list[int]
 
 
@@ -27,8 +29,10 @@ class Buffer:
         return Buffer(self.address + 4 * first, self.pitch)
 
 
-def _row(*words: int) -> Row:
-    return [*words, *[0] * (WORDS - len(words))]
+def _row(kind: str, *words: int) -> Row:
+    native = _native.native()
+    row = [int(getattr(native.RowKind, kind)), *words]
+    return row + [0] * (native.ROW_WORDS - len(row))
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -41,12 +45,12 @@ def _residual(residual: Buffer | None) -> tuple[int, int]:
 
 def input_row(channels: int, pixels: int, out: Buffer) -> Row:
     """The caller's NCHW input -> out."""
-    return _row(0, channels, pixels, out.address, out.pitch)
+    return _row("INPUT", channels, pixels, out.address, out.pitch)
 
 
 def output_row(channels: int, pixels: int, source: Buffer) -> Row:
     """source -> the caller's NCHW output."""
-    return _row(1, channels, pixels, source.address, source.pitch)
+    return _row("OUTPUT", channels, pixels, source.address, source.pitch)
 
 
 def gemm_row(
@@ -60,19 +64,18 @@ def gemm_row(
     residual: Buffer | None = None,
 ) -> Row:
     """out = source * weight + bias + residual over `rows` pixels a sample."""
-    kind = 7 if weight.dtype == torch.bfloat16 else 2
     return _row(
-        *(
-            kind,
-            rows,
-            source.address,
-            source.pitch,
-            depth,
-            columns,
-            _address(weight),
-            _address(bias),
-        ),
-        *(*_residual(residual), out.address, out.pitch),
+        "GEMM_BF16" if weight.dtype == torch.bfloat16 else "GEMM",
+        rows,
+        source.address,
+        source.pitch,
+        depth,
+        columns,
+        _address(weight),
+        _address(bias),
+        *_residual(residual),
+        out.address,
+        out.pitch,
     )
 
 
@@ -91,9 +94,19 @@ def conv_row(
 ) -> Row:
     """A 3x3 convolution by gathered rows; size is the input's before up-sampling."""
     return _row(
-        *(3, *size, source.address, source.pitch, channels, columns),
-        *(_address(weight), _address(bias), *_residual(residual), out.address, out.pitch),
-        *(stride, upscale),
+        "CONV",
+        *size,
+        source.address,
+        source.pitch,
+        channels,
+        columns,
+        _address(weight),
+        _address(bias),
+        *_residual(residual),
+        out.address,
+        out.pitch,
+        stride,
+        upscale,
     )
 
 
@@ -112,11 +125,21 @@ def winograd_row(
     block: int = 24,
 ) -> Row:
     """A 3x3 convolution by Winograd's F(tile, 3), `block` tiles at a time; size is the output's."""
-    kind = 8 if weight.dtype == torch.bfloat16 else 4
     return _row(
-        *(kind, *size, source.address, source.pitch, channels, columns),
-        *(_address(weight), _address(bias), *_residual(residual), out.address, out.pitch),
-        *(tile, upscale, block),
+        "WINOGRAD_BF16" if weight.dtype == torch.bfloat16 else "WINOGRAD",
+        *size,
+        source.address,
+        source.pitch,
+        channels,
+        columns,
+        _address(weight),
+        _address(bias),
+        *_residual(residual),
+        out.address,
+        out.pitch,
+        tile,
+        upscale,
+        block,
     )
 
 
@@ -137,12 +160,23 @@ def group_norm_row(
     """GroupNorm, with the embedding at that offset of a sample's row, and SiLU."""
     (eps_bits,) = struct.unpack("<q", struct.pack("<d", eps))
     return _row(
-        *(5, pixels, source.address, source.pitch, channels, groups),
-        *(_address(weight), _address(bias), out.address, out.pitch),
-        *(embedding, int(scale_shift), int(silu), eps_bits),
+        "GROUP_NORM",
+        pixels,
+        source.address,
+        source.pitch,
+        channels,
+        groups,
+        _address(weight),
+        _address(bias),
+        out.address,
+        out.pitch,
+        embedding,
+        int(scale_shift),
+        int(silu),
+        eps_bits,
     )
 
 
 def attention_row(tokens: int, heads: int, width: int, qkv: Buffer, out: Buffer) -> Row:
     """Attention over `tokens` pixels a sample; channels of qkv are [heads][q, k, v][width]."""
-    return _row(6, tokens, heads, width, qkv.address, qkv.pitch, out.address, out.pitch)
+    return _row("ATTENTION", tokens, heads, width, qkv.address, qkv.pitch, out.address, out.pitch)
