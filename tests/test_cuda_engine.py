@@ -16,13 +16,13 @@ from fake_graphs import Counted, FakeGraphs, HostSync, no_waiting
 from test_cpu_engine import CONFIGS, SMALL, error, inputs, make, reference
 
 from iddpm_ext import Diffusion, _native, sample, sample_progressive
-from iddpm_ext.engines.choosing import choose_network
 from iddpm_ext.engines.cuda import engine as cuda_engine
 from iddpm_ext.engines.cuda.engine import CUDAEngine, NotServed
 from iddpm_ext.engines.cuda.network import FusedNetwork
 from iddpm_ext.engines.embedding import Projections
 from iddpm_ext.networks.unet import UNet, UNetConfig
 from iddpm_ext.sampling import cuda_chain
+from iddpm_ext.sampling.loop import network_of
 from iddpm_ext.sampling.request import make_request
 
 REASON = toolchain.absence() or _native.cpu_absence()
@@ -172,12 +172,10 @@ def test_embeddings_that_do_not_fit_are_loaded_a_few_steps_at_a_time(gpu, monkey
 def test_no_step_makes_the_host_wait(gpu):
     model = network(gpu, num_classes=3)
     request = make_request(
-        model, 4, n=3, sampler="ddpm", eta=0.0, labels=[0, 1, 2], guidance_scale=2.0, low_res=None,
-        seed=0, x_T=None, clip=True, batch_size=3, diffusion=None, image_shape=None, dtype=None,
-        engine=True, exact=False, backend="cuda", progress=False,
-    )  # fmt: skip
+        "sample", model, 4, labels=[0, 1, 2], guidance_scale=2.0, backend="cuda", progress=False
+    )
     x = torch.randn(3, 3, 8, 8, device=gpu.device)
-    chosen = choose_network(request, 6)
+    chosen = network_of(request)
     assert chosen.name == "cuda engine" and cuda_chain.serves(request, chosen)
     step = cuda_chain.prepare(request, chosen, torch.arange(3, device=gpu.device), x)
     with no_waiting():
@@ -250,9 +248,9 @@ def test_engine_evaluates_any_timesteps_and_follows_its_weights(gpu):
     t = torch.tensor([0.0, 3.5, 500.0, 999.0], device=gpu.device)
     engine = CUDAEngine(model)
     for _ in range(2):
-        assert error(engine.forward(x, t, y), reference(model, x, t, y)) < 1e-5
+        assert error(engine.at(x, t, y), reference(model, x, t, y)) < 1e-5
         model.time_embed[0].weight.mul_(1.5)
-    assert engine.forward(x[:0], t[:0], y[:0]).shape == (0, 6, 16, 16)
+    assert engine.at(x[:0], t[:0], y[:0]).shape == (0, 6, 16, 16)
     assert gpu.counts[0] == 1
 
 
@@ -260,16 +258,16 @@ def test_calls_by_step_are_calls_by_timestep(gpu):
     model = make(**SMALL, num_classes=3).to(gpu.device)
     x, y = (value.to(gpu.device) for value in inputs(model, 4))
     engine, times = CUDAEngine(model), torch.tensor([5.0, 600.0], device=gpu.device)
-    engine.set_schedule(times, y)
+    engine.begin(times, y)
     with no_waiting():  # the schedule is known by its tensors
-        engine.set_schedule(times, y)
+        engine.begin(times, y)
     for step in (1, 0):
-        expected = engine.forward(x, times[step].expand(4), y)
+        expected = engine.at(x, times[step].expand(4), y)
         torch.testing.assert_close(engine(x, step), expected)
-    torch.testing.assert_close(engine(x[:2], 1), engine.forward(x[:2], times[1].expand(2), y[:2]))
+    torch.testing.assert_close(engine(x[:2], 1), engine.at(x[:2], times[1].expand(2), y[:2]))
     times.mul_(0.5)
-    engine.set_schedule(times, y)
-    torch.testing.assert_close(engine(x, 1), engine.forward(x, times[1].expand(4), y))
+    engine.begin(times, y)
+    torch.testing.assert_close(engine(x, 1), engine.at(x, times[1].expand(4), y))
 
 
 def test_engine_built_in_inference_mode_serves_outside_it(gpu):
@@ -322,9 +320,9 @@ def test_bad_arguments_name_themselves(gpu):
     model = make(**SMALL, num_classes=3).to(gpu.device)
     x, y = (value.to(gpu.device) for value in inputs(model, 2))
     engine = CUDAEngine(model)
-    with pytest.raises(RuntimeError, match="set_schedule must be called"):
+    with pytest.raises(RuntimeError, match="begin must be called"):
         engine(x, 0)
-    engine.set_schedule(torch.tensor([1.0, 2.0]), y)
+    engine.begin(torch.tensor([1.0, 2.0]), y)
     with pytest.raises(ValueError, match=r"step_index must lie in \[0, 1\], got 2"):
         engine(x, 2)
     with pytest.raises(ValueError, match=r"x must be \[n, 3, H, W\] with H and W multiples of 2"):
@@ -334,8 +332,8 @@ def test_bad_arguments_name_themselves(gpu):
     with pytest.raises(ValueError, match="at most the 2 samples"):
         engine(torch.cat([x, x]), 0)
     with pytest.raises(ValueError, match="labels must be given, as the network has 3 classes"):
-        engine.set_schedule(torch.tensor([1.0]))
+        engine.begin(torch.tensor([1.0]))
     with pytest.raises(ValueError, match=r"labels must lie in \[-1, 2\], got -1 .. 3"):
-        engine.set_schedule(torch.tensor([1.0]), torch.tensor([3, -1]))
+        engine.begin(torch.tensor([1.0]), torch.tensor([3, -1]))
     with pytest.raises(ValueError, match=r"forward: labels must be \[2\]"):
-        engine.forward(x, torch.zeros(2, device=gpu.device), y[:1])
+        engine.at(x, torch.zeros(2, device=gpu.device), y[:1])

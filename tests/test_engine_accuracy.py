@@ -56,12 +56,12 @@ def share_within(x, y, levels) -> float:
 
 @pytest.mark.parametrize("n", [1, 2, 7, 64])
 def test_every_batch_size_is_within_1e_5(model, n):
-    assert worst_error(CPUEngine(model, n).forward, model, n) < 1e-5
+    assert worst_error(CPUEngine(model, n).at, model, n) < 1e-5
 
 
 def test_exact_rounds_like_direct_convolution(model):
     theirs = worst_error(model, model, 4)
-    assert worst_error(CPUEngine(model, 4, exact=True).forward, model, 4) < 2 * theirs
+    assert worst_error(CPUEngine(model, 4, exact=True).at, model, 4) < 2 * theirs
 
 
 @pytest.mark.parametrize("exact", [False, True])
@@ -100,4 +100,4 @@ def test_imagenet_64_configuration_is_served(dtype):
         noise = torch.randn(p.shape, generator=generator)
         p.copy_(noise / p[0].numel() ** 0.5 if p.dim() > 1 else p + 0.1 * noise)
     limit = 1e-5 if dtype == torch.float32 else 1.2e-2
-    assert worst_error(CPUEngine(network, 1, dtype=dtype).forward, network, 1) < limit
+    assert worst_error(CPUEngine(network, 1, dtype=dtype).at, network, 1) < limit

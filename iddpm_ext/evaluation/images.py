@@ -16,7 +16,7 @@ import iddpm_ext
 from iddpm_ext.checkpoint import bundled
 from iddpm_ext.data import ImageData, open_data
 from iddpm_ext.networks.unet import UNet
-from iddpm_ext.sampling.loop import batches, run
+from iddpm_ext.sampling.loop import batches, network_of, run
 from iddpm_ext.sampling.request import make_request
 
 Images = str | os.PathLike[str] | Tensor | UNet | ImageData | Iterable[Tensor]
@@ -102,15 +102,20 @@ def open_images(
 
 def _sampled(model: UNet, recipe: Recipe, batch_size: int, name: str) -> ImageSet:
     classes = model.config.num_classes
-    labels = None if classes is None else torch.arange(recipe.n) % classes
+    labels = (
+        None
+        if classes is None
+        else torch.arange(recipe.n, dtype=torch.int64, device="cpu") % classes
+    )
     request = make_request(
-        model, recipe.steps, n=recipe.n, sampler=recipe.sampler, eta=recipe.eta, labels=labels,
-        guidance_scale=recipe.guidance_scale, low_res=None, seed=recipe.seed, x_T=None, clip=True,
-        batch_size=batch_size, diffusion=None, image_shape=None, dtype=None, engine=True,
-        exact=False, backend="auto", progress=False,
+        "evaluate", model, recipe.steps, n=recipe.n, sampler=recipe.sampler, eta=recipe.eta,
+        labels=labels, guidance_scale=recipe.guidance_scale, seed=recipe.seed,
+        batch_size=batch_size, progress=False,
     )  # fmt: skip
+    network = network_of(request)
     # Image i is the i-th of one call of `sample`, though a batch is drawn when it is asked for.
-    drawn = (_levels(run(request, [images])) for images in batches(request))
+    parts = batches(request.n, request.batch_size)
+    drawn = (_levels(run(request, [images], network=network)) for images in parts)
     what = f"{recipe.n} samples of {name} ({recipe.sampler}, {recipe.steps} steps)"
     return ImageSet(what, recipe.n, "", drawn)
 
