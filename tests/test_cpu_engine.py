@@ -189,17 +189,19 @@ def test_a_whole_chain_leaves_x_T_as_it_was_and_sees_changed_weights():
     assert not torch.equal(sample(model, 3, x_T=x_T, progress=False), first)
 
 
-def test_schedule_gives_what_forward_gives():
+def test_a_schedule_is_as_accurate_as_single_timesteps():
+    """Its embeddings are rows of one product, which may be rounded otherwise than those of another."""
     model = make(**CONFIGS["bundled"])
     x, y = inputs(model, 4)
     engine = CPUEngine(model, 4)
     timesteps = torch.tensor([0.0, 250.25, 999.75])
     engine.begin(timesteps, y)
     for step, t in enumerate(timesteps):
-        expected = engine.at(x, t.expand(4), y)
-        assert error(engine(x, step), expected) < 1e-6
-    part = engine(x[:2], 1)
-    torch.testing.assert_close(part, engine.at(x[:2], timesteps[1].expand(2), y[:2]))
+        truth = reference(model, x, t.expand(4), y)
+        assert error(engine(x, step), truth) < 2 * error(engine.at(x, t.expand(4), y), truth)
+    truth = reference(model, x[:2], timesteps[1].expand(2), y[:2])
+    single = engine.at(x[:2], timesteps[1].expand(2), y[:2])
+    assert error(engine(x[:2], 1), truth) < 2 * error(single, truth)
 
 
 def test_a_schedule_too_large_for_a_table_is_computed_step_by_step(monkeypatch):
@@ -213,7 +215,8 @@ def test_a_schedule_too_large_for_a_table_is_computed_step_by_step(monkeypatch):
     engine = CPUEngine(model, 4)
     engine.begin(timesteps, y)
     for step, expected in zip((0, 1, 0), whole, strict=True):
-        torch.testing.assert_close(engine(x, step), expected)
+        truth = reference(model, x, timesteps[step].expand(4), y)
+        assert error(engine(x, step), truth) < 2 * error(expected, truth)
 
 
 def test_out_is_written_in_place_and_fewer_samples_are_served():

@@ -17,6 +17,7 @@ from torch import Tensor
 
 import iddpm_ext
 from iddpm_ext import Diffusion, UNet, UNetConfig, sample, sample_progressive
+from iddpm_ext.engines.kept import kept_of
 from iddpm_ext.random import NoiseKey, integers, normal
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "sampling.json").read_text())

@@ -128,7 +128,9 @@ def _difference(path: str, module: Any, expected: _Module) -> str | None:
     name = path or "the network"
     kind: type = type(module)
     if kind is not expected.kind:
-        return f"{name} is of the class {kind.__name__} instead of {expected.kind.__name__}"
+        known = expected.kind.__name__
+        got = kind.__name__ if kind.__name__ != known else f"{kind.__module__}.{known}"
+        return f"{name} is of the class {got} instead of {known}"
     around = why_hooked(module)
     if around is not None:
         return f"{name} {around}"
@@ -146,8 +148,8 @@ def _difference(path: str, module: Any, expected: _Module) -> str | None:
         if type(parameter) not in (nn.Parameter, Tensor) or parameter.layout != torch.strided:
             return f"{name}.{key} is a {type(parameter).__name__}"
         if parameter.shape != expected.shapes[key]:
-            got, wanted = list(parameter.shape), list(expected.shapes[key])
-            return f"{name}.{key} is {got} instead of {wanted}"
+            shapes = f"{list(parameter.shape)} instead of {list(expected.shapes[key])}"
+            return f"{name}.{key} is {shapes}"
     if list(module._modules) != list(expected.children):
         return _other_names(name, "layers", module._modules, expected.children)
     for key, child in module._modules.items():
