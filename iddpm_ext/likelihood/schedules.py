@@ -129,7 +129,7 @@ def check_counts(candidates: int, most: int) -> None:
 def candidate_steps(num_timesteps: int, count: int) -> Tensor:
     """At most `count` steps of a chain, ascending, the first ones and the last among them; int64."""
     if count >= num_timesteps:
-        return torch.arange(num_timesteps)
+        return torch.arange(num_timesteps, dtype=torch.int64, device="cpu")
     early = min(_EVERY_EARLY, count // 2)
     later = np.geomspace(early, num_timesteps - 1, count - early).round().astype(np.int64)
     return torch.from_numpy(np.unique(np.concatenate([np.arange(early), later])))
@@ -141,7 +141,7 @@ def jump_terms(
     """The mean terms of all jumps between these steps of the chain, over the request's images."""
     chain, images, count = request.spec.diffusion, len(request.x_0), len(steps)
     evaluator = Evaluator(request, request.batch_size)
-    means = torch.full((count, count), torch.nan)
+    means = torch.full((count, count), torch.nan, dtype=torch.float32, device="cpu")
     run = request.fingerprint(str(steps.tolist())) if state is not None else ""
     with Journal(state, run, processes.rank, count) as journal:
         means[journal.ids] = journal.values
@@ -151,21 +151,21 @@ def jump_terms(
         with progress_bar(count * images, (count - len(mine)) * images, shown) as bar:
             for i in mine.tolist():
                 means[i] = _from_step(request, evaluator, steps, i)
-                journal.append(torch.tensor([i]), means[i : i + 1])
+                journal.append(torch.tensor([i], dtype=torch.int64, device="cpu"), means[i : i + 1])
                 bar.update(images)
         for rows, values in processes.gather((mine, means[mine])):
             means[rows] = values
         processes.wait()
         journal.remove()
-    later = torch.ones(count, count, dtype=torch.bool).triu(1)
-    zero = torch.zeros((), dtype=torch.float64)
+    later = torch.ones(count, count, dtype=torch.bool, device="cpu").triu(1)
+    zero = torch.zeros((), dtype=torch.float64, device="cpu")
     priors = [torch.inf]  # no chain ends at the first candidate
     for last in steps[1:].tolist():
         priors.append(float(chain.respace([0, last]).prior_bpd(request.x_0).double().mean()))
     return JumpTerms(
         torch.where(later.T, means.double(), zero),
         torch.where(later, means.double(), zero),
-        torch.tensor(priors, dtype=torch.float64),
+        torch.tensor(priors, dtype=torch.float64, device="cpu"),
     )
 
 
@@ -178,9 +178,11 @@ def _from_step(request: LikelihoodRequest, evaluator: Evaluator, steps: Tensor, 
     chain, device = spec.diffusion, spec.device
     # -1 - r: the decoder of a chain whose first step is this one and whose second is r.
     targets = torch.cat([steps[:i], -1 - steps[i + 1 :]]).to(device)
-    total = torch.zeros(len(steps), dtype=torch.float64)
-    kept = torch.arange(len(steps)) != i
-    for image in torch.arange(len(request.x_0)).split(request.batch_size):
+    total = torch.zeros(len(steps), dtype=torch.float64, device="cpu")
+    kept = torch.arange(len(steps), dtype=torch.int64, device="cpu") != i
+    for image in torch.arange(len(request.x_0), dtype=torch.int64, device="cpu").split(
+        request.batch_size
+    ):
         t = torch.full_like(image, int(steps[i]))
         x_0, x_t, out, at = evaluator.outputs(Rows(image, t, torch.zeros_like(t)))
         terms = ops.vlb_to_all(
