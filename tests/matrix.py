@@ -173,7 +173,6 @@ def _training(case: Case) -> Tensor:
 
 ENTRIES: dict[str, Callable[[Case], Tensor]] = {
     "sample": lambda case: case.sample(),
-    "dpm": lambda case: case.sample(sampler="dpm++"),
     "guidance": lambda case: case.sample(guidance_scale=2.0),
     "classifier": _classifier,
     "progressive": _progressive,

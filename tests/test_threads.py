@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from matrix import ENTRIES, Case
+from matrix import ENTRIES, Case, in_a_fork
 from torch import Tensor
 
 from iddpm_ext import sample
@@ -145,3 +145,39 @@ def test_evaluation_mode_ends_when_the_last_of_two_evaluations_ends():
     slow.join()
     assert not any(seen[0])
     assert all(module.training for module in model.modules())
+
+
+def test_a_process_forked_after_a_team_was_at_work_goes_on_with_one_thread():
+    case = Case()
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        here = case.sample()
+
+        def child() -> Tensor:
+            with pytest.warns(RuntimeWarning, match="sample: this process was forked"):
+                return case.sample()
+
+        assert torch.equal(in_a_fork(child), here)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_lock_that_another_thread_held_is_free_in_a_forked_process():
+    case = Case()
+    here = case.sample()
+    held, leave = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with kept_of(case.network)._lock:
+            held.set()
+            leave.wait(60)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait(60)
+    try:
+        assert torch.equal(in_a_fork(case.sample), here)
+    finally:
+        leave.set()
+        thread.join()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from iddpm_ext.diffusion import Diffusion
+from iddpm_ext.engines.forked import go_on_after_fork
 from iddpm_ext.networks.splice import Splice
 from iddpm_ext.networks.unet import UNet
 from iddpm_ext.ops.spec import resolve_backend
@@ -82,6 +83,7 @@ def check_network(
 
     Raises ValueError, TypeError or RuntimeError as `sample` documents.
     """
+    go_on_after_fork(who)
     if not callable(model):
         raise TypeError(f"{who}: model must be callable, got {type(model).__name__}")
     check_flags(who, engine=engine, exact=exact)
