@@ -17,10 +17,11 @@ from test_cpu_engine import CONFIGS, SMALL, error, inputs, make, reference
 
 from iddpm_ext import Diffusion, _native, sample, sample_progressive
 from iddpm_ext.engines.cuda import engine as cuda_engine
-from iddpm_ext.engines.cuda.engine import CUDAEngine, NotServed
+from iddpm_ext.engines.cuda.engine import CUDAEngine, CUDAProgram, NotServed
 from iddpm_ext.engines.cuda.network import FusedNetwork
 from iddpm_ext.engines.embedding import Projections
 from iddpm_ext.networks.unet import UNet, UNetConfig
+from iddpm_ext.random import STREAM_INITIAL, NoiseKey, normal
 from iddpm_ext.sampling import cuda_chain
 from iddpm_ext.sampling.loop import network_of
 from iddpm_ext.sampling.request import make_request
@@ -197,7 +198,7 @@ def test_steps_that_are_looked_at_are_those_of_the_graph(gpu):
     assert gpu.counts[0] == 2  # the chain's, and the network's own
 
 
-@pytest.mark.parametrize("change", ["written", "replaced"])
+@pytest.mark.parametrize("change", ["written", "data written", "replaced"])
 def test_changed_weights_reach_the_graph_without_a_capture(gpu, change):
     model = network(gpu)
     before = sample(model, **DRAW)
@@ -205,6 +206,8 @@ def test_changed_weights_reach_the_graph_without_a_capture(gpu, change):
     for weight in (block.in_layers[2].weight, block.emb_layers[1].weight):
         if change == "written":
             weight.mul_(-1)
+        elif change == "data written":
+            weight.data.mul_(-1)
         else:
             weight.data = -weight.data
     after = sample(model, **DRAW)
@@ -242,16 +245,40 @@ def test_kernels_of_the_engine_run_emulated(gpu):
     assert (images.cpu() - exact).abs().max() < 2 * (expected - exact).abs().max()
 
 
-def test_engine_evaluates_any_timesteps_and_follows_its_weights(gpu):
+def test_engine_evaluates_any_timesteps_and_a_program_takes_new_weights(gpu):
     model = make(**SMALL, num_classes=3).to(gpu.device)
     x, y = (value.to(gpu.device) for value in inputs(model, 4))
     t = torch.tensor([0.0, 3.5, 500.0, 999.0], device=gpu.device)
-    engine = CUDAEngine(model)
+    program = CUDAProgram(model)
     for _ in range(2):
+        engine = program.engine()
         assert error(engine.at(x, t, y), reference(model, x, t, y)) < 1e-5
-        model.time_embed[0].weight.mul_(1.5)
-    assert engine.at(x[:0], t[:0], y[:0]).shape == (0, 6, 16, 16)
+        model.time_embed[0].weight.data.mul_(1.5)
+        assert not program.renew(model)  # not under the engine that is there
+        del engine
+        assert program.renew(model)
+    assert program.engine().at(x[:0], t[:0], y[:0]).shape == (0, 6, 16, 16)
     assert gpu.counts[0] == 1
+
+
+def test_chains_of_two_calls_do_not_meet(gpu):
+    """Each has graphs and memory of its own, whichever of them is replayed when."""
+    model = network(gpu, num_classes=3)
+    seeds = (1, 2)
+    alone = [sample(model, **DRAW, seed=seed, labels=[0, 1, seed]) for seed in seeds]
+    calls = []
+    for seed in seeds:
+        options = {"backend": "cuda", "seed": seed, "labels": [0, 1, seed], "progress": False}
+        request = make_request("sample", model, 4, **options)
+        samples = torch.arange(3, device=gpu.device)
+        x = normal(NoiseKey(seed, STREAM_INITIAL, samples, 0), (3, 3, 8, 8))
+        step = cuda_chain.prepare(request, network_of(request), samples, x)
+        calls.append((x, step))
+    for i in (3, 2, 1, 0):
+        for _, step in calls:
+            step(i)
+    for (x, _), expected in zip(calls, alone, strict=True):
+        assert torch.equal(x, expected)
 
 
 def test_calls_by_step_are_calls_by_timestep(gpu):
@@ -335,5 +362,5 @@ def test_bad_arguments_name_themselves(gpu):
         engine.begin(torch.tensor([1.0]))
     with pytest.raises(ValueError, match=r"labels must lie in \[-1, 2\], got -1 .. 3"):
         engine.begin(torch.tensor([1.0]), torch.tensor([3, -1]))
-    with pytest.raises(ValueError, match=r"forward: labels must be \[2\]"):
+    with pytest.raises(ValueError, match=r"at: labels must be \[2\]"):
         engine.at(x, torch.zeros(2, device=gpu.device), y[:1])

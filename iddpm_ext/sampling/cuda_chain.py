@@ -102,7 +102,8 @@ class _ChainTask:
         clip: bool,
         low_res: Tensor | None,
     ):
-        self._engine, self._guided, self._noisy, self._clip = engine, guided, noisy, clip
+        # Not the engine, which is of one call: the task is kept for the calls to come.
+        self._network, self._guided, self._noisy, self._clip = engine.network, guided, noisy, clip
         device, n = engine.device, len(x)
         self._evaluated = 2 * n if guided else n
         rows = 1 if shared else self._evaluated
@@ -125,7 +126,7 @@ class _ChainTask:
         each = schedule.rows_a_step
         lowest = max(0, i + 1 - len(self._window) // each)
         rows = schedule.block(lowest, i + 1)
-        torch.add(rows, self._engine.network.embedding_bias, out=self._window[: len(rows)])
+        torch.add(rows, self._network.embedding_bias, out=self._window[: len(rows)])
         self._state[1:].copy_(schedule.which + (i - lowest) * each)
         self._state[0].fill_(i)
         self._stride.fill_(each)
@@ -139,7 +140,7 @@ class _ChainTask:
             images = images.repeat(2, 1, 1, 1)
         embeddings = self._window.index_select(0, self._state[1:])
         embeddings = embeddings.expand(self._evaluated, -1)
-        out, n = self._engine.network(images, embeddings), len(self.x)
+        out, n = self._network(images, embeddings), len(self.x)
         launch_step(
             self.x,
             out[:n],

@@ -196,8 +196,10 @@ class CUDAEngine:
                     stacklevel=2,
                 )
 
+        device, exact = self.device, self.exact  # the engine itself is of one call
+
         def launch() -> None:
-            with self.computing():
+            with computing(device, exact):
                 work()
 
         return launch
