@@ -75,6 +75,7 @@ def _base() -> dict[str, Any]:
         "images": ((x + 1) * 127.5).round() / 127.5 - 1,
         "noise": torch.randn(2, 1, SIZE, SIZE, generator=generator),
         "weights": torch.tensor([0.25, 0.75], dtype=torch.float64),
+        "unet2d": iddpm_ext.to_diffusers(_network(4)),
         "t": torch.tensor([3, 30]),
         "labels": torch.tensor([2, 0]),
     }  # fmt: skip
@@ -171,6 +172,34 @@ def _training(case: Case) -> Tensor:
     return torch.cat([losses.detach(), gradient.flatten()])
 
 
+def _diffusers(case: Case) -> Tensor:
+    unet = case.given["unet2d"]
+    return case.sample(unet, diffusion=case.given["network"].diffusion)
+
+
+def _accelerate(case: Case) -> Tensor:
+    unet, given = case.given["unet2d"], case.given
+    x = given["images"].clone().requires_grad_()
+    with (
+        iddpm_ext.accelerate(unet) if case.engine.get("engine", True) else contextlib.nullcontext()
+    ):
+        out = unet(x, given["t"], given["labels"]).sample
+        (gradient,) = torch.autograd.grad(out.square().sum(), x)
+    return torch.cat([out.detach().flatten(), gradient.flatten()])
+
+
+def _scheduler(case: Case) -> Tensor:
+    scheduler = iddpm_ext.IDDPMScheduler.from_diffusion(case.given["network"].diffusion)
+    scheduler.set_timesteps(4)
+    x = case.given["noise"]
+    for t in scheduler.timesteps:
+        out = torch.cat([0.5 * x, 0.1 * x], dim=1)
+        generator = torch.Generator("cpu").manual_seed(3)
+        x = scheduler.step(out, t, x, generator=generator).prev_sample
+    return x
+
+
+#: Of functions that take a network, which may be changed.
 ENTRIES: dict[str, Callable[[Case], Tensor]] = {
     "sample": lambda case: case.sample(),
     "guidance": lambda case: case.sample(guidance_scale=2.0),
@@ -186,6 +215,12 @@ ENTRIES: dict[str, Callable[[Case], Tensor]] = {
     "training": _training,
 }
 
+#: Of functions that take something else.
+OTHERS: dict[str, Callable[[Case], Tensor]] = {
+    "diffusers": _diffusers,
+    "accelerate": _accelerate,
+    "scheduler": _scheduler,
+}
 
 # ---- what is done to a network; a change may return what takes back more than the network's own state
 
@@ -509,6 +544,8 @@ def expected() -> dict[tuple[str, str], Tensor]:
                 finally:
                     if undo is not None:
                         undo()
+        for entry, call in OTHERS.items():
+            results["nothing", entry] = call(Case(engine=False)).detach().clone()
     return results
 
 

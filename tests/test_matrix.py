@@ -15,7 +15,7 @@ from pathlib import Path
 import matrix
 import pytest
 import torch
-from matrix import CHANGES, COPIES, ENTRIES, FOLLOWED, SETTINGS, Case
+from matrix import CHANGES, COPIES, ENTRIES, FOLLOWED, OTHERS, SETTINGS, Case
 from torch import Tensor
 
 #: Of the largest number. Rounding is a hundred times finer, and every change moves images by more.
@@ -45,7 +45,7 @@ def distance(a: Tensor, b: Tensor) -> float:
 
 
 def call(entry: str, case: Case) -> Tensor:
-    return ENTRIES[entry](case).detach().clone()
+    return (ENTRIES | OTHERS)[entry](case).detach().clone()
 
 
 @pytest.mark.parametrize("entry", ENTRIES)
@@ -72,10 +72,10 @@ def test_every_change_shows_in_the_images(change, expected):
     assert distance(expected[change, "sample"], expected["nothing", "sample"]) > LEAST_EFFECT
 
 
-@pytest.mark.parametrize("entry", ENTRIES)
+@pytest.mark.parametrize("entry", [*ENTRIES, *OTHERS])
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_no_setting_of_the_process_enters_a_result(setting, entry, expected):
-    if entry == "training" and setting in ("autocast", "inference mode", "no grad"):
+    if entry in ("training", "accelerate") and setting in ("autocast", "inference mode", "no grad"):
         pytest.skip("the setting is how a training step is asked to compute")
     case = Case()
     with SETTINGS[setting]():
@@ -84,7 +84,7 @@ def test_no_setting_of_the_process_enters_a_result(setting, entry, expected):
     assert distance(call(entry, case), expected["nothing", entry]) < TOLERANCE
 
 
-@pytest.mark.parametrize("entry", ENTRIES)
+@pytest.mark.parametrize("entry", [*ENTRIES, *OTHERS])
 @pytest.mark.parametrize("elsewhere", [matrix.in_a_thread, matrix.in_a_fork])
 def test_threads_and_forked_processes_give_the_same(elsewhere, entry, expected):
     case = Case()

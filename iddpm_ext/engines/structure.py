@@ -81,10 +81,14 @@ def why_hooked(model: nn.Module) -> str | None:
     return None
 
 
+def has_global_hooks() -> bool:
+    """Whether hooks are called around the forward of every module."""
+    return any(getattr(torch_module, name) for name in _GLOBAL_HOOKS)
+
+
 def _everywhere() -> str | None:
-    for name in _GLOBAL_HOOKS:
-        if getattr(torch_module, name):
-            return "all modules have a global forward hook"
+    if has_global_hooks():
+        return "all modules have a global forward hook"
     for kind, forward in FORWARDS.items():
         if kind.forward is not forward:
             return f"the class {kind.__name__} has another forward"
