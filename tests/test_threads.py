@@ -123,6 +123,25 @@ def test_few_programs_are_kept_and_those_in_use_again_are_found():
     assert found[0] is found[2] and found[1] is not found[0]
 
 
+def test_a_program_that_was_built_amid_a_change_is_not_kept(monkeypatch):
+    from iddpm_ext.engines.cpu import program
+
+    case, build = Case(), program.Projections
+
+    def written_to(model: torch.nn.Module) -> object:
+        case.network.out[2].weight.data.mul_(-1)
+        return build(model)
+
+    wanted = case.sample()
+    other = Case()
+    case = other
+    monkeypatch.setattr(program, "Projections", written_to)
+    case.sample()
+    monkeypatch.undo()
+    case.network.out[2].weight.data.mul_(-1)
+    assert torch.equal(case.sample(), wanted)
+
+
 def test_evaluation_mode_ends_when_the_last_of_two_evaluations_ends():
     """The first one to end must not put the other one's network back into training mode."""
     model = Case().network.train()

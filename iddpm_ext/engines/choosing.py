@@ -160,7 +160,7 @@ def _cpu_network(spec: NetworkSpec, batch_size: int) -> Network | None:
 
     try:
         kind = ("cpu", batch_size, size, dtype, spec.exact, threads)
-        return kept_of(ours).engine(ours, kind, content_of(structure.parameters), build)
+        return kept_of(ours).engine(ours, kind, lambda: content_of(structure.parameters), build)
     except NotServed as reason:
         if dtype == torch.bfloat16:
             # Autocast costs more than it brings on most CPUs.
@@ -191,7 +191,7 @@ def _cuda_network(spec: NetworkSpec, batch_size: int) -> Network | None:
 
     try:
         kind = ("cuda", dtype, spec.exact, spec.device)
-        return kept_of(ours).engine(ours, kind, content_of(structure.parameters), build)
+        return kept_of(ours).engine(ours, kind, lambda: content_of(structure.parameters), build)
     except NotServed as reason:
         kept_of(ours).say(f"{spec.who}: the module runs without the engine: {reason}")
         return None

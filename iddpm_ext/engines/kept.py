@@ -55,13 +55,24 @@ class Kept:
             return reason or self._structure  # type: ignore[return-value]
 
     def engine(
-        self, model: UNet, kind: Hashable, content: Hashable, build: Callable[[], Program]
+        self,
+        model: UNet,
+        kind: Hashable,
+        content: Callable[[], Hashable],
+        build: Callable[[], Program],
     ) -> Any:
-        """For one call, by the program of these settings and weights, built or renewed if need be."""
+        """For one call, by the program of these settings and weights, built or renewed if need be.
+
+        content: what tells the weights apart as they are now.
+        """
+        now = content()
         with self._lock:
-            program = self._programs.pop((kind, content), None)
-            program = program or self._renewed(model, kind) or build()
-            self._programs[kind, content] = program
+            program = self._programs.pop((kind, now), None)
+            if program is None:
+                program = self._renewed(model, kind) or build()
+                if content() != now:  # someone wrote meanwhile: this is a program of neither
+                    return program.engine()
+            self._programs[kind, now] = program
             while len(self._programs) > _PROGRAMS:
                 del self._programs[next(iter(self._programs))]
             return program.engine()
