@@ -126,15 +126,13 @@ def test_few_programs_are_kept_and_those_in_use_again_are_found():
 def test_a_program_that_was_built_amid_a_change_is_not_kept(monkeypatch):
     from iddpm_ext.engines.cpu import program
 
+    wanted = Case().sample()
     case, build = Case(), program.Projections
 
     def written_to(model: torch.nn.Module) -> object:
         case.network.out[2].weight.data.mul_(-1)
         return build(model)
 
-    wanted = case.sample()
-    other = Case()
-    case = other
     monkeypatch.setattr(program, "Projections", written_to)
     case.sample()
     monkeypatch.undo()
