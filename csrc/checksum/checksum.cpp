@@ -9,7 +9,7 @@ namespace IDDPM_ISA {
 namespace {
 
 constexpr int64_t kWords = 8, kUnroll = 4, kStep = kWords * kUnroll;
-constexpr int64_t kAhead = 2048;  // bytes
+constexpr int64_t kAhead = 2048;                     // bytes
 constexpr int64_t kWordsAThread = int64_t{1} << 17;  // 1 MB: less is not worth a team
 
 typedef uint64_t Words __attribute__((vector_size(8 * kWords)));
