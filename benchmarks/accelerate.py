@@ -55,7 +55,7 @@ def by_engine(network: nn.Module, x: Tensor, t: Tensor) -> Callable[[], Tensor]:
     """One evaluation as `iddpm_ext.sample` makes it of a `UNet2DModel`: by the CPU engine."""
     model = iddpm_ext.from_diffusers(network)
     engine = CPUEngine(model, len(x), num_threads=1)
-    engine.set_schedule(t[:1], None)
+    engine.begin(t[:1], None)
     return lambda: engine(x, 0)
 
 

@@ -40,8 +40,8 @@ def build_ours(model: UNet, x: Tensor, labels: Tensor | None, threads: int, name
     dtype = torch.bfloat16 if "bf16" in name else torch.float32
     engine = CPUEngine(model, len(x), dtype=dtype, exact="exact" in name, num_threads=threads)
     if "any t" in name:
-        return lambda x, t: engine.forward(x, t, labels)
-    engine.set_schedule(torch.tensor(TIMES), labels)
+        return lambda x, t: engine.at(x, t, labels)
+    engine.begin(torch.tensor(TIMES), labels)
     return lambda x, t: engine(x, TIMES.index(float(t[0])))
 
 

@@ -102,7 +102,7 @@ def build_network(name: str, model: UNet, x: Tensor, dtype: torch.dtype, steps: 
     times = [torch.full((len(x),), moment, device=x.device) for moment in TIMES]
     if name == OURS:
         engine = CUDAEngine(model, dtype=dtype)
-        engine.set_schedule(torch.tensor(TIMES, device=x.device))
+        engine.begin(torch.tensor(TIMES, device=x.device))
         return Variant(engine, lambda: iddpm_ext.sample(model, dtype=dtype, **common))
     network = peers.plain(model).to(dtype)
     if name != "eager":

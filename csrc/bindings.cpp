@@ -13,6 +13,7 @@
 
 #include "adamw_ema/adamw_ema.h"
 #include "ceilings/ceilings.h"
+#include "checksum/checksum.h"
 #include "common/isa.h"
 #include "conv3x3/conv3x3.h"
 #include "end_convs/end_convs.h"
@@ -490,6 +491,11 @@ void bind_cuda(py::module_& m, const char* name, Args (*make)(In...),
 #define IDDPM_BIND(m, op) IDDPM_BIND_CPU(m, op)
 #endif
 
+// The number of ranges and the address of their table; the address of the sum, for CUDA.
+iddpm::ChecksumArgs checksum_args(int64_t ranges, int64_t table, int64_t sum) {
+  return {ranges, address<const int64_t>(table), address<uint64_t>(sum)};
+}
+
 // See unet_engine/plan.h; pointers as integers.
 int64_t run_plan(intptr_t ops, int64_t count, int64_t n, int64_t threads, intptr_t input,
                  intptr_t output, intptr_t embedding, intptr_t embedding_row, intptr_t shared,
@@ -544,6 +550,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("set_isa", &set_isa, py::arg("name"),
         "Use the instruction set `name` from now on and return the previous one's name.");
   IDDPM_BIND(m, adamw_ema);
+  IDDPM_BIND(m, checksum);
   IDDPM_BIND_CPU(m, conv3x3);
   IDDPM_BIND_CPU(m, conv3x3_weight_bwd);
   IDDPM_BIND(m, group_norm_silu);

@@ -10,6 +10,8 @@ import torch
 from iddpm_ext import Diffusion, _native, sample
 from iddpm_ext.engines.cpu.engine import CPUEngine, NotServed, why_not_served
 from iddpm_ext.networks.unet import UNet, UNetConfig
+from iddpm_ext.sampling.loop import network_of
+from iddpm_ext.sampling.request import make_request
 
 pytestmark = [
     pytest.mark.skipif(_native.cpu_absence() is not None, reason="needs iddpm_ext._C"),
@@ -81,7 +83,7 @@ def test_engine_is_the_network_at_every_t(name, exact):
     timesteps = torch.tensor([0.0, 12.5, 500.0, 999.75])
     x, y = inputs(model, 4)
     engine = CPUEngine(model, 4, exact=exact, num_threads=2 if exact else 1)
-    out, truth = engine.forward(x, timesteps, y), reference(model, x, timesteps, y)
+    out, truth = engine.at(x, timesteps, y), reference(model, x, timesteps, y)
     for ours, expected in zip(out, truth, strict=True):
         assert error(ours, expected) < (3e-6 if exact else 1e-5)
 
@@ -91,7 +93,7 @@ def test_cifar_configuration_is_served_within_1e_5():
     x, _ = inputs(model, 1)
     engine = CPUEngine(model, 1)
     timesteps = torch.tensor([321.0])
-    assert error(engine.forward(x, timesteps), reference(model, x, timesteps, None)) < 1e-5
+    assert error(engine.at(x, timesteps), reference(model, x, timesteps, None)) < 1e-5
 
 
 @pytest.mark.parametrize("isa", ["avx2", "avx512"])
@@ -103,7 +105,7 @@ def test_each_instruction_set_serves(isa):
     x, _ = inputs(model, 2)
     previous = native.set_isa(isa)
     try:
-        out = CPUEngine(model, 2).forward(x, torch.tensor([3.0, 700.0]))
+        out = CPUEngine(model, 2).at(x, torch.tensor([3.0, 700.0]))
     finally:
         native.set_isa(previous)
     assert error(out, reference(model, x, torch.tensor([3.0, 700.0]), None)) < 1e-5
@@ -122,7 +124,7 @@ def test_bfloat16_error_is_small_and_flat_in_t(name):
     x, y = inputs(model, 6)
     engine = CPUEngine(model, 6, dtype=torch.bfloat16, num_threads=2)
     timesteps = torch.tensor([37.0, 500.0, 999.0]).repeat_interleave(2)
-    out, truth = engine.forward(x, timesteps, y), reference(model, x, timesteps, y)
+    out, truth = engine.at(x, timesteps, y), reference(model, x, timesteps, y)
     errors = [error(out[i : i + 2], truth[i : i + 2]) for i in (0, 2, 4)]
     assert 5e-4 < min(errors) and max(errors) < 1.2e-2, errors
 
@@ -145,9 +147,10 @@ def test_bfloat16_is_refused_by_a_cpu_without_it_and_sample_says_so():
 def test_sample_in_bfloat16_uses_the_engine():
     model = make(**SMALL)
     model.diffusion = Diffusion()
+    request = make_request("sample", model, 2, n=2, dtype=torch.bfloat16)
+    network = network_of(request)
+    assert isinstance(network, CPUEngine) and network.dtype == torch.bfloat16
     x = sample(model, 2, n=2, dtype=torch.bfloat16, progress=False)
-    (engine,) = model.__dict__["_engines"].values()
-    assert engine.dtype == torch.bfloat16
     assert x.dtype == torch.float32
     exact = sample(model, 2, n=2, engine=False, progress=False)
     assert 1e-5 < (x - exact).abs().mean() < 0.02
@@ -186,17 +189,19 @@ def test_a_whole_chain_leaves_x_T_as_it_was_and_sees_changed_weights():
     assert not torch.equal(sample(model, 3, x_T=x_T, progress=False), first)
 
 
-def test_schedule_gives_what_forward_gives():
+def test_a_schedule_is_as_accurate_as_single_timesteps():
+    """Its embeddings are rows of one product, which may be rounded otherwise than those of another."""
     model = make(**CONFIGS["bundled"])
     x, y = inputs(model, 4)
     engine = CPUEngine(model, 4)
     timesteps = torch.tensor([0.0, 250.25, 999.75])
-    engine.set_schedule(timesteps, y)
+    engine.begin(timesteps, y)
     for step, t in enumerate(timesteps):
-        expected = engine.forward(x, t.expand(4), y)
-        assert error(engine(x, step), expected) < 1e-6
-    part = engine(x[:2], 1)
-    torch.testing.assert_close(part, engine.forward(x[:2], timesteps[1].expand(2), y[:2]))
+        truth = reference(model, x, t.expand(4), y)
+        assert error(engine(x, step), truth) < 2 * error(engine.at(x, t.expand(4), y), truth)
+    truth = reference(model, x[:2], timesteps[1].expand(2), y[:2])
+    single = engine.at(x[:2], timesteps[1].expand(2), y[:2])
+    assert error(engine(x[:2], 1), truth) < 2 * error(single, truth)
 
 
 def test_a_schedule_too_large_for_a_table_is_computed_step_by_step(monkeypatch):
@@ -204,20 +209,21 @@ def test_a_schedule_too_large_for_a_table_is_computed_step_by_step(monkeypatch):
     x, y = inputs(model, 4)
     engine = CPUEngine(model, 4)
     timesteps = torch.tensor([5.0, 600.0])
-    engine.set_schedule(timesteps, y)
+    engine.begin(timesteps, y)
     whole = [engine(x, step) for step in (0, 1, 0)]
     monkeypatch.setattr("iddpm_ext.engines.embedding._TABLE_BYTES", 0)
     engine = CPUEngine(model, 4)
-    engine.set_schedule(timesteps, y)
+    engine.begin(timesteps, y)
     for step, expected in zip((0, 1, 0), whole, strict=True):
-        torch.testing.assert_close(engine(x, step), expected)
+        truth = reference(model, x, timesteps[step].expand(4), y)
+        assert error(engine(x, step), truth) < 2 * error(expected, truth)
 
 
 def test_out_is_written_in_place_and_fewer_samples_are_served():
     model = make(**SMALL)
     x, _ = inputs(model, 4)
     engine = CPUEngine(model, 4)
-    engine.set_schedule(torch.tensor([100.0]))
+    engine.begin(torch.tensor([100.0]))
     out = torch.empty(3, 6, 16, 16)
     assert engine(x[:3], 0, out) is out
     assert error(out, reference(model, x[:3], torch.full((3,), 100.0), None)) < 1e-5
@@ -229,9 +235,9 @@ def test_result_repeats_and_does_not_depend_on_threads():
     x, _ = inputs(model, 8)
     timesteps = torch.full((8,), 321.0)
     one = CPUEngine(model, 8, num_threads=1)
-    first = one.forward(x, timesteps)
-    assert torch.equal(one.forward(x, timesteps), first)
-    assert torch.equal(CPUEngine(model, 8, num_threads=2).forward(x, timesteps), first)
+    first = one.at(x, timesteps)
+    assert torch.equal(one.at(x, timesteps), first)
+    assert torch.equal(CPUEngine(model, 8, num_threads=2).at(x, timesteps), first)
 
 
 def test_other_sizes_and_strided_inputs_are_served():
@@ -239,25 +245,8 @@ def test_other_sizes_and_strided_inputs_are_served():
     engine = CPUEngine(model, 2, size=(6, 10))
     x = torch.randn(2, 10, 6, 3).permute(0, 3, 2, 1)
     timesteps = torch.tensor([1.0, 2.0])
-    out = engine.forward(x, timesteps)
+    out = engine.at(x, timesteps)
     assert error(out, reference(model, x, timesteps, None)) < 1e-5
-
-
-@pytest.mark.parametrize("change", ["written", "replaced"])
-def test_changed_weights_are_noticed(change):
-    model = make(**SMALL)
-    x, _ = inputs(model, 1)
-    engine = CPUEngine(model, 1)
-    engine.set_schedule(torch.tensor([50.0]))
-    before = engine(x, 0)
-    weight = model.middle_block[0].in_layers[2].weight
-    if change == "written":
-        weight.mul_(-1)
-    else:
-        weight.data = -weight.data
-    after = engine(x, 0)
-    assert not torch.equal(before, after)
-    assert error(after, reference(model, x, torch.tensor([50.0]), None)) < 1e-5
 
 
 def test_what_cannot_be_served_is_refused_with_its_reason():
@@ -283,9 +272,9 @@ def test_bad_arguments_name_themselves():
     model = make(**SMALL, num_classes=3)
     x, y = inputs(model, 2)
     engine = CPUEngine(model, 2)
-    with pytest.raises(RuntimeError, match="set_schedule must be called"):
+    with pytest.raises(RuntimeError, match="begin must be called"):
         engine(x, 0)
-    engine.set_schedule(torch.tensor([1.0, 2.0]), y)
+    engine.begin(torch.tensor([1.0, 2.0]), y)
     with pytest.raises(ValueError, match=r"step_index must lie in \[0, 1\], got 2"):
         engine(x, 2)
     with pytest.raises(ValueError, match=r"x must be \[at most 2, 3, 16, 16\]"):
@@ -295,9 +284,9 @@ def test_bad_arguments_name_themselves():
     with pytest.raises(ValueError, match="out must be contiguous float32"):
         engine(x, 0, torch.empty(2, 3, 16, 16))
     with pytest.raises(ValueError, match="labels must be given, as the network has 3 classes"):
-        engine.set_schedule(torch.tensor([1.0]))
+        engine.begin(torch.tensor([1.0]))
     with pytest.raises(ValueError, match=r"labels must lie in \[-1, 2\], got -1 .. 3"):
-        engine.set_schedule(torch.tensor([1.0]), torch.tensor([3, -1]))
+        engine.begin(torch.tensor([1.0]), torch.tensor([3, -1]))
     with pytest.raises(ValueError, match="batch_size must be at least 1"):
         CPUEngine(model, 0)
     with pytest.raises(ValueError, match="size must be multiples of 2"):

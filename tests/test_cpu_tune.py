@@ -103,10 +103,10 @@ def test_engines_follow_what_was_tuned_and_repeat_it():
     table = load_table(path)
     flipped = {key: "F4" if name == "F2" else "F2" for key, name in table["float32"].items()}
     x, t = torch.randn(2, 3, 8, 8), torch.full((2,), 10.0)
-    tuned = CPUEngine(model, 2).forward(x, t)
-    assert torch.equal(CPUEngine(model, 2).forward(x, t), tuned)
+    tuned = CPUEngine(model, 2).at(x, t)
+    assert torch.equal(CPUEngine(model, 2).at(x, t), tuned)
     store({"float32": flipped})
-    assert not torch.equal(CPUEngine(model, 2).forward(x, t), tuned)
+    assert not torch.equal(CPUEngine(model, 2).at(x, t), tuned)
 
 
 @needs_engine

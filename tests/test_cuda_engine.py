@@ -16,13 +16,14 @@ from fake_graphs import Counted, FakeGraphs, HostSync, no_waiting
 from test_cpu_engine import CONFIGS, SMALL, error, inputs, make, reference
 
 from iddpm_ext import Diffusion, _native, sample, sample_progressive
-from iddpm_ext.engines.choosing import choose_network
 from iddpm_ext.engines.cuda import engine as cuda_engine
-from iddpm_ext.engines.cuda.engine import CUDAEngine, NotServed
+from iddpm_ext.engines.cuda.engine import CUDAEngine, CUDAProgram, NotServed
 from iddpm_ext.engines.cuda.network import FusedNetwork
 from iddpm_ext.engines.embedding import Projections
 from iddpm_ext.networks.unet import UNet, UNetConfig
+from iddpm_ext.random import STREAM_INITIAL, NoiseKey, normal
 from iddpm_ext.sampling import cuda_chain
+from iddpm_ext.sampling.loop import network_of
 from iddpm_ext.sampling.request import make_request
 
 REASON = toolchain.absence() or _native.cpu_absence()
@@ -172,12 +173,10 @@ def test_embeddings_that_do_not_fit_are_loaded_a_few_steps_at_a_time(gpu, monkey
 def test_no_step_makes_the_host_wait(gpu):
     model = network(gpu, num_classes=3)
     request = make_request(
-        model, 4, n=3, sampler="ddpm", eta=0.0, labels=[0, 1, 2], guidance_scale=2.0, low_res=None,
-        seed=0, x_T=None, clip=True, batch_size=3, diffusion=None, image_shape=None, dtype=None,
-        engine=True, exact=False, backend="cuda", progress=False,
-    )  # fmt: skip
+        "sample", model, 4, labels=[0, 1, 2], guidance_scale=2.0, backend="cuda", progress=False
+    )
     x = torch.randn(3, 3, 8, 8, device=gpu.device)
-    chosen = choose_network(request, 6)
+    chosen = network_of(request)
     assert chosen.name == "cuda engine" and cuda_chain.serves(request, chosen)
     step = cuda_chain.prepare(request, chosen, torch.arange(3, device=gpu.device), x)
     with no_waiting():
@@ -199,7 +198,7 @@ def test_steps_that_are_looked_at_are_those_of_the_graph(gpu):
     assert gpu.counts[0] == 2  # the chain's, and the network's own
 
 
-@pytest.mark.parametrize("change", ["written", "replaced"])
+@pytest.mark.parametrize("change", ["written", "data written", "replaced"])
 def test_changed_weights_reach_the_graph_without_a_capture(gpu, change):
     model = network(gpu)
     before = sample(model, **DRAW)
@@ -207,6 +206,8 @@ def test_changed_weights_reach_the_graph_without_a_capture(gpu, change):
     for weight in (block.in_layers[2].weight, block.emb_layers[1].weight):
         if change == "written":
             weight.mul_(-1)
+        elif change == "data written":
+            weight.data.mul_(-1)
         else:
             weight.data = -weight.data
     after = sample(model, **DRAW)
@@ -244,32 +245,56 @@ def test_kernels_of_the_engine_run_emulated(gpu):
     assert (images.cpu() - exact).abs().max() < 2 * (expected - exact).abs().max()
 
 
-def test_engine_evaluates_any_timesteps_and_follows_its_weights(gpu):
+def test_engine_evaluates_any_timesteps_and_a_program_takes_new_weights(gpu):
     model = make(**SMALL, num_classes=3).to(gpu.device)
     x, y = (value.to(gpu.device) for value in inputs(model, 4))
     t = torch.tensor([0.0, 3.5, 500.0, 999.0], device=gpu.device)
-    engine = CUDAEngine(model)
+    program = CUDAProgram(model)
     for _ in range(2):
-        assert error(engine.forward(x, t, y), reference(model, x, t, y)) < 1e-5
-        model.time_embed[0].weight.mul_(1.5)
-    assert engine.forward(x[:0], t[:0], y[:0]).shape == (0, 6, 16, 16)
+        engine = program.engine()
+        assert error(engine.at(x, t, y), reference(model, x, t, y)) < 1e-5
+        model.time_embed[0].weight.data.mul_(1.5)
+        assert not program.renew(model)  # not under the engine that is there
+        del engine
+        assert program.renew(model)
+    assert program.engine().at(x[:0], t[:0], y[:0]).shape == (0, 6, 16, 16)
     assert gpu.counts[0] == 1
+
+
+def test_chains_of_two_calls_do_not_meet(gpu):
+    """Each has graphs and memory of its own, whichever of them is replayed when."""
+    model = network(gpu, num_classes=3)
+    seeds = (1, 2)
+    alone = [sample(model, **DRAW, seed=seed, labels=[0, 1, seed]) for seed in seeds]
+    calls = []
+    for seed in seeds:
+        options = {"backend": "cuda", "seed": seed, "labels": [0, 1, seed], "progress": False}
+        request = make_request("sample", model, 4, **options)
+        samples = torch.arange(3, device=gpu.device)
+        x = normal(NoiseKey(seed, STREAM_INITIAL, samples, 0), (3, 3, 8, 8))
+        step = cuda_chain.prepare(request, network_of(request), samples, x)
+        calls.append((x, step))
+    for i in (3, 2, 1, 0):
+        for _, step in calls:
+            step(i)
+    for (x, _), expected in zip(calls, alone, strict=True):
+        assert torch.equal(x, expected)
 
 
 def test_calls_by_step_are_calls_by_timestep(gpu):
     model = make(**SMALL, num_classes=3).to(gpu.device)
     x, y = (value.to(gpu.device) for value in inputs(model, 4))
     engine, times = CUDAEngine(model), torch.tensor([5.0, 600.0], device=gpu.device)
-    engine.set_schedule(times, y)
+    engine.begin(times, y)
     with no_waiting():  # the schedule is known by its tensors
-        engine.set_schedule(times, y)
+        engine.begin(times, y)
     for step in (1, 0):
-        expected = engine.forward(x, times[step].expand(4), y)
+        expected = engine.at(x, times[step].expand(4), y)
         torch.testing.assert_close(engine(x, step), expected)
-    torch.testing.assert_close(engine(x[:2], 1), engine.forward(x[:2], times[1].expand(2), y[:2]))
+    torch.testing.assert_close(engine(x[:2], 1), engine.at(x[:2], times[1].expand(2), y[:2]))
     times.mul_(0.5)
-    engine.set_schedule(times, y)
-    torch.testing.assert_close(engine(x, 1), engine.forward(x, times[1].expand(4), y))
+    engine.begin(times, y)
+    torch.testing.assert_close(engine(x, 1), engine.at(x, times[1].expand(4), y))
 
 
 def test_engine_built_in_inference_mode_serves_outside_it(gpu):
@@ -326,9 +351,9 @@ def test_bad_arguments_name_themselves(gpu):
     model = make(**SMALL, num_classes=3).to(gpu.device)
     x, y = (value.to(gpu.device) for value in inputs(model, 2))
     engine = CUDAEngine(model)
-    with pytest.raises(RuntimeError, match="set_schedule must be called"):
+    with pytest.raises(RuntimeError, match="begin must be called"):
         engine(x, 0)
-    engine.set_schedule(torch.tensor([1.0, 2.0]), y)
+    engine.begin(torch.tensor([1.0, 2.0]), y)
     with pytest.raises(ValueError, match=r"step_index must lie in \[0, 1\], got 2"):
         engine(x, 2)
     with pytest.raises(ValueError, match=r"x must be \[n, 3, H, W\] with H and W multiples of 2"):
@@ -338,8 +363,8 @@ def test_bad_arguments_name_themselves(gpu):
     with pytest.raises(ValueError, match="at most the 2 samples"):
         engine(torch.cat([x, x]), 0)
     with pytest.raises(ValueError, match="labels must be given, as the network has 3 classes"):
-        engine.set_schedule(torch.tensor([1.0]))
+        engine.begin(torch.tensor([1.0]))
     with pytest.raises(ValueError, match=r"labels must lie in \[-1, 2\], got -1 .. 3"):
-        engine.set_schedule(torch.tensor([1.0]), torch.tensor([3, -1]))
-    with pytest.raises(ValueError, match=r"forward: labels must be \[2\]"):
-        engine.forward(x, torch.zeros(2, device=gpu.device), y[:1])
+        engine.begin(torch.tensor([1.0]), torch.tensor([3, -1]))
+    with pytest.raises(ValueError, match=r"at: labels must be \[2\]"):
+        engine.at(x, torch.zeros(2, device=gpu.device), y[:1])

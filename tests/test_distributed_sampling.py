@@ -21,10 +21,9 @@ torch.set_num_threads(1)
 found = []
 for n in map(int, sys.argv[2].split(",")):
     request = make_request(
-        lambda x, t: 0.5 * x + 0.01 * t.view(-1, 1, 1, 1).cos(), 5, n=n, sampler="ddpm", eta=0.0,
-        labels=None, guidance_scale=1.0, low_res=None, seed=3, x_T=None, clip=True, batch_size=2,
-        diffusion=Diffusion("cosine", 50, variance="fixed_small"), image_shape=(1, 2, 3), dtype=None,
-        engine=True, exact=False, backend="auto", progress=False,
+        "sample", lambda x, t: 0.5 * x + 0.01 * t.view(-1, 1, 1, 1).cos(), 5, n=n, seed=3,
+        batch_size=2, diffusion=Diffusion("cosine", 50, variance="fixed_small"), image_shape=(1, 2, 3),
+        progress=False,
     )
     found.append(run_shared(request))
 if os.environ["RANK"] == "0":

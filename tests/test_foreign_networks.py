@@ -106,7 +106,8 @@ def test_a_super_resolution_pipeline_takes_the_small_images():
     assert x.shape == (2, 3, 16, 16)
 
 
-def test_the_engine_runs_a_unet2d_model_and_sees_that_its_weights_changed():
+@pytest.mark.parametrize("through", ["parameters", "data"])
+def test_the_engine_runs_a_unet2d_model_and_sees_that_its_weights_changed(through):
     unet = to_diffusers(small_network())
     wanted = {"diffusion": Diffusion(), "sampler": "ddim", **QUICK}
     for _ in range(2):
@@ -114,9 +115,10 @@ def test_the_engine_runs_a_unet2d_model_and_sees_that_its_weights_changed():
         fast = iddpm_ext.sample(unet, 5, **wanted)
         assert not torch.equal(plain, fast), "the engine rounds differently"
         assert (plain - fast).abs().max() < 1e-3
-        with torch.no_grad():
-            unet.mid_block.attentions[0].to_q.weight.mul_(-1)
-            unet.conv_out.weight.mul_(1.5)
+        for layer, factor in ((unet.mid_block.attentions[0].to_q, -1), (unet.conv_out, 1.5)):
+            weight = layer.weight.data if through == "data" else layer.weight
+            with torch.no_grad():
+                weight.mul_(factor)
 
 
 def test_a_network_that_someone_changed_is_run_as_it_is():
@@ -127,6 +129,11 @@ def test_a_network_that_someone_changed_is_run_as_it_is():
     iddpm_ext.sample(unet, 3, **wanted)
     assert len(seen) == 3
     handle.remove()
+    everywhere = torch.nn.modules.module.register_module_forward_hook(lambda *_: seen.append(1))
+    iddpm_ext.sample(unet, 3, **wanted)
+    everywhere.remove()
+    assert len(seen) > 6
+    seen[3:] = []
     with iddpm_ext.accelerate(unet):
         iddpm_ext.sample(unet, 3, **wanted)
     assert set(unet.state_dict()) == set(to_diffusers(small_network()).state_dict())

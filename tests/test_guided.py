@@ -152,7 +152,7 @@ def test_engine_runs_heads_of_a_given_width_and_fractional_levels():
     fill_by_formula(model)
     x, t = torch.randn(2, 3, 16, 16), torch.tensor([3.0, 3.0])
     engine = CPUEngine(model, 2)
-    engine.set_schedule(t[:1], None)
+    engine.begin(t[:1], None)
     with torch.no_grad():
         torch.testing.assert_close(engine(x, 0), model(x, t), rtol=1e-4, atol=1e-4)
 

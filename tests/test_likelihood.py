@@ -77,10 +77,10 @@ def test_the_noise_is_that_of_the_image_and_the_step_in_the_training_chain():
         batch_size=8, seed=9, split="test", limit=None, diffusion=None, dtype=None, engine=True,
         backend="auto", progress=False,
     )  # fmt: skip
-    evaluator = Evaluator(request.network, request.x_0, 8)
+    evaluator = Evaluator(request, 8)
     rows = Rows(torch.tensor([4, 0, 4]), torch.tensor([3, 9, 3]), torch.tensor([0, 0, 2]))
-    measured = evaluator.measure(rows, exact=False)
-    chain = request.network.diffusion
+    measured = evaluator.measure(rows)
+    chain = request.spec.diffusion
     with torch.no_grad():
         wanted = torch.stack([
             by_hand(trained(), chain, x_0, int(t), int(d), 9)[i]
@@ -98,11 +98,11 @@ def stop_after(monkeypatch, batches):
     done = []
     measure = Evaluator.measure
 
-    def measured(self, rows, *, exact):
+    def measured(self, rows):
         if len(done) == batches:
             raise Interrupted
         done.append(len(rows.t))
-        return measure(self, rows, exact=exact)
+        return measure(self, rows)
 
     monkeypatch.setattr(Evaluator, "measure", measured)
     return done
@@ -269,6 +269,14 @@ def test_bad_input_is_an_error_that_says_what_is_wrong(change, match):
     with pytest.raises((ValueError, TypeError, FileNotFoundError), match=match) as caught:
         nll(untrained(num_classes=3), **arguments)
     assert str(caught.value).startswith(("nll: ", "open_data: "))
+
+
+def test_errors_of_the_network_name_the_function_that_was_called():
+    chain = trained().diffusion
+    with pytest.raises(TypeError, match=r"^nll: model must return a tensor, got tuple"):
+        nll(lambda x, t: (x,), images(2, 0), steps=5, diffusion=chain, progress=False)
+    with pytest.raises(TypeError, match=r"^invert: model must return a tensor, got tuple"):
+        iddpm_ext.invert(lambda x, t: (x,), images(2, 0), 5, diffusion=chain, progress=False)
 
 
 def test_the_fingerprint_knows_what_matters():

@@ -17,6 +17,7 @@ from torch import Tensor
 
 import iddpm_ext
 from iddpm_ext import Diffusion, UNet, UNetConfig, sample, sample_progressive
+from iddpm_ext.engines.kept import kept_of
 from iddpm_ext.random import NoiseKey, integers, normal
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "sampling.json").read_text())
@@ -247,7 +248,7 @@ def test_copies_of_a_model_leave_its_engine_behind():
     model = tiny()
     before = sample(model, 2, n=1, progress=False)
     for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert not copied.__dict__.get("_engines")
+        assert not kept_of(copied)._programs
         assert torch.equal(sample(copied, 2, n=1, progress=False), before)
     reference = weakref.ref(model)
     del model

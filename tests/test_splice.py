@@ -7,7 +7,7 @@ import torch
 from likelihood_model import images, trained, untrained
 
 from iddpm_ext import Diffusion, Splice, nll, sample
-from iddpm_ext.engines.choosing import choose_network
+from iddpm_ext.sampling.loop import network_of
 from iddpm_ext.sampling.request import make_request
 
 
@@ -49,12 +49,8 @@ def test_sampling_takes_it_like_a_network():
 
 
 def test_the_engine_runs_both_parts():
-    request = make_request(
-        spliced(), 5, n=2, sampler="ddpm", eta=0.0, labels=None, guidance_scale=1.0, low_res=None,
-        seed=0, x_T=None, clip=True, batch_size=None, diffusion=None, image_shape=None, dtype=None,
-        engine=True, exact=False, backend="auto", progress=False,
-    )  # fmt: skip
-    assert choose_network(request, 2).name == "spliced cpu engine"
+    request = make_request("sample", spliced(), 5, n=2)
+    assert network_of(request).name == "spliced cpu engine"
 
 
 def test_its_likelihood_has_the_terms_of_each_part():

@@ -60,12 +60,16 @@ def test_levels_are_those_of_a_file(tmp_path):
 def test_each_stage_has_its_own_steps_and_the_noise_of_its_own_seed(stages):
     base, upsampler = stages
     counts = {base: 0, upsampler: 0}
-    for model in counts:
+    handles = [
         model.register_forward_pre_hook(lambda m, _: counts.__setitem__(m, counts[m] + 1))
+        for model in counts
+    ]
     got = sample_two_stage(
         base, upsampler, 3, upsampler_steps=5, labels=[1, 2], seed=5, engine=False, progress=False
     )
     assert (counts[base], counts[upsampler]) == (3, 5)
+    for handle in handles:
+        handle.remove()
     same_seed = sample(upsampler, 5, labels=[1, 2], low_res=got.low_res, seed=5, engine=False,
                        progress=False)  # fmt: skip
     assert not torch.equal(same_seed, got.images)

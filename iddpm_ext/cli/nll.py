@@ -99,7 +99,7 @@ def run(
         written.append(plot_steps(result.per_step, out / "plot.png"))
     print(f"{checkpoint}: {result}")
     print(
-        f"L_T {result.prior_bpd:.6f} bits/dim; {request.network.diffusion}; "
-        f"{result.facts['network']}, {request.network.device}, {seconds:.0f} s"
+        f"L_T {result.prior_bpd:.6f} bits/dim; {request.spec.diffusion}; "
+        f"{result.facts['network']}, {request.spec.device}, {seconds:.0f} s"
     )
     print(", ".join(str(path) for path in written))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -73,7 +72,6 @@ def run(
         device: auto, cpu, cuda or cuda:1.
     """
     import iddpm_ext
-    from iddpm_ext.engines.choosing import choose_network
     from iddpm_ext.images import check_writable, save_animation, save_images
     from iddpm_ext.sampling import distributed, loop
     from iddpm_ext.sampling.request import Request, make_request
@@ -92,10 +90,10 @@ def run(
     model = iddpm_ext.load(checkpoint, flags=flags).to(pick_device(device))
     class_names = model.extra.get("class_names")
     request = make_request(
-        model, read_steps(steps), n=n, sampler=sampler, eta=eta,
+        "sample", model, read_steps(steps), n=n, sampler=sampler, eta=eta,
         labels=_labels(labels, n, model.config.num_classes, class_names),
         guidance_scale=guidance_scale, low_res=_read_low_res(low_res, pick_device(device)), seed=seed,
-        x_T=None, clip=clip, batch_size=batch_size, diffusion=None, image_shape=None,
+        clip=clip, batch_size=batch_size,
         dtype=None if dtype is None else getattr(torch, dtype), engine=engine, exact=exact,
         backend=backend, progress=distributed.rank() == 0,
     )  # fmt: skip
@@ -109,18 +107,18 @@ def run(
     frames: list[Tensor] = []
     if animate is not None:
         # A hundred frames show the chain as well as thousands.
-        every = -(-request.diffusion.num_timesteps // 100)
+        every = -(-request.spec.diffusion.num_timesteps // 100)
         frames = [step.x for step in loop.walk(request) if step.t % every == 0]
         x: Tensor | None = frames[-1]
     elif distributed.world_size() > 1:
         x = distributed.run_shared(request)
     else:
-        x = loop.run(request, loop.batches(request))
-    drawn_labels = request.labels
+        x = loop.run(request, loop.batches(request.n, request.batch_size))
+    drawn_labels = request.spec.labels
     if second is not None and x is not None:
-        drawn_labels = second.labels if drawn_labels is None else drawn_labels
-        second = replace(second, low_res=rounded_to_levels(x))
-        x = loop.run(second, loop.batches(second))
+        drawn_labels = second.spec.labels if drawn_labels is None else drawn_labels
+        second = second.with_low_res(rounded_to_levels(x))
+        x = loop.run(second, loop.batches(second.n, second.batch_size))
     seconds = time.perf_counter() - began
     if x is None:
         return
@@ -138,10 +136,11 @@ def run(
     places = [written]
     if animate is not None:
         places += [save_animation(frames, animate, recipe=recipe, columns=columns, scale=scale)]
-    engine_name = choose_network(request, request.batch_size).name
+    engine_name = loop.network_of(request).name
     print(
         f"{', '.join(str(path.resolve()) for path in places)}: {len(x)} images of {checkpoint} in "
-        f"{seconds:.1f} s ({request.diffusion.num_timesteps} steps, {engine_name}, {request.device})"
+        f"{seconds:.1f} s ({request.spec.diffusion.num_timesteps} steps, {engine_name}, "
+        f"{request.spec.device})"
     )
 
 

@@ -27,11 +27,11 @@ class CachedData:
 
     def __init__(self, data: ImageData, workers: int = 0):
         self._data = data
-        self.class_names = data.class_names
+        self.class_names, self.notes = data.class_names, data.notes
         shape = torch.Size((len(data), *data.image_shape))
         require_memory("the cache of images", shape.numel())
-        self._images = torch.empty(shape, dtype=torch.uint8)
-        self._used = torch.empty(len(data), dtype=torch.int64)
+        self._images = torch.empty(shape, dtype=torch.uint8, device="cpu")
+        self._used = torch.empty(len(data), dtype=torch.int64, device="cpu")
         self._complaints: dict[int, list[str]] = {}
         first = 0
         for chunk in _decoded(data, workers):
@@ -84,7 +84,7 @@ class _Chunks(Dataset):
         return len(self._data)
 
     def __getitems__(self, indices: list[int]) -> list[_Chunk]:
-        at = torch.tensor(indices)
+        at = torch.tensor(indices, dtype=torch.int64, device="cpu")
         images, used, found = self._data.images(at)
         complaints = {}
         if found:  # rare: again one by one, to know whose they are
@@ -108,7 +108,7 @@ def _decoded(data: ImageData, workers: int) -> Iterator[_Chunk]:
         collate_fn=_first,
         worker_init_fn=ignore_signals,
         # Its own generator: the loader would otherwise advance the global one.
-        generator=torch.Generator(),
+        generator=torch.Generator(device="cpu"),
     )
     return iter(loader)
 

@@ -1,30 +1,36 @@
-"""What the engines of every device share: the refusal, changed weights, and labels."""
+"""What the engines of every device share: the refusal, the setting of a call, and its arguments."""
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+import contextlib
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from iddpm_ext.ops.rows import no_autocast
 
 
 class NotServed(ValueError):
     """The engine cannot run this network here; the message says why."""
 
 
-class WeightsWatch:
-    """Notices that a model's weights were written to or replaced."""
+@contextlib.contextmanager
+def undisturbed(device_type: str) -> Iterator[None]:
+    """Where nothing is recorded for gradients, and dtypes are as written whatever surrounds the call."""
+    with torch.no_grad(), no_autocast(device_type):
+        yield
 
-    def __init__(self, model: nn.Module):
-        self._parameters = list(model.parameters())  # walking the modules takes long
-        self._seen = self._state()
 
-    def _state(self) -> list[int]:
-        state = [p.data_ptr() for p in self._parameters]
-        return state + [0 if p.is_inference() else p._version for p in self._parameters]
+def with_low_res(x: Tensor, low_res: Tensor | None) -> Tensor:
+    """x [N, C, H, W], with the upsampled low-resolution image as more channels where there is one."""
+    return x if low_res is None else torch.cat([x, upsampled(low_res, x)], dim=1)
 
-    def changed(self) -> bool:
-        """Whether anything has changed since the last call."""
-        state = self._state()
-        same, self._seen = state == self._seen, state
-        return not same
+
+def upsampled(low_res: Tensor, x: Tensor) -> Tensor:
+    """low_res [N, C, h, w] in the size and dtype of x, as the network takes it."""
+    return F.interpolate(low_res.to(x.dtype), x.shape[2:], mode="bilinear")
 
 
 def require_labels(

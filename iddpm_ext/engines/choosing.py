@@ -1,41 +1,29 @@
-"""Which engine evaluates a network, and where it is kept.
+"""Which engine evaluates a network.
 
-An engine is told the chain's timesteps and the labels once, then called with a step's number.
-Engines pack the weights, which takes longer than a step, so they are kept with the model.
+A network is told the chain's timesteps and the labels once, then called with a step's number. It
+belongs to one call of the public function: what it remembers is its own, and the weights are those that
+the model has when it is chosen.
 """
 
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, Protocol
+from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from iddpm_ext.engines.base import NotServed, undisturbed
+from iddpm_ext.engines.kept import kept_of
+from iddpm_ext.engines.locks import Lock
+from iddpm_ext.engines.spec import NetworkSpec, describing
+from iddpm_ext.engines.structure import Structure, why_hooked
+from iddpm_ext.engines.weights import content_of
+from iddpm_ext.networks.blocks import plain_backend
 from iddpm_ext.networks.splice import Splice, joined
 from iddpm_ext.networks.unet import UNet
-
-if TYPE_CHECKING:
-    from iddpm_ext.sampling.request import Request
-
-_KEPT = 2
-
-
-class Engine(Protocol):
-    """Evaluates one network on batches of up to a fixed size."""
-
-    def set_schedule(self, timesteps: Tensor, labels: Tensor | None, /) -> None:
-        """timesteps: float32 [T], what the network is told; labels: int64 [n] of the next calls."""
-
-    def __call__(self, x: Tensor, step: int, /) -> Tensor:
-        """x: [n, C, H, W] -> the network's output at `timesteps[step]`."""
-
-    def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None, /) -> Tensor:
-        """x: [n, C, H, W] -> the output at timesteps float32 [n], one a sample, with labels [n]."""
 
 
 class Network(Protocol):
@@ -43,45 +31,32 @@ class Network(Protocol):
 
     name: str
 
-    def begin(self, timesteps: Tensor, labels: Tensor | None, low_res: Tensor | None) -> None:
-        """Says what belongs to the calls to come."""
+    def begin(
+        self, timesteps: Tensor, labels: Tensor | None = None, low_res: Tensor | None = None
+    ) -> None:
+        """For the calls to come: timesteps float32 [T], labels int64 [n], low_res [n, C, h, w]."""
 
-    def __call__(self, x: Tensor, step: int) -> Tensor:
+    def __call__(self, x: Tensor, step: int, /) -> Tensor:
         """The output for x [n, C, H, W] at `timesteps[step]`."""
 
     def at(
-        self, x: Tensor, timesteps: Tensor, labels: Tensor | None, low_res: Tensor | None
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        labels: Tensor | None = None,
+        low_res: Tensor | None = None,
     ) -> Tensor:
         """The output for x [n, C, H, W] at timesteps float32 [n], one a sample."""
 
 
-class EngineNetwork:
-    """A network run by an engine, which takes the upsampled low-resolution image as channels."""
-
-    def __init__(self, engine: Engine, name: str) -> None:
-        self.engine, self.name = engine, name
-        self._low_res: Tensor | None = None
-
-    def begin(self, timesteps: Tensor, labels: Tensor | None, low_res: Tensor | None) -> None:
-        self.engine.set_schedule(timesteps, labels)
-        self._low_res = low_res
-
-    def __call__(self, x: Tensor, step: int) -> Tensor:
-        return self.engine(_with_low_res(x, self._low_res), step)
-
-    def at(
-        self, x: Tensor, timesteps: Tensor, labels: Tensor | None, low_res: Tensor | None
-    ) -> Tensor:
-        return self.engine.forward(_with_low_res(x, low_res), timesteps, labels)
-
-
-def _with_low_res(x: Tensor, low_res: Tensor | None) -> Tensor:
-    return x if low_res is None else torch.cat([x, upsampled(low_res, x)], dim=1)
-
-
-def upsampled(low_res: Tensor, x: Tensor) -> Tensor:
-    """low_res [N, C, h, w] in the size and dtype of x, as the network takes it."""
-    return F.interpolate(low_res.to(x.dtype), x.shape[2:], mode="bilinear")
+def choose_network(spec: NetworkSpec, batch_size: int) -> Network:
+    """The fastest network that serves the call, on batches of up to `batch_size` images."""
+    if spec.engine:
+        for build in (_spliced_network, _cuda_network, _cpu_network):
+            network = build(spec, batch_size)
+            if network is not None:
+                return network
+    return PlainNetwork(spec)
 
 
 class PlainNetwork:
@@ -89,36 +64,42 @@ class PlainNetwork:
 
     name = "plain"
 
-    def __init__(self, request: Request) -> None:
-        self.model, self.device, self.dtype = request.model, request.device, request.dtype
-        self.plain_ops = request.backend == "reference"
-        self._timesteps = torch.empty(0)
+    def __init__(self, spec: NetworkSpec) -> None:
+        self._spec = spec
+        self._timesteps: Tensor | None = None
         self._kwargs: dict[str, Tensor] = {}
 
-    def begin(self, timesteps: Tensor, labels: Tensor | None, low_res: Tensor | None) -> None:
+    def begin(
+        self, timesteps: Tensor, labels: Tensor | None = None, low_res: Tensor | None = None
+    ) -> None:
         self._timesteps, self._kwargs = timesteps, _named(labels, low_res)
 
     def __call__(self, x: Tensor, step: int) -> Tensor:
+        assert self._timesteps is not None
         return self._evaluate(x, self._timesteps[step].expand(len(x)), self._kwargs)
 
     def at(
-        self, x: Tensor, timesteps: Tensor, labels: Tensor | None, low_res: Tensor | None
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        labels: Tensor | None = None,
+        low_res: Tensor | None = None,
     ) -> Tensor:
         return self._evaluate(x, timesteps, _named(labels, low_res))
 
     def _evaluate(self, x: Tensor, timesteps: Tensor, kwargs: dict[str, Tensor]) -> Tensor:
+        spec, half = self._spec, self._spec.dtype in (torch.bfloat16, torch.float16)
         with contextlib.ExitStack() as stack:
-            stack.enter_context(_evaluating(self.model))
-            if self.plain_ops:
-                stack.enter_context(_plain_backend(self.model))
-            if self.dtype is not None:
-                half = self.dtype != torch.float32
-                stack.enter_context(
-                    torch.autocast(self.device.type, self.dtype if half else None, half)
-                )
-            out = self.model(x, timesteps, **kwargs)
+            stack.enter_context(undisturbed(spec.device.type))
+            if isinstance(spec.model, nn.Module):
+                stack.enter_context(_EVALUATING.of(spec.model))
+            if spec.backend == "reference":
+                stack.enter_context(plain_backend())
+            if half:
+                stack.enter_context(torch.autocast(spec.device.type, spec.dtype))
+            out = spec.model(x, timesteps, **kwargs)
         if not isinstance(out, Tensor):
-            raise TypeError(f"sample: model must return a tensor, got {type(out).__name__}")
+            raise TypeError(f"{spec.who}: model must return a tensor, got {type(out).__name__}")
         # The kernels read halves and float32 beside a float32 state.
         return out.to(x.dtype) if out.dtype == torch.float64 else out
 
@@ -128,96 +109,109 @@ def _named(labels: Tensor | None, low_res: Tensor | None) -> dict[str, Tensor]:
     return {name: value for name, value in named.items() if value is not None}
 
 
-@contextlib.contextmanager
-def _evaluating(model: object) -> Iterator[None]:
-    training = isinstance(model, nn.Module) and model.training
-    modes = [(m, m.training) for m in model.modules()] if training else []  # type: ignore[attr-defined]
-    for module, _ in modes:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
+class _Evaluating:
+    """Modules in evaluation mode for as long as any thread evaluates them; then as they were."""
+
+    def __init__(self) -> None:
+        self._users: dict[int, tuple[int, list[nn.Module]]] = {}
+        self._lock = Lock()
+
+    @contextlib.contextmanager
+    def of(self, model: nn.Module) -> Iterator[None]:
+        with self._lock:
+            count, switched = self._users.get(id(model), (0, []))
+            training = [module for module in model.modules() if module.training]
+            for module in training:
+                module.training = False
+            self._users[id(model)] = count + 1, [*switched, *training]
+        try:
+            yield
+        finally:
+            with self._lock:
+                count, switched = self._users.pop(id(model))
+                if count > 1:
+                    self._users[id(model)] = count - 1, switched
+                else:
+                    for module in switched:
+                        module.training = True
 
 
-@contextlib.contextmanager
-def _plain_backend(model: object) -> Iterator[None]:
-    modules = model.modules() if isinstance(model, nn.Module) else ()
-    before = [(m, m.backend) for m in modules if isinstance(m, UNet)]
-    for network, _ in before:
-        network.backend = "plain"
-    try:
-        yield
-    finally:
-        for network, backend in before:
-            network.backend = backend
+_EVALUATING = _Evaluating()
 
 
-def choose_network(request: Request, batch_size: int) -> Network:
-    """The fastest network that serves the request, on batches of up to `batch_size` images."""
-    if request.engine:
-        for build in _BUILDERS:
-            network = build(request, batch_size)
-            if network is not None:
-                return network
-    return PlainNetwork(request)
-
-
-def _cpu_network(request: Request, batch_size: int) -> Network | None:
-    model, dtype = request.model, request.dtype or torch.float32
-    state = torch.float32 if request.x_T is None else request.x_T.dtype
-    if request.device.type != "cpu" or not isinstance(model, UNet) or state != torch.float32:
+def _cpu_network(spec: NetworkSpec, batch_size: int) -> Network | None:
+    ours = describing(spec.model)
+    if spec.device.type != "cpu" or not isinstance(ours, UNet) or spec.state != torch.float32:
         return None
-    if model.dtype != torch.float32 and request.dtype is None:
-        return None
-    from iddpm_ext.engines.cpu.engine import CPUEngine, NotServed
+    from iddpm_ext.engines.cpu.program import CPUProgram, why_not_served
 
-    size = request.image_shape[1:]
-    threads = torch.get_num_threads()
-    key = ("cpu", batch_size, size, dtype, request.exact, threads)
-    try:
-        engine = _kept(
-            model,
-            key,
-            lambda: CPUEngine(
-                model, batch_size, dtype=dtype, exact=request.exact, num_threads=threads, size=size
-            ),
+    dtype = spec.dtype or torch.float32
+    structure = _structure(spec, lambda: why_not_served(ours, dtype))
+    if structure is None:
+        return None
+    if spec.dtype is None and any(p.dtype != torch.float32 for p in structure.parameters):
+        return None
+    size, threads = spec.image_shape[1:], torch.get_num_threads()
+
+    def build() -> CPUProgram:
+        return CPUProgram(
+            ours, batch_size, dtype=dtype, exact=spec.exact, num_threads=threads, size=size
         )
+
+    try:
+        kind = ("cpu", batch_size, size, dtype, spec.exact, threads)
+        return kept_of(ours).engine(ours, kind, lambda: content_of(structure.parameters), build)
     except NotServed as reason:
         if dtype == torch.bfloat16:
             # Autocast costs more than it brings on most CPUs.
-            warnings.warn(
-                f"sample: the module runs under autocast, without the engine: {reason}",
-                RuntimeWarning,
-                stacklevel=2,
+            kept_of(ours).say(
+                f"{spec.who}: the module runs under autocast, without the engine: {reason}"
             )
         return None
-    return EngineNetwork(engine, "cpu engine")
 
 
-def _cuda_network(request: Request, batch_size: int) -> Network | None:
-    from iddpm_ext.engines.cuda.engine import CUDAEngine, NotServed, serves_device
+def _cuda_network(spec: NetworkSpec, batch_size: int) -> Network | None:
+    from iddpm_ext.engines.cuda import engine as cuda
 
-    model = request.model
-    state = torch.float32 if request.x_T is None else request.x_T.dtype
+    ours = describing(spec.model)
     if (
-        not serves_device(request.device)
-        or not isinstance(model, UNet)
-        or state != torch.float32
-        or torch.float64 in (model.dtype, request.dtype)
+        not cuda.serves_device(spec.device)
+        or not isinstance(ours, UNet)
+        or spec.state != torch.float32
+        or torch.float64 in (ours.dtype, spec.dtype)
     ):
         return None
-    dtype = request.dtype or model.dtype
-    key = ("cuda", dtype, request.exact, request.device)
-    try:
-        engine = _kept(model, key, lambda: CUDAEngine(model, dtype=dtype, exact=request.exact))
-    except NotServed as reason:
-        warnings.warn(
-            f"sample: the module runs without the engine: {reason}", RuntimeWarning, stacklevel=2
-        )
+    dtype = spec.dtype or ours.dtype
+    structure = _structure(spec, lambda: cuda.why_not_served(ours, dtype))
+    if structure is None:
         return None
-    return EngineNetwork(engine, "cuda engine")
+
+    def build() -> cuda.CUDAProgram:
+        return cuda.CUDAProgram(ours, dtype=dtype, exact=spec.exact)
+
+    try:
+        kind = ("cuda", dtype, spec.exact, spec.device)
+        return kept_of(ours).engine(ours, kind, lambda: content_of(structure.parameters), build)
+    except NotServed as reason:
+        kept_of(ours).say(f"{spec.who}: the module runs without the engine: {reason}")
+        return None
+
+
+def _structure(spec: NetworkSpec, why_not_served: Callable[[], str | None]) -> Structure | None:
+    """The model's, if it is a network and no more; otherwise says why no engine runs it, once a model."""
+    assert isinstance(spec.model, nn.Module)
+    kept = kept_of(spec.model)
+    if isinstance(spec.model, UNet):
+        found = kept.structure(spec.model)
+    else:
+        found = f"the network is wrapped by a {type(spec.model).__name__}"
+    if isinstance(found, Structure):
+        # Weights on two devices have no one checksum, and no engine.
+        together = all(p.device == spec.device for p in found.parameters)
+        return found if together else None
+    if why_not_served() is None:
+        kept.say(f"{spec.who}: the module itself runs, without the engine: {found}")
+    return None
 
 
 class SplicedNetwork:
@@ -228,7 +222,9 @@ class SplicedNetwork:
         self.name = f"spliced {between.name}"
         self._at_ends: list[bool] = []
 
-    def begin(self, timesteps: Tensor, labels: Tensor | None, low_res: Tensor | None) -> None:
+    def begin(
+        self, timesteps: Tensor, labels: Tensor | None = None, low_res: Tensor | None = None
+    ) -> None:
         self._at_ends = self._splice.at_ends(timesteps).tolist()
         for network in (self._ends, self._between):
             network.begin(timesteps, labels, low_res)
@@ -237,7 +233,11 @@ class SplicedNetwork:
         return (self._ends if self._at_ends[step] else self._between)(x, step)
 
     def at(
-        self, x: Tensor, timesteps: Tensor, labels: Tensor | None, low_res: Tensor | None
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        labels: Tensor | None = None,
+        low_res: Tensor | None = None,
     ) -> Tensor:
         def run(network: Network, rows: Tensor) -> Tensor:
             given = [None if value is None else value[rows] for value in (labels, low_res)]
@@ -250,39 +250,21 @@ class SplicedNetwork:
         )
 
 
-def _spliced_network(request: Request, batch_size: int) -> Network | None:
-    splice = request.model
-    if not isinstance(splice, Splice):
+def _spliced_network(spec: NetworkSpec, batch_size: int) -> Network | None:
+    splice: Any = spec.model
+    if not isinstance(describing(splice), Splice):
+        return None
+    if type(splice) is not Splice:
+        around: str | None = f"is of the class {type(splice).__name__}"
+    else:
+        around = why_hooked(splice)
+    if around is not None:
+        kept_of(splice).say(
+            f"{spec.who}: the module itself runs, without the engine: the splice {around}"
+        )
         return None
     ends, between = (
-        choose_network(replace(request, model=network), batch_size)
+        choose_network(replace(spec, model=network), batch_size)
         for network in (splice.ends, splice.between)
     )
     return SplicedNetwork(splice, ends, between)
-
-
-_BUILDERS: tuple[Callable[[Request, int], Network | None], ...] = (
-    _spliced_network,
-    _cuda_network,
-    _cpu_network,
-)
-
-
-class _Engines(dict[tuple[object, ...], Engine]):
-    """A model's engines. They hold addresses: no copy of the model takes them along."""
-
-    def __deepcopy__(self, memo: object) -> _Engines:
-        return _Engines()
-
-    def __reduce__(self) -> tuple[type[_Engines], tuple[()]]:
-        return (_Engines, ())
-
-
-def _kept(model: nn.Module, key: tuple[object, ...], build: Callable[[], Engine]) -> Engine:
-    """The model's engine for these settings; the engine itself notices when weights change."""
-    engines: _Engines = model.__dict__.setdefault("_engines", _Engines())
-    engine = engines.pop(key, None) or build()
-    engines[key] = engine
-    while len(engines) > _KEPT:
-        del engines[next(iter(engines))]
-    return engine

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from iddpm_ext.engines.base import undisturbed
 from iddpm_ext.networks.unet import ResBlock, UNet, timestep_embedding
 
 _TABLE_BYTES = 256 << 20  # a larger table is made step by step
@@ -20,14 +21,18 @@ _TABLE_BYTES = 256 << 20  # a larger table is made step by step
 class Projections:
     """The embedding projections of all residual blocks, side by side in the network's order.
 
-    Lies, and computes, where the model does.
+    Lies, and computes, where the model does, with the weights that this has now.
     """
 
     def __init__(self, model: UNet):
         layers_of_t: Any = model.time_embed
-        self._time_embed = layers_of_t[0], layers_of_t[2]
+        self._time_embed = [
+            (layer.weight.detach().double().clone(), layer.bias.detach().double().clone())
+            for layer in (layers_of_t[0], layers_of_t[2])
+        ]
         self._width = model.config.model_channels
-        self._labels = None if model.config.num_classes is None else model.label_emb
+        labels: Any = None if model.config.num_classes is None else model.label_emb
+        self._labels = None if labels is None else labels.weight.detach().clone()
         blocks: list[Any] = [*model.input_blocks, model.middle_block, *model.output_blocks]
         layers: list[Any] = [m.emb_layers[1] for b in blocks for m in b if isinstance(m, ResBlock)]
         self.weight = torch.cat([layer.weight.detach().float() for layer in layers])
@@ -37,13 +42,12 @@ class Projections:
 
     def __call__(self, timesteps: Tensor, labels: Tensor | None) -> Tensor:
         """timesteps [R], labels [R] or None -> float32 [R, floats]."""
-        with torch.no_grad():
+        with undisturbed(self.device.type):
             first, second = self._time_embed
             h = timestep_embedding(timesteps.double(), self._width)
-            h = F.silu(F.linear(h, first.weight.double(), first.bias.double()))
-            h = F.linear(h, second.weight.double(), second.bias.double())
+            h = F.linear(F.silu(F.linear(h, *first)), *second)
             if labels is not None and self._labels is not None:
-                rows = self._labels.weight[labels.clamp(min=0)].double()
+                rows = self._labels[labels.clamp(min=0)].double()
                 h = h + rows * (labels >= 0)[:, None]
             return F.linear(F.silu(h).float(), self.weight, self.bias)
 
@@ -83,6 +87,7 @@ class Schedule:
         which = self.which[:n] if self.labels is not None else self.which.expand(n)
         if self._whole is not None:
             return self._whole, which + step * self.rows_a_step
-        if self._single is None or self._single[0] != step:
-            self._single = step, self.block(step, step + 1)
-        return self._single[1], which
+        single = self._single  # which another thread may replace
+        if single is None or single[0] != step:
+            self._single = single = step, self.block(step, step + 1)
+        return single[1], which

@@ -22,7 +22,7 @@ from iddpm_ext.data.classes import shown
 from iddpm_ext.data.containers import Folder
 from iddpm_ext.data.names import printable
 from iddpm_ext.networks.unet import UNet
-from iddpm_ext.sampling.loop import batches, run
+from iddpm_ext.sampling.loop import batches, network_of, run
 from iddpm_ext.sampling.request import make_request
 
 _HALF_LEVEL = 1 / 255
@@ -204,15 +204,16 @@ def _sampled(model: UNet, recipe: Recipe, batch_size: int, name: str) -> ImageSe
         turns = torch.tensor(recipe.classes or range(classes), dtype=torch.int64, device="cpu")
         labels = turns[torch.arange(recipe.n, dtype=torch.int64, device="cpu") % len(turns)]
     request = make_request(
-        model, recipe.steps, n=recipe.n, sampler=recipe.sampler, eta=recipe.eta, labels=labels,
-        guidance_scale=recipe.guidance_scale, low_res=None, seed=recipe.seed, x_T=None, clip=True,
-        batch_size=batch_size, diffusion=None, image_shape=None, dtype=None, engine=True,
-        exact=False, backend="auto", progress=False,
+        "evaluate", model, recipe.steps, n=recipe.n, sampler=recipe.sampler, eta=recipe.eta,
+        labels=labels, guidance_scale=recipe.guidance_scale, seed=recipe.seed,
+        batch_size=batch_size, progress=False,
     )  # fmt: skip
+    network = network_of(request)
     # Image i is the i-th of one call of `sample`, though a batch is drawn when it is asked for.
-    drawn = (_levels(run(request, [images])) for images in batches(request))
+    parts = batches(request.n, request.batch_size)
+    drawn = (_levels(run(request, [images], network=network)) for images in parts)
     what = f"{recipe.n} samples of {name} ({recipe.sampler}, {recipe.steps} steps)"
-    _, height, width = request.image_shape
+    _, height, width = request.spec.image_shape
     return ImageSet(what, recipe.n, (height, width), "", drawn)
 
 

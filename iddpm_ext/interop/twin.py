@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from iddpm_ext.engines.structure import has_global_hooks, why_hooked
+from iddpm_ext.engines.weights import content_of
 from iddpm_ext.networks.unet import UNet
 
 _ATTRIBUTE = "_iddpm_twin"
@@ -37,10 +39,11 @@ def twin(unet: nn.Module) -> UNet | None:
         return None
     if _is_changed(unet):
         return None
-    signature = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters]
-    kept: _Kept = unet.__dict__.setdefault(_ATTRIBUTE, _Kept())
+    signature = content_of(parameters)
+    kept: _Kept = unet.__dict__.get(_ATTRIBUTE, _Kept())
     if kept.signature != signature:
-        kept.signature, kept.model = signature, _converted(unet)
+        # A new one, which other threads see whole or not at all.
+        kept = unet.__dict__[_ATTRIBUTE] = _Kept(signature, _converted(unet))
     return kept.model
 
 
@@ -64,10 +67,7 @@ def _is_changed(unet: nn.Module) -> bool:
     processors = (AttnProcessor, AttnProcessor2_0, QKVAttentionProcessor)
     for module in unet.modules():
         library = type(module).__module__.partition(".")[0]
-        hooks = module._forward_hooks or module._forward_pre_hooks
         own = type(getattr(module, "processor", None)) not in (*processors, type(None))
-        if library not in ("torch", "diffusers", "iddpm_ext") or hooks or own:
+        if library not in ("torch", "diffusers", "iddpm_ext") or own or why_hooked(module):
             return True
-        if "forward" in module.__dict__:
-            return True
-    return False
+    return has_global_hooks()

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from iddpm_ext import ops
+from iddpm_ext.engines.base import undisturbed
 from iddpm_ext.engines.choosing import Network, choose_network
+from iddpm_ext.likelihood.request import LikelihoodRequest
 from iddpm_ext.ops.columns import Column
 from iddpm_ext.random import STREAM_FORWARD, NoiseKey
-from iddpm_ext.sampling.request import Request
 
 #: Of each evaluation: L_t in bits/dim; mean squared errors of x_0 and eps; share of v outside [-1, 1].
 MEASURED = ("bpd", "x_0_mse", "eps_mse", "v_outside")
@@ -37,21 +38,23 @@ class Outputs(NamedTuple):
 class Evaluator:
     """Evaluates rows of a request's images.
 
-    request: as of `sample`, for the chain, the model and where it runs. x_0: float32 [N, C, H, W].
-    batch_size: the most rows of a call.
+    batch_size: the most rows of a call. The weights are those that the model has now.
     """
 
-    def __init__(self, request: Request, x_0: Tensor, batch_size: int):
-        self.request, self.x_0 = request, x_0
-        self.network: Network = choose_network(request, batch_size)
-        self._table = request.diffusion.table(request.device)
+    def __init__(self, request: LikelihoodRequest, batch_size: int):
+        self.request, spec = request, request.spec
+        self.network: Network = choose_network(spec, batch_size)
+        self._table = spec.diffusion.table(spec.device)
 
-    @torch.no_grad()
     def outputs(self, rows: Rows) -> Outputs:
         """The network's outputs for noised images."""
-        request = self.request
-        chain, device = request.diffusion, request.device
-        x_0 = self.x_0[rows.image].to(device)
+        with undisturbed(self.request.spec.device.type):
+            return self._outputs(rows)
+
+    def _outputs(self, rows: Rows) -> Outputs:
+        request, spec = self.request, self.request.spec
+        chain, device = spec.diffusion, spec.device
+        x_0 = request.x_0[rows.image].to(device)
         t = rows.t.to(device)
         # A key names one replicate; there are few in a batch.
         x_t = torch.empty_like(x_0)
@@ -62,21 +65,30 @@ class Evaluator:
                 chain.timesteps[rows.t[which]].to(device), draw,
             )  # fmt: skip
             at = which.to(device)
-            x_t[at] = ops.q_sample(x_0[at], t[at], self._table, key, backend=request.backend)
-        labels = None if request.labels is None else request.labels[rows.image.to(device)]
-        low_res = None if request.low_res is None else request.low_res[rows.image.to(device)]
+            x_t[at] = ops.q_sample(x_0[at], t[at], self._table, key, backend=spec.backend)
+        labels = None if spec.labels is None else spec.labels[rows.image.to(device)]
+        low_res = None if spec.low_res is None else spec.low_res[rows.image.to(device)]
         out = self.network.at(x_t, chain.model_timesteps(t), labels, low_res)
         return Outputs(x_0, x_t, out, t)
 
-    @torch.no_grad()
-    def measure(self, rows: Rows, *, exact: bool) -> Tensor:
+    def measure(self, rows: Rows) -> Tensor:
         """What `MEASURED` names, float32 [n, 4] on the CPU; NaN for v where the variance is fixed."""
-        request = self.request
-        x_0, x_t, out, t = self.outputs(rows)
-        chain, channels = request.diffusion, x_0.shape[1]
-        backend = request.backend
+        with undisturbed(self.request.spec.device.type):
+            return self._measure(rows)
+
+    def _measure(self, rows: Rows) -> Tensor:
+        request, spec = self.request, self.request.spec
+        x_0, x_t, out, t = self._outputs(rows)
+        chain, channels = spec.diffusion, x_0.shape[1]
         bpd = ops.vlb_terms(
-            out, x_0, x_t, t, self._table, clip=request.clip, exact=exact, backend=backend
+            out,
+            x_0,
+            x_t,
+            t,
+            self._table,
+            clip=request.clip,
+            exact=request.exact,
+            backend=spec.backend,
         )
         predicted = chain.p_mean_variance(out, x_t, t, clip=request.clip).x_0
         x_0_mse = (predicted - x_0).square().flatten(1).mean(1)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,9 +12,18 @@ from torch import Tensor, nn
 
 from iddpm_ext.data import match_classes
 from iddpm_ext.diffusion import Diffusion
+from iddpm_ext.engines.spec import (
+    NetworkSpec,
+    Steps,
+    batch_size_of,
+    check_flags,
+    check_seed,
+    count_of,
+    default_batch_size,
+)
 from iddpm_ext.likelihood.images import Data, Images, read_images
 from iddpm_ext.networks.config import UNetConfig
-from iddpm_ext.sampling.request import Request, Steps, default_batch_size, make_request
+from iddpm_ext.sampling.request import network_spec
 
 _FORMAT = 1
 
@@ -24,43 +32,46 @@ _FORMAT = 1
 class LikelihoodRequest:
     """The arguments of `nll`, resolved.
 
-    network: the request of `sample` that says which chain, model and device. x_0: float32 [N, C, H, W] on
-    the CPU. batch_size: most evaluations at once. budget: evaluations an image, or None. exact: the
-    decoder's likelihood without approximation.
+    spec: the network, its chain and its inputs. x_0: float32 [N, C, H, W] on the CPU. batch_size: most
+    evaluations at once. budget: evaluations an image, or None. exact: the decoder's likelihood without
+    approximation. clip: clamp every predicted x_0.
     """
 
-    network: Request
+    spec: NetworkSpec
     x_0: Tensor
     batch_size: int
     budget: float | None
     exact: bool
+    clip: bool
+    seed: int
+    progress: bool
 
     def fingerprint(self, more: str = "") -> str:
         """sha256 of everything that the result depends on, batches and processes not among it.
 
         more: text for what the caller adds.
         """
-        request, digest = self.network, hashlib.sha256()
+        spec, digest = self.spec, hashlib.sha256()
         facts = {
             "format": _FORMAT,
-            "diffusion": request.diffusion.to_dict(),
+            "diffusion": spec.diffusion.to_dict(),
             "budget": self.budget,
             "more": more,
             "exact": self.exact,
-            "clip": request.clip,
-            "seed": request.seed,
-            "dtype": str(request.dtype),
-            "engine": request.engine,
-            "backend": request.backend,
-            "model": _describe(request.model),
+            "clip": self.clip,
+            "seed": self.seed,
+            "dtype": str(spec.dtype),
+            "engine": spec.engine,
+            "backend": spec.backend,
+            "model": _describe(spec.model),
         }
         digest.update(json.dumps(facts, sort_keys=True).encode())
-        state = request.model.state_dict() if isinstance(request.model, nn.Module) else {}
+        state = spec.model.state_dict() if isinstance(spec.model, nn.Module) else {}
         tensors = {
             **state,
             " x_0": self.x_0,
-            " labels": request.labels,
-            " low_res": request.low_res,
+            " labels": spec.labels,
+            " low_res": spec.low_res,
         }
         for name, tensor in tensors.items():
             digest.update(name.encode())
@@ -128,16 +139,28 @@ def make_likelihood_request(
             f"{who}: budget must be at least 2 for one image alone, to tell its error, got {budget}"
         )
     labels = _labels(who, model, config, images, labels)
-    with _as_errors_of(who):
-        network = make_request(
-            model, steps, n=len(images.x_0), sampler="ddpm", eta=0.0, labels=labels,
-            guidance_scale=1.0, low_res=low_res, seed=seed, x_T=None, clip=clip,
-            batch_size=batch_size, diffusion=diffusion, image_shape=shape, dtype=dtype,
-            engine=engine, exact=False, backend=backend, progress=progress,
-        )  # fmt: skip
-    if batch_size is None:  # that of `sample` is at most the number of images
-        batch_size = default_batch_size(network.image_shape, network.device)
-    return LikelihoodRequest(network, images.x_0, batch_size, budget, exact)
+    check_flags(who, clip=clip, progress=progress)
+    check_seed(who, seed)
+    spec = network_spec(
+        who, model, steps, diffusion=diffusion, image_shape=shape, dtype=dtype, engine=engine,
+        exact=False, backend=backend, labels=labels, low_res=low_res,
+    )  # fmt: skip
+    n = len(images.x_0)
+    count_of(who, n, n, labels=spec.labels, low_res=low_res)
+    if batch_size is None:  # more than there are images, as a call evaluates an image many times
+        batch_size = default_batch_size(spec.image_shape, spec.device)
+    else:
+        batch_size_of(who, batch_size, n, spec.image_shape, spec.device)
+    return LikelihoodRequest(
+        spec=spec,
+        x_0=images.x_0,
+        batch_size=batch_size,
+        budget=budget,
+        exact=exact,
+        clip=clip,
+        seed=seed,
+        progress=progress,
+    )
 
 
 def _labels(
@@ -161,12 +184,3 @@ def _labels(
     names = (getattr(model, "extra", None) or {}).get("class_names")
     own = images.class_names or ()
     return match_classes(who, own, images.used, names, classes)[images.labels]
-
-
-@contextmanager
-def _as_errors_of(who: str) -> Iterator[None]:
-    """Errors of the request that `sample` shares, under the caller's name."""
-    try:
-        yield
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise type(error)(str(error).replace("sample: ", f"{who}: ", 1)) from None

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from iddpm_ext.diffusion import Diffusion
+from iddpm_ext.engines.spec import Steps, default_batch_size
 from iddpm_ext.likelihood.design import (
     PILOT_DRAW,
     Design,
@@ -26,7 +27,6 @@ from iddpm_ext.likelihood.journal import Journal
 from iddpm_ext.likelihood.request import LikelihoodRequest, make_likelihood_request
 from iddpm_ext.likelihood.result import Likelihood, summarize_steps
 from iddpm_ext.sampling.distributed import Processes
-from iddpm_ext.sampling.request import Steps, default_batch_size
 
 
 def nll(
@@ -100,8 +100,8 @@ def nll(
 
 def compute(request: LikelihoodRequest, state: Path | None, processes: Processes) -> Likelihood:
     """The likelihood of a request, shared out among `processes` by image, the same in all of them."""
-    network, x_0 = request.network, request.x_0
-    images, chain = len(x_0), network.diffusion
+    spec, images = request.spec, len(request.x_0)
+    chain = spec.diffusion
     plan = make_plan(images, chain.timesteps, request.budget)
     pilot = _pilot_rows(plan.pilot_images, plan.pilot_steps)
     run = request.fingerprint() if state is not None else ""
@@ -111,24 +111,15 @@ def compute(request: LikelihoodRequest, state: Path | None, processes: Processes
             design = full_design(images, chain.timesteps)
         else:
             # In batches of a fixed size: the proposal must not depend on the user's, not even by rounding.
-            size = default_batch_size(network.image_shape, network.device)
-            terms = work.evaluate(
-                pilot,
-                -1 - torch.arange(len(pilot.t), dtype=torch.int64, device="cpu"),
-                size,
-                by_batch=True,
-            )[:, 0]
+            size = default_batch_size(spec.image_shape, spec.device)
+            terms = work.evaluate(pilot, -1 - _count(len(pilot.t)), size, by_batch=True)[:, 0]
             terms = terms.view(len(plan.pilot_images), len(plan.pilot_steps))
             proposal = learn_proposal(plan.pilot_steps, terms, chain.num_timesteps)
-            design = sampled_design(images, plan.columns, proposal, network.seed)
+            design = sampled_design(images, plan.columns, proposal, request.seed)
         columns = design.t.shape[1]
-        image = torch.arange(images, dtype=torch.int64, device="cpu")[:, None].expand(-1, columns)
+        image = _count(images)[:, None].expand(-1, columns)
         rows = Rows(image.flatten(), design.t.flatten(), design.draw.flatten())
-        measured = work.evaluate(
-            rows,
-            torch.arange(images * columns, dtype=torch.int64, device="cpu"),
-            request.batch_size,
-        )
+        measured = work.evaluate(rows, _count(images * columns), request.batch_size)
         result = _result(request, design, measured.view(images, columns, -1), len(pilot.t), work)
         processes.wait()
         journal.remove()
@@ -150,18 +141,19 @@ class _Work:
         by_batch: keep together what belongs to one batch of the whole list, also when parts are known.
         """
         count = len(ids)
-        values = torch.full((count, len(MEASURED)), torch.nan, dtype=torch.float32, device="cpu")
+        shape = (count, len(MEASURED))
+        values = torch.full(shape, torch.nan, dtype=torch.float32, device="cpu")
         known = torch.zeros(count, dtype=torch.bool, device="cpu")
-        own = torch.zeros(count, dtype=torch.bool, device="cpu")
+        own = torch.zeros_like(known)
         if count:
             position = (self._journal.ids - ids[0]).abs()
             kept = (position < count) & ((self._journal.ids < 0) == (ids[0] < 0))
             values[position[kept]] = self._journal.values[kept]
             known[position[kept]] = True
-        with progress_bar(count, int(known.sum()), self._request.network.progress) as bar:
+        with progress_bar(count, int(known.sum()), self._request.progress) as bar:
             for at in self._batches(rows, known, batch_size, by_batch):
                 part = Rows(*(column[at] for column in rows))
-                values[at] = self._evaluator(batch_size).measure(part, exact=self._request.exact)
+                values[at] = self._evaluator(batch_size).measure(part)
                 own[at] = True
                 self._journal.append(ids[at], values[at])
                 bar.update(len(at))
@@ -176,7 +168,7 @@ class _Work:
         """Indices of the rows that this process evaluates together."""
         rank, size = self._processes.rank, self._processes.size
         if by_batch:
-            parts = torch.arange(len(known), dtype=torch.int64, device="cpu").split(batch_size)
+            parts = _count(len(known)).split(batch_size)
             yield from (part for part in parts[rank::size] if not bool(known[part].all()))
         else:
             todo = (~known & (rows.image % size == rank)).nonzero()[:, 0]
@@ -184,9 +176,12 @@ class _Work:
 
     def _evaluator(self, batch_size: int) -> Evaluator:
         if batch_size not in self._evaluators:
-            made = Evaluator(self._request.network, self._request.x_0, batch_size)
-            self._evaluators[batch_size] = made
+            self._evaluators[batch_size] = Evaluator(self._request, batch_size)
         return self._evaluators[batch_size]
+
+
+def _count(n: int) -> Tensor:
+    return torch.arange(n, dtype=torch.int64, device="cpu")
 
 
 def _pilot_rows(images: Tensor, steps: Tensor) -> Rows:
@@ -197,19 +192,19 @@ def _pilot_rows(images: Tensor, steps: Tensor) -> Rows:
 def _result(
     request: LikelihoodRequest, design: Design, measured: Tensor, pilot: int, work: _Work
 ) -> Likelihood:
-    network, chain = request.network, request.network.diffusion
+    chain = request.spec.diffusion
     prior = torch.cat([chain.prior_bpd(part) for part in request.x_0.split(256)])
     mean, ci95, population, per_image = estimate(design, measured[:, :, 0], prior)
     facts: dict[str, Any] = {
         "images": len(request.x_0),
         "budget": request.budget,
         "pilot_evaluations": pilot,
-        "seed": network.seed,
-        "clip": network.clip,
+        "seed": request.seed,
+        "clip": request.clip,
         "exact": request.exact,
         "diffusion": repr(chain),
         "network": work.network_name,
-        "device": str(network.device),
+        "device": str(request.spec.device),
     }
     return Likelihood(
         bpd=mean,

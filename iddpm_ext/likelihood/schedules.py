@@ -105,7 +105,7 @@ def search(
     processes: Processes,
 ) -> StepSchedules:
     """`find_schedules` of a request, shared out among `processes` by candidate, the same in all."""
-    chain = request.network.diffusion
+    chain = request.spec.diffusion
     steps = candidate_steps(chain.num_timesteps, candidates)
     terms = jump_terms(request, steps, state, processes)
     paths = shortest_paths(terms, most)
@@ -139,15 +139,15 @@ def jump_terms(
     request: LikelihoodRequest, steps: Tensor, state: Path | None, processes: Processes
 ) -> JumpTerms:
     """The mean terms of all jumps between these steps of the chain, over the request's images."""
-    chain, images, count = request.network.diffusion, len(request.x_0), len(steps)
-    evaluator = Evaluator(request.network, request.x_0, request.batch_size)
+    chain, images, count = request.spec.diffusion, len(request.x_0), len(steps)
+    evaluator = Evaluator(request, request.batch_size)
     means = torch.full((count, count), torch.nan, dtype=torch.float32, device="cpu")
     run = request.fingerprint(str(steps.tolist())) if state is not None else ""
     with Journal(state, run, processes.rank, count) as journal:
         means[journal.ids] = journal.values
         todo = means.isnan().all(1).nonzero()[:, 0]
         mine = todo[todo % processes.size == processes.rank]
-        shown = request.network.progress
+        shown = request.progress
         with progress_bar(count * images, (count - len(mine)) * images, shown) as bar:
             for i in mine.tolist():
                 means[i] = _from_step(request, evaluator, steps, i)
@@ -174,8 +174,8 @@ def _from_step(request: LikelihoodRequest, evaluator: Evaluator, steps: Tensor, 
 
     float32 [G]; 0 at i itself.
     """
-    network = request.network
-    chain, device = network.diffusion, network.device
+    spec = request.spec
+    chain, device = spec.diffusion, spec.device
     # -1 - r: the decoder of a chain whose first step is this one and whose second is r.
     targets = torch.cat([steps[:i], -1 - steps[i + 1 :]]).to(device)
     total = torch.zeros(len(steps), dtype=torch.float64, device="cpu")
@@ -186,8 +186,8 @@ def _from_step(request: LikelihoodRequest, evaluator: Evaluator, steps: Tensor, 
         t = torch.full_like(image, int(steps[i]))
         x_0, x_t, out, at = evaluator.outputs(Rows(image, t, torch.zeros_like(t)))
         terms = ops.vlb_to_all(
-            out, x_0, x_t, at, chain.table(device), targets, clip=network.clip,
-            exact=request.exact, backend=network.backend,
+            out, x_0, x_t, at, chain.table(device), targets, clip=request.clip,
+            exact=request.exact, backend=spec.backend,
         )  # fmt: skip
         total[kept] += terms.double().sum(0).cpu()
     return (total / len(request.x_0)).float()

@@ -6,8 +6,12 @@ OpenAI's checkpoints and therefore fixed. The time embedding `emb` is [N, 4 * mo
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
+from contextvars import ContextVar
 from functools import partial
+from typing import TypeGuard, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +35,34 @@ def timestep_embedding(timesteps: Tensor, dim: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
+_forced: ContextVar[str | None] = ContextVar("backend", default=None)
+
+
+@contextlib.contextmanager
+def plain_backend() -> Iterator[None]:
+    """Within, and in this thread alone, every network computes as with the backend "plain"."""
+    token = _forced.set("plain")
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def backend_of(own: str) -> str:
+    """The backend in force for a module whose own is `own`."""
+    if torch.compiler.is_compiling():
+        return own
+    return "plain" if is_transformed() else _forced.get() or own
+
+
+def is_transformed() -> bool:
+    """Whether a transform of `torch.func` (vmap, jvp, grad) is at work.
+
+    They know PyTorch's own functions only, and values are not there to be looked at.
+    """
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
 class GroupNormSiLU(nn.GroupNorm):
     """SiLU(GroupNorm(x + channel_bias) * (1 + scale) + shift), or without the SiLU, in 32 groups.
 
@@ -51,10 +83,11 @@ class GroupNormSiLU(nn.GroupNorm):
         channel_bias: Tensor | None = None,
     ) -> Tensor:
         """x [N, C, H, W]; scale, shift and channel_bias, which is added to x, [N, C] -> like x."""
-        if self.backend == "plain":
+        backend = backend_of(self.backend)
+        if backend == "plain":
             compute = plain.group_norm_silu
         else:
-            compute = partial(group_norm_silu, backend=self.backend)
+            compute = partial(group_norm_silu, backend=backend)
         return compute(
             x,
             self.num_groups,
@@ -91,24 +124,42 @@ class Conv3x3(nn.Conv2d):
 
     def forward(self, x: Tensor, upscale: bool = False) -> Tensor:
         """x [N, C, H, W] -> [N, K, H, W], or [N, K, 2H, 2W] with `upscale`."""
-        if trains_on_cpu(x, self.weight, self.backend):
+        backend = backend_of(self.backend)
+        if trains_on_cpu(x, self.weight, backend):
             if torch.is_autocast_enabled("cpu"):
                 x = x.to(
                     torch.get_autocast_dtype("cpu")
                 )  # as autocast does; the weights stay whole
-            return conv3x3(x, self.weight, self.bias, upscale=upscale, backend=self.backend)
+            return conv3x3(x, self.weight, self.bias, upscale=upscale, backend=backend)
         return super().forward(_doubled(x) if upscale else x)
+
+
+_Layer = TypeVar("_Layer", bound=nn.Module)
 
 
 def _doubled(x: Tensor) -> Tensor:
     return F.interpolate(x, scale_factor=2, mode="nearest")
 
 
+def upscaled(conv: nn.Module, h: Tensor) -> Tensor:
+    """The convolution of the image doubled by repetition, whatever stands in the convolution's place."""
+    return conv(h, upscale=True) if isinstance(conv, Conv3x3) else conv(_doubled(h))
+
+
+def is_bare(layer: nn.Module, kind: type[_Layer]) -> TypeGuard[_Layer]:
+    """Whether a layer is that of PyTorch itself, so that its weights say all that it does."""
+    return (
+        type(layer) is kind
+        and "forward" not in layer.__dict__
+        and not (layer._forward_hooks or layer._forward_pre_hooks)
+    )
+
+
 def _pointwise(conv: nn.Module, h: Tensor) -> Tensor:
     """A convolution of one tap, h [N, C, T]; keeps the channels of a position side by side."""
-    if not is_by_token(h):
+    if not is_by_token(h) or not is_bare(conv, nn.Conv1d):
         return conv(h)
-    weight, bias = conv.get_parameter("weight"), conv.get_parameter("bias")
+    weight, bias = conv.weight, conv.bias
     if h.device.type == "cpu":
         # As images of one row, which oneDNN reads where they lie, faster than a matrix product.
         return F.conv2d(h.unsqueeze(2), weight.unsqueeze(2), bias).squeeze(2)
@@ -166,7 +217,7 @@ class ResBlock(nn.Module):
         else:
             norm, act, conv = self.in_layers
             h = act(norm(x))
-            h = conv(h, upscale=True) if self.resample == "up" else conv(_resampled(h, "down"))
+            h = upscaled(conv, h) if self.resample == "up" else conv(_resampled(h, "down"))
             x = _resampled(x, self.resample)
         emb = self.emb_layers(emb)
         norm, *rest = self.out_layers
@@ -202,12 +253,12 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [N, C, H, W] -> [N, C, H, W]."""
-        h = self.norm(x).flatten(2)
-        if self.backend == "plain":
+        h, backend = self.norm(x).flatten(2), backend_of(self.backend)
+        if backend == "plain":
             h = plain.qkv_attention(self.qkv(h), self.num_heads, self.order)
             return x + self.proj_out(h).view(x.shape)
         qkv = _pointwise(self.qkv, h)
-        h = qkv_attention(qkv, self.num_heads, order=self.order, backend=self.backend)
+        h = qkv_attention(qkv, self.num_heads, order=self.order, backend=backend)
         return x + _pointwise(self.proj_out, h).view(x.shape)
 
 
@@ -220,9 +271,7 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [N, C, H, W] -> [N, C, 2H, 2W]."""
-        if isinstance(self.conv, Conv3x3):
-            return self.conv(x, upscale=True)
-        return _doubled(x)
+        return upscaled(self.conv, x)
 
 
 class Downsample(nn.Module):
@@ -240,12 +289,17 @@ class Downsample(nn.Module):
 
 
 class Block(nn.Sequential):
-    """Layers in sequence; those that take the time embedding receive it."""
+    """Layers in sequence; residual blocks, and what is put in their places, get the time embedding."""
+
+    def __init__(self, *layers: nn.Module):
+        super().__init__(*layers)
+        self.embedded = tuple(isinstance(layer, ResBlock) for layer in layers)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:  # type: ignore[override]
         """x [N, C, H, W], emb [N, emb_channels]."""
-        for layer in self:
-            x = layer(x, emb) if isinstance(layer, ResBlock) else layer(x)
+        for i, layer in enumerate(self):
+            embedded = isinstance(layer, ResBlock) or (i < len(self.embedded) and self.embedded[i])
+            x = layer(x, emb) if embedded else layer(x)
         return x
 
 

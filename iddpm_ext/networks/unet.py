@@ -21,7 +21,10 @@ from iddpm_ext.networks.blocks import (
     GroupNormSiLU,
     ResBlock,
     Upsample,
+    backend_of,
     encoder_of,
+    is_bare,
+    is_transformed,
     res_block_of,
     time_embed_of,
     timestep_embedding,
@@ -110,7 +113,12 @@ class UNet(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """Of the convolutions' weights, and so of the activations."""
-        return self.input_blocks[0].get_parameter("0.weight").dtype
+        return self._first_weight().dtype
+
+    def _first_weight(self) -> Tensor:
+        # A plain tensor in `torch.func.functional_call`, a property where it is parametrized.
+        weight = getattr(self.input_blocks[0][0], "weight", None)  # type: ignore[index]
+        return weight if isinstance(weight, Tensor) else next(self.input_blocks.parameters())
 
     @property
     def diffusion(self) -> Diffusion | None:
@@ -161,7 +169,7 @@ class UNet(nn.Module):
         emb = self.embed(timesteps, y)
         h = x if low_res is None else torch.cat([x, _upsample_to(low_res, x)], dim=1)
         h, emb = h.to(self.dtype), emb.to(self.dtype)
-        trains = trains_on_cpu(h, self.input_blocks[0].get_parameter("0.weight"), self._backend)
+        trains = trains_on_cpu(h, self._first_weight(), backend_of(self._backend))
         if trains:
             h = h.contiguous(memory_format=torch.channels_last)  # as convolutions read and write it
         # The noise of the first steps is finer than bfloat16 can tell apart on pixels near -1 or 1,
@@ -228,8 +236,12 @@ class UNet(nn.Module):
 
 def _linear(layer: nn.Module, h: Tensor) -> Tensor:
     """The linear layer, in the dtype of h."""
-    weight, bias = layer.get_parameter("weight"), layer.get_parameter("bias")
-    return F.linear(h, weight.to(h.dtype), bias.to(h.dtype))
+    if is_bare(layer, nn.Linear):
+        return F.linear(h, layer.weight.to(h.dtype), layer.bias.to(h.dtype))
+    weight = getattr(layer, "weight", None)
+    if isinstance(weight, Tensor) and weight.is_floating_point():
+        return layer(h.to(weight.dtype)).to(h.dtype)
+    return layer(h)
 
 
 def _require_presence(name: str, value: Tensor | None, wanted: bool, because: str) -> None:
@@ -254,7 +266,8 @@ def _require_labels(y: Tensor, n: int, num_classes: int) -> None:
         raise TypeError(f"UNet: y must be int64, got {y.dtype}")
     if y.shape != (n,):
         raise ValueError(f"UNet: y must be [{n}], got {list(y.shape)}")
-    if y.device.type == "cpu" and n and not torch.compiler.is_compiling():
+    tracing = torch.compiler.is_compiling() or is_transformed()
+    if y.device.type == "cpu" and n and not tracing:
         low, high = (int(v) for v in y.aminmax())
         if low < -1 or high >= num_classes:
             raise ValueError(f"UNet: y must lie in [-1, {num_classes - 1}], got {low} .. {high}")
@@ -263,3 +276,13 @@ def _require_labels(y: Tensor, n: int, num_classes: int) -> None:
 def _upsample_to(low_res: Tensor, x: Tensor) -> Tensor:
     """low_res [N, C, h, w] -> [N, C, H, W] bilinearly, in the dtype of x [N, C, H, W]."""
     return F.interpolate(low_res.to(x.dtype), x.shape[2:], mode="bilinear")
+
+
+#: What the layers' classes compute, as they are here: someone may put other methods in their places.
+FORWARDS = {
+    kind: kind.forward
+    for kind in (
+        UNet, Block, ResBlock, AttentionBlock, Upsample, Downsample, Conv3x3, GroupNormSiLU, nn.Conv2d,
+        nn.Conv1d, nn.Linear, nn.Embedding, nn.SiLU, nn.Identity, nn.Dropout, nn.Sequential, nn.AvgPool2d,
+    )
+}  # fmt: skip

@@ -20,11 +20,11 @@ class ChainStep:
     """
 
     def __init__(self, request: Request, predict: Predictor, dtype: torch.dtype) -> None:
-        chain = request.diffusion
+        chain, device = request.spec.diffusion, request.spec.device
         self._request, self._predict = request, predict
         affine = "ddpm" if request.sampler == "ddpm" else "ddim"
         self._noisy = request.sampler == "ddpm" or request.eta > 0
-        self._table = chain.table(request.device, sampler=affine, eta=request.eta, dtype=dtype)
+        self._table = chain.table(device, sampler=affine, eta=request.eta, dtype=dtype)
         self._weights: list[float] | None = None
         if request.sampler == "dpm++":
             self._weights = chain.multistep_weights(limit=0.5).tolist()
@@ -35,7 +35,7 @@ class ChainStep:
     ) -> tuple[Tensor, Tensor]:
         """x_{t-1} and x_0, each [N, C, H, W], of step i of the chain; noise is drawn where needed."""
         request = self._request
-        t = torch.full((len(x_t),), i, device=x_t.device)
+        t = torch.full((len(x_t),), i, dtype=torch.int64, device=x_t.device)
         x_prev, x_0 = reverse_step(
             x_t,
             model_output,
@@ -43,7 +43,7 @@ class ChainStep:
             self._table,
             noise if self._noisy else None,
             clip=request.clip,
-            backend=request.backend,
+            backend=request.spec.backend,
         )
         if request.cond_fn is not None:
             gradient = self._gradient(x_t, i)
@@ -64,5 +64,7 @@ class ChainStep:
         gradient = cond_fn(x_t, self._predict.timesteps[i].expand(len(x_t)), **kwargs)
         if not isinstance(gradient, Tensor) or gradient.shape != x_t.shape:
             got = getattr(gradient, "shape", type(gradient).__name__)
-            raise ValueError(f"sample: cond_fn must return {list(x_t.shape)}, got {got}")
+            raise ValueError(
+                f"{self._request.spec.who}: cond_fn must return {list(x_t.shape)}, got {got}"
+            )
         return gradient.to(x_t.dtype)

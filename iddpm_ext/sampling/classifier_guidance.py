@@ -28,8 +28,9 @@ def classifier_gradient(classifier: Callable[..., Tensor], scale: float = 1.0) -
     """
 
     def gradient(x_t: Tensor, timesteps: Tensor, *, y: Tensor, **_: Tensor) -> Tensor:
-        with torch.enable_grad():
-            x = x_t.detach().requires_grad_()
+        with torch.inference_mode(False), torch.enable_grad():
+            # Copies, since no gradient is taken of tensors that inference mode made.
+            x, timesteps, y = x_t.clone().requires_grad_(), timesteps.clone(), y.clone()
             log_p = classifier(x, timesteps).log_softmax(dim=-1)
             chosen = log_p.gather(1, y.clamp(min=0)[:, None])[:, 0]
             (grad,) = torch.autograd.grad((chosen * (y >= 0)).sum(), x)

@@ -13,24 +13,25 @@ import torch
 from torch import Tensor
 
 from iddpm_ext import _native
-from iddpm_ext.engines.choosing import EngineNetwork, Network
+from iddpm_ext.engines.choosing import Network
 from iddpm_ext.engines.cpu.engine import CPUEngine
 from iddpm_ext.ops.native import NO_PLANE, noise_key, plane
 from iddpm_ext.ops.spec import resolve_backend
 from iddpm_ext.random import STREAM_REVERSE
+from iddpm_ext.sampling.predict import Predictor, all_steps
 from iddpm_ext.sampling.request import Request
 
 
 def serves(request: Request, network: Network) -> bool:
     """Whether `prepare` takes this request: nothing but the network and the noise enters a step."""
+    spec = request.spec
     return (
-        isinstance(network, EngineNetwork)
-        and isinstance(network.engine, CPUEngine)
+        isinstance(network, CPUEngine)
         and request.sampler in ("ddpm", "ddim")
         and request.guidance_scale == 1.0
         and request.cond_fn is None
-        and request.low_res is None
-        and resolve_backend("reverse_step", request.backend, request.device, torch.float32) == "cpu"
+        and spec.low_res is None
+        and resolve_backend("reverse_step", spec.backend, spec.device, torch.float32) == "cpu"
     )
 
 
@@ -41,22 +42,20 @@ def prepare(
 
     samples: int64 [n], their numbers. x: float32 [n, C, H, W], x_T; contiguous, overwritten.
     """
-    assert isinstance(network, EngineNetwork) and isinstance(network.engine, CPUEngine)
-    engine, chain, n = network.engine, request.diffusion, len(samples)
-    steps = torch.arange(chain.num_timesteps)
-    labels = None if request.labels is None else request.labels[samples]
-    network.begin(
-        chain.model_timesteps(steps), labels if request.network_takes_labels else None, None
-    )
-    out = torch.empty(n, engine.out_channels, *engine.size)
-    evaluate = engine.prepare(x, out)
-    table = chain.table(request.device, sampler=request.sampler, eta=request.eta)
+    assert isinstance(network, CPUEngine)
+    spec, n = request.spec, len(samples)
+    chain, steps = spec.diffusion, all_steps(spec)
+    Predictor(spec, network, samples, request.guidance_scale).begin()
+    shape = (n, network.out_channels, *network.size)
+    out = torch.empty(shape, dtype=torch.float32, device="cpu")
+    evaluate = network.prepare(x, out)
+    table = chain.table(spec.device, sampler=request.sampler, eta=request.eta)
     noisy = request.sampler == "ddpm" or request.eta > 0
     t = steps[:, None].expand(-1, n).contiguous()
     timesteps = chain.timesteps[:, None].expand(-1, n).contiguous()
     x_0 = torch.empty_like(x)
     size = (n, x.shape[1], x.shape[2] * x.shape[3], len(table))
-    learned = engine.out_channels > x.shape[1]
+    learned = network.out_channels > x.shape[1]
     planes = [plane(tensor) for tensor in (x, out, x_0)]
     threads, reverse_step_cpu = torch.get_num_threads(), _native.native().reverse_step_cpu
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from iddpm_ext import _native
-from iddpm_ext.engines.choosing import EngineNetwork, Network, upsampled
+from iddpm_ext.engines.base import upsampled
+from iddpm_ext.engines.choosing import Network
 from iddpm_ext.engines.cuda.engine import CUDAEngine
 from iddpm_ext.engines.embedding import Schedule
 from iddpm_ext.ops.columns import NUM_COLUMNS
@@ -29,13 +30,12 @@ _LEAST_STEPS = 64  # that a graph has room for, so that most chains share one
 
 def serves(request: Request, network: Network) -> bool:
     """Whether `prepare` takes this request: nothing of the caller's enters a step."""
+    spec = request.spec
     return (
-        isinstance(network, EngineNetwork)
-        and isinstance(network.engine, CUDAEngine)
+        isinstance(network, CUDAEngine)
         and request.sampler in ("ddpm", "ddim")
         and request.cond_fn is None
-        and resolve_backend("reverse_step", request.backend, request.device, torch.float32)
-        == "cuda"
+        and resolve_backend("reverse_step", spec.backend, spec.device, torch.float32) == "cuda"
     )
 
 
@@ -46,9 +46,9 @@ def prepare(
 
     samples: int64 [n], their numbers. x: float32 [n, C, H, W], x_T; contiguous, overwritten.
     """
-    assert isinstance(network, EngineNetwork) and isinstance(network.engine, CUDAEngine)
-    engine, chain = network.engine, request.diffusion
-    predict = Predictor(request, network, samples)
+    assert isinstance(network, CUDAEngine)
+    engine, chain = network, request.spec.diffusion
+    predict = Predictor(request.spec, network, samples, request.guidance_scale)
     predict.begin()
     schedule, steps = engine.schedule, chain.num_timesteps
     noisy = request.sampler == "ddpm" or request.eta > 0
@@ -63,7 +63,7 @@ def prepare(
             guided=guided, shared=shared, noisy=noisy, clip=request.clip, low_res=low_res,
         ),
     )  # fmt: skip
-    table = chain.table(request.device, sampler=request.sampler, eta=request.eta)
+    table = chain.table(engine.device, sampler=request.sampler, eta=request.eta)
     with engine.computing():
         task.x.copy_(x)
         if low_res is not None and task.low_res is not None:
@@ -102,18 +102,20 @@ class _ChainTask:
         clip: bool,
         low_res: Tensor | None,
     ):
-        self._engine, self._guided, self._noisy, self._clip = engine, guided, noisy, clip
+        # Not the engine, which is of one call: the task is kept for the calls to come.
+        self._network, self._guided, self._noisy, self._clip = engine.network, guided, noisy, clip
         device, n = engine.device, len(x)
         self._evaluated = 2 * n if guided else n
         rows = 1 if shared else self._evaluated
         floats = engine.network.floats
-        self.x = torch.zeros(x.shape, device=device)
-        self.low_res = None if low_res is None else torch.zeros(low_res.shape, device=device)
-        self.table = torch.zeros(room, NUM_COLUMNS, device=device)
+        self.x = torch.zeros_like(x)
+        self.low_res = None if low_res is None else torch.zeros_like(low_res)
+        self.table = torch.zeros(room, NUM_COLUMNS, dtype=torch.float32, device=device)
         self.samples = torch.zeros(n, dtype=torch.int64, device=device)
         self.seed = torch.zeros(1, dtype=torch.int64, device=device)
-        self.scale = torch.ones(1, device=device)
-        self._window = torch.zeros(max(rows, _WINDOW_BYTES // (4 * floats)), floats, device=device)
+        self.scale = torch.ones(1, dtype=torch.float32, device=device)
+        room_for = max(rows, _WINDOW_BYTES // (4 * floats))
+        self._window = torch.zeros(room_for, floats, dtype=torch.float32, device=device)
         # t, and of each evaluated image (or of all) its row in the window; what a step takes from
         # them, nothing as long as the graph is tried out.
         self._state = torch.zeros(1 + rows, dtype=torch.int64, device=device)
@@ -124,7 +126,7 @@ class _ChainTask:
         each = schedule.rows_a_step
         lowest = max(0, i + 1 - len(self._window) // each)
         rows = schedule.block(lowest, i + 1)
-        torch.add(rows, self._engine.network.embedding_bias, out=self._window[: len(rows)])
+        torch.add(rows, self._network.embedding_bias, out=self._window[: len(rows)])
         self._state[1:].copy_(schedule.which + (i - lowest) * each)
         self._state[0].fill_(i)
         self._stride.fill_(each)
@@ -138,7 +140,7 @@ class _ChainTask:
             images = images.repeat(2, 1, 1, 1)
         embeddings = self._window.index_select(0, self._state[1:])
         embeddings = embeddings.expand(self._evaluated, -1)
-        out, n = self._engine.network(images, embeddings), len(self.x)
+        out, n = self._network(images, embeddings), len(self.x)
         launch_step(
             self.x,
             out[:n],

@@ -78,14 +78,15 @@ def run_shared(request: Request) -> Tensor | None:
     Returns:
         float32 [n, C, H, W] on the CPU in the process of rank 0, None in the others.
     """
-    every, size = batches(request), world_size()
+    every, size = batches(request.n, request.batch_size), world_size()
     own = run(request, every[rank() :: size]).cpu()
     parts: list[Tensor | None] | None = [None] * size if rank() == 0 else None
     with Processes.of_torchrun():
         dist.gather_object(own, parts)
     if parts is None:
         return None
-    whole = torch.empty(request.n, *request.image_shape)
+    shape = (request.n, *request.spec.image_shape)
+    whole = torch.empty(shape, dtype=torch.float32, device="cpu")
     for i, part in enumerate(parts):
         assert part is not None
         mine = every[i::size]

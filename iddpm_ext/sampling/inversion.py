@@ -8,11 +8,20 @@ import torch
 from torch import Tensor
 
 from iddpm_ext.diffusion import Diffusion
-from iddpm_ext.engines.choosing import Network, choose_network
+from iddpm_ext.engines.base import undisturbed
+from iddpm_ext.engines.choosing import choose_network
+from iddpm_ext.engines.spec import (
+    NetworkSpec,
+    Steps,
+    batch_size_of,
+    check_flags,
+    count_of,
+    describing,
+)
 from iddpm_ext.ops.columns import Column
-from iddpm_ext.sampling.loop import batches, evaluated, progress_bar
+from iddpm_ext.sampling.loop import batches, evaluated, numbers, progress_bar
 from iddpm_ext.sampling.predict import Predictor
-from iddpm_ext.sampling.request import Request, Steps, make_request
+from iddpm_ext.sampling.request import checked_scale, network_spec
 
 
 def invert(
@@ -64,47 +73,45 @@ def invert(
         raise TypeError(f"invert: x_0 must be a tensor, got {type(x_0).__name__}")
     if x_0.dim() != 4:
         raise ValueError(f"invert: x_0 must be [n, C, H, W], got {list(x_0.shape)}")
-    if labels is None and getattr(getattr(model, "config", None), "num_classes", None) is not None:
-        labels = torch.full((len(x_0),), -1)
-    try:
-        request = make_request(
-            model, steps, n=None, sampler="ddim", eta=0.0, labels=labels,
-            guidance_scale=guidance_scale, low_res=low_res, seed=0, x_T=x_0, clip=clip,
-            batch_size=batch_size, diffusion=diffusion, image_shape=None, dtype=dtype,
-            engine=engine, exact=exact, backend=backend, progress=progress,
-        )  # fmt: skip
-    except (ValueError, TypeError) as error:
-        text = str(error).replace("sample:", "invert:").replace("x_T", "x_0")
-        raise type(error)(text) from None
-    network = choose_network(request, evaluated(request))
-    results = []
-    with progress_bar(request, len(batches(request)), "inverting") as bar:
-        for images in batches(request):
-            samples = torch.arange(images.start, images.stop, device=request.device)
-            with torch.no_grad():
-                results.append(_climb(request, network, samples, refinements, bar.update))
+    check_flags("invert", clip=clip, progress=progress)
+    ours = describing(model)
+    if labels is None and ours is not None and ours.config.num_classes is not None:
+        labels = torch.full((len(x_0),), -1, dtype=torch.int64, device="cpu")
+    spec = network_spec(
+        "invert", model, steps, diffusion=diffusion, image_shape=None, dtype=dtype, engine=engine,
+        exact=exact, backend=backend, labels=labels, low_res=low_res, images=("x_0", x_0),
+    )  # fmt: skip
+    n = count_of("invert", None, len(x_0), labels=spec.labels, low_res=low_res, x_0=x_0)
+    scale = checked_scale(spec, guidance_scale)
+    size = batch_size_of("invert", batch_size, n, spec.image_shape, spec.device)
+    network = choose_network(spec, evaluated(size, scale))
+    parts, results = batches(n, size), []
+    with progress_bar(spec, len(parts), progress, "inverting") as bar:
+        for images in parts:
+            samples = numbers(images, spec.device)
+            with undisturbed(spec.device.type):
+                predict = Predictor(spec, network, samples, scale)
+                results.append(_climb(spec, predict, x_0[samples], clip, refinements, bar.update))
     return torch.cat(results)
 
 
 def _climb(
-    request: Request,
-    network: Network,
-    samples: Tensor,
+    spec: NetworkSpec,
+    predict: Predictor,
+    x: Tensor,
+    clip: bool,
     refinements: int,
     update: Callable[[], object],
 ) -> Tensor:
-    """x_T of one batch."""
-    assert request.x_T is not None
-    x = request.x_T[samples]
-    predict = Predictor(request, network, samples)
-    table = request.diffusion.table(request.device, sampler="ddim", dtype=x.dtype)
+    """x_T of one batch, x [n, C, H, W]."""
+    table = spec.diffusion.table(spec.device, sampler="ddim", dtype=x.dtype)
     signal = table[:, Column.SQRT_ALPHA_BAR]
     noise = table[:, Column.SQRT_ONE_MINUS_ALPHA_BAR]
 
     def eps_of(x_t: Tensor, i: int) -> Tensor:
         out = predict(x_t, i)[:, : x_t.shape[1]]
         x_0 = table[i, Column.X0_FROM_XT] * x_t + table[i, Column.X0_FROM_OUT] * out
-        x_0 = x_0.clamp(-1, 1) if request.clip else x_0
+        x_0 = x_0.clamp(-1, 1) if clip else x_0
         return (x_t - signal[i] * x_0) / noise[i]
 
     for i in range(len(table) - 1):

@@ -9,13 +9,15 @@ import torch
 from torch import Tensor
 
 from iddpm_ext.diffusion import Diffusion
+from iddpm_ext.engines.base import undisturbed
 from iddpm_ext.engines.choosing import Network, choose_network
+from iddpm_ext.engines.spec import NetworkSpec, Steps
 from iddpm_ext.random import STREAM_INITIAL, STREAM_REVERSE, NoiseKey, normal
 from iddpm_ext.sampling import cpu_chain, cuda_chain
 from iddpm_ext.sampling.chain_step import ChainStep
 from iddpm_ext.sampling.classifier_guidance import CondFn
 from iddpm_ext.sampling.predict import Predictor
-from iddpm_ext.sampling.request import Request, Steps, make_request
+from iddpm_ext.sampling.request import Request, make_request
 
 
 class SampleStep(NamedTuple):
@@ -109,12 +111,12 @@ def sample(
     Not differentiable. Source: Ho et al. 2020, algorithm 2.
     """
     request = make_request(
-        model, steps, n=n, sampler=sampler, eta=eta, labels=labels, guidance_scale=guidance_scale,
-        cond_fn=cond_fn, low_res=low_res, seed=seed, x_T=x_T, clip=clip, batch_size=batch_size,
-        diffusion=diffusion, image_shape=image_shape, dtype=dtype, engine=engine, exact=exact,
-        backend=backend, progress=progress,
+        "sample", model, steps, n=n, sampler=sampler, eta=eta, labels=labels,
+        guidance_scale=guidance_scale, cond_fn=cond_fn, low_res=low_res, seed=seed, x_T=x_T,
+        clip=clip, batch_size=batch_size, diffusion=diffusion, image_shape=image_shape, dtype=dtype,
+        engine=engine, exact=exact, backend=backend, progress=progress,
     )  # fmt: skip
-    return run(request, batches(request), callback)
+    return run(request, batches(request.n, request.batch_size), callback)
 
 
 def sample_progressive(
@@ -146,27 +148,39 @@ def sample_progressive(
     Arguments, and errors (raised by this call, not by the first `next`), as of `sample`.
     """
     request = make_request(
-        model, steps, n=n, sampler=sampler, eta=eta, labels=labels, guidance_scale=guidance_scale,
-        cond_fn=cond_fn, low_res=low_res, seed=seed, x_T=x_T, clip=clip, batch_size=batch_size,
-        diffusion=diffusion, image_shape=image_shape, dtype=dtype, engine=engine, exact=exact,
-        backend=backend, progress=progress,
+        "sample_progressive", model, steps, n=n, sampler=sampler, eta=eta, labels=labels,
+        guidance_scale=guidance_scale, cond_fn=cond_fn, low_res=low_res, seed=seed, x_T=x_T,
+        clip=clip, batch_size=batch_size, diffusion=diffusion, image_shape=image_shape, dtype=dtype,
+        engine=engine, exact=exact, backend=backend, progress=progress,
     )  # fmt: skip
     return walk(request, callback)
 
 
-def batches(request: Request) -> list[range]:
+def batches(n: int, size: int) -> list[range]:
     """The numbers of the images that are computed together."""
-    size = request.batch_size
-    return [range(i, min(i + size, request.n)) for i in range(0, request.n, size)]
+    return [range(i, min(i + size, n)) for i in range(0, n, size)]
+
+
+def network_of(request: Request) -> Network:
+    """The network that the request's chains call, with the weights that it has now."""
+    return choose_network(request.spec, evaluated(request.batch_size, request.guidance_scale))
 
 
 def run(
-    request: Request, chosen: list[range], callback: Callable[[SampleStep], Any] | None = None
+    request: Request,
+    chosen: list[range],
+    callback: Callable[[SampleStep], Any] | None = None,
+    network: Network | None = None,
 ) -> Tensor:
-    """The images of some of a request's batches, one batch after the other, float32 [N, C, H, W]."""
-    results = [torch.empty(0, *request.image_shape, device=request.device)]
-    network = choose_network(request, evaluated(request))
-    with progress_bar(request, len(chosen)) as bar:
+    """The images of some of a request's batches, one batch after the other, float32 [N, C, H, W].
+
+    network: of `network_of`, where several runs shall have the same weights.
+    """
+    spec = request.spec
+    none = torch.empty(0, *spec.image_shape, dtype=torch.float32, device=spec.device)
+    results = [none]
+    network = network_of(request) if network is None else network
+    with progress_bar(spec, len(chosen), request.progress) as bar:
         for images in chosen:
             prepare = _whole_chains(request, network) if callback is None else None
             if prepare is not None:
@@ -192,11 +206,11 @@ def _run_prepared(
     request: Request, network: Network, images: range, prepare: _Prepare, bar: Any
 ) -> Tensor:
     """The last x of `_walk_batch`, faster, as nobody looks at the steps."""
-    samples = torch.arange(images.start, images.stop, device=request.device)
+    samples = numbers(images, request.spec.device)
     x = _initial(request, samples).contiguous()
-    with torch.no_grad():
+    with undisturbed(request.spec.device.type):
         step = prepare(request, network, samples, x)
-        for i in reversed(range(request.diffusion.num_timesteps)):
+        for i in reversed(range(request.spec.diffusion.num_timesteps)):
             step(i)
             bar.update()
     return x
@@ -206,9 +220,15 @@ def walk(
     request: Request, callback: Callable[[SampleStep], Any] | None = None
 ) -> Iterator[SampleStep]:
     """All images of a request after every step: its batches advance in turn."""
-    network = choose_network(request, evaluated(request))
-    walks = [_walk_batch(request, network, images) for images in batches(request)]
-    with progress_bar(request, 1) as bar:
+    return _walk(request, network_of(request), callback)
+
+
+def _walk(
+    request: Request, network: Network, callback: Callable[[SampleStep], Any] | None
+) -> Iterator[SampleStep]:
+    parts_of = batches(request.n, request.batch_size)
+    walks = [_walk_batch(request, network, images) for images in parts_of]
+    with progress_bar(request.spec, 1, request.progress) as bar:
         for parts in zip(*walks, strict=True):
             step = SampleStep(
                 torch.cat([part.x for part in parts]),
@@ -223,36 +243,41 @@ def walk(
 
 def _walk_batch(request: Request, network: Network, images: range) -> Iterator[SampleStep]:
     """The chain of one batch. Walks that share a network may be advanced in turn."""
-    chain, device = request.diffusion, request.device
-    samples = torch.arange(images.start, images.stop, device=device)
+    spec = request.spec
+    chain, samples = spec.diffusion, numbers(images, spec.device)
     x = _initial(request, samples)
-    predict = Predictor(request, network, samples)
+    predict = Predictor(spec, network, samples, request.guidance_scale)
     step = ChainStep(request, predict, x.dtype)
     for i in reversed(range(chain.num_timesteps)):
-        with torch.no_grad():
+        with undisturbed(spec.device.type):
             timestep = int(chain.timesteps[i])
             noise = NoiseKey(request.seed, STREAM_REVERSE, samples, timestep)
             x, x_0 = step(x, predict(x, i), i, noise)
         yield SampleStep(x, x_0, i, timestep, images.start)
 
 
+def numbers(images: range, device: torch.device) -> Tensor:
+    """Of some images, int64 [n]."""
+    return torch.arange(images.start, images.stop, dtype=torch.int64, device=device)
+
+
 def _initial(request: Request, samples: Tensor) -> Tensor:
     if request.x_T is not None:
         return request.x_T[samples]
     key = NoiseKey(request.seed, STREAM_INITIAL, samples, 0)
-    return normal(key, (len(samples), *request.image_shape), request.device)
+    return normal(key, (len(samples), *request.spec.image_shape), request.spec.device)
 
 
-def evaluated(request: Request) -> int:
+def evaluated(batch_size: int, guidance_scale: float) -> int:
     """Most images that the network sees at once."""
-    return request.batch_size * (1 if request.guidance_scale == 1.0 else 2)
+    return batch_size * (1 if guidance_scale == 1.0 else 2)
 
 
-def progress_bar(request: Request, chains: int, name: str = "sampling") -> Any:
-    """A bar over the steps of some chains, shown where the request and the terminal allow it."""
+def progress_bar(spec: NetworkSpec, chains: int, shown: bool, name: str = "sampling") -> Any:
+    """A bar over the steps of some chains, where it shall be shown and stderr is a terminal."""
     from tqdm import tqdm
 
-    total = chains * request.diffusion.num_timesteps
+    total = chains * spec.diffusion.num_timesteps
     # None: shown where stderr is a terminal.
-    disable = None if request.progress else True
+    disable = None if shown else True
     return tqdm(total=total, desc=name, unit="step", leave=False, disable=disable)

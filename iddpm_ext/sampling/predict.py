@@ -6,37 +6,38 @@ import torch
 from torch import Tensor
 
 from iddpm_ext.engines.choosing import Network
-from iddpm_ext.sampling.request import Request
+from iddpm_ext.engines.spec import NetworkSpec
 
 
 class Predictor:
-    """The guided network, for some of a request's images. Several may share a network in turn.
+    """The guided network, for some of the images of a call. Several may share a network in turn.
 
     samples: int64 [n], the numbers of the images.
     """
 
-    def __init__(self, request: Request, network: Network, samples: Tensor) -> None:
-        self._network, self._scale = network, request.guidance_scale
-        self.labels = None if request.labels is None else request.labels[samples]
-        self.low_res = None if request.low_res is None else request.low_res[samples]
+    def __init__(
+        self, spec: NetworkSpec, network: Network, samples: Tensor, guidance_scale: float
+    ) -> None:
+        self._network, self._scale = network, guidance_scale
+        self.labels = None if spec.labels is None else spec.labels[samples]
+        self.low_res = None if spec.low_res is None else spec.low_res[samples]
         self._network_labels, self._network_low_res = self.labels, self.low_res
-        self._guided = request.guidance_scale != 1.0
-        if not request.network_takes_labels:
+        self._guided = guidance_scale != 1.0
+        if not spec.network_takes_labels:
             self._network_labels = None
         elif self._guided:
             assert self.labels is not None
             self._network_labels = torch.cat([self.labels, torch.full_like(self.labels, -1)])
             if self.low_res is not None:
                 self._network_low_res = torch.cat([self.low_res, self.low_res])
-        steps = torch.arange(request.diffusion.num_timesteps)
-        self.timesteps = request.diffusion.model_timesteps(steps).to(request.device)
+        self.timesteps = spec.diffusion.model_timesteps(all_steps(spec)).to(spec.device)
 
     def begin(self) -> None:
         """Tells the network what belongs to the calls to come."""
         self._network.begin(self.timesteps, self._network_labels, self._network_low_res)
 
     def __call__(self, x: Tensor, step: int) -> Tensor:
-        """x: [n, C, H, W] -> [n, C or 2C, H, W] at a step of the request's chain."""
+        """x: [n, C, H, W] -> [n, C or 2C, H, W] at a step of the chain."""
         self.begin()
         if not self._guided:
             return self._network(x, step)
@@ -52,3 +53,8 @@ def _guide(out: Tensor, channels: int, scale: float) -> Tensor:
     labelled, unlabelled = out.chunk(2)
     predicted = unlabelled[:, :channels].lerp(labelled[:, :channels], scale)
     return torch.cat([predicted, labelled[:, channels:]], dim=1)
+
+
+def all_steps(spec: NetworkSpec) -> Tensor:
+    """The steps of the chain, int64 [T] on the CPU."""
+    return torch.arange(spec.diffusion.num_timesteps, dtype=torch.int64, device="cpu")

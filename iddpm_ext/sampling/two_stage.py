@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from iddpm_ext.engines.spec import Steps, describing
 from iddpm_ext.networks.unet import UNet
-from iddpm_ext.sampling.loop import batches, run
-from iddpm_ext.sampling.request import Request, Steps, make_request
+from iddpm_ext.sampling.loop import batches, network_of, run
+from iddpm_ext.sampling.request import Request, make_request
 
 # The upsampler's seed is the other's with this bit flipped: no number of the noise is used twice.
 _SEED_BIT = 1 << 63
@@ -67,39 +67,41 @@ def sample_two_stage(
     Source: Nichol & Dhariwal 2021; super_res_sample.py of openai/improved-diffusion.
     """
     request = make_request(
-        base, steps, n=n, sampler=sampler, eta=eta, labels=labels, guidance_scale=guidance_scale,
-        low_res=None, seed=seed, x_T=None, clip=clip, batch_size=batch_size, diffusion=None,
-        image_shape=None, dtype=dtype, engine=engine, exact=exact, backend=backend,
-        progress=progress,
+        "sample_two_stage", base, steps, n=n, sampler=sampler, eta=eta, labels=labels,
+        guidance_scale=guidance_scale, seed=seed, clip=clip, batch_size=batch_size, dtype=dtype,
+        engine=engine, exact=exact, backend=backend, progress=progress,
     )  # fmt: skip
     second = upsampler_request(
         request, upsampler, steps if upsampler_steps is None else upsampler_steps
     )
-    low_res = rounded_to_levels(run(request, batches(request)))
-    second = replace(second, low_res=low_res)
-    images = run(second, batches(second))
-    return TwoStage(images, low_res, second.labels if request.labels is None else request.labels)
+    networks = network_of(request), network_of(second)
+    first = batches(request.n, request.batch_size)
+    low_res = rounded_to_levels(run(request, first, network=networks[0]))
+    second = second.with_low_res(low_res)
+    images = run(second, batches(second.n, second.batch_size), network=networks[1])
+    drawn = request.spec.labels
+    return TwoStage(images, low_res, second.spec.labels if drawn is None else drawn)
 
 
 def upsampler_request(base: Request, upsampler: Callable[..., Tensor], steps: Steps) -> Request:
     """The second stage of what `base` asks for, checked; its `low_res` has the shape and no content."""
-    if not isinstance(upsampler, UNet) or not upsampler.config.super_resolution:
-        got = "a network without" if isinstance(upsampler, UNet) else type(upsampler).__name__
-        raise ValueError(f"sample: upsampler must be a UNet with super_resolution, got {got}")
-    labels, classes = base.labels, upsampler.config.num_classes
+    spec, ours, first = base.spec, describing(upsampler), describing(base.spec.model)
+    if not isinstance(ours, UNet) or not ours.config.super_resolution:
+        got = "a network without" if isinstance(ours, UNet) else type(upsampler).__name__
+        raise ValueError(f"{spec.who}: upsampler must be a UNet with super_resolution, got {got}")
+    labels, classes = spec.labels, ours.config.num_classes
     if classes is None:
         labels = None
-    elif isinstance(base.model, UNet) and base.model.config.num_classes not in (None, classes):
+    elif isinstance(first, UNet) and first.config.num_classes not in (None, classes):
         raise ValueError(
-            f"sample: upsampler must have the {base.model.config.num_classes} classes of the base, "
+            f"{spec.who}: upsampler must have the {first.config.num_classes} classes of the base, "
             f"got {classes}"
         )
+    none = torch.zeros(base.n, *spec.image_shape, dtype=torch.float32, device=spec.device)
     return make_request(
-        upsampler, steps, n=base.n, sampler=base.sampler, eta=base.eta, labels=labels,
-        guidance_scale=1.0, low_res=torch.zeros(base.n, *base.image_shape, device=base.device),
-        seed=base.seed ^ _SEED_BIT, x_T=None, clip=base.clip, batch_size=None, diffusion=None,
-        image_shape=None, dtype=base.dtype, engine=base.engine, exact=base.exact,
-        backend=base.backend, progress=base.progress,
+        spec.who, upsampler, steps, n=base.n, sampler=base.sampler, eta=base.eta, labels=labels,
+        low_res=none, seed=base.seed ^ _SEED_BIT, clip=base.clip, dtype=spec.dtype,
+        engine=spec.engine, exact=spec.exact, backend=spec.backend, progress=base.progress,
     )  # fmt: skip
 
 

@@ -24,8 +24,8 @@ def pack_matrix(weight: Tensor) -> Tensor:
 
 def pack_vector(vector: Tensor) -> Tensor:
     """vector [K] -> a float32 copy [ceil(K / 32) * 32], zero-padded."""
-    missing = -vector.shape[0] % _native.native().PANEL
-    packed = torch.zeros(vector.shape[0] + missing, dtype=torch.float32, device="cpu")
+    width = vector.shape[0] + -vector.shape[0] % _native.native().PANEL
+    packed = torch.zeros(width, dtype=torch.float32, device="cpu")
     packed[: vector.shape[0]] = vector.detach()
     return packed
 
@@ -52,7 +52,7 @@ def filter_transform(tile: int) -> Tensor:
         norm = abs(norm) if p == 0 else norm
         rows.append([1 / norm, p / norm, p * p / norm])
     rows.append([0.0, 0.0, 1.0])
-    return torch.tensor(rows, dtype=torch.float64)
+    return torch.tensor(rows, dtype=torch.float64, device="cpu")
 
 
 def pack_winograd(weight: Tensor, tile: int) -> Tensor:

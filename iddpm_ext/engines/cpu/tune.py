@@ -103,9 +103,10 @@ class _Run:
         precision = torch.bfloat16 if algorithm.bf16 else torch.float32
         self._engine = CPUEngine(model, batch, dtype=precision, num_threads=1, algorithm=algorithm)
         classes = model.config.num_classes
-        labels = None if classes is None else torch.zeros(batch, dtype=torch.int64)
-        self._engine.set_schedule(torch.zeros(1), labels)
-        self._x = torch.zeros(batch, self._engine.in_channels, *self._engine.size)
+        labels = None if classes is None else torch.zeros(batch, dtype=torch.int64, device="cpu")
+        self._engine.begin(torch.zeros(1, dtype=torch.float32, device="cpu"), labels)
+        shape = (batch, self._engine.in_channels, *self._engine.size)
+        self._x = torch.zeros(shape, dtype=torch.float32, device="cpu")
         self._seconds: dict[int, list[float]] = {row: [] for row, _ in self._engine.convolutions}
 
     def __call__(self) -> None:

@@ -9,24 +9,26 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+import weakref
 from collections.abc import Callable, Hashable, Iterator
 from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from iddpm_ext.engines.base import NotServed, WeightsWatch, require_labels
+from iddpm_ext.engines.base import NotServed, require_labels, undisturbed, with_low_res
 from iddpm_ext.engines.cuda import graphs
 from iddpm_ext.engines.cuda.network import FusedNetwork
 from iddpm_ext.engines.embedding import Projections, Schedule
+from iddpm_ext.engines.locks import Lock
 from iddpm_ext.networks.unet import UNet
-from iddpm_ext.ops.rows import no_autocast
 from iddpm_ext.ops.spec import BACKENDS
 
 __all__ = ["CUDAEngine", "NotServed", "why_not_served"]
 
 _KEPT_SCHEDULES = 4
 _KEPT_GRAPHS = 4
+_KEPT_MEMORIES = 4
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -60,118 +62,170 @@ def why_not_served(model: object, dtype: torch.dtype = torch.float32) -> str | N
     return None
 
 
-class CUDAEngine:
-    """A network that is ready to be evaluated, as in evaluation mode, on images of any shape.
+class CUDAProgram:
+    """A network's weights as the engine computes with them. Calls in many threads share them.
 
-    model: its weights are copied; when they have changed, the next call copies them again.
-    dtype: torch.float32, bfloat16 or float16, of the features. Sums, statistics, the network's two
-        ends and the timestep path stay float32. Whether float32 features may be multiplied in
-        TensorFloat32 is PyTorch's to say: in convolutions `torch.backends.cudnn.allow_tf32`, which is
-        on from the start, in products `torch.set_float32_matmul_precision`.
-    exact: never TensorFloat32.
-
-    Raises NotServed, saying why, where it cannot run the network. One call at a time: calls share
-    memory. Nothing waits for the device but the first call with new timesteps or labels.
+    The arguments are those of `CUDAEngine`, which raises as this does.
     """
 
     def __init__(self, model: UNet, *, dtype: torch.dtype = torch.float32, exact: bool = False):
         reason = why_not_served(model, dtype)
         if reason is not None:
             raise NotServed(f"CUDAEngine: {reason}")
-        self.model, self.dtype, self.exact = model, dtype, exact
+        self.dtype, self.exact, self.config = dtype, exact, model.config
         self.device = next(model.parameters()).device
-        c = model.config
-        self.in_channels = c.in_channels * (2 if c.super_resolution else 1)
-        self.out_channels = c.out_channels
-        self._graphs = graphs.Graphs(self.device)
-        self._can_capture = True
-        self._ready: dict[Hashable, tuple[Task, Callable[[], None]]] = {}
-        self._watch = WeightsWatch(model)
-        with self.computing():
+        self._lock, self._used, self._idle = Lock(), 0, [Memory(self.device)]
+        with computing(self.device, exact):
             backend = model.backend if model.backend in BACKENDS else "auto"
             self.network = FusedNetwork(model, dtype, backend)
             self.project = Projections(model)
+            self._written = graphs.Written(self.device)
         assert self.project.floats == self.network.floats
-        self._schedules: dict[tuple[bytes, bytes], Schedule] = {}
-        self._recent: list[tuple[_Same, Schedule]] = []
-        self._schedule: Schedule | None = None
 
-    @contextlib.contextmanager
-    def computing(self) -> Iterator[None]:
-        """Where kernels are launched: plain tensors, dtypes as written, float32 as it was asked for."""
-        with contextlib.ExitStack() as stack:
-            # Tensors that are written again and again must not be inference tensors.
-            stack.enter_context(torch.inference_mode(False))
-            stack.enter_context(torch.no_grad())
-            stack.enter_context(no_autocast(self.device.type))
-            if self.exact:
-                stack.enter_context(_no_tensor_float32())
-            yield
+    def engine(self) -> CUDAEngine:
+        """For one call, with memory of its own."""
+        return CUDAEngine.of(self)
+
+    def renew(self, model: UNet) -> bool:
+        """Copies changed weights to where they are, which captured graphs know, if nobody uses them."""
+        with self._lock:
+            if self._used:
+                return False
+            with computing(self.device, self.exact):
+                for memory in self._idle:
+                    memory.graphs.follow()
+                    memory.schedules.clear()
+                    memory.recent.clear()
+                self.network.refresh()
+                self.project = Projections(model)
+                self._written = graphs.Written(self.device)
+            return True
+
+    def take(self) -> Memory:
+        """Graphs and their memory, which nobody uses."""
+        with self._lock:
+            self._used += 1
+            self._written.wait()
+            memory = self._idle.pop() if self._idle else Memory(self.device)
+        memory.graphs.follow()
+        return memory
+
+    def give_back(self, memory: Memory) -> None:
+        """What `take` gave; a few are kept for the next calls."""
+        with self._lock:
+            self._used -= 1
+            if len(self._idle) < _KEPT_MEMORIES:
+                self._idle.append(memory)
+
+
+class Memory:
+    """What one call at a time replays and looks up."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.graphs = graphs.Graphs(device)
+        self.can_capture = True
+        self.ready: dict[Hashable, tuple[Task, Callable[[], None]]] = {}
+        self.schedules: dict[tuple[bytes, bytes], Schedule] = {}
+        self.recent: list[tuple[_Same, Schedule]] = []
+
+
+class CUDAEngine:
+    """A network that is ready to be evaluated, as in evaluation mode, on images of any shape.
+
+    model: its weights are copied, and this evaluates them as they are now.
+    dtype: torch.float32, bfloat16 or float16, of the features. Sums, statistics, the network's two
+        ends and the timestep path stay float32. Whether float32 features may be multiplied in
+        TensorFloat32 is PyTorch's to say: in convolutions `torch.backends.cudnn.allow_tf32`, which is
+        on from the start, in products `torch.set_float32_matmul_precision`.
+    exact: never TensorFloat32.
+
+    Raises NotServed, saying why, where it cannot run the network. One call at a time, on the stream
+    that is current; engines of one program (`CUDAEngine.of`) share the weights and may run at once.
+    Nothing waits for the device but the first call with new timesteps or labels.
+    """
+
+    name = "cuda engine"
+
+    def __init__(self, model: UNet, *, dtype: torch.dtype = torch.float32, exact: bool = False):
+        self._use(CUDAProgram(model, dtype=dtype, exact=exact))
+
+    @classmethod
+    def of(cls, program: CUDAProgram) -> CUDAEngine:
+        """An engine that runs a program that is there already."""
+        engine = cls.__new__(cls)
+        engine._use(program)
+        return engine
+
+    def _use(self, program: CUDAProgram) -> None:
+        self._memory = program.take()
+        weakref.finalize(self, program.give_back, self._memory)
+        self.config, self.dtype, self.exact = program.config, program.dtype, program.exact
+        self.device, self.network, self.project = program.device, program.network, program.project
+        self.in_channels = self.config.in_channels * (2 if self.config.super_resolution else 1)
+        self.out_channels = self.config.out_channels
+        self._schedule: Schedule | None = None
+        self._low_res: Tensor | None = None
+
+    def computing(self) -> contextlib.AbstractContextManager[None]:
+        """Where this engine launches kernels."""
+        return computing(self.device, self.exact)
 
     def task(
         self, key: Hashable, build: Callable[[], AnyTask]
     ) -> tuple[AnyTask, Callable[[], None]]:
         """The task of that key, built and captured at first, and the function that does its work."""
         key = (key, *_float32_settings())  # which a graph keeps
-        found = self._ready.pop(key, None)
+        ready = self._memory.ready
+        found = ready.pop(key, None)
         if found is None:
             with self.computing():
                 task = build()
                 found = task, self._captured(task.work)
-        self._ready[key] = found
-        while len(self._ready) > _KEPT_GRAPHS:
-            del self._ready[next(iter(self._ready))]
+        ready[key] = found
+        while len(ready) > _KEPT_GRAPHS:
+            del ready[next(iter(ready))]
         return found  # type: ignore[return-value]
 
     def _captured(self, work: Callable[[], None]) -> Callable[[], None]:
-        if self._can_capture:
+        if self._memory.can_capture:
             try:
-                return self._graphs.capture(work)
+                return self._memory.graphs.capture(work)
             except graphs.CaptureFailed as reason:
-                self._can_capture = False
+                self._memory.can_capture = False
                 warnings.warn(
                     f"sample: kernels are launched one by one, without a CUDA graph: {reason}",
                     RuntimeWarning,
                     stacklevel=2,
                 )
 
+        device, exact = self.device, self.exact  # the engine itself is of one call
+
         def launch() -> None:
-            with self.computing():
+            with computing(device, exact):
                 work()
 
         return launch
 
-    def begin(self) -> None:
-        """What every use of the engine's memory starts with: changed weights are copied again."""
-        self._graphs.follow()
-        if not self._watch.changed():
-            return
-        with self.computing():
-            self.network.refresh()
-            self.project = Projections(self.model)
-            self._schedules.clear()
-            self._recent.clear()
-            if self._schedule is not None:
-                self._schedule = Schedule(
-                    self.project, self._schedule.timesteps, self._schedule.labels
-                )
-
-    def set_schedule(self, timesteps: Tensor, labels: Tensor | None = None) -> None:
+    def begin(
+        self, timesteps: Tensor, labels: Tensor | None = None, low_res: Tensor | None = None
+    ) -> None:
         """Prepare for calls by step index.
 
         timesteps: [S], what the network is told at each step. labels: int64 [N] of the images of
-        the calls to come, -1 for unlabelled; None for an unconditional network.
+        the calls to come, -1 for unlabelled; None for an unconditional network. low_res: [N, C, h, w]
+        of the calls to come, or None where x holds the upsampled image already.
         """
-        self.begin()
-        for seen, schedule in self._recent:
+        memory, self._low_res = self._memory, low_res
+        memory.graphs.follow()
+        for seen, schedule in memory.recent:
             if seen == _Same(timesteps, labels):
                 self._schedule = schedule
                 return
         if timesteps.dim() != 1:
             raise ValueError(
-                f"CUDAEngine.set_schedule: timesteps must be [S], got {list(timesteps.shape)}"
+                f"CUDAEngine.begin: timesteps must be [S], got {list(timesteps.shape)}"
             )
-        require_labels("CUDAEngine.set_schedule", self.model.config.num_classes, labels)
+        require_labels("CUDAEngine.begin", self.config.num_classes, labels)
         with self.computing():
             times = timesteps.detach().to(self.device, torch.float64)
             kinds = None if labels is None else labels.detach().to(self.device, torch.int64)
@@ -179,23 +233,21 @@ class CUDAEngine:
                 times.cpu().numpy().tobytes(),
                 b"" if kinds is None else kinds.cpu().numpy().tobytes(),
             )
-            if key not in self._schedules:
-                while len(self._schedules) >= _KEPT_SCHEDULES:
-                    del self._schedules[next(iter(self._schedules))]
-                self._schedules[key] = Schedule(self.project, times, kinds)
-        self._schedule = self._schedules[key]
-        self._recent = [
-            *self._recent[1 - _KEPT_SCHEDULES :],
+            if key not in memory.schedules:
+                while len(memory.schedules) >= _KEPT_SCHEDULES:
+                    del memory.schedules[next(iter(memory.schedules))]
+                memory.schedules[key] = Schedule(self.project, times, kinds)
+        self._schedule = memory.schedules[key]
+        memory.recent = [
+            *memory.recent[1 - _KEPT_SCHEDULES :],
             (_Same(timesteps, labels), self._schedule),
         ]
 
     @property
     def schedule(self) -> Schedule:
-        """What `set_schedule` said last."""
+        """What `begin` said last."""
         if self._schedule is None:
-            raise RuntimeError(
-                "CUDAEngine: set_schedule must be called before a call by step index"
-            )
+            raise RuntimeError("CUDAEngine: begin must be called before a call by step index")
         return self._schedule
 
     def __call__(self, x: Tensor, step_index: int) -> Tensor:
@@ -204,8 +256,8 @@ class CUDAEngine:
         x: float32 [n, C, H, W] on the engine's device; with super-resolution, C holds the upsampled
         low-resolution image as well. Returns a new float32 tensor [n, C_out, H, W].
         """
-        self.begin()
-        schedule = self.schedule
+        self._memory.graphs.follow()
+        schedule, x = self.schedule, with_low_res(x, self._low_res)
         if not 0 <= step_index < len(schedule.timesteps):
             raise ValueError(
                 f"CUDAEngine: step_index must lie in [0, {len(schedule.timesteps) - 1}], "
@@ -222,29 +274,34 @@ class CUDAEngine:
             table, rows = schedule.rows(step_index, n)
             return self._evaluate(x, table.index_select(0, rows))
 
-    def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
-        """The network's output at any timesteps [n], with labels y [n] as in `UNet.forward`.
+    def at(
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        labels: Tensor | None = None,
+        low_res: Tensor | None = None,
+    ) -> Tensor:
+        """The network's output at any timesteps [n], with labels [n] as in `UNet.forward`.
 
         Labels are not looked at, since that would wait for the device.
         """
-        self.begin()
+        self._memory.graphs.follow()
+        x = with_low_res(x, low_res)
         self._require_x(x)
         n = len(x)
         if timesteps.shape != (n,):
-            raise ValueError(
-                f"CUDAEngine.forward: timesteps must be [{n}], got {list(timesteps.shape)}"
-            )
-        if (y is None) != (self.model.config.num_classes is None) or (
-            y is not None and y.shape != (n,)
+            raise ValueError(f"CUDAEngine.at: timesteps must be [{n}], got {list(timesteps.shape)}")
+        if (labels is None) != (self.config.num_classes is None) or (
+            labels is not None and labels.shape != (n,)
         ):
-            require_labels("CUDAEngine.forward", self.model.config.num_classes, y, n)
+            require_labels("CUDAEngine.at", self.config.num_classes, labels, n)
         with self.computing():
-            y = None if y is None else y.to(self.device)
-            return self._evaluate(x, self.project(timesteps.to(self.device), y))
+            labels = None if labels is None else labels.to(self.device)
+            return self._evaluate(x, self.project(timesteps.to(self.device), labels))
 
     def _evaluate(self, x: Tensor, embeddings: Tensor) -> Tensor:
         if not len(x):
-            return torch.empty(0, self.out_channels, *x.shape[2:], device=self.device)
+            return x.new_empty(0, self.out_channels, *x.shape[2:])
         task, replay = self.task(("network", *x.shape), lambda: _Evaluation(self, x))
         task.x.copy_(x)
         torch.add(embeddings, self.network.embedding_bias, out=task.embeddings)
@@ -256,7 +313,7 @@ class CUDAEngine:
             raise TypeError(
                 f"CUDAEngine: x must be float32 on {self.device}, got {x.dtype} on {x.device}"
             )
-        multiple = self.model.config.size_multiple
+        multiple = self.config.size_multiple
         if (
             x.dim() != 4
             or x.shape[1] != self.in_channels
@@ -274,9 +331,9 @@ class _Evaluation:
     def __init__(self, engine: CUDAEngine, x: Tensor):
         self._network = engine.network
         n, _, height, width = x.shape
-        self.x = torch.zeros(x.shape, device=engine.device)
-        self.embeddings = torch.zeros(n, engine.network.floats, device=engine.device)
-        self.out = torch.empty(n, engine.out_channels, height, width, device=engine.device)
+        self.x = torch.zeros_like(x, memory_format=torch.contiguous_format)
+        self.embeddings = x.new_zeros(n, engine.network.floats)
+        self.out = x.new_empty(n, engine.out_channels, height, width)
 
     def work(self) -> None:
         self.out.copy_(self._network(self.x, self.embeddings))
@@ -302,6 +359,23 @@ class _Same:
 def _float32_settings() -> tuple[bool, str]:
     """What PyTorch was told of TensorFloat32: in convolutions, and in products."""
     return torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+
+
+# Held while flags of the whole process are set for the launches of one thread.
+_FLAGS = Lock()
+
+
+@contextlib.contextmanager
+def computing(device: torch.device, exact: bool) -> Iterator[None]:
+    """Where kernels are launched: plain tensors, dtypes as written, float32 as it was asked for."""
+    with contextlib.ExitStack() as stack:
+        # Tensors that are written again and again must not be inference tensors.
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(undisturbed(device.type))
+        stack.enter_context(_FLAGS)
+        if exact:
+            stack.enter_context(_no_tensor_float32())
+        yield
 
 
 @contextlib.contextmanager

@@ -14,6 +14,20 @@ class CaptureFailed(RuntimeError):
     """The work runs, but not as a CUDA graph; the message says why."""
 
 
+class Written:
+    """That what the current stream has been given to write is there for other streams."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._event = device, None
+        if device.type == "cuda":
+            self._event = torch.cuda.current_stream(device).record_event()
+
+    def wait(self) -> None:
+        """Makes the current stream wait for it."""
+        if self._event is not None:
+            torch.cuda.current_stream(self._device).wait_event(self._event)
+
+
 class Graphs:
     """CUDA graphs on one device that share their memory.
 

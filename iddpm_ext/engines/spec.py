@@ -1,0 +1,332 @@
+"""Which network a call evaluates, and how: what every public function that runs a network begins with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from iddpm_ext.diffusion import Diffusion
+from iddpm_ext.engines.forked import go_on_after_fork
+from iddpm_ext.networks.splice import Splice
+from iddpm_ext.networks.unet import UNet
+from iddpm_ext.ops.spec import resolve_backend
+
+Steps = int | str | Sequence[int] | None
+_NETWORK_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True, eq=False)
+class NetworkSpec:
+    """A network, its chain and its inputs, resolved: every tensor on `device`.
+
+    who: the public function that errors and warnings name. diffusion: the chain that is walked.
+    image_shape: (C, H, W). dtype: what the network is evaluated in; None for the weights' own.
+    labels: int64 [n] or None. low_res: [n, C, h, w] or None. state: dtype of the chain.
+    """
+
+    who: str
+    model: Callable[..., Tensor]
+    diffusion: Diffusion
+    image_shape: tuple[int, int, int]
+    device: torch.device
+    dtype: torch.dtype | None
+    engine: bool
+    exact: bool
+    backend: str
+    labels: Tensor | None
+    low_res: Tensor | None
+    state: torch.dtype = torch.float32
+
+    @property
+    def network_takes_labels(self) -> bool:
+        """Whether the labels are the network's, or those of classifier guidance alone."""
+        ours = describing(self.model)
+        own = isinstance(ours, UNet) and ours.config.num_classes is None
+        return self.labels is not None and not own
+
+
+def describing(model: object) -> UNet | Splice | None:
+    """The network that says what a model is: itself, or the one that a wrapper of PyTorch's holds."""
+    if isinstance(model, (UNet, Splice)):
+        return model
+    if isinstance(model, torch._dynamo.eval_frame.OptimizedModule):
+        return describing(model._orig_mod)
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        return describing(model.module)
+    return None
+
+
+def check_network(
+    who: str,
+    model: Callable[..., Tensor],
+    steps: Steps,
+    *,
+    diffusion: Diffusion | None,
+    image_shape: Sequence[int] | None,
+    dtype: torch.dtype | None,
+    engine: bool,
+    exact: bool,
+    backend: str,
+    labels: Sequence[int] | Tensor | None,
+    low_res: Tensor | None,
+    images: tuple[str, Tensor | None] = ("x_T", None),
+    labels_for_guidance: bool = False,
+) -> NetworkSpec:
+    """Checks what a public function is told of a network, and fills in what that leaves open.
+
+    who: the function, for its errors. images: name and value of the images that the chain starts from,
+    which say where and in which dtype. labels_for_guidance: labels are welcome without the network's.
+
+    Raises ValueError, TypeError or RuntimeError as `sample` documents.
+    """
+    go_on_after_fork(who)
+    if not callable(model):
+        raise TypeError(f"{who}: model must be callable, got {type(model).__name__}")
+    check_flags(who, engine=engine, exact=exact)
+    ours = describing(model)
+    chain = _respaced(who, _process(who, ours, diffusion), steps, ours)
+    device = _device(model, images[1], low_res)
+    shape = _image_shape(who, ours, image_shape, images)
+    name, start = images
+    if start is not None:
+        _check_images(who, name, start, device)
+        if tuple(start.shape[1:]) != shape:
+            rule = f"[n, {', '.join(map(str, shape))}]"
+            raise ValueError(f"{who}: {name} must be {rule}, got {list(start.shape)}")
+    _check_low_res(who, ours, low_res, shape, device)
+    checked = _labels(who, ours, labels, labels_for_guidance)
+    if dtype is not None and dtype not in _NETWORK_DTYPES:
+        raise ValueError(f"{who}: dtype must be float32, bfloat16 or float16, got {dtype}")
+    state = torch.float32 if start is None else start.dtype
+    resolve_backend("reverse_step", backend, device, state)
+    return NetworkSpec(
+        who=who,
+        model=model,
+        diffusion=chain,
+        image_shape=shape,
+        device=device,
+        dtype=dtype,
+        engine=engine,
+        exact=exact,
+        backend=backend,
+        labels=None if checked is None else checked.to(device),
+        low_res=low_res,
+        state=state,
+    )
+
+
+def check_flags(who: str, **flags: bool) -> None:
+    """TypeError unless all are True or False."""
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise TypeError(f"{who}: {name} must be True or False, got {flag!r}")
+
+
+def check_seed(who: str, seed: int) -> None:
+    """ValueError unless it is a number of 64 bits."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 64:
+        raise ValueError(f"{who}: seed must be an int from 0 to 2^64 - 1, got {seed!r}")
+
+
+def count_of(who: str, n: int | None, default: int, **tensors: Tensor | None) -> int:
+    """How many images: n, or the length of what is given, which must agree."""
+    if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n < 1):
+        raise ValueError(f"{who}: n must be an int above 0, got {n!r}")
+    lengths = {name: len(value) for name, value in tensors.items() if value is not None}
+    if n is not None:
+        lengths = {"n": n, **lengths}
+    if len(set(lengths.values())) > 1:
+        got = ", ".join(f"{name} {length}" for name, length in lengths.items())
+        *first, last = ("n", *tensors)
+        raise ValueError(f"{who}: {', '.join(first)} and {last} must agree in length, got {got}")
+    return next(iter(lengths.values()), default)
+
+
+def batch_size_of(
+    who: str, given: int | None, n: int, shape: tuple[int, int, int], device: torch.device
+) -> int:
+    """Most images at once: at most n."""
+    if given is None:
+        given = default_batch_size(shape, device)
+    elif isinstance(given, bool) or not isinstance(given, int) or given < 1:
+        raise ValueError(f"{who}: batch_size must be an int above 0, got {given!r}")
+    return min(given, n)
+
+
+def default_batch_size(shape: tuple[int, int, int], device: torch.device) -> int:
+    """Enough images (C, H, W) to fill the device, few enough that a large one's activations fit."""
+    most, pixels = (16, 1 << 16) if device.type == "cpu" else (256, 1 << 20)
+    return max(1, min(most, pixels // (shape[1] * shape[2])))
+
+
+def _process(who: str, ours: UNet | Splice | None, given: Diffusion | None) -> Diffusion:
+    own = None if ours is None else ours.diffusion
+    if given is None:
+        if own is None:
+            raise ValueError(f"{who}: diffusion must be given for a model that has none, got None")
+        return own
+    if not isinstance(given, Diffusion):
+        raise TypeError(
+            f"{who}: diffusion must be an iddpm_ext.Diffusion, got {type(given).__name__}"
+        )
+    if own is not None and _training_process(own) != _training_process(given):
+        raise ValueError(
+            f"{who}: diffusion must be the model's own {own!r} or a respacing of it, got {given!r}"
+        )
+    if ours is not None and own is None:
+        channels, learned = ours.config.in_channels, given.variance.startswith("learned")
+        if learned and ours.config.out_channels != 2 * channels:
+            raise ValueError(
+                f"{who}: diffusion must have a fixed variance, as the network has "
+                f"{ours.config.out_channels} output channels for {channels}, got {given!r}"
+            )
+    return given
+
+
+def _training_process(diffusion: Diffusion) -> dict[str, Any]:
+    return {**diffusion.to_dict(), "timesteps": None}
+
+
+def _respaced(who: str, diffusion: Diffusion, steps: Steps, ours: object) -> Diffusion:
+    total = diffusion.num_timesteps
+    if steps is None:
+        return diffusion
+    if isinstance(steps, str) and steps.startswith("optimal-"):
+        return diffusion.respace(_optimal(who, diffusion, steps, ours))
+    if isinstance(steps, int) and not isinstance(steps, bool) and not 2 <= steps <= total:
+        raise ValueError(f"{who}: steps must be from 2 to {total}, got {steps}")
+    try:
+        return diffusion.respace(steps)
+    except (TypeError, ValueError) as error:
+        reason = str(error).removeprefix("respace: ")
+        text = f"{who}: steps must be steps of this chain of {total}, got {steps!r} ({reason})"
+        raise type(error)(text) from None
+
+
+def _optimal(who: str, diffusion: Diffusion, steps: str, ours: object) -> list[int]:
+    """What the checkpoint's `extra["step_schedules"]` says, K -> K indices in the training chain."""
+    schedules = (getattr(ours, "extra", None) or {}).get("step_schedules", {})
+    found = {f"optimal-{count}": indices for count, indices in schedules.items()}
+    if steps not in found:
+        names = list(found)
+        have = ", ".join(names) if len(names) < 5 else f"{names[0]} .. {names[-1]}"
+        have = have or "the checkpoint has none"
+        raise ValueError(
+            f"{who}: steps must be a schedule of the checkpoint ({have}), got {steps!r}"
+        )
+    position = {int(step): i for i, step in enumerate(diffusion.timesteps)}
+    missing = [step for step in found[steps] if int(step) not in position]
+    if missing:
+        raise ValueError(
+            f"{who}: diffusion must visit every step of the schedule {steps!r}, got {diffusion!r} "
+            f"without step {missing[0]}"
+        )
+    return [position[int(step)] for step in found[steps]]
+
+
+def _device(model: object, *tensors: Tensor | None) -> torch.device:
+    if isinstance(model, nn.Module):
+        for parameter in model.parameters():
+            return parameter.device
+    for tensor in tensors:
+        if isinstance(tensor, Tensor):
+            return tensor.device
+    return torch.device("cpu")
+
+
+def _image_shape(
+    who: str,
+    ours: UNet | Splice | None,
+    given: Sequence[int] | None,
+    images: tuple[str, Tensor | None],
+) -> tuple[int, int, int]:
+    if given is None and isinstance(images[1], Tensor) and images[1].dim() == 4:
+        given = images[1].shape[1:]
+    if given is None:
+        if ours is None:
+            raise ValueError(
+                f"{who}: image_shape must be given as (C, H, W) for a model of another kind, got None"
+            )
+        side = ours.config.image_size
+        return (ours.config.in_channels, side, side)
+    sizes = tuple(given)
+    if len(sizes) != 3 or not all(isinstance(size, int) and size > 0 for size in sizes):
+        raise ValueError(f"{who}: image_shape must be three positive ints (C, H, W), got {given!r}")
+    channels, height, width = sizes
+    if ours is not None:
+        multiple = ours.config.size_multiple
+        if channels != ours.config.in_channels or height % multiple or width % multiple:
+            raise ValueError(
+                f"{who}: image_shape must be ({ours.config.in_channels}, H, W) with H and W "
+                f"multiples of {multiple}, got {sizes}"
+            )
+    return (channels, height, width)
+
+
+def _check_low_res(
+    who: str,
+    ours: UNet | Splice | None,
+    low_res: Tensor | None,
+    shape: tuple[int, int, int],
+    device: torch.device,
+) -> None:
+    if ours is not None and ours.config.super_resolution != (low_res is not None):
+        rule = "given" if low_res is None else "None"
+        because = f"the network has super_resolution={ours.config.super_resolution}"
+        got = "None" if low_res is None else "a value"
+        raise ValueError(f"{who}: low_res must be {rule}, as {because}, got {got}")
+    if low_res is None:
+        return
+    _check_images(who, "low_res", low_res, device)
+    if low_res.shape[1] != shape[0]:
+        raise ValueError(f"{who}: low_res must be [n, {shape[0]}, h, w], got {list(low_res.shape)}")
+
+
+def _check_images(who: str, name: str, value: Tensor, device: torch.device) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{who}: {name} must be a tensor, got {type(value).__name__}")
+    if value.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{who}: {name} must be float32 or float64, got {value.dtype}")
+    if value.dim() != 4 or 0 in value.shape:
+        raise ValueError(f"{who}: {name} must be [n, C, H, W], got {list(value.shape)}")
+    if value.device != device:
+        raise ValueError(f"{who}: {name} must be on {device}, got {value.device}")
+    if not bool(value.isfinite().all()):
+        at = (~value.isfinite()).nonzero()[0].tolist()
+        raise ValueError(f"{who}: {name} must be finite, got {value[tuple(at)]} at {at}")
+
+
+def _labels(
+    who: str,
+    ours: UNet | Splice | None,
+    labels: Sequence[int] | Tensor | None,
+    for_guidance: bool,
+) -> Tensor | None:
+    if labels is None:
+        return None
+    try:
+        values = torch.as_tensor(labels, device="cpu")
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{who}: labels must be integers [n], got {labels!r}") from None
+    if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
+        raise TypeError(f"{who}: labels must be integers [n], got {values.dtype}")
+    if values.dim() != 1 or not len(values):
+        raise ValueError(f"{who}: labels must be integers [n], got shape {list(values.shape)}")
+    values = values.long()
+    if ours is not None:
+        classes = ours.config.num_classes
+        if classes is None and for_guidance:
+            return values
+        if classes is None:
+            raise ValueError(f"{who}: labels must be None for an unconditional network, got labels")
+        outside = values[(values < -1) | (values >= classes)]
+        if len(outside):
+            raise ValueError(
+                f"{who}: labels must be from 0 to {classes - 1}, or -1 for none, "
+                f"got {int(outside[0])}"
+            )
+    return values

@@ -1,0 +1,70 @@
+"""What a model's weights are at one moment: told apart by content, whoever wrote to them and how."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Hashable, Sequence
+
+import torch
+from torch import Tensor
+
+from iddpm_ext import _native
+from iddpm_ext.ops.native import check_launch, stream
+
+# As in csrc/checksum/checksum.h.
+_RANGE_KEY = 0xD6E8FEB86659FD93
+_WORD_KEY = 0x9E3779B97F4A7C15
+
+
+def content_of(tensors: Sequence[Tensor]) -> Hashable:
+    """Equal for the same numbers in the same layout: dtypes, shapes, strides and a 64-bit checksum.
+
+    tensors: on one device, the CPU or a CUDA device, where the sum is computed: one pass over their
+    memory, and on a CUDA device one wait for the result.
+    """
+    layout = tuple((t.dtype, t.shape, t.stride()) for t in tensors)
+    return layout, checksum([t if _is_dense(t) else t.contiguous() for t in tensors])
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    return tensor.is_contiguous() or tensor.is_contiguous(memory_format=torch.channels_last)
+
+
+def checksum(tensors: Sequence[Tensor]) -> int:
+    """A 64-bit checksum of the memory of tensors without gaps, all on one device."""
+    if not tensors:
+        return 0
+    device = tensors[0].device
+    rows = array("q")
+    for tensor in tensors:
+        rows.extend((tensor.data_ptr(), tensor.numel() * tensor.element_size()))
+    table, count = rows.buffer_info()[0], len(tensors)
+    if device.type == "cpu" and _native.cpu_absence() is None:
+        return _native.native().checksum_cpu(count, table, 0, torch.get_num_threads())
+    if device.type == "cuda" and _native.cuda_absence() is None:
+        with torch.cuda.device(device):
+            total = torch.zeros(1, dtype=torch.int64, device=device)
+            code = _native.native().checksum_cuda(count, table, total.data_ptr(), stream(total))
+        check_launch("checksum", code)
+        return int(total) % (1 << 64)
+    return checksum_reference(tensors)
+
+
+def checksum_reference(tensors: Sequence[Tensor]) -> int:
+    """`checksum` as csrc/checksum/checksum.h defines it, in PyTorch's own functions."""
+    total = torch.zeros((), dtype=torch.int64, device=tensors[0].device)
+    for i, tensor in enumerate(tensors):
+        octets = torch.as_strided(tensor.detach(), (tensor.numel(),), (1,)).view(torch.uint8)
+        padded = torch.zeros(-(-len(octets) // 8) * 8, dtype=torch.uint8, device=tensor.device)
+        padded[: len(octets)] = octets
+        word = padded.view(torch.int64)
+        place = torch.arange(len(word), dtype=torch.int64, device=tensor.device)
+        # int64 wraps modulo 2^64, as the kernels' unsigned numbers do.
+        mixed = word ^ (_signed((i + 1) * _RANGE_KEY) + place * _signed(_WORD_KEY))
+        total += ((mixed & 0xFFFFFFFF) * (mixed >> 32 & 0xFFFFFFFF) + word).sum()
+    return int(total) % (1 << 64)
+
+
+def _signed(number: int) -> int:
+    """The int64 of the same 64 bits."""
+    return (number + (1 << 63)) % (1 << 64) - (1 << 63)
