@@ -13,6 +13,7 @@
 
 #include "adamw_ema/adamw_ema.h"
 #include "ceilings/ceilings.h"
+#include "common/amx.h"
 #include "common/isa.h"
 #include "conv3x3/conv3x3.h"
 #include "group_norm_silu/group_norm_silu.h"
@@ -82,6 +83,7 @@ py::dict build_info() {
   for (int isa = iddpm::kBase; isa <= iddpm::best_isa(); ++isa)
     available.append(iddpm::kIsaNames[isa]);
   info["isa_available"] = available;
+  info["amx"] = iddpm::amx_absence();
   info["bf16"] = info["bf16_compiled"].cast<bool>() && iddpm::has_bf16();
 #ifdef IDDPM_WITH_CUDA
   info["cuda"].attr("update")(device_record());
@@ -460,6 +462,10 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         "What the build decided and why, and what this machine offers, as a dict.");
   m.def("set_isa", &set_isa, py::arg("name"),
         "Use the instruction set `name` from now on and return the previous one's name.");
+  m.def("emulate_amx", &iddpm::emulate_amx, py::arg("on"),
+        "Run AMX kernels in plain C++ from now on, or no longer; false where that is not built.");
+  m.def("has_tiles", [] { return iddpm::amx_kernels() != iddpm::kNoAmx; },
+        "Whether AMX kernels serve, natively or in plain C++.");
   IDDPM_BIND(m, adamw_ema);
   IDDPM_BIND_CPU(m, conv3x3);
   IDDPM_BIND_CPU(m, conv3x3_weight_bwd);
@@ -470,6 +476,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   IDDPM_BIND_CPU(m, qkv_attention);
   IDDPM_BIND_CPU(m, qkv_attention_bwd);
   m.def("attention_workspace", &iddpm::attention_workspace, "Floats a thread; see its header.");
+  m.def("tile_attention_workspace", &iddpm::tile_attention_workspace);
   m.def("attention_bwd_workspace", &iddpm::attention_bwd_workspace);
   IDDPM_BIND(m, reverse_step);
 #ifdef IDDPM_WITH_CUDA

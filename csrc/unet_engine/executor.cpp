@@ -39,6 +39,21 @@ int run_op(const int64_t* row, const PlanRun& run, const Team& team) {
     case Kind::kWinogradBf16:
       return avx512_bf16::run_winograd_bf16(as<WinogradOp>(words), team);
 #endif
+    case Kind::kTileProduct:
+      if (const auto kernel = IDDPM_AMX(run_tile_product))
+        return kernel(as<TileProductOp>(words), team);
+      break;
+    case Kind::kNormOperand:
+      if (const auto kernel = IDDPM_AMX(run_norm_operand))
+        return kernel(as<NormOperandOp>(words), run, team);
+      break;
+    case Kind::kRound:
+      if (const auto kernel = IDDPM_AMX(run_round)) return kernel(as<RoundOp>(words), team);
+      break;
+    case Kind::kTileAttention:
+      if (const auto kernel = IDDPM_AMX(run_tile_attention))
+        return kernel(as<TileAttentionOp>(words), team);
+      break;
     default:
       break;
   }

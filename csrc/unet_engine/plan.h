@@ -11,6 +11,7 @@
 #include "common/isa.h"
 #include "nhwc/conv.h"
 #include "nhwc/gemm.h"
+#include "nhwc/tile_product.h"
 #include "nhwc/winograd.h"
 
 namespace iddpm {
@@ -28,6 +29,10 @@ enum class Kind : int64_t {
   kGemmBf16 = 7,  // GemmOp and WinogradOp (of tile 2) whose operands are rounded to bfloat16:
   kWinogradBf16 =
       8,  // w is then bfloat16, [panels]...[C / 2][32][2]; everything else stays float32
+  kTileProduct = 9,  // of AMX; see nhwc/tile_product.h
+  kNormOperand = 10,
+  kRound = 11,
+  kTileAttention = 12,
 };
 
 // x [n, C, H, W] -> out [n, H, W, stride].
@@ -44,19 +49,40 @@ struct OutputOp {
   int64_t in_stride;
 };
 
-// out = act(GroupNorm(x (+ e)) * weight + bias (then * (1 + scale) + shift)).
-struct GroupNormOp {
+// act(GroupNorm(x (+ e)) * weight + bias (then * (1 + scale) + shift)).
+struct Normalization {
   int64_t pixels;
   const float* in;
   int64_t in_stride, channels, groups;
   const float* weight;
   const float* bias;
-  float* out;
-  int64_t out_stride;
   int64_t embedding;  // offset in a sample's row of the embedding table; -1: none
   int64_t mode;       // with an embedding: 0 adds e before, 1 scales and shifts after
   int64_t silu;
   double eps;
+};
+
+struct GroupNormOp {
+  Normalization of;
+  float* out;
+  int64_t out_stride;
+};
+
+// The same, rounded to bfloat16 into an operand image.
+struct NormOperandOp {
+  Normalization of;
+  uint16_t* out;
+  const OperandMap* map;
+};
+
+// An operand image of `in`, rounded to bfloat16.
+struct RoundOp {
+  int64_t height, width;  // of in
+  const float* in;
+  int64_t in_stride, channels;
+  uint16_t* out;
+  const OperandMap* map;
+  int64_t phase;  // 0; or halves between the images of even and odd rows and columns, one of four
 };
 
 // softmax(q k^T / sqrt(d)) v for every head; channels of qkv are [heads][q, k, v][d].
@@ -68,8 +94,24 @@ struct AttentionOp {
   int64_t out_stride;
 };
 
+// The same by tiles, into positions `out_stride` halves apart.
+struct TileAttentionOp {
+  int64_t tokens, heads, width;
+  const float* qkv;
+  int64_t qkv_stride;
+  uint16_t* out;
+  int64_t out_stride;
+};
+
+// Floats of scratch that it needs a thread.
+inline int64_t tile_attention_workspace(int64_t tokens, int64_t width) {
+  const int64_t columns = (tokens + 31) / 32 * 32, depth = (width + 31) / 32 * 32;
+  return (3 * columns + 16) * depth / 2 + 32 * (2 * (columns + 16) + depth);
+}
+
 static_assert(sizeof(ConvOp) <= 8 * (kOpWords - 1) && sizeof(WinogradOp) <= 8 * (kOpWords - 1), "");
 static_assert(sizeof(GroupNormOp) <= 8 * (kOpWords - 1), "");
+static_assert(sizeof(TileProductOp) <= 8 * (kOpWords - 1), "");
 
 struct PlanRun {
   const int64_t* ops;  // [count][kOpWords]
@@ -85,6 +127,17 @@ struct PlanRun {
   float* scratch;          // scratch of each thread, one after the other
   int64_t scratch_floats;  // a thread
 };
+
+}  // namespace iddpm
+
+IDDPM_DECLARE_AMX(int, run_norm_operand,
+                  (const iddpm::NormOperandOp& op, const iddpm::PlanRun& run,
+                   const iddpm::Team& team))
+IDDPM_DECLARE_AMX(int, run_round, (const iddpm::RoundOp& op, const iddpm::Team& team))
+IDDPM_DECLARE_AMX(int, run_tile_attention,
+                  (const iddpm::TileAttentionOp& op, const iddpm::Team& team))
+
+namespace iddpm {
 
 namespace IDDPM_ISA {
 

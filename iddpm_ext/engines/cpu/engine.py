@@ -98,6 +98,8 @@ class CPUEngine:
 
     def _build(self) -> None:
         self.isa = _native.native().build_info()["isa"]
+        bf16 = self.dtype == torch.bfloat16
+        tiles = bf16 and _native.native().has_tiles()
         packed: dict[tuple[int, str], Tensor] = {}
 
         def packer(module: nn.Module, form: str, make: Callable[[], Tensor]) -> Tensor:
@@ -105,7 +107,7 @@ class CPUEngine:
                 packed[id(module), form] = make()
             return packed[id(module), form]
 
-        chooser, bf16 = load_chooser(), self.dtype == torch.bfloat16
+        chooser = load_chooser(tiles=tiles)
 
         def choose(shape: ConvShape) -> Algorithm:
             return self._forced or chooser(shape, exact=self.exact, bf16=bf16)
@@ -115,6 +117,7 @@ class CPUEngine:
                 *(self.model, self.batch_size, self.size, self.num_threads),
                 choose=choose,
                 bf16=bf16,
+                tiles=tiles,
                 packer=packer,
                 base=base,
             ).plan()
@@ -122,9 +125,10 @@ class CPUEngine:
         needs = plan(0)
         self._arena = torch.empty(needs.arena_floats + 16)
         base = -(-self._arena.data_ptr() // 64) * 64
-        self._rows = torch.tensor(plan(base).rows, dtype=torch.int64)
+        final = plan(base)
+        self._rows, self._maps = torch.tensor(final.rows, dtype=torch.int64), final.maps
         self.convolutions, self.num_rows = needs.convolutions, len(needs.rows)
-        self._packed = packed  # the plan holds addresses only
+        self._packed = packed  # the rows hold addresses only
         self._shared = torch.empty(needs.shared_floats)
         self._scratch = torch.empty(self.num_threads, needs.scratch_floats)
         self._project = Projections(self.model)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,6 +18,14 @@ from iddpm_ext.engines.base import NotServed
 from iddpm_ext.engines.cpu import pack
 from iddpm_ext.engines.cpu import rows as ops
 from iddpm_ext.engines.cpu.algorithms import Algorithm, ConvShape, choose_block
+from iddpm_ext.engines.cpu.operands import (
+    CONVOLUTION,
+    STRIDED,
+    Layout,
+    Tap,
+    doubled_filter,
+    doubled_taps,
+)
 from iddpm_ext.networks.unet import AttentionBlock, Downsample, ResBlock, UNet, Upsample
 
 _ALIGN = 16  # floats: 64 bytes
@@ -43,6 +52,14 @@ class Map:
 
 
 @dataclass(frozen=True)
+class Image:
+    """A feature map in bfloat16, laid out for tile products."""
+
+    address: int
+    layout: Layout
+
+
+@dataclass(frozen=True)
 class Plan:
     """Rows of operations, and what they need to run."""
 
@@ -51,7 +68,8 @@ class Plan:
     shared_floats: int
     scratch_floats: int
     embedding_floats: int
-    convolutions: list[tuple[int, ConvShape]]  # row number and shape of each that had a choice
+    convolutions: list[tuple[int, ConvShape]]  # rows of those that had a choice, and their shapes
+    maps: list[Tensor]  # that rows hold the addresses of
 
 
 class Arena:
@@ -98,15 +116,17 @@ class Planner:
         *,
         choose: Callable[[ConvShape], Algorithm],
         bf16: bool,
+        tiles: bool,
         packer: Packer,
         base: int = 0,
     ):
         self.model, self.batch, self.size, self.threads = model, batch_size, size, threads
-        self.choose, self.bf16, self.packer = choose, bf16, packer
+        self.choose, self.bf16, self.tiles, self.packer = choose, bf16, tiles, packer
         self.arena = Arena(base)
         self.rows: list[ops.Row] = []
         self.convolutions: list[tuple[int, ConvShape]] = []
         self.shared = self.scratch = self.embedding = 0
+        self._maps: dict[object, Tensor] = {}
 
     def plan(self) -> Plan:
         """The whole network, from the caller's input to the caller's output."""
@@ -135,7 +155,7 @@ class Planner:
         self._head(out)
         return Plan(
             *(self.rows, self.arena.size, self.shared, self.scratch, self.embedding),
-            self.convolutions,
+            *(self.convolutions, list(self._maps.values())),
         )
 
     def _new(self, channels: int, size: tuple[int, int]) -> Map:
@@ -162,60 +182,125 @@ class Planner:
         elif isinstance(layer, AttentionBlock):
             self._attention(layer, source, out)
         elif isinstance(layer, Downsample):
-            self._gathered(layer.op, source, out, stride=2)
+            self._downsample(layer.op, source, out)
         elif isinstance(layer, Upsample):
-            self._conv(layer.conv, source, out, upscale=1)
+            self._upsample(layer.conv, source, out)
         else:
             self._gathered(layer, source, out)
 
     def _res_block(self, layer: Any, source: Map, out: Map) -> None:
-        normed = self._new(source.channels, source.size)
-        self._norm(layer.in_layers[0], source, normed)
         h = self._new(out.channels, source.size)
-        self._conv(layer.in_layers[2], normed, h)
-        self._free(normed)
+        self._normed_conv(layer.in_layers[0], layer.in_layers[2], source, h)
         offset = self.embedding
         self.embedding += layer.emb_layers[1].out_features
-        self._norm(layer.out_layers[0], h, h, embedding=offset, scale_shift=layer.scale_shift)
         residual = source
         if isinstance(layer.skip_connection, nn.Conv2d):
             # Never rounded: it carries the whole residual stream.
             self._linear(layer.skip_connection, source, out)
             residual = out
-        self._conv(layer.out_layers[3], h, out, residual)
+        self._normed_conv(
+            *(layer.out_layers[0], layer.out_layers[3], h, out, residual),
+            in_place=True,
+            embedding=offset,
+            scale_shift=layer.scale_shift,
+        )
         self._free(h)
 
+    def _normed_conv(
+        self,
+        norm: Any,
+        conv: Any,
+        source: Map,
+        out: Map,
+        residual: Map | None = None,
+        *,
+        in_place: bool = False,
+        embedding: int = -1,
+        scale_shift: bool = False,
+    ) -> None:
+        """out = conv(SiLU(norm(source))) + residual; in_place: source may be overwritten."""
+        algorithm = self._algorithm(conv, source, out)
+        if algorithm.tiles:
+            image = self._image(source)
+            self._norm(
+                *(norm, source, self._operand(image)), embedding=embedding, scale_shift=scale_shift
+            )
+            self._tile_conv(conv, image, out, residual)
+            self._drop(image)
+        else:
+            normed = source if in_place else self._new(source.channels, source.size)
+            self._norm(
+                *(norm, source, normed.buffer), embedding=embedding, scale_shift=scale_shift
+            )
+            self._winograd(conv, algorithm, normed, out, residual)
+            if not in_place:
+                self._free(normed)
+
     def _attention(self, layer: Any, source: Map, out: Map) -> None:
-        normed = self._new(source.channels, source.size)
-        self._norm(layer.norm, source, normed, silu=False)
-        qkv = self._new(3 * source.channels, source.size)
-        self._linear(layer.qkv, normed, qkv, bf16=self.bf16)
         width = source.channels // layer.num_heads
         if width % 8:
             raise NotServed(f"attention heads must be a multiple of 8 channels wide, got {width}")
-        tokens = source.pixels
-        self.rows.append(
-            ops.attention_row(tokens, layer.num_heads, width, qkv.buffer, normed.buffer)
-        )
-        self._need_scratch(_native.native().attention_workspace(tokens, width))
-        self._linear(layer.proj_out, normed, out, source, bf16=self.bf16)
-        self._free(normed, qkv)
+        qkv = self._new(3 * source.channels, source.size)
+        shape = (source.pixels, layer.num_heads, width, qkv.buffer)
+        if self.tiles:
+            image = self._image(source, halo=False)
+            operand = self._operand(image)
+            self._norm(layer.norm, source, operand, silu=False)
+            self._tile_linear(layer.qkv, image, qkv)
+            self.rows.append(ops.attention_row(*shape, operand))
+            self._need_scratch(_native.native().tile_attention_workspace(source.pixels, width))
+            self._tile_linear(layer.proj_out, image, out, source)
+            self._drop(image)
+        else:
+            normed = self._new(source.channels, source.size)
+            self._norm(layer.norm, source, normed.buffer, silu=False)
+            self._linear(layer.qkv, normed, qkv, bf16=self.bf16)
+            self.rows.append(ops.attention_row(*shape, normed.buffer))
+            self._need_scratch(_native.native().attention_workspace(source.pixels, width))
+            self._linear(layer.proj_out, normed, out, source, bf16=self.bf16)
+            self._free(normed)
+        self._free(qkv)
+
+    def _downsample(self, conv: Any, source: Map, out: Map) -> None:
+        if not self.tiles:
+            self._gathered(conv, source, out, stride=2)
+            return
+        image = self._image(out, source.channels, phases=4)
+        self._round(source, image)
+        self._tile_conv(conv, image, out, taps=STRIDED)
+        self._drop(image)
+
+    def _upsample(self, conv: Any, source: Map, out: Map) -> None:
+        algorithm = self._algorithm(conv, source, out, upscale=1)
+        if not algorithm.tiles:
+            self._winograd(conv, algorithm, source, out, upscale=1)
+            return
+        image = self._image(source)
+        self._round(source, image)
+        height, width = out.size
+        for phase in range(4):
+            first = phase // 2 * width + phase % 2
+            buffer = ops.Buffer(out.buffer.address + 4 * first * out.buffer.pitch, out.buffer.pitch)
+            self._product(
+                *(conv, f"doubled {phase}", partial(doubled_filter, conv.weight, phase)),
+                *(image, doubled_taps(phase), (2, 2 * width, height * width)),
+                *(Map(buffer, out.channels, out.size), None),
+            )
+        self._drop(image)
 
     def _head(self, source: Map) -> None:
         head: Any = self.model.out
         norm, conv = head[0], head[2]
-        normed = self._new(source.channels, source.size)
-        self._norm(norm, source, normed)
         columns = conv.out_channels
         out = self._new(columns + -columns % _ALIGN, source.size)
-        self._conv(conv, normed, out)
+        self._normed_conv(norm, conv, source, out)
         self.rows.append(ops.output_row(columns, out.pixels, out.buffer))
 
     def _norm(
         self,
         norm: Any,
         source: Map,
-        out: Map,
+        out: ops.Buffer | ops.Operand,
         *,
         silu: bool = True,
         embedding: int = -1,
@@ -226,7 +311,7 @@ class Planner:
         self.rows.append(
             ops.group_norm_row(
                 *(source.pixels, source.buffer, source.channels, norm.num_groups),
-                *(weight, bias, out.buffer),
+                *(weight, bias, out),
                 eps=norm.eps,
                 silu=silu,
                 embedding=embedding,
@@ -277,15 +362,25 @@ class Planner:
         )
         self._need_scratch(12 * (9 * source.channels + 16))
 
-    def _conv(
-        self, layer: Any, source: Map, out: Map, residual: Map | None = None, *, upscale: int = 0
-    ) -> None:
+    def _algorithm(self, layer: Any, source: Map, out: Map, upscale: int = 0) -> Algorithm:
         shape = ConvShape(*out.size, source.channels, out.channels, self.batch, bool(upscale))
         if layer is self.model.out[2]:
             # A convolution to three or six channels gains little, and rounds the result itself.
-            algorithm = Algorithm(min(self.choose(shape).tile, 4))
-        else:
-            algorithm = self.choose(shape)
+            return self.choose(shape).in_float32
+        return self.choose(shape)
+
+    def _winograd(
+        self,
+        layer: Any,
+        algorithm: Algorithm,
+        source: Map,
+        out: Map,
+        residual: Map | None = None,
+        *,
+        upscale: int = 0,
+    ) -> None:
+        if layer is not self.model.out[2]:
+            shape = ConvShape(*out.size, source.channels, out.channels, self.batch, bool(upscale))
             self.convolutions.append((len(self.rows), shape))
         tile, bf16 = algorithm.tile, algorithm.bf16
         form = f"F({tile})"
@@ -307,6 +402,75 @@ class Planner:
         self.shared = max(self.shared, products * few * pitch)
         self._need_scratch(
             products * max(few * pack.PANEL, min(block, tiles) * (pitch + pack.PANEL))
+        )
+
+    def _image(
+        self, source: Map, channels: int | None = None, *, halo: bool = True, phases: int = 1
+    ) -> Image:
+        layout = Layout(source.size, channels or source.channels, self.batch, halo, phases)
+        return Image(self.arena.take(layout.floats), layout)
+
+    def _drop(self, image: Image) -> None:
+        self.arena.free(image.address)
+
+    def _operand(
+        self,
+        image: Image,
+        taps: tuple[Tap, ...] = ((0, 0, 0),),
+        out: tuple[int, int, int] | None = None,
+    ) -> ops.Operand:
+        key = (image.layout, taps, out)
+        if key not in self._maps:
+            self._maps[key] = image.layout.map(taps, out)
+        return ops.Operand(image.address + 2 * image.layout.first, self._maps[key])
+
+    def _round(self, source: Map, image: Image) -> None:
+        phase = image.layout.image if image.layout.phases > 1 else 0
+        operand = self._operand(image)
+        self.rows.append(
+            ops.round_row(source.size, source.buffer, source.channels, operand, phase=phase)
+        )
+
+    def _tile_conv(
+        self,
+        layer: Any,
+        image: Image,
+        out: Map,
+        residual: Map | None = None,
+        taps: tuple[Tap, ...] = CONVOLUTION,
+    ) -> None:
+        if taps is CONVOLUTION:
+            shape = ConvShape(*out.size, image.layout.channels, out.channels, self.batch)
+            self.convolutions.append((len(self.rows), shape))
+        self._product(
+            *(layer, "tiles", lambda: layer.weight.flatten(2), image, taps, None, out, residual)
+        )
+
+    def _tile_linear(
+        self, layer: Any, image: Image, out: Map, residual: Map | None = None
+    ) -> None:
+        self._product(
+            *(layer, "tiles", lambda: layer.weight.reshape(*layer.weight.shape[:2], 1)),
+            *(image, ((0, 0, 0),), None, out, residual),
+        )
+
+    def _product(
+        self,
+        layer: Any,
+        form: str,
+        weight: Callable[[], Tensor],
+        image: Image,
+        taps: tuple[Tap, ...],
+        pixels: tuple[int, int, int] | None,
+        out: Map,
+        residual: Map | None,
+    ) -> None:
+        packed = self.packer(layer, form, lambda: pack.pack_tiles(weight()))
+        self.rows.append(
+            ops.tile_product_row(
+                *(self._operand(image, taps, pixels), packed.shape[2], out.channels, packed),
+                *(self._bias(layer), out.buffer, residual.buffer if residual else None),
+            )
         )
 
     def _need_scratch(self, floats: int) -> None:

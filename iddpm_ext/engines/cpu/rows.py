@@ -27,6 +27,19 @@ class Buffer:
         return Buffer(self.address + 4 * first, self.pitch)
 
 
+@dataclass(frozen=True)
+class Operand:
+    """bfloat16 pixels as tile products read them: address of position 0, and the map of all."""
+
+    address: int
+    map: Tensor
+
+    @property
+    def pitch(self) -> int:
+        """Halves between two positions."""
+        return int(self.map[4])
+
+
 def _row(*words: int) -> Row:
     return [*words, *[0] * (WORDS - len(words))]
 
@@ -127,7 +140,7 @@ def group_norm_row(
     groups: int,
     weight: Tensor,
     bias: Tensor,
-    out: Buffer,
+    out: Buffer | Operand,
     *,
     eps: float,
     silu: bool,
@@ -136,13 +149,43 @@ def group_norm_row(
 ) -> Row:
     """GroupNorm, with the embedding at that offset of a sample's row, and SiLU."""
     (eps_bits,) = struct.unpack("<q", struct.pack("<d", eps))
+    into_operand = isinstance(out, Operand)
     return _row(
-        *(5, pixels, source.address, source.pitch, channels, groups),
-        *(_address(weight), _address(bias), out.address, out.pitch),
-        *(embedding, int(scale_shift), int(silu), eps_bits),
+        *(10 if into_operand else 5, pixels, source.address, source.pitch, channels, groups),
+        *(_address(weight), _address(bias), embedding, int(scale_shift), int(silu), eps_bits),
+        *((out.address, _address(out.map)) if into_operand else (out.address, out.pitch)),
     )
 
 
-def attention_row(tokens: int, heads: int, width: int, qkv: Buffer, out: Buffer) -> Row:
+def attention_row(
+    tokens: int, heads: int, width: int, qkv: Buffer, out: Buffer | Operand
+) -> Row:
     """Attention over `tokens` pixels a sample; channels of qkv are [heads][q, k, v][width]."""
-    return _row(6, tokens, heads, width, qkv.address, qkv.pitch, out.address, out.pitch)
+    kind = 12 if isinstance(out, Operand) else 6
+    return _row(kind, tokens, heads, width, qkv.address, qkv.pitch, out.address, out.pitch)
+
+
+def round_row(
+    size: tuple[int, int], source: Buffer, channels: int, out: Operand, *, phase: int = 0
+) -> Row:
+    """source -> an operand; phase: halves between the four that hold even and odd pixels."""
+    return _row(
+        *(11, *size, source.address, source.pitch, channels),
+        *(out.address, _address(out.map), phase),
+    )
+
+
+def tile_product_row(
+    source: Operand,
+    chunks: int,
+    columns: int,
+    weight: Tensor,
+    bias: Tensor | None,
+    out: Buffer,
+    residual: Buffer | None = None,
+) -> Row:
+    """out = the sum over the map's taps of source * weight, + bias + residual, by AMX tiles."""
+    return _row(
+        *(9, _address(source.map), source.address, chunks, columns, _address(weight), _address(bias)),
+        *(*_residual(residual), out.address, out.pitch),
+    )

@@ -1,0 +1,85 @@
+// Images of bfloat16 in which a tap of a convolution is a constant distance.
+//
+// The pixels of a sample stand in a row of positions, row after row, with zeros where a tap leaves
+// the image: one column between rows and one row between samples. So sixteen positions in a row are
+// a tile, whatever the width, and the same tile of another tap lies a distance away. Positions
+// between the rows give sums that nobody stores.
+//
+// Narrow images would waste tiles on that column. They are kept in three copies instead, of which
+// each pixel's left neighbours, itself and right neighbours lie at its own position, with rows of
+// zeros only. The input of a convolution with stride 2 is split into four images, its even and odd
+// rows and columns.
+#pragma once
+
+#include <cstdint>
+
+#include "nhwc/team.h"
+
+namespace iddpm {
+
+constexpr int64_t kMostTaps = 27;
+
+struct OperandMap {
+  int64_t height, width;  // of a sample: of what a product computes, of what a writer has
+  int64_t row, sample;    // positions between rows and between samples
+  int64_t pitch;          // halves between positions
+  int64_t copy;           // halves between the three copies; 0: one copy
+  int64_t out_pixel, out_row, out_sample;  // pixels of the product's output between neighbours
+  int64_t taps, tap[kMostTaps];            // halves from a position to its tap
+};
+
+namespace IDDPM_ISA {
+
+// Writes an operand image row by row, zeros around it included. Rows are those of the map.
+class OperandWriter {
+ public:
+  OperandWriter(const OperandMap& map, uint16_t* out, int64_t channels)
+      : map_(map), out_(out), channels_((channels + 31) / 32 * 32) {}
+
+  // Where pixels [0, width) of a row begin, `map.pitch` apart.
+  uint16_t* row(int64_t sample, int64_t y) const {
+    return out_ + (sample * map_.sample + y * map_.row) * map_.pitch;
+  }
+
+  // To be called when the pixels of a row have been written: its copies, and the zeros around it.
+  void finish(int64_t sample, int64_t y) const {
+    if (map_.sample == map_.height * map_.row) return;  // no halo
+    uint16_t* p = row(sample, y);
+    if (map_.copy) {
+      displace(p);
+    } else {
+      zero(p + map_.width * map_.pitch, 1);
+    }
+    for (int64_t c = 0; c < (map_.copy ? 3 : 1); ++c) {
+      uint16_t* q = p + (map_.copy ? (c - 1) * map_.copy : 0);
+      const int64_t above = map_.row + (map_.copy ? 0 : 1);
+      if (sample == 0 && y == 0) zero(q - above * map_.pitch, above);
+      if (y == map_.height - 1) zero(q + map_.row * map_.pitch, map_.row);
+    }
+  }
+
+ private:
+  void zero(uint16_t* p, int64_t positions) const {
+    for (int64_t i = 0; i < positions; ++i)
+      std::memset(p + i * map_.pitch, 0, size_t(channels_) * sizeof(uint16_t));
+  }
+
+  void displace(uint16_t* p) const {
+    const int64_t pitch = map_.pitch;
+    uint16_t* left = p - map_.copy;
+    uint16_t* right = p + map_.copy;
+    zero(left, 1);
+    zero(right + (map_.width - 1) * pitch, 1);
+    for (int64_t x = 0; x + 1 < map_.width; ++x) {
+      std::memcpy(left + (x + 1) * pitch, p + x * pitch, size_t(channels_) * sizeof(uint16_t));
+      std::memcpy(right + x * pitch, p + (x + 1) * pitch, size_t(channels_) * sizeof(uint16_t));
+    }
+  }
+
+  const OperandMap& map_;
+  uint16_t* out_;
+  int64_t channels_;
+};
+
+}  // namespace IDDPM_ISA
+}  // namespace iddpm

@@ -1,0 +1,117 @@
+// GroupNorm, scale-shift and SiLU over NHWC, in two passes: statistics by channel, then one fused y
+// = a x + b.
+//
+// A chunk of pixels gives each channel's mean and centred sum of squares (sums of differences from
+// the chunk's first pixel, so a mean far from zero costs no digits); chunks and channels are
+// combined in float64 by Chan's rule. Chunks depend on the shape alone, so the result does not
+// depend on the number of threads.
+#pragma once
+
+#include "unet_engine/plan.h"
+
+namespace iddpm {
+namespace IDDPM_ISA {
+
+constexpr int64_t kChunk = 256;  // pixels
+
+// means[c], squares[c]: mean and centred sum of squares of `pixels` values a channel.
+static void chunk_statistics(const float* x, int64_t stride, int64_t pixels, int64_t channels,
+                      float* means, float* squares) {
+  constexpr int V = 2;
+  const float inverse = 1.0f / float(pixels);
+  for (int64_t c = 0; c < channels; c += V * kWidth) {
+    nv origin[V], sum[V] = {}, square[V] = {};
+#pragma GCC unroll 2
+    for (int j = 0; j < V; ++j) origin[j] = nload(x + c + j * kWidth);
+    const float* pixel = x + c;
+    for (int64_t p = 0; p < pixels; ++p, pixel += stride) {
+#pragma GCC unroll 2
+      for (int j = 0; j < V; ++j) {
+        const nv d = nload(pixel + j * kWidth) - origin[j];
+        sum[j] += d;
+        square[j] += d * d;
+      }
+    }
+#pragma GCC unroll 2
+    for (int j = 0; j < V; ++j) {
+      const nv mean = sum[j] * inverse;
+      nstore(means + c + j * kWidth, origin[j] + mean);
+      nstore(squares + c + j * kWidth, square[j] - sum[j] * mean);
+    }
+  }
+}
+
+struct Moments {
+  double count, mean, squares;
+};
+
+static inline void combine(Moments& total, double count, double mean, double squares) {
+  const double delta = mean - total.mean, sum = total.count + count;
+  total.mean += delta * count / sum;
+  total.squares += squares + delta * delta * total.count * count / sum;
+  total.count = sum;
+}
+
+// slope[c], offset[c] of y = slope x + offset for the channels of one group of one sample.
+static void fold_group(const Normalization& op, const float* statistics, int64_t chunks, int64_t group,
+                const float* embedding, float* slope, float* offset) {
+  const int64_t width = op.channels / op.groups, first = group * width;
+  const bool added = embedding && op.mode == 0;
+  Moments total{0, 0, 0};
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    const int64_t count = smaller(kChunk, op.pixels - chunk * kChunk);
+    const float* means = statistics + chunk * 2 * op.channels;
+    for (int64_t c = first; c < first + width; ++c) {
+      const double mean = double(means[c]) + (added ? double(embedding[c]) : 0.0);
+      combine(total, double(count), mean, double(means[op.channels + c]));
+    }
+  }
+  const double deviation = __builtin_sqrt(total.squares / total.count + op.eps);
+  for (int64_t c = first; c < first + width; ++c) {
+    double a = double(op.weight[c]) / deviation;
+    double b = double(op.bias[c]) + a * ((added ? double(embedding[c]) : 0.0) - total.mean);
+    if (embedding && op.mode == 1) {
+      const double scale = 1.0 + double(embedding[c]);
+      a *= scale;
+      b = b * scale + double(embedding[op.channels + c]);
+    }
+    slope[c] = float(a);
+    offset[c] = float(b);
+  }
+}
+
+// Statistics of every sample, and the slopes and offsets that they give. Then every thread has them:
+// `slope_of(op, team, sample)`, and the offsets `channels` further.
+static int fold_statistics(const Normalization& op, const PlanRun& run, const Team& team) {
+  const int64_t chunks = (op.pixels + kChunk - 1) / kChunk, channels = op.channels;
+  const int64_t per_sample = (chunks + 1) * 2 * channels;
+  if (per_sample * team.n > team.shared_floats) return 1;
+  const Range statistics = share(team.n * chunks, 1, team.thread, team.threads);
+  for (int64_t i = statistics.begin; i < statistics.end; ++i) {
+    const int64_t sample = i / chunks, chunk = i % chunks;
+    float* means = team.shared + sample * per_sample + chunk * 2 * channels;
+    const int64_t first = chunk * kChunk;
+    chunk_statistics(op.in + (sample * op.pixels + first) * op.in_stride, op.in_stride,
+                     smaller(kChunk, op.pixels - first), channels, means, means + channels);
+  }
+  barrier(team);
+  const Range groups = share(team.n * op.groups, 1, team.thread, team.threads);
+  for (int64_t i = groups.begin; i < groups.end; ++i) {
+    const int64_t sample = i / op.groups;
+    float* base = team.shared + sample * per_sample;
+    float* slope = base + chunks * 2 * channels;
+    const float* embedding =
+        op.embedding < 0 ? nullptr : run.embedding + run.embedding_row[sample] + op.embedding;
+    fold_group(op, base, chunks, i % op.groups, embedding, slope, slope + channels);
+  }
+  barrier(team);
+  return 0;
+}
+
+static inline const float* slope_of(const Normalization& op, const Team& team, int64_t sample) {
+  const int64_t chunks = (op.pixels + kChunk - 1) / kChunk;
+  return team.shared + (sample * (chunks + 1) + chunks) * 2 * op.channels;
+}
+
+}  // namespace IDDPM_ISA
+}  // namespace iddpm

@@ -1,0 +1,75 @@
+// Writes the operand images of the tile products: normalised, or as they are.
+#include "unet_engine/group_norm.h"
+
+namespace iddpm {
+namespace IDDPM_ISA {
+
+namespace {
+
+// x / (1 + e^-x) to 2^-13, for a result that is rounded to bfloat16; NaN stays NaN.
+IDDPM_NATIVE nv silu_to_half(nv x) {
+  const nv bound = nsplat(126.0f), t = x * -1.44269504f;
+  const nv d = exp2_coarse(t > bound ? bound : t) + 1.0f;
+#if defined(__AVX512F__)
+  return x * (nv)_mm512_maskz_rcp14_ps(0xFFFF, (__m512)d);
+#else
+  return x / d;
+#endif
+}
+
+// One row of pixels.
+template <bool Silu>
+void normalise(const Normalization& of, const float* x, const float* slope, int64_t width,
+               uint16_t* out, int64_t pitch) {
+  for (int64_t i = 0; i < width; ++i, x += of.in_stride, out += pitch) {
+    for (int64_t c = 0; c < of.channels; c += kWidth) {
+      const nv v = nload(x + c) * nload(slope + c) + nload(slope + of.channels + c);
+      nstore(out + c, Silu ? silu_to_half(v) : v);
+    }
+  }
+}
+
+}  // namespace
+
+int run_norm_operand(const NormOperandOp& op, const PlanRun& run, const Team& team) {
+  const Normalization& of = op.of;
+  const OperandMap& map = *op.map;
+  if (fold_statistics(of, run, team)) return 1;
+  const OperandWriter writer(map, op.out, of.channels);
+  const Range rows = share(team.n * map.height, 1, team.thread, team.threads);
+  for (int64_t row = rows.begin; row < rows.end; ++row) {
+    const int64_t sample = row / map.height, y = row % map.height;
+    (of.silu ? normalise<true> : normalise<false>)(
+        of, of.in + row * map.width * of.in_stride, slope_of(of, team, sample), map.width,
+        writer.row(sample, y), map.pitch);
+    writer.finish(sample, y);
+  }
+  return 0;
+}
+
+int run_round(const RoundOp& op, const Team& team) {
+  const OperandMap& map = *op.map;
+  const int64_t phases = op.phase ? 4 : 1, step = op.phase ? 2 : 1;
+  const Range rows = share(team.n * phases * map.height, 1, team.thread, team.threads);
+  for (int64_t row = rows.begin; row < rows.end; ++row) {
+    const int64_t y = row % map.height, phase = row / map.height % phases;
+    const int64_t sample = row / (map.height * phases);
+    const int64_t source_y = y * step + phase / 2, source_x = phase % 2;
+    const OperandWriter writer(map, op.out + phase * op.phase, op.channels);
+    uint16_t* out = writer.row(sample, y);
+    for (int64_t x = 0; x < map.width; ++x, out += map.pitch) {
+      const int64_t at = x * step + source_x;
+      if (source_y >= op.height || at >= op.width) {
+        std::memset(out, 0, size_t(op.channels) * sizeof(uint16_t));
+        continue;
+      }
+      const float* in = op.in + ((sample * op.height + source_y) * op.width + at) * op.in_stride;
+      for (int64_t c = 0; c < op.channels; c += kWidth) nstore(out + c, nload(in + c));
+    }
+    writer.finish(sample, y);
+  }
+  return 0;
+}
+
+}  // namespace IDDPM_ISA
+}  // namespace iddpm
