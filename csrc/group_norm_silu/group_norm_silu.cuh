@@ -29,10 +29,10 @@ struct ForwardWalk {
   }
 };
 
-// Reads V elements for the first time, adds and writes the sum where one is asked for.
+// Adds to V elements of x and writes the sum where one is asked for.
 template <typename T, int V>
-IDDPM_DEVICE Pack<T, V> first_read(const ForwardWalk<T>& w, int64_t i, const float (&bias)[V]) {
-  const Pack<T, V> pack = load_pack<T, V>(w.x.at(i));
+IDDPM_DEVICE Pack<T, V> summed(const Pack<T, V>& pack, const ForwardWalk<T>& w, int64_t i,
+                               const float (&bias)[V]) {
   if (w.sum.data == nullptr) return pack;
   float h[V];
   unpack<T, V>(pack, h);
@@ -68,6 +68,13 @@ __global__ void __launch_bounds__(kGroupNormThreads)
   const Shelf<T, V, kStaged> shelf{reinterpret_cast<Pack<T, V>*>(stage)};
   const bool folded = a.sum.data == nullptr;
 
+  if constexpr (shelf.kAhead) {
+    for (int64_t k = t.team; k < width; k += t.count) {
+      const Walk<const T> x = ForwardWalk<T>(a, n, first + k, V).x;
+      for (int64_t v = t.rank; v < vectors; v += t.size) shelf.fetch(k * vectors + v, x.at(v));
+    }
+    copy_async_wait();
+  }
   float total = 0.0f;
   for (int64_t k = t.team; k < width; k += t.count) {
     const float bias = bias_of(in, n, first + k);
@@ -76,7 +83,9 @@ __global__ void __launch_bounds__(kGroupNormThreads)
     for (int i = 0; i < V; ++i) biases[i] = bias;
     const ForwardWalk<T> w(a, n, first + k, V);
     for (int64_t v = t.rank; v < vectors; v += t.size) {
-      const Pack<T, V> pack = first_read<T, V>(w, v, biases);
+      const Pack<T, V> x =
+          shelf.kAhead ? shelf.get(k * vectors + v, w.x.at(v)) : load_pack<T, V>(w.x.at(v));
+      const Pack<T, V> pack = summed<T, V>(x, w, v, biases);
       shelf.put(k * vectors + v, pack);
       float h[V];
       unpack<T, V>(pack, h);

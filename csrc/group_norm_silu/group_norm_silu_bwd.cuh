@@ -107,6 +107,16 @@ __global__ void __launch_bounds__(kGroupNormThreads, 2)
   const Shelf<T, V, kStaged> shelf_x{reinterpret_cast<Pack<T, V>*>(stage)};
   const Shelf<T, V, kStaged> shelf_dy{shelf_x.slots + width * vectors};
 
+  if constexpr (shelf_x.kAhead) {
+    for (int k = t.team; k < width; k += t.count) {
+      const BackwardWalk<T> w(a, n, first + k, V);
+      for (int64_t v = t.rank; v < vectors; v += t.size) {
+        shelf_x.fetch(k * vectors + v, w.x.at(v));
+        shelf_dy.fetch(k * vectors + v, w.dy.at(v));
+      }
+    }
+    copy_async_wait();
+  }
   for (int base = 0; base < width; base += t.count) {
     const int k = base + t.team;
     float s[3] = {};
@@ -116,10 +126,16 @@ __global__ void __launch_bounds__(kGroupNormThreads, 2)
       const BackwardWalk<T> w(a, n, c, V);
 #pragma unroll 2
       for (int64_t v = t.rank; v < vectors; v += t.size) {
-        const auto x = load_pack<T, V>(w.x.at(v));
-        const auto dy = load_pack<T, V>(w.dy.at(v));
-        shelf_x.put(k * vectors + v, x);
-        shelf_dy.put(k * vectors + v, dy);
+        Pack<T, V> x, dy;
+        if constexpr (shelf_x.kAhead) {
+          x = shelf_x.get(k * vectors + v, nullptr);
+          dy = shelf_dy.get(k * vectors + v, nullptr);
+        } else {
+          x = load_pack<T, V>(w.x.at(v));
+          dy = load_pack<T, V>(w.dy.at(v));
+          shelf_x.put(k * vectors + v, x);
+          shelf_dy.put(k * vectors + v, dy);
+        }
         float h[V], grad[V];
         unpack<T, V>(x, h);
         unpack<T, V>(dy, grad);
