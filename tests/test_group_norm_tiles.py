@@ -120,23 +120,40 @@ def test_no_result_depends_on_the_batch_or_on_how_wide_slices_are(setting, emula
         assert torch.equal(a[1:2], b)
 
 
+def test_wide_slices_that_shared_memory_cannot_hold_change_no_gradient(emulated_cuda):
+    kwargs = call((1, 96, 32, 32, 8), torch.bfloat16, False, 1.0)
+    with emulated_cuda():
+        found = []
+        for blocks in ("BLOCKS=0", "BLOCKS=100000"):
+            with sizes(f"LINE=512,TILE=262144,{blocks}"):
+                found.append(results(kwargs, "cuda"))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 @pytest.mark.parametrize(
-    ("layout", "with_gradient", "chosen"),
+    ("shape", "layout", "differentiated", "chosen"),
     [
-        (torch.contiguous_format, False, "triton"),
-        (torch.contiguous_format, True, "cuda"),
-        (torch.channels_last, False, "cuda"),
+        ((1, 8, 4, 4), torch.contiguous_format, False, "triton"),
+        ((1, 8, 4, 4), torch.contiguous_format, True, "cuda"),
+        ((1, 256, 16, 16), torch.channels_last, False, "triton"),
+        ((1, 256, 16, 16), torch.channels_last, True, "cuda"),
+        ((1, 512, 16, 16), torch.channels_last, False, "cuda"),
+        ((16, 256, 8, 8), torch.channels_last, False, "triton"),
+        ((128, 256, 8, 8), torch.channels_last, False, "cuda"),
     ],
 )
-def test_auto_takes_the_kernel_that_was_measured_to_be_faster(layout, with_gradient, chosen):
+def test_auto_takes_the_kernel_that_was_measured_to_be_faster(
+    shape, layout, differentiated, chosen
+):
     from iddpm_ext.ops import group_norm_silu as package_function
 
     module = sys.modules[package_function.__module__]
-    x = torch.randn(1, 8, 4, 4).contiguous(memory_format=layout)
+    x = torch.randn(shape).contiguous(memory_format=layout)
+    groups = min(32, shape[1])
     with mock.patch.object(module, "unavailable", lambda *_: None):
-        assert module._faster_on_gpu(x, with_gradient) == chosen
+        assert module._faster_on_gpu(x, shape[1], groups, differentiated) == chosen
     with mock.patch.object(module, "unavailable", lambda *_: "absent"):
-        assert module._faster_on_gpu(x, with_gradient) == "cuda"
+        assert module._faster_on_gpu(x, shape[1], groups, differentiated) == "cuda"
     assert chosen in BACKENDS
 
 

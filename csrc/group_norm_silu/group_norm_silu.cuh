@@ -248,15 +248,15 @@ IDDPM_DEVICE float reference_of(const GroupNormInput& in, int n, int head) {
 
 // From a group's moments; the first block of a sample keeps them for the backward pass.
 template <typename T>
-IDDPM_DEVICE GroupMap group_map(const GroupNormSiluArgs& a, const TilePlace& at, int group, int g,
-                                const Moments& m) {
+IDDPM_DEVICE GroupMap group_map(const GroupNormSiluArgs& a, const TilePlan& plan,
+                                const TilePlace& at, int g, const Moments& m) {
   const GroupNormInput& in = a.in;
-  const float reference = reference_of<T>(in, at.n, at.first + g * group);
-  const float total = static_cast<float>(group) * static_cast<float>(in.hw);
+  const float reference = reference_of<T>(in, at.n, at.first + g * plan.group);
+  const float total = static_cast<float>(plan.group) * static_cast<float>(in.hw);
   const float mean = reference + m.mean, rest = m.mean - (mean - reference);
   const float rstd = rsqrtf(fmaxf(divide(m.squares, total), 0.0f) + a.eps);
   if (at.chunk == 0) {
-    const int64_t kept = at.n * in.groups + at.first / group + g;
+    const int64_t kept = at.n * in.groups + plan.by_group.quotient(at.first) + g;
     in.mean[kept] = mean;
     in.rstd[kept] = rstd;
   }
@@ -337,8 +337,8 @@ struct ForwardTile {
   int64_t groups;   // [groups of the slice] maps
   int64_t end;
 
-  IDDPM_HD static ForwardTile of(const TilePlan& plan, int group, int fragment) {
-    const int64_t groups = plan.width / group;
+  IDDPM_HD static ForwardTile of(const TilePlan& plan, int fragment) {
+    const int64_t groups = plan.groups;
     ForwardTile tile{};
     tile.threads = int64_t(16) * plan.slots * plan.threads;
     tile.chunks = tile.threads + int64_t(sizeof(Moments)) * plan.rows * (plan.width / fragment);
@@ -357,15 +357,16 @@ __global__ void __launch_bounds__(kTileThreads, U > 1 ? kTileBlocks : 1)
   const GroupNormInput& in = a.in;
   const TilePlace at(in, plan, V);
   const int n = at.n, c = at.active ? at.channel() : 0;
-  const int group = static_cast<int>(in.c / in.groups), groups = plan.width / group;
+  const int group = plan.group, groups = plan.groups;
   const int pitch = plan.width / U;  // fragments of a row
-  const ForwardTile tile = ForwardTile::of(plan, group, U);
+  const ForwardTile tile = ForwardTile::of(plan, U);
   const Slots<T, V> slots{reinterpret_cast<Pack<T, V>*>(shared) + at.thread, plan.threads};
   Moments* const of_threads = reinterpret_cast<Moments*>(shared + tile.threads);
   Moments* const of_chunks = reinterpret_cast<Moments*>(shared + tile.chunks);
   GroupMap* const of_groups = reinterpret_cast<GroupMap*>(shared + tile.groups);
   Moments* const kept = reinterpret_cast<Moments*>(a.workspace) +
-                        static_cast<int64_t>(n) * plan.chunks * in.groups + at.first / group;
+                        static_cast<int64_t>(n) * plan.chunks * in.groups +
+                        plan.by_group.quotient(at.first);
 
   const bool sums = a.sum.data != nullptr && c < in.c1,
              written = phase == TilePhase::kApply && sums;
@@ -378,7 +379,8 @@ __global__ void __launch_bounds__(kTileThreads, U > 1 ? kTileBlocks : 1)
   load_biases<V>(in, n, c, plan.wide_parameters, bias);
   int of_fragment[F];  // the group in the slice
 #pragma unroll
-  for (int f = 0; f < F; ++f) of_fragment[f] = at.active ? (at.local + f * U) / group : 0;
+  for (int f = 0; f < F; ++f)
+    of_fragment[f] = at.active ? plan.by_group.quotient(at.local + f * U) : 0;
   float reference[F];
 #pragma unroll
   for (int f = 0; f < F; ++f)
@@ -425,7 +427,7 @@ __global__ void __launch_bounds__(kTileThreads, U > 1 ? kTileBlocks : 1)
         if (phase == TilePhase::kSums)
           kept[static_cast<int64_t>(at.chunk) * in.groups + g] = m;
         else
-          of_groups[g] = group_map<T>(a, at, group, g, m);
+          of_groups[g] = group_map<T>(a, plan, at, g, m);
       }
     }
     if (phase == TilePhase::kSums) return;
@@ -442,7 +444,7 @@ __global__ void __launch_bounds__(kTileThreads, U > 1 ? kTileBlocks : 1)
       const int g = base + team;
       const bool known = g < groups;
       const Moments m = combine_chunks(parts + (known ? g : 0), in, plan, step, group, lane);
-      if (known && lane == 0) of_groups[g] = group_map<T>(a, at, group, g, m);
+      if (known && lane == 0) of_groups[g] = group_map<T>(a, plan, at, g, m);
     }
   }
   __syncthreads();
@@ -480,8 +482,7 @@ template <typename T, int U>
 bool launch_tiles(const GroupNormSiluArgs& a, void* stream) {
   constexpr int V = kPackSize<T>;
   const auto kernel = group_norm_tile_kernel<T, U>;
-  const int group = static_cast<int>(a.in.c / a.in.groups);
-  const auto shared = [&](const TilePlan& plan) { return ForwardTile::of(plan, group, U).end; };
+  const auto shared = [](const TilePlan& plan) { return ForwardTile::of(plan, U).end; };
   const TilePlan plan =
       plan_tiles<V>(a.in, sizeof(T), 1, kForwardTile, device_limits(kernel), shared);
   if (plan.width == 0) return false;

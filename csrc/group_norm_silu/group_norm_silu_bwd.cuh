@@ -31,10 +31,9 @@ IDDPM_DEVICE float* batch_sums(const GroupNormSiluBwdArgs& a, int64_t n) {
 
 // Writes what the sums of channel c give at once; weighted[0, 1] are its shares of the group's k1,
 // k2.
-IDDPM_DEVICE void channel_grads(const GroupNormSiluBwdArgs& a, int64_t n, int64_t c, float s1,
-                                float s2, float (&weighted)[2]) {
+IDDPM_DEVICE void channel_grads(const GroupNormSiluBwdArgs& a, int64_t n, int64_t c, float rstd,
+                                float s1, float s2, float (&weighted)[2]) {
   const GroupNormInput& in = a.in;
-  const float rstd = in.rstd[n * in.groups + c / (in.c / in.groups)];
   const float unit = s2 * rstd, gamma = in.weight[c] * factor_of(in, n, c);
   batch_sums(a, n)[c] = s1;
   batch_sums(a, n)[in.c + c] = unit;
@@ -44,10 +43,10 @@ IDDPM_DEVICE void channel_grads(const GroupNormSiluBwdArgs& a, int64_t n, int64_
   weighted[1] = gamma * unit;
 }
 
-IDDPM_DEVICE void channel_bias_grad(const GroupNormSiluBwdArgs& a, int64_t n, int64_t c, float s1,
-                                    float s3, float k1, float k2) {
+IDDPM_DEVICE void channel_bias_grad(const GroupNormSiluBwdArgs& a, int64_t n, int64_t c, float rstd,
+                                    float s1, float s3, float k1, float k2) {
   if (!a.dchannel_bias || c >= a.in.c1) return;
-  const float gain = saved_map(a.in, n, c).gain;
+  const float gain = a.in.weight[c] * factor_of(a.in, n, c) * rstd;
   a.dchannel_bias[n * a.in.c1 + c] = (gain * s1 - static_cast<float>(a.in.hw) * k1) - k2 * s3;
 }
 
@@ -160,6 +159,7 @@ __global__ void __launch_bounds__(kGroupNormThreads, 2)
   }
   __syncthreads();
 
+  const float rstd = in.rstd[n * in.groups + g];
   float share1 = 0.0f, share2 = 0.0f;
   for (int k = thread; k < width; k += kGroupNormThreads) {
     float* const mine = sums + k * pieces * 3;
@@ -167,15 +167,16 @@ __global__ void __launch_bounds__(kGroupNormThreads, 2)
 #pragma unroll
       for (int j = 0; j < 3; ++j) mine[j] += mine[piece * 3 + j];
     float weighted[2];
-    channel_grads(a, n, first + k, mine[0], mine[1], weighted);
+    channel_grads(a, n, first + k, rstd, mine[0], mine[1], weighted);
     share1 += weighted[0];
     share2 += weighted[1];
   }
-  const float count = static_cast<float>(width * in.hw), rstd = in.rstd[n * in.groups + g];
+  const float count = static_cast<float>(width * in.hw);
   const float k1 = rstd * divide(block_sum(share1, scratch), count);
   const float k2 = rstd * rstd * divide(block_sum(share2, scratch), count);
   for (int k = thread; k < width; k += kGroupNormThreads)
-    channel_bias_grad(a, n, first + k, sums[k * pieces * 3], sums[k * pieces * 3 + 2], k1, k2);
+    channel_bias_grad(a, n, first + k, rstd, sums[k * pieces * 3], sums[k * pieces * 3 + 2], k1,
+                      k2);
 
   for (int64_t k = t.team; k < width; k += t.count) {
     const int64_t c = first + k;
@@ -251,7 +252,7 @@ __global__ void __launch_bounds__(kTileThreads, 1)
   const GroupNormInput& in = a.in;
   const TilePlace at(in, plan, V);
   const int n = at.n, c = at.active ? at.channel() : 0, width = plan.width;
-  const int group = static_cast<int>(in.c / in.groups);
+  const int group = plan.group;
   const bool adds = a.dsum.data != nullptr && phase != TilePhase::kSums;
   const BackwardTile tile = BackwardTile::of(plan, V, a.dsum.data ? 3 : 2);
   const Slots<T, V> x{reinterpret_cast<Pack<T, V>*>(shared) + at.thread, plan.threads};
@@ -269,7 +270,7 @@ __global__ void __launch_bounds__(kTileThreads, 1)
   float gain[V], offset[V], centre[V];
   load_modulation<V>(in, n, c, plan.wide_parameters, gain, offset);
   load_biases<V>(in, n, c, plan.wide_parameters, centre);
-  const int g = c / group;
+  const int g = plan.by_group.quotient(c);
   const float* mean = in.mean + n * in.groups + g;
   const float* rstd = in.rstd + n * in.groups + g;
   float group_mean = *mean, group_rstd = *rstd;
@@ -327,8 +328,10 @@ __global__ void __launch_bounds__(kTileThreads, 1)
       const float* const column = parts + j * tile.parts * width + (k - j * width);
       float sum = 0.0f;
       if (tile.shuffled || tile.parts < kQuad)
+#pragma unroll 4
         for (int i = 0; i < tile.parts; ++i) sum += column[i * width];
       else
+#pragma unroll 2
         for (int i = 0; i < tile.parts; i += kQuad)
           sum += (column[i * width] + column[(i + 1) * width]) +
                  (column[(i + 2) * width] + column[(i + 3) * width]);
@@ -337,6 +340,7 @@ __global__ void __launch_bounds__(kTileThreads, 1)
       else if (!plan.cluster)
         inbox[k] = sum;
       else
+#pragma unroll 2
         for (int rank = 0; rank < plan.chunks; ++rank)
           cluster_store(inbox + at.chunk * 3 * width + k, rank, sum);
     }
@@ -361,33 +365,36 @@ __global__ void __launch_bounds__(kTileThreads, 1)
   // In `parts`, which all have read: the channels' shares of their group's sums, then k1 and k2.
   for (int k = at.thread; k < width; k += plan.threads) {
     float sum[3] = {};
+#pragma unroll 4
     for (int i = 0; i < tile.inbox; ++i)
 #pragma unroll
       for (int j = 0; j < 3; ++j) sum[j] += inbox[(i * 3 + j) * width + k];
 #pragma unroll
     for (int j = 0; j < 3; ++j) totals[j * width + k] = sum[j];
     const int channel = at.first + k;
-    const float unit = sum[1] * in.rstd[n * in.groups + channel / group];
-    const float gamma = in.weight[channel] * factor_of(in, n, channel);
-    parts[k] = gamma * sum[0];
-    parts[width + k] = gamma * unit;
+    const float rstd = in.rstd[n * in.groups + plan.by_group.quotient(channel)];
     if (at.chunk == 0) {
       float weighted[2];
-      channel_grads(a, n, channel, sum[0], sum[1], weighted);
+      channel_grads(a, n, channel, rstd, sum[0], sum[1], weighted);
     }
+    const float gamma = in.weight[channel] * factor_of(in, n, channel);
+    parts[k] = gamma * sum[0];
+    parts[width + k] = gamma * (sum[1] * rstd);
   }
   __syncthreads();
   for (int k = at.thread; k < width; k += plan.threads) {
-    const int head = k / group * group, channel = at.first + k;
+    const int head = plan.by_group.quotient(k) * group, channel = at.first + k;
     float share1 = 0.0f, share2 = 0.0f;
+#pragma unroll 4
     for (int i = head; i < head + group; ++i) {
       share1 += parts[i];
       share2 += parts[width + i];
     }
     const float count = static_cast<float>(group) * static_cast<float>(in.hw);
-    const float rstd = in.rstd[n * in.groups + channel / group];
+    const float rstd = in.rstd[n * in.groups + plan.by_group.quotient(channel)];
     const float k1 = rstd * divide(share1, count), k2 = rstd * rstd * divide(share2, count);
-    if (at.chunk == 0) channel_bias_grad(a, n, channel, totals[k], totals[2 * width + k], k1, k2);
+    if (at.chunk == 0)
+      channel_bias_grad(a, n, channel, rstd, totals[k], totals[2 * width + k], k1, k2);
     // Where only this thread has read or will read before the barrier.
     totals[k] = k1;
     totals[width + k] = k2;

@@ -28,8 +28,27 @@ constexpr int64_t kTileFewBlocks = 66;
 
 enum class TilePhase : int { kResident, kSums, kApply };
 
+// x / by for 0 <= x < 2^31, without the twenty instructions of a division.
+struct Divisor {
+  uint32_t times;
+  int shift;
+
+  static Divisor of(int64_t by) {
+    int shift = 0;
+    while ((int64_t(1) << shift) < by) ++shift;
+    const uint64_t rest = (uint64_t(1) << shift) - static_cast<uint64_t>(by);
+    return {static_cast<uint32_t>((rest << 32) / static_cast<uint64_t>(by) + 1), shift};
+  }
+  IDDPM_DEVICE int quotient(int x) const {
+    const uint32_t y = static_cast<uint32_t>(x);
+    return static_cast<int>((static_cast<uint32_t>((static_cast<uint64_t>(y) * times) >> 32) + y) >>
+                            shift);
+  }
+};
+
 struct TilePlan {
   int width, slices;   // channels of a slice; slices of a sample
+  int group, groups;   // channels of a group; groups of a slice
   int chunks, pixels;  // of a sample; pixels of a chunk, the last ones may have fewer
   int rows, row_bits;  // a power of two
   int threads;
@@ -37,6 +56,7 @@ struct TilePlan {
   bool cluster;  // whether the chunks of a slice are a cluster, of one block where there is one
                  // chunk
   bool split;
+  Divisor by_chunks, by_slices, by_columns, by_group;  // columns: threads of a row
   bool wide_parameters;  // whether four neighbours of a row of parameters move at once
 };
 
@@ -49,14 +69,13 @@ struct TilePlace {
   int count;  // the thread's own pixels
 
   IDDPM_DEVICE TilePlace(const GroupNormInput& in, const TilePlan& plan, int vector) {
-    const int unit = static_cast<int>(blockIdx.x) / plan.chunks;
+    const int unit = plan.by_chunks.quotient(static_cast<int>(blockIdx.x));
     chunk = static_cast<int>(blockIdx.x) - unit * plan.chunks;
-    n = unit / plan.slices;
+    n = plan.by_slices.quotient(unit);
     first = (unit - n * plan.slices) * plan.width;
     thread = static_cast<int>(threadIdx.x);
-    const int columns = plan.width / vector;
-    row = thread / columns;
-    local = (thread - row * columns) * vector;
+    row = plan.by_columns.quotient(thread);
+    local = thread * vector - row * plan.width;
     active = row < plan.rows;
     begin = chunk * plan.pixels;
     pixels = chunk_pixels(in, plan, chunk);
@@ -168,7 +187,7 @@ inline bool four_at_once(const float* p, int64_t stride) {
 
 // How to cut images of `bytes` bytes an element, of which a block keeps `tensors` in tiles of about
 // `tile_bytes` each; of width 0 if they cannot be cut. shared(plan) says how much shared memory the
-// kernel takes with a plan of which all but `slices` and `wide_parameters` is known.
+// kernel takes with a plan.
 //
 // Rows are few, and pixels many, because what a thread does but once (its place, its channels'
 // parameters, its part in the sums) is as many instructions as fifteen of its pixels.
@@ -198,6 +217,9 @@ TilePlan plan_tiles(const GroupNormInput& in, int64_t bytes, int tensors, int64_
   const auto cut = [&](int64_t w, int64_t chunks, int64_t pixels, bool split) {
     TilePlan found{};
     found.width = static_cast<int>(w);
+    found.slices = static_cast<int>(in.c / w);
+    found.group = static_cast<int>(group);
+    found.groups = static_cast<int>(w / group);
     found.chunks = static_cast<int>(chunks);
     found.pixels = static_cast<int>(pixels);
     found.rows = static_cast<int>(rows);
@@ -206,6 +228,10 @@ TilePlan plan_tiles(const GroupNormInput& in, int64_t bytes, int tensors, int64_
     found.slots = static_cast<int>((pixels + rows - 1) / rows);
     found.split = split;
     found.cluster = !split && chunks > 1;
+    found.by_chunks = Divisor::of(chunks);
+    found.by_slices = Divisor::of(found.slices);
+    found.by_columns = Divisor::of(w / V);
+    found.by_group = Divisor::of(group);
     return found;
   };
   const auto has_room = [&](const TilePlan& p) { return shared(p) <= limits.shared_bytes; };
@@ -231,12 +257,10 @@ TilePlan plan_tiles(const GroupNormInput& in, int64_t bytes, int tensors, int64_
   // Few images: narrower slices, so that they spread over the multiprocessors.
   const int64_t blocks = tile_setting("BLOCKS", kTileFewBlocks);
   for (int64_t w = width; w >= unit; w -= unit) {
-    if (!fits(w) || w * bytes < kTileNarrow || in.n * (in.c / plan.width) * plan.chunks >= blocks)
-      continue;
+    if (!fits(w) || w * bytes < kTileNarrow || in.n * plan.slices * plan.chunks >= blocks) continue;
     const TilePlan narrower = cut(w, plan.chunks, plan.pixels, plan.split);
     if (has_room(narrower)) plan = narrower;
   }
-  plan.slices = static_cast<int>(in.c / plan.width);
   plan.wide_parameters = four_at_once(in.channel_bias, in.channel_bias_stride) &&
                          four_at_once(in.weight, 0) && four_at_once(in.bias, 0) &&
                          four_at_once(in.scale, in.scale_stride) &&
