@@ -162,11 +162,11 @@ IDDPM_DEVICE float lanes_sum(float x) {
 // `pitch` from one row to the next. The lanes share the rows.
 IDDPM_DEVICE Moments combine_threads(const Moments* parts, const TilePlan& plan, int pixels,
                                      int pitch, int across, int fragment, int lane) {
-  const int least = pixels >> plan.row_bits, longer = pixels - (least << plan.row_bits);
+  const int least = pixels >> plan.sum_bits, longer = pixels - (least << plan.sum_bits);
   const float total = static_cast<float>(pixels * across * fragment);
   float sum = 0.0f;
 #pragma unroll 2
-  for (int row = lane; row < plan.rows; row += kMomentLanes) {
+  for (int row = lane; row < plan.sum_rows; row += kMomentLanes) {
     const float count = static_cast<float>((least + (row < longer)) * fragment);
 #pragma unroll 1
     for (int f = 0; f < across; ++f) sum += count * parts[row * pitch + f].mean;
@@ -174,7 +174,7 @@ IDDPM_DEVICE Moments combine_threads(const Moments* parts, const TilePlan& plan,
   const float mean = pixels > 0 ? divide(lanes_sum(sum), total) : lanes_sum(sum);
   float squares = 0.0f;
 #pragma unroll 2
-  for (int row = lane; row < plan.rows; row += kMomentLanes) {
+  for (int row = lane; row < plan.sum_rows; row += kMomentLanes) {
     const float count = static_cast<float>((least + (row < longer)) * fragment);
 #pragma unroll 1
     for (int f = 0; f < across; ++f) {
@@ -341,7 +341,7 @@ struct ForwardTile {
     const int64_t groups = plan.groups;
     ForwardTile tile{};
     tile.threads = int64_t(16) * plan.slots * plan.threads;
-    tile.chunks = tile.threads + int64_t(sizeof(Moments)) * plan.rows * (plan.width / fragment);
+    tile.chunks = tile.threads + int64_t(sizeof(Moments)) * plan.sum_rows * (plan.width / fragment);
     tile.groups =
         tile.chunks + int64_t(sizeof(Moments)) * groups * (plan.cluster ? plan.chunks : 0);
     tile.end = tile.groups + int64_t(sizeof(GroupMap)) * groups;
@@ -398,11 +398,17 @@ __global__ void __launch_bounds__(kTileThreads, U > 1 ? kTileBlocks : 1)
   const int lane = at.thread % kMomentLanes, team = at.thread / kMomentLanes;
   const int teams = plan.threads / kMomentLanes;
   if (phase != TilePhase::kApply) {
-    Moments mine[F];
-    thread_moments<T, V, U>(slots, at.count, bias, reference, mine);
-    if (at.active)
+    const int bits = plan.sum_bits - plan.row_bits, folds = 1 << bits;
+#pragma unroll 1
+    for (int fold = 0; fold < folds; ++fold) {
+      Moments mine[F];
+      const Slots<T, V> own{slots.mine + fold * slots.step, slots.step << bits};
+      thread_moments<T, V, U>(own, (at.count - fold + folds - 1) >> bits, bias, reference, mine);
+      Moments* const target = of_threads + (at.row + fold * plan.rows) * pitch + at.local / U;
+      if (at.active)
 #pragma unroll
-      for (int f = 0; f < F; ++f) of_threads[at.row * pitch + at.local / U + f] = mine[f];
+        for (int f = 0; f < F; ++f) target[f] = mine[f];
+    }
   }
   // On their way while the threads meet.
   float gain[V], offset[V];
@@ -484,7 +490,7 @@ bool launch_tiles(const GroupNormSiluArgs& a, void* stream) {
   const auto kernel = group_norm_tile_kernel<T, U>;
   const auto shared = [](const TilePlan& plan) { return ForwardTile::of(plan, U).end; };
   const TilePlan plan =
-      plan_tiles<V>(a.in, sizeof(T), 1, kForwardTile, device_limits(kernel), shared);
+      plan_tiles<V>(a.in, sizeof(T), 1, kForwardTile, true, device_limits(kernel), shared);
   if (plan.width == 0) return false;
   const int64_t bytes = shared(plan);
   if (!grant_shared(kernel, bytes - kGroupNormStatic)) return false;

@@ -482,7 +482,7 @@ bool launch_bwd_tiles(const GroupNormSiluBwdArgs& a, void* stream) {
     return BackwardTile::of(plan, V, tensors).bytes(plan.width);
   };
   const TilePlan plan =
-      plan_tiles<V>(a.in, sizeof(T), tensors, kBackwardTile, device_limits(kernel), shared);
+      plan_tiles<V>(a.in, sizeof(T), tensors, kBackwardTile, false, device_limits(kernel), shared);
   if (plan.width == 0) return false;
   const int64_t bytes = shared(plan);
   if (!grant_shared(kernel, bytes - kGroupNormStatic)) return false;

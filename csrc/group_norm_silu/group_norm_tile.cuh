@@ -9,8 +9,9 @@
 //   in a cluster    each block writes its own into every block's shared memory, one barrier follows
 //   or split        where the sample is too large for a cluster, or the device has none: a first
 //                   launch writes them to the workspace, a second one reads the tile again
-// and add them in the order of the chunks. Chunks and rows depend on the shape alone, so no result
-// depends on the batch; how many channels a slice has does, and changes no sum.
+// and add them in the order of the chunks. Chunks, and the rows that have sums of their own, depend
+// on the shape alone, so no result depends on the batch; how many such rows a thread has and how
+// many channels a slice has do, and change no sum.
 #pragma once
 
 #include "group_norm_silu/group_norm_cuda.cuh"
@@ -25,6 +26,8 @@ constexpr int kTilePixels = 8, kTileLeastRows = 4;
 constexpr int64_t kTileLine = 96, kTileNarrow = 32;
 // Half a Hopper's multiprocessors: fewer blocks are too few.
 constexpr int64_t kTileFewBlocks = 66;
+// Times as many threads: eight warps for every multiprocessor.
+constexpr int64_t kTileFewThreads = 512;
 
 enum class TilePhase : int { kResident, kSums, kApply };
 
@@ -47,10 +50,11 @@ struct Divisor {
 };
 
 struct TilePlan {
-  int width, slices;   // channels of a slice; slices of a sample
-  int group, groups;   // channels of a group; groups of a slice
-  int chunks, pixels;  // of a sample; pixels of a chunk, the last ones may have fewer
-  int rows, row_bits;  // a power of two
+  int width, slices;       // channels of a slice; slices of a sample
+  int group, groups;       // channels of a group; groups of a slice
+  int chunks, pixels;      // of a sample; pixels of a chunk, the last ones may have fewer
+  int rows, row_bits;      // a power of two
+  int sum_rows, sum_bits;  // rows that have sums of their own, one or two of a thread
   int threads;
   int slots;     // pixels of a thread at most
   bool cluster;  // whether the chunks of a slice are a cluster, of one block where there is one
@@ -186,14 +190,14 @@ inline bool four_at_once(const float* p, int64_t stride) {
 }
 
 // How to cut images of `bytes` bytes an element, of which a block keeps `tensors` in tiles of about
-// `tile_bytes` each; of width 0 if they cannot be cut. shared(plan) says how much shared memory the
-// kernel takes with a plan.
+// `tile_bytes` each; of width 0 if they cannot be cut. `folds` says whether a thread can have two
+// rows that have sums of their own, shared(plan) how much shared memory the kernel takes.
 //
 // Rows are few, and pixels many, because what a thread does but once (its place, its channels'
 // parameters, its part in the sums) is as many instructions as fifteen of its pixels.
 template <int V, typename Shared>
 TilePlan plan_tiles(const GroupNormInput& in, int64_t bytes, int tensors, int64_t tile_bytes,
-                    const DeviceLimits& limits, Shared shared) {
+                    bool folds, const DeviceLimits& limits, Shared shared) {
   TilePlan plan{};
   const int64_t group = in.c / in.groups;
   int64_t unit = group;
@@ -205,6 +209,9 @@ TilePlan plan_tiles(const GroupNormInput& in, int64_t bytes, int tensors, int64_
          (rows < kTileLeastRows || rows * kTilePixels < in.hw) &&
          2 * rows * (unit / V) <= kTileThreads)
     rows *= 2;
+  // Sums depend on the shape alone; how many threads share them, on the batch too.
+  const bool halves = folds && 2 * rows <= in.hw && 2 * rows * (unit / V) <= kTileThreads;
+  const int64_t sum_rows = halves ? 2 * rows : rows;
 
   const int64_t line = tile_setting("LINE", kTileLine);
   const auto fits = [&](int64_t width) {
@@ -224,6 +231,8 @@ TilePlan plan_tiles(const GroupNormInput& in, int64_t bytes, int tensors, int64_
     found.pixels = static_cast<int>(pixels);
     found.rows = static_cast<int>(rows);
     while ((1 << found.row_bits) < found.rows) ++found.row_bits;
+    found.sum_rows = static_cast<int>(sum_rows);
+    while ((1 << found.sum_bits) < found.sum_rows) ++found.sum_bits;
     found.threads = static_cast<int>((w / V * rows + 31) / 32 * 32);
     found.slots = static_cast<int>((pixels + rows - 1) / rows);
     found.split = split;
@@ -242,8 +251,10 @@ TilePlan plan_tiles(const GroupNormInput& in, int64_t bytes, int tensors, int64_
   tile_bytes = tile_setting("TILE", tile_bytes) * tensors;
   const int64_t most = limits.clusters ? tile_setting("CLUSTER", kTileCluster) : 1;
   int64_t chunks = 1;
-  const auto pixels_of = [&](int64_t n) { return ((in.hw + n - 1) / n + rows - 1) / rows * rows; };
-  while (2 * chunks <= most && pixels_of(chunks) > rows &&
+  const auto pixels_of = [&](int64_t n) {
+    return ((in.hw + n - 1) / n + sum_rows - 1) / sum_rows * sum_rows;
+  };
+  while (2 * chunks <= most && pixels_of(chunks) > sum_rows &&
          (pixels_of(chunks) * pixel > tile_bytes ||
           !has_room(cut(width, chunks, pixels_of(chunks), false))))
     chunks *= 2;
@@ -254,8 +265,17 @@ TilePlan plan_tiles(const GroupNormInput& in, int64_t bytes, int tensors, int64_
     if (!has_room(plan)) return TilePlan{};
   }
 
-  // Few images: narrower slices, so that they spread over the multiprocessors.
+  // Few images: more threads, and narrower slices, so that they spread over the multiprocessors.
   const int64_t blocks = tile_setting("BLOCKS", kTileFewBlocks);
+  if (in.n * (in.c / V) * rows * plan.chunks < blocks * kTileFewThreads &&
+      width / V * sum_rows <= kTileThreads) {
+    rows = sum_rows;
+    const TilePlan more = cut(width, plan.chunks, plan.pixels, plan.split);
+    if (has_room(more))
+      plan = more;
+    else
+      rows = plan.rows;
+  }
   for (int64_t w = width; w >= unit; w -= unit) {
     if (!fits(w) || w * bytes < kTileNarrow || in.n * plan.slices * plan.chunks >= blocks) continue;
     const TilePlan narrower = cut(w, plan.chunks, plan.pixels, plan.split);
