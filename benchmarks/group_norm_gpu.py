@@ -8,7 +8,6 @@ the same state: 2 images in the forward pass, 3 in the backward pass.
 
 The parts, in order of value, stop at --budget-s:
     forward, backward   ours, Triton's and PyTorch's
-    settings            how the CUDA kernel cuts its tiles, forward and backward (IDDPM_GN_*)
     extras              scale-shift, sums, float32, NCHW
     compile             torch.compile on a few shapes
 """
@@ -17,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -25,7 +23,6 @@ from dataclasses import asdict, dataclass, replace
 from itertools import cycle
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -44,16 +41,7 @@ BATCHES = (128, 1, 16)
 GROUPS = 32
 OURS = ("cuda", "triton")
 EAGER, COMPILED, COPY = "eager", "compile", "copy"
-# Ways to cut tiles: group_norm_tile.cuh.
-FORWARD_SETTINGS = (
-    *("ROWS=16", "ROWS=16,TILE=16384", "TILE=16384", "TILE=65536", "LINE=256"),
-    *("BLOCKS=0", "BLOCKS=132", "BLOCKS=264,TILE=16384", "NARROW=64", "CLUSTER=4", "CLUSTER=1"),
-)
-BACKWARD_SETTINGS = (
-    *("ROWS=16", "ROWS=16,TILE=16384", "TILE=16384", "TILE=65536", "LINE=256"),
-    *("BLOCKS=0", "BLOCKS=132", "NARROW=64", "CLUSTER=4", "CLUSTER=1"),
-)
-PARTS = ("forward", "backward", "settings", "extras", "compile")
+PARTS = ("forward", "backward", "extras", "compile")
 
 
 @dataclass(frozen=True)
@@ -162,14 +150,6 @@ def with_gradient(function: Callable[..., Any], kwargs: dict[str, Any], dy: Tens
 
 
 @contextlib.contextmanager
-def setting(text: str) -> Iterator[None]:
-    """IDDPM_GN_* as "TILE=16384,CLUSTER=4" says."""
-    pairs = dict(pair.split("=") for pair in text.split(",") if pair)
-    with mock.patch.dict(os.environ, {f"IDDPM_GN_{k}": v for k, v in pairs.items()}):
-        yield
-
-
-@contextlib.contextmanager
 def poisoned() -> Iterator[None]:
     """Uninitialised memory is NaN."""
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -178,12 +158,6 @@ def poisoned() -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(False)
-
-
-def split(variant: str) -> tuple[str, str]:
-    """ "cuda TILE=16384" -> ("cuda", "TILE=16384")."""
-    name, _, text = variant.partition(" ")
-    return name, text
 
 
 def function_of(name: str, compiled: dict[str, Callable]) -> Callable[..., Any]:
@@ -197,18 +171,16 @@ def results(
     call: Call, what: str, variant: str, kwargs: dict[str, Any], dy: Tensor, compiled: dict
 ) -> list[Tensor]:
     """Everything a variant computes."""
-    name, text = split(variant)
-    function = function_of(name, compiled)
-    with setting(text):
-        if what == "forward":
-            with torch.no_grad():
-                y = function(**kwargs)
-            return list(y) if isinstance(y, tuple) else [y]
-        leaves = {
-            k: v.detach().requires_grad_(True) if isinstance(v, Tensor) else v
-            for k, v in kwargs.items()
-        }
-        return with_gradient(function, leaves, dy)
+    function = function_of(variant, compiled)
+    if what == "forward":
+        with torch.no_grad():
+            y = function(**kwargs)
+        return list(y) if isinstance(y, tuple) else [y]
+    leaves = {
+        k: v.detach().requires_grad_(True) if isinstance(v, Tensor) else v
+        for k, v in kwargs.items()
+    }
+    return with_gradient(function, leaves, dy)
 
 
 def relative(found: list[Tensor], exact: list[Tensor]) -> float:
@@ -230,11 +202,10 @@ def check(
     allowed = (2.0 if call.sums else 1.25) * relative(rounded, exact) + 4e-6
     found: dict[str, tuple[float, bool, str]] = {}
     for variant in variants:
-        name, _ = split(variant)
-        with poisoned() if name in OURS else contextlib.nullcontext():
+        with poisoned() if variant in OURS else contextlib.nullcontext():
             mine = results(call, what, variant, kwargs, dy, compiled)
         error, note = relative(mine, exact), ""
-        if name in OURS:
+        if variant in OURS:
             again = results(call, what, variant, kwargs, dy, compiled)
             if not all(torch.equal(a, b) for a, b in zip(mine, again, strict=True)):
                 note = "not repeatable"
@@ -266,26 +237,24 @@ def timed(
     gradients = [torch.randn_like(kwargs["x"]) for kwargs in inputs]
 
     def repeated(variant: str) -> Callable[[], Any]:
-        name, text = split(variant)
-        function, turn = function_of(name, compiled), cycle(range(sets))
+        function, turn = function_of(variant, compiled), cycle(range(sets))
         kept: list[Any] = [None] * sets
-        if what == "backward" and name in OURS:
-            saved = [_saved(name, kwargs, text) for kwargs in inputs]
+        if what == "backward" and variant in OURS:
+            saved = [_saved(variant, kwargs) for kwargs in inputs]
 
         def run() -> None:
             i = next(turn)
-            with setting(text):
-                if what == "forward":
-                    with torch.no_grad():
-                        kept[i] = function(**inputs[i])
-                elif name in OURS:
-                    kept[i] = _backward(name, inputs[i], saved[i], gradients[i])
-                else:
-                    leaves = {
-                        k: v.detach().requires_grad_(True) if isinstance(v, Tensor) else v
-                        for k, v in inputs[i].items()
-                    }
-                    kept[i] = with_gradient(function, leaves, gradients[i])
+            if what == "forward":
+                with torch.no_grad():
+                    kept[i] = function(**inputs[i])
+            elif variant in OURS:
+                kept[i] = _backward(variant, inputs[i], saved[i], gradients[i])
+            else:
+                leaves = {
+                    k: v.detach().requires_grad_(True) if isinstance(v, Tensor) else v
+                    for k, v in inputs[i].items()
+                }
+                kept[i] = with_gradient(function, leaves, gradients[i])
 
         return run
 
@@ -301,10 +270,10 @@ def timed(
     return interleave_graphs(calls, rounds=rounds, calls=sets, milliseconds=1.0)
 
 
-def _saved(backend: str, kwargs: dict[str, Any], text: str) -> tuple[Tensor, ...]:
+def _saved(backend: str, kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
     # What the forward pass keeps for the backward pass: what was normalised, mean and 1 / deviation.
     call = {"scale": None, "shift": None, "residual": None, "channel_bias": None, **kwargs}
-    with setting(text), torch.no_grad():
+    with torch.no_grad():
         _, total, mean, rstd = torch.ops.iddpm_ext.group_norm_silu(
             call["x"], None, call["residual"], call["channel_bias"], call["weight"], call["bias"],
             call["scale"], call["shift"], GROUPS, 1e-5, True, "residual" in kwargs, backend,
@@ -358,9 +327,9 @@ def measure(
                 copy_us=copy_us,
                 times_copy=numbers["median_ms"] / copy_us,
                 error=error,
-                correct=correct if split(variant)[0] in OURS else None,
+                correct=correct if variant in OURS else None,
             )
-            if note or (split(variant)[0] in OURS and not correct):
+            if note or (variant in OURS and not correct):
                 print(f"{call.label} {what} {variant}: WRONG {note} error {error:.2e}", flush=True)
 
 
@@ -377,12 +346,6 @@ def jobs(parts: list[str], quick: bool) -> Iterator[tuple[Call, str, tuple[str, 
         if what in parts:
             for call in calls:
                 yield call, what, states(call), [*OURS, EAGER]
-    if "settings" in parts:
-        for what, settings in (("forward", FORWARD_SETTINGS), ("backward", BACKWARD_SETTINGS)):
-            variants = ["cuda", *(f"cuda {text}" for text in settings)]
-            for call in calls:
-                if call.n != 16:
-                    yield call, what, states(call), variants
     if "extras" in parts:
         for what in ("forward", "backward"):
             for n in batches[:2]:
@@ -407,7 +370,7 @@ def line(row: Row) -> str:
     flag = "  WRONG" if row.correct is False else ""
     one_way = f"{2 * row.times_copy * 1.5:6.2f} one-way" if row.what == "backward" else ""
     return (
-        f"{row.call:36} {row.what:8} {row.state:4} {row.variant:28} {row.median_us:8.2f} us "
+        f"{row.call:36} {row.what:8} {row.state:4} {row.variant:8} {row.median_us:8.2f} us "
         f"{row.times_copy:6.2f} x copy {one_way} {row.error or 0:.1e}{flag}"
     )
 
@@ -443,8 +406,7 @@ def main() -> int:
             continue
         if args.check_only:
             for variant, (error, correct, note) in check(call, what, variants, compiled).items():
-                mine = split(variant)[0] in OURS
-                wrong += mine and not correct
+                wrong += variant in OURS and not correct
                 print(f"{call.label} {what} {variant}: {error:.1e} {correct} {note}", flush=True)
             continue
         found = list(measure(call, what, states, variants, args.rounds, compiled))

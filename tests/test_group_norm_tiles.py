@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -23,7 +26,10 @@ REASON = toolchain.absence() or _native.cpu_absence()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"no emulator: {REASON}")
 
 # Clusters of all sizes; no clusters, so that what does not fit one block is read twice; narrow slices.
-SETTINGS = ("", "TILE=4096", "TILE=4096,CLUSTER=1", "TILE=2048,ROWS=8", "BLOCKS=100000", "LINE=256")
+SETTINGS = (
+    *("", "TILE=4096", "TILE=4096,CLUSTER=1", "TILE=2048,ROWS=8", "TILE=1024,ROWS=32"),
+    *("BLOCKS=100000", "LINE=256"),
+)
 # Widths of a group that divide a thread's channels, are divided by them, and neither; odd sizes; a
 # sample that does not fit one block.
 SHAPES = (
@@ -34,6 +40,14 @@ SHAPES = (
     (2, 40, 13, 20, 2),
     (1, 64, 40, 64, 8),
 )
+
+
+@contextlib.contextmanager
+def sizes(text: str) -> Iterator[None]:
+    """The sizes that the launchers decide, as "TILE=4096,CLUSTER=1" says."""
+    pairs = dict(pair.split("=") for pair in text.split(",") if pair)
+    with mock.patch.dict(os.environ, {f"CUDA_EMU_{k}": v for k, v in pairs.items()}):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +102,7 @@ def test_every_way_to_cut_images_agrees_with_float64(shape, dtype, emulated_cuda
         exact = results(kwargs, "reference", torch.float64)
         yardstick = errors(results(kwargs, "reference"), exact)
         for setting in SETTINGS:
-            with emulated_cuda(), group_norm_gpu.setting(setting):
+            with emulated_cuda(), sizes(setting):
                 found = errors(results(kwargs, "cuda"), exact)
             assert all(a <= 2 * b + 2e-6 for a, b in zip(found, yardstick, strict=True)), setting
 
@@ -98,31 +112,48 @@ def test_no_result_depends_on_the_batch_or_on_how_wide_slices_are(setting, emula
     kwargs = call((3, 128, 16, 16, 32), torch.bfloat16, True, 1.0)
     second = {k: v[1:2] if isinstance(v, Tensor) and v.ndim > 1 else v for k, v in kwargs.items()}
     with emulated_cuda():
-        with group_norm_gpu.setting(",".join(filter(None, (setting, "BLOCKS=0")))):
+        with sizes(",".join(filter(None, (setting, "BLOCKS=0")))):
             together = op(**kwargs, backend="cuda")
-        with group_norm_gpu.setting(",".join(filter(None, (setting, "BLOCKS=100000")))):
+        with sizes(",".join(filter(None, (setting, "BLOCKS=100000")))):
             alone = op(**second, backend="cuda")
     for a, b in zip(together, alone, strict=True):
         assert torch.equal(a[1:2], b)
 
 
+def test_wide_slices_that_shared_memory_cannot_hold_change_no_gradient(emulated_cuda):
+    kwargs = call((1, 96, 32, 32, 8), torch.bfloat16, False, 1.0)
+    with emulated_cuda():
+        found = []
+        for blocks in ("BLOCKS=0", "BLOCKS=100000"):
+            with sizes(f"LINE=512,TILE=262144,{blocks}"):
+                found.append(results(kwargs, "cuda"))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 @pytest.mark.parametrize(
-    ("layout", "with_gradient", "chosen"),
+    ("shape", "layout", "differentiated", "chosen"),
     [
-        (torch.contiguous_format, False, "triton"),
-        (torch.contiguous_format, True, "cuda"),
-        (torch.channels_last, False, "cuda"),
+        ((1, 8, 4, 4), torch.contiguous_format, False, "triton"),
+        ((1, 8, 4, 4), torch.contiguous_format, True, "cuda"),
+        ((1, 256, 16, 16), torch.channels_last, False, "triton"),
+        ((1, 256, 16, 16), torch.channels_last, True, "cuda"),
+        ((1, 512, 16, 16), torch.channels_last, False, "cuda"),
+        ((16, 256, 8, 8), torch.channels_last, False, "triton"),
+        ((128, 256, 8, 8), torch.channels_last, False, "cuda"),
     ],
 )
-def test_auto_takes_the_kernel_that_was_measured_to_be_faster(layout, with_gradient, chosen):
+def test_auto_takes_the_kernel_that_was_measured_to_be_faster(
+    shape, layout, differentiated, chosen
+):
     from iddpm_ext.ops import group_norm_silu as package_function
 
     module = sys.modules[package_function.__module__]
-    x = torch.randn(1, 8, 4, 4).contiguous(memory_format=layout)
+    x = torch.randn(shape).contiguous(memory_format=layout)
+    groups = min(32, shape[1])
     with mock.patch.object(module, "unavailable", lambda *_: None):
-        assert module._faster_on_gpu(x, with_gradient) == chosen
+        assert module._faster_on_gpu(x, shape[1], groups, differentiated) == chosen
     with mock.patch.object(module, "unavailable", lambda *_: "absent"):
-        assert module._faster_on_gpu(x, with_gradient) == "cuda"
+        assert module._faster_on_gpu(x, shape[1], groups, differentiated) == "cuda"
     assert chosen in BACKENDS
 
 
@@ -144,9 +175,9 @@ def test_the_gpu_benchmark_checks_and_times_every_part(emulated_cuda, capsys, mo
         for what in ("forward", "backward"):
             for n in (2, 1):
                 found = group_norm_gpu.Call(n, 32, 4, sums=n == 2)
-                variants = ["cuda", "cuda TILE=1024,ROWS=8", "eager"]
+                variants = ["cuda", "eager"]
                 rows += group_norm_gpu.measure(found, what, ("hot", "cold"), variants, 2, {})
-    assert len(rows) == 2 * 2 * 2 * 3
+    assert len(rows) == 2 * 2 * 2 * 2
     assert all(row.correct is not False for row in rows), capsys.readouterr().out
     assert {row.times_copy for row in rows if row.variant == "cuda"} == {1.0}
     planned = {(c.label, what) for c, what, _, _ in group_norm_gpu.jobs(["forward"], False)}

@@ -107,8 +107,15 @@ struct Shelf {
     if constexpr (kStaged) slots[slot] = pack;
   }
   IDDPM_DEVICE Pack<T, V> get(int64_t slot, const T* origin) const {
+    if constexpr (kAhead) return load_shared(slots + slot);
     if constexpr (kStaged) return slots[slot];
     return load_pack<T, V>(origin);
+  }
+
+  // Whether everything is fetched before the first of it is used: all loads are under way at once.
+  static constexpr bool kAhead = kStaged && sizeof(Pack<T, V>) == 16;
+  IDDPM_DEVICE void fetch(int64_t slot, const T* origin) const {
+    if constexpr (kAhead) copy_async(slots + slot, origin);
   }
 };
 

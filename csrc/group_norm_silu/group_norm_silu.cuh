@@ -29,10 +29,10 @@ struct ForwardWalk {
   }
 };
 
-// Reads V elements for the first time, adds and writes the sum where one is asked for.
+// Adds to V elements of x and writes the sum where one is asked for.
 template <typename T, int V>
-IDDPM_DEVICE Pack<T, V> first_read(const ForwardWalk<T>& w, int64_t i, const float (&bias)[V]) {
-  const Pack<T, V> pack = load_pack<T, V>(w.x.at(i));
+IDDPM_DEVICE Pack<T, V> summed(const Pack<T, V>& pack, const ForwardWalk<T>& w, int64_t i,
+                               const float (&bias)[V]) {
   if (w.sum.data == nullptr) return pack;
   float h[V];
   unpack<T, V>(pack, h);
@@ -68,6 +68,13 @@ __global__ void __launch_bounds__(kGroupNormThreads)
   const Shelf<T, V, kStaged> shelf{reinterpret_cast<Pack<T, V>*>(stage)};
   const bool folded = a.sum.data == nullptr;
 
+  if constexpr (shelf.kAhead) {
+    for (int64_t k = t.team; k < width; k += t.count) {
+      const Walk<const T> x = ForwardWalk<T>(a, n, first + k, V).x;
+      for (int64_t v = t.rank; v < vectors; v += t.size) shelf.fetch(k * vectors + v, x.at(v));
+    }
+    copy_async_wait();
+  }
   float total = 0.0f;
   for (int64_t k = t.team; k < width; k += t.count) {
     const float bias = bias_of(in, n, first + k);
@@ -76,7 +83,9 @@ __global__ void __launch_bounds__(kGroupNormThreads)
     for (int i = 0; i < V; ++i) biases[i] = bias;
     const ForwardWalk<T> w(a, n, first + k, V);
     for (int64_t v = t.rank; v < vectors; v += t.size) {
-      const Pack<T, V> pack = first_read<T, V>(w, v, biases);
+      const Pack<T, V> x =
+          shelf.kAhead ? shelf.get(k * vectors + v, w.x.at(v)) : load_pack<T, V>(w.x.at(v));
+      const Pack<T, V> pack = summed<T, V>(x, w, v, biases);
       shelf.put(k * vectors + v, pack);
       float h[V];
       unpack<T, V>(pack, h);
@@ -127,14 +136,20 @@ __global__ void __launch_bounds__(kGroupNormThreads)
 // ---- channels_last: see group_norm_tile.cuh
 
 // Of a part of a group: the mean less the group's reference, and the squares about the mean. The
-// reference is a number of the group, which keeps the means small: a mean of a thousand deviations
-// costs no digits.
+// reference of float32 is a number of the group, which keeps the means small: a mean of a thousand
+// deviations costs no digits. 16-bit numbers are rounded more coarsely than such a mean: theirs is
+// 0.
 struct Moments {
   float mean, squares;
 };
 
-// Parts of a group are combined by as many neighbouring lanes.
-constexpr int kMomentLanes = 16;
+// What a group is normalised with; the mean is mean + rest.
+struct GroupMap {
+  float mean, rest, rstd;
+};
+
+// Parts of a group are combined by as many neighbouring lanes: one for each block of a cluster.
+constexpr int kMomentLanes = kTileCluster;
 
 IDDPM_DEVICE float lanes_sum(float x) {
 #pragma unroll
@@ -147,11 +162,11 @@ IDDPM_DEVICE float lanes_sum(float x) {
 // `pitch` from one row to the next. The lanes share the rows.
 IDDPM_DEVICE Moments combine_threads(const Moments* parts, const TilePlan& plan, int pixels,
                                      int pitch, int across, int fragment, int lane) {
-  const int least = pixels >> plan.row_bits, longer = pixels - (least << plan.row_bits);
+  const int least = pixels >> plan.sum_bits, longer = pixels - (least << plan.sum_bits);
   const float total = static_cast<float>(pixels * across * fragment);
   float sum = 0.0f;
 #pragma unroll 2
-  for (int row = lane; row < plan.rows; row += kMomentLanes) {
+  for (int row = lane; row < plan.sum_rows; row += kMomentLanes) {
     const float count = static_cast<float>((least + (row < longer)) * fragment);
 #pragma unroll 1
     for (int f = 0; f < across; ++f) sum += count * parts[row * pitch + f].mean;
@@ -159,7 +174,7 @@ IDDPM_DEVICE Moments combine_threads(const Moments* parts, const TilePlan& plan,
   const float mean = pixels > 0 ? divide(lanes_sum(sum), total) : lanes_sum(sum);
   float squares = 0.0f;
 #pragma unroll 2
-  for (int row = lane; row < plan.rows; row += kMomentLanes) {
+  for (int row = lane; row < plan.sum_rows; row += kMomentLanes) {
     const float count = static_cast<float>((least + (row < longer)) * fragment);
 #pragma unroll 1
     for (int f = 0; f < across; ++f) {
@@ -171,24 +186,22 @@ IDDPM_DEVICE Moments combine_threads(const Moments* parts, const TilePlan& plan,
   return {mean, lanes_sum(squares)};
 }
 
-// Those of a sample's chunks for one group of `group` channels, from `first` on and `step` chunks
-// at a time; `sum` adds over those who share the chunks.
-template <typename Sum>
+// Those of a sample's chunks for one group of `group` channels. The lanes share the chunks.
 IDDPM_DEVICE Moments combine_chunks(const Moments* parts, const GroupNormInput& in,
-                                    const TilePlan& plan, int pitch, int group, int first, int step,
-                                    Sum sum) {
+                                    const TilePlan& plan, int pitch, int group, int lane) {
   float means = 0.0f, squares = 0.0f;
-#pragma unroll 2
-  for (int i = first; i < plan.chunks; i += step)
+#pragma unroll 1
+  for (int i = lane; i < plan.chunks; i += kMomentLanes)
     means += static_cast<float>(TilePlace::chunk_pixels(in, plan, i)) * parts[i * pitch].mean;
-  const float mean = divide(sum(means), static_cast<float>(in.hw));
-#pragma unroll 2
-  for (int i = first; i < plan.chunks; i += step) {
-    const float count = static_cast<float>(TilePlace::chunk_pixels(in, plan, i) * group);
-    const float d = parts[i * pitch].mean - mean;
-    squares += parts[i * pitch].squares + count * d * d;
+  const float mean = divide(lanes_sum(means), static_cast<float>(in.hw));
+#pragma unroll 1
+  for (int i = lane; i < plan.chunks; i += kMomentLanes) {
+    const Moments part = parts[i * pitch];
+    const float d = part.mean - mean;
+    squares +=
+        part.squares + static_cast<float>(TilePlace::chunk_pixels(in, plan, i) * group) * d * d;
   }
-  return {mean, sum(squares)};
+  return {mean, lanes_sum(squares)};
 }
 
 // Of the pixels that a thread holds, for each of its fragments of U channels: sums of the
@@ -226,16 +239,55 @@ IDDPM_DEVICE void thread_moments(const Slots<T, V>& slots, int count, const floa
   }
 }
 
-// The reference of each fragment's group: the first number of its first channel.
-template <typename T, int V, int U>
-IDDPM_DEVICE void load_references(const GroupNormInput& in, int n, int c,
-                                  float (&reference)[V / U]) {
-  const int group = static_cast<int>(in.c / in.groups);
+// The reference of the group whose first channel is `head`: its first number.
+template <typename T>
+IDDPM_DEVICE float reference_of(const GroupNormInput& in, int n, int head) {
+  if constexpr (sizeof(T) == 2) return 0.0f;
+  return to_float(*walk<const T>(in.x, in.x2, in.c1, n, head, 0).data) + bias_of(in, n, head);
+}
+
+// From a group's moments; the first block of a sample keeps them for the backward pass.
+template <typename T>
+IDDPM_DEVICE GroupMap group_map(const GroupNormSiluArgs& a, const TilePlan& plan,
+                                const TilePlace& at, int g, const Moments& m) {
+  const GroupNormInput& in = a.in;
+  const float reference = reference_of<T>(in, at.n, at.first + g * plan.group);
+  const float total = static_cast<float>(plan.group) * static_cast<float>(in.hw);
+  const float mean = reference + m.mean, rest = m.mean - (mean - reference);
+  const float rstd = rsqrtf(fmaxf(divide(m.squares, total), 0.0f) + a.eps);
+  if (at.chunk == 0) {
+    const int64_t kept = at.n * in.groups + plan.by_group.quotient(at.first) + g;
+    in.mean[kept] = mean;
+    in.rstd[kept] = rstd;
+  }
+  return {mean, rest, rstd};
+}
+
+// The slots' V channels, normalised: z = (h - centre) * gain + offset.
+template <typename T, int V, bool kSilu>
+IDDPM_DEVICE void write_tile(const Slots<T, V>& slots, Walk<T> y, int count,
+                             const float (&centre)[V], float (&gain)[V], float (&offset)[V]) {
+  // The numbers of 16-bit types are rounded more coarsely than the product of centre and gain,
+  // wherever their mean is. Their z sigmoid(z) is z / 2 (1 + tanh(z / 2)).
+  constexpr bool kFolded = sizeof(T) == 2;
+  if constexpr (kFolded) {
 #pragma unroll
-  for (int f = 0; f < V / U; ++f) {
-    const int head = (c + f * U) / group * group;
-    reference[f] =
-        to_float(*walk<const T>(in.x, in.x2, in.c1, n, head, 0).data) + bias_of(in, n, head);
+    for (int i = 0; i < V; ++i) {
+      offset[i] -= gain[i] * centre[i];
+      if (kSilu) gain[i] *= 0.5f, offset[i] *= 0.5f;
+    }
+  }
+#pragma unroll 2
+  for (int p = 0; p < count; ++p) {
+    float h[V];
+    unpack<T, V>(slots[p], h);
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+      const float z = (kFolded ? h[i] : h[i] - centre[i]) * gain[i] + offset[i];
+      h[i] = !kSilu ? z : kFolded ? z * tanh_approx(z) + z : finish<T, true>(z);
+    }
+    store_pack<T, V>(y.data, packed<T, V>(h));
+    y.data += y.step;
   }
 }
 
@@ -277,8 +329,26 @@ constexpr int kTileBlocks = 1;
 constexpr int kTileBlocks = 2;
 #endif
 
-// Dynamic shared memory: the slots, [threads, V / U] moments of the threads, [chunks, groups of the
-// slice] of the chunks.
+// What the kernel and its launcher have to agree on: places in shared memory behind the slots, in
+// bytes.
+struct ForwardTile {
+  int64_t threads;  // [rows, fragments of a row] moments
+  int64_t chunks;   // [chunks, groups of the slice] moments
+  int64_t groups;   // [groups of the slice] maps
+  int64_t end;
+
+  IDDPM_HD static ForwardTile of(const TilePlan& plan, int fragment) {
+    const int64_t groups = plan.groups;
+    ForwardTile tile{};
+    tile.threads = int64_t(16) * plan.slots * plan.threads;
+    tile.chunks = tile.threads + int64_t(sizeof(Moments)) * plan.sum_rows * (plan.width / fragment);
+    tile.groups =
+        tile.chunks + int64_t(sizeof(Moments)) * groups * (plan.cluster ? plan.chunks : 0);
+    tile.end = tile.groups + int64_t(sizeof(GroupMap)) * groups;
+    return tile;
+  }
+};
+
 template <typename T, int U>
 __global__ void __launch_bounds__(kTileThreads, U > 1 ? kTileBlocks : 1)
     group_norm_tile_kernel(const GroupNormSiluArgs a, const TilePlan plan, const TilePhase phase) {
@@ -287,16 +357,16 @@ __global__ void __launch_bounds__(kTileThreads, U > 1 ? kTileBlocks : 1)
   const GroupNormInput& in = a.in;
   const TilePlace at(in, plan, V);
   const int n = at.n, c = at.active ? at.channel() : 0;
-  const int group = static_cast<int>(in.c / in.groups), groups = plan.width / group;
+  const int group = plan.group, groups = plan.groups;
   const int pitch = plan.width / U;  // fragments of a row
+  const ForwardTile tile = ForwardTile::of(plan, U);
   const Slots<T, V> slots{reinterpret_cast<Pack<T, V>*>(shared) + at.thread, plan.threads};
-  Moments* const of_threads = reinterpret_cast<Moments*>(
-      shared + static_cast<int64_t>(plan.slots) * plan.threads * sizeof(Pack<T, V>));
-  Moments* const of_chunks = of_threads + plan.rows * pitch;
-  const auto kept = [&] {
-    return reinterpret_cast<Moments*>(a.workspace) +
-           static_cast<int64_t>(n) * plan.chunks * in.groups + at.first / group;
-  };
+  Moments* const of_threads = reinterpret_cast<Moments*>(shared + tile.threads);
+  Moments* const of_chunks = reinterpret_cast<Moments*>(shared + tile.chunks);
+  GroupMap* const of_groups = reinterpret_cast<GroupMap*>(shared + tile.groups);
+  Moments* const kept = reinterpret_cast<Moments*>(a.workspace) +
+                        static_cast<int64_t>(n) * plan.chunks * in.groups +
+                        plan.by_group.quotient(at.first);
 
   const bool sums = a.sum.data != nullptr && c < in.c1,
              written = phase == TilePhase::kApply && sums;
@@ -305,9 +375,16 @@ __global__ void __launch_bounds__(kTileThreads, U > 1 ? kTileBlocks : 1)
   slots.fetch(source, at.count);
   if (plan.cluster) cluster_arrive();
 
-  float bias[V], reference[F];
+  float bias[V];
   load_biases<V>(in, n, c, plan.wide_parameters, bias);
-  load_references<T, V, U>(in, n, c, reference);
+  int of_fragment[F];  // the group in the slice
+#pragma unroll
+  for (int f = 0; f < F; ++f)
+    of_fragment[f] = at.active ? plan.by_group.quotient(at.local + f * U) : 0;
+  float reference[F];
+#pragma unroll
+  for (int f = 0; f < F; ++f)
+    reference[f] = reference_of<T>(in, n, at.first + of_fragment[f] * group);
   copy_async_wait();
 
   if (sums) {
@@ -321,97 +398,80 @@ __global__ void __launch_bounds__(kTileThreads, U > 1 ? kTileBlocks : 1)
   const int lane = at.thread % kMomentLanes, team = at.thread / kMomentLanes;
   const int teams = plan.threads / kMomentLanes;
   if (phase != TilePhase::kApply) {
-    Moments mine[F];
-    thread_moments<T, V, U>(slots, at.count, bias, reference, mine);
-    if (at.active)
+    const int bits = plan.sum_bits - plan.row_bits, folds = 1 << bits;
+#pragma unroll 1
+    for (int fold = 0; fold < folds; ++fold) {
+      Moments mine[F];
+      const Slots<T, V> own{slots.mine + fold * slots.step, slots.step << bits};
+      thread_moments<T, V, U>(own, (at.count - fold + folds - 1) >> bits, bias, reference, mine);
+      Moments* const target = of_threads + (at.row + fold * plan.rows) * pitch + at.local / U;
+      if (at.active)
 #pragma unroll
-      for (int f = 0; f < F; ++f) of_threads[at.row * pitch + at.local / U + f] = mine[f];
+        for (int f = 0; f < F; ++f) target[f] = mine[f];
+    }
   }
-  // On their way while the blocks meet; read again rather than kept in registers until here.
+  // On their way while the threads meet.
   float gain[V], offset[V];
   load_modulation<V>(in, n, c, plan.wide_parameters, gain, offset);
-  if constexpr (F > 1) load_references<T, V, U>(in, n, c, reference);
-  if (!sums) load_biases<V>(in, n, c, plan.wide_parameters, bias);
   if (phase != TilePhase::kApply) {
     __syncthreads();
     if (plan.cluster) cluster_wait();
+#pragma unroll 1
     for (int base = 0; base < groups; base += teams) {
       const int g = base + team;
       const bool known = g < groups;
       const Moments m = combine_threads(of_threads + (known ? g * (group / U) : 0), plan, at.pixels,
                                         pitch, group / U, U, lane);
       if (!known) continue;
-      if (phase == TilePhase::kSums) {
-        if (lane == 0) kept()[static_cast<int64_t>(at.chunk) * in.groups + g] = m;
-      } else if (!plan.cluster) {
-        if (lane == 0) of_chunks[g] = m;
-      } else if (lane < plan.chunks) {
+      if (plan.cluster) {
         float* const target = &of_chunks[at.chunk * groups + g].mean;
-        cluster_store(target, lane, m.mean);
-        cluster_store(target + 1, lane, m.squares);
+        if (lane < plan.chunks) {
+          cluster_store(target, lane, m.mean);
+          cluster_store(target + 1, lane, m.squares);
+        }
+      } else if (lane == 0) {
+        if (phase == TilePhase::kSums)
+          kept[static_cast<int64_t>(at.chunk) * in.groups + g] = m;
+        else
+          of_groups[g] = group_map<T>(a, plan, at, g, m);
       }
     }
     if (phase == TilePhase::kSums) return;
-  } else {
+    if (plan.cluster) {
+      cluster_arrive();
+      cluster_wait();
+    }
+  }
+  if (plan.cluster || phase == TilePhase::kApply) {
+    const Moments* const parts = plan.cluster ? of_chunks : kept;
+    const int step = plan.cluster ? groups : static_cast<int>(in.groups);
+#pragma unroll 1
     for (int base = 0; base < groups; base += teams) {
       const int g = base + team;
       const bool known = g < groups;
-      const Moments m =
-          combine_chunks(kept() + (known ? g : 0), in, plan, static_cast<int>(in.groups), group,
-                         lane, kMomentLanes, [](float x) { return lanes_sum(x); });
-      if (known && lane == 0) of_chunks[g] = m;
+      const Moments m = combine_chunks(parts + (known ? g : 0), in, plan, step, group, lane);
+      if (known && lane == 0) of_groups[g] = group_map<T>(a, plan, at, g, m);
     }
   }
-  if (plan.cluster) {
-    cluster_arrive();
-    cluster_wait();
-  } else {
-    __syncthreads();
-  }
+  __syncthreads();
 
-  // Every thread adds up the chunks of its groups for itself, in their order.
-  const float total = static_cast<float>(group) * static_cast<float>(in.hw);
+  float centre[V];
 #pragma unroll
   for (int f = 0; f < F; ++f) {
-    const int g = at.active ? (at.local + f * U) / group : 0;
-    Moments m = of_chunks[g];
-    if (plan.cluster)
-      m = combine_chunks(of_chunks + g, in, plan, groups, group, 0, 1, [](float x) { return x; });
-    const float mean = reference[f] + m.mean, rest = m.mean - (mean - reference[f]);
-    const float rstd = rsqrtf(fmaxf(divide(m.squares, total), 0.0f) + a.eps);
-    if (at.active && at.chunk == 0 && at.row == 0 && (at.local + f * U) % group == 0) {
-      in.mean[n * in.groups + (c + f * U) / group] = mean;
-      in.rstd[n * in.groups + (c + f * U) / group] = rstd;
-    }
-    // From here on bias holds the channel's centre.
+    const GroupMap m = of_groups[of_fragment[f]];
 #pragma unroll
     for (int i = f * U; i < (f + 1) * U; ++i) {
-      const Centre k = centre_of(mean, bias[i]);
-      gain[i] *= rstd;
-      offset[i] += gain[i] * (k.rest - rest);
-      bias[i] = k.centre;
+      const Centre k = centre_of(m.mean, bias[i]);
+      gain[i] *= m.rstd;
+      offset[i] += gain[i] * (k.rest - m.rest);
+      centre[i] = k.centre;
     }
   }
-
-  // The numbers of 16-bit types are rounded more coarsely than this product, wherever their mean
-  // is.
-  constexpr bool kFolded = sizeof(T) == 2;
-  if constexpr (kFolded)
-#pragma unroll
-    for (int i = 0; i < V; ++i) offset[i] -= gain[i] * bias[i];
-  Walk<T> y = tile_walk<T>(a.y, n, c, at, plan);
-#pragma unroll 2
-  for (int p = 0; p < at.count; ++p) {
-    float h[V];
-    unpack<T, V>(slots[p], h);
-#pragma unroll
-    for (int i = 0; i < V; ++i) {
-      const float z = (kFolded ? h[i] : h[i] - bias[i]) * gain[i] + offset[i];
-      h[i] = in.silu ? finish<T, true>(z) : z;
-    }
-    store_pack<T, V>(y.data, packed<T, V>(h));
-    y.data += y.step;
-  }
+  const Walk<T> y = tile_walk<T>(a.y, n, c, at, plan);
+  if (in.silu)
+    write_tile<T, V, true>(slots, y, at.count, centre, gain, offset);
+  else
+    write_tile<T, V, false>(slots, y, at.count, centre, gain, offset);
 }
 
 template <typename T, int V, bool kSilu>
@@ -428,13 +488,12 @@ template <typename T, int U>
 bool launch_tiles(const GroupNormSiluArgs& a, void* stream) {
   constexpr int V = kPackSize<T>;
   const auto kernel = group_norm_tile_kernel<T, U>;
-  const TilePlan plan = plan_tiles<V>(a.in, sizeof(T), 1, kForwardTile, device_limits(kernel));
-  const int64_t groups = plan.width / (a.in.c / a.in.groups);
-  const int64_t bytes = static_cast<int64_t>(plan.slots) * plan.threads * 16 +
-                        (static_cast<int64_t>(plan.rows) * (plan.width / U) +
-                         groups * (plan.split ? 1 : plan.chunks)) *
-                            static_cast<int64_t>(sizeof(Moments));
-  if (plan.width == 0 || !grant_shared(kernel, bytes - kGroupNormStatic)) return false;
+  const auto shared = [](const TilePlan& plan) { return ForwardTile::of(plan, U).end; };
+  const TilePlan plan =
+      plan_tiles<V>(a.in, sizeof(T), 1, kForwardTile, true, device_limits(kernel), shared);
+  if (plan.width == 0) return false;
+  const int64_t bytes = shared(plan);
+  if (!grant_shared(kernel, bytes - kGroupNormStatic)) return false;
   const dim3 grid(static_cast<unsigned>(tile_blocks(a.in, plan)));
   const dim3 block(static_cast<unsigned>(plan.threads));
   if (plan.split) {

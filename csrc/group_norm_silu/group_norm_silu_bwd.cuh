@@ -31,10 +31,9 @@ IDDPM_DEVICE float* batch_sums(const GroupNormSiluBwdArgs& a, int64_t n) {
 
 // Writes what the sums of channel c give at once; weighted[0, 1] are its shares of the group's k1,
 // k2.
-IDDPM_DEVICE void channel_grads(const GroupNormSiluBwdArgs& a, int64_t n, int64_t c, float s1,
-                                float s2, float (&weighted)[2]) {
+IDDPM_DEVICE void channel_grads(const GroupNormSiluBwdArgs& a, int64_t n, int64_t c, float rstd,
+                                float s1, float s2, float (&weighted)[2]) {
   const GroupNormInput& in = a.in;
-  const float rstd = in.rstd[n * in.groups + c / (in.c / in.groups)];
   const float unit = s2 * rstd, gamma = in.weight[c] * factor_of(in, n, c);
   batch_sums(a, n)[c] = s1;
   batch_sums(a, n)[in.c + c] = unit;
@@ -44,10 +43,10 @@ IDDPM_DEVICE void channel_grads(const GroupNormSiluBwdArgs& a, int64_t n, int64_
   weighted[1] = gamma * unit;
 }
 
-IDDPM_DEVICE void channel_bias_grad(const GroupNormSiluBwdArgs& a, int64_t n, int64_t c, float s1,
-                                    float s3, float k1, float k2) {
+IDDPM_DEVICE void channel_bias_grad(const GroupNormSiluBwdArgs& a, int64_t n, int64_t c, float rstd,
+                                    float s1, float s3, float k1, float k2) {
   if (!a.dchannel_bias || c >= a.in.c1) return;
-  const float gain = saved_map(a.in, n, c).gain;
+  const float gain = a.in.weight[c] * factor_of(a.in, n, c) * rstd;
   a.dchannel_bias[n * a.in.c1 + c] = (gain * s1 - static_cast<float>(a.in.hw) * k1) - k2 * s3;
 }
 
@@ -107,6 +106,16 @@ __global__ void __launch_bounds__(kGroupNormThreads, 2)
   const Shelf<T, V, kStaged> shelf_x{reinterpret_cast<Pack<T, V>*>(stage)};
   const Shelf<T, V, kStaged> shelf_dy{shelf_x.slots + width * vectors};
 
+  if constexpr (shelf_x.kAhead) {
+    for (int k = t.team; k < width; k += t.count) {
+      const BackwardWalk<T> w(a, n, first + k, V);
+      for (int64_t v = t.rank; v < vectors; v += t.size) {
+        shelf_x.fetch(k * vectors + v, w.x.at(v));
+        shelf_dy.fetch(k * vectors + v, w.dy.at(v));
+      }
+    }
+    copy_async_wait();
+  }
   for (int base = 0; base < width; base += t.count) {
     const int k = base + t.team;
     float s[3] = {};
@@ -116,10 +125,16 @@ __global__ void __launch_bounds__(kGroupNormThreads, 2)
       const BackwardWalk<T> w(a, n, c, V);
 #pragma unroll 2
       for (int64_t v = t.rank; v < vectors; v += t.size) {
-        const auto x = load_pack<T, V>(w.x.at(v));
-        const auto dy = load_pack<T, V>(w.dy.at(v));
-        shelf_x.put(k * vectors + v, x);
-        shelf_dy.put(k * vectors + v, dy);
+        Pack<T, V> x, dy;
+        if constexpr (shelf_x.kAhead) {
+          x = shelf_x.get(k * vectors + v, nullptr);
+          dy = shelf_dy.get(k * vectors + v, nullptr);
+        } else {
+          x = load_pack<T, V>(w.x.at(v));
+          dy = load_pack<T, V>(w.dy.at(v));
+          shelf_x.put(k * vectors + v, x);
+          shelf_dy.put(k * vectors + v, dy);
+        }
         float h[V], grad[V];
         unpack<T, V>(x, h);
         unpack<T, V>(dy, grad);
@@ -144,6 +159,7 @@ __global__ void __launch_bounds__(kGroupNormThreads, 2)
   }
   __syncthreads();
 
+  const float rstd = in.rstd[n * in.groups + g];
   float share1 = 0.0f, share2 = 0.0f;
   for (int k = thread; k < width; k += kGroupNormThreads) {
     float* const mine = sums + k * pieces * 3;
@@ -151,15 +167,16 @@ __global__ void __launch_bounds__(kGroupNormThreads, 2)
 #pragma unroll
       for (int j = 0; j < 3; ++j) mine[j] += mine[piece * 3 + j];
     float weighted[2];
-    channel_grads(a, n, first + k, mine[0], mine[1], weighted);
+    channel_grads(a, n, first + k, rstd, mine[0], mine[1], weighted);
     share1 += weighted[0];
     share2 += weighted[1];
   }
-  const float count = static_cast<float>(width * in.hw), rstd = in.rstd[n * in.groups + g];
+  const float count = static_cast<float>(width * in.hw);
   const float k1 = rstd * divide(block_sum(share1, scratch), count);
   const float k2 = rstd * rstd * divide(block_sum(share2, scratch), count);
   for (int k = thread; k < width; k += kGroupNormThreads)
-    channel_bias_grad(a, n, first + k, sums[k * pieces * 3], sums[k * pieces * 3 + 2], k1, k2);
+    channel_bias_grad(a, n, first + k, rstd, sums[k * pieces * 3], sums[k * pieces * 3 + 2], k1,
+                      k2);
 
   for (int64_t k = t.team; k < width; k += t.count) {
     const int64_t c = first + k;
@@ -184,6 +201,18 @@ __global__ void __launch_bounds__(kGroupNormThreads, 2)
 
 // ---- channels_last: see group_norm_tile.cuh
 
+// The same for a tile. SiLU's derivative is (1 + t) / 2 * (1 + z / 2 (1 - t)) with t = tanh(z / 2):
+// 16-bit types take z / 2 and give 2 dz, which spares two products.
+template <typename T, bool kSilu>
+constexpr float kHalf = kSilu && sizeof(T) == 2 ? 0.5f : 1.0f;
+
+template <typename T, bool kSilu>
+IDDPM_DEVICE float scaled_grad(float dy, float z) {
+  if constexpr (kHalf<T, kSilu> == 1.0f) return grad_before_silu<T, kSilu>(dy, z);
+  const float t = tanh_approx(z), a = 1.0f + t;
+  return dy * (a * (z - z * t) + a);
+}
+
 // Where a channel's sums over the chunks of a split sample stand in the workspace: [N, chunks, 3,
 // C].
 IDDPM_DEVICE float* chunk_sums(const GroupNormSiluBwdArgs& a, const TilePlan& plan, int n,
@@ -200,17 +229,18 @@ struct BackwardTile {
   bool shuffled;  // whether quads of rows are added before they reach shared memory
   int parts;      // [3, parts, width] sums of rows or of quads
   int inbox;      // [inbox, 3, width] sums of chunks
-  int64_t slots;  // of all the tensors
+  int64_t slots;  // bytes of all the tensors
 
-  template <typename Plan>
-  IDDPM_HD static BackwardTile of(const Plan& plan, int vector, int tensors) {
+  IDDPM_HD static BackwardTile of(const TilePlan& plan, int vector, int tensors) {
     const int columns = plan.width / vector;
     const bool shuffled =
         plan.rows >= kQuad && (columns == 1 || columns == 2 || columns == 4 || columns == 8);
     return {shuffled, shuffled ? plan.rows / kQuad : plan.rows, plan.cluster ? plan.chunks : 1,
             static_cast<int64_t>(tensors) * plan.slots * plan.threads * 16};
   }
-  IDDPM_HD int64_t floats(int width) const { return int64_t(3) * width * (parts + inbox + 1); }
+  IDDPM_HD int64_t bytes(int width) const {
+    return slots + int64_t(3) * width * (parts + inbox + 1) * int64_t(sizeof(float));
+  }
 };
 
 template <typename T, bool kSilu>
@@ -222,7 +252,7 @@ __global__ void __launch_bounds__(kTileThreads, 1)
   const GroupNormInput& in = a.in;
   const TilePlace at(in, plan, V);
   const int n = at.n, c = at.active ? at.channel() : 0, width = plan.width;
-  const int group = static_cast<int>(in.c / in.groups);
+  const int group = plan.group;
   const bool adds = a.dsum.data != nullptr && phase != TilePhase::kSums;
   const BackwardTile tile = BackwardTile::of(plan, V, a.dsum.data ? 3 : 2);
   const Slots<T, V> x{reinterpret_cast<Pack<T, V>*>(shared) + at.thread, plan.threads};
@@ -240,15 +270,19 @@ __global__ void __launch_bounds__(kTileThreads, 1)
   float gain[V], offset[V], centre[V];
   load_modulation<V>(in, n, c, plan.wide_parameters, gain, offset);
   load_biases<V>(in, n, c, plan.wide_parameters, centre);
-  int g = c / group, place = c - g * group;
+  const int g = plan.by_group.quotient(c);
+  const float* mean = in.mean + n * in.groups + g;
+  const float* rstd = in.rstd + n * in.groups + g;
+  float group_mean = *mean, group_rstd = *rstd;
+  int rest = (g + 1) * group - c;  // channels up to the next group
 #pragma unroll
   for (int i = 0; i < V; ++i) {
-    const float mean = in.mean[n * in.groups + g], rstd = in.rstd[n * in.groups + g];
-    const Centre k = centre_of(mean, centre[i]);
-    gain[i] *= rstd;
-    offset[i] += gain[i] * k.rest;
+    if (rest-- == 0) group_mean = *++mean, group_rstd = *++rstd, rest = group - 1;
+    const Centre k = centre_of(group_mean, centre[i]);
+    gain[i] *= group_rstd;
+    offset[i] = (offset[i] + gain[i] * k.rest) * kHalf<T, kSilu>;
+    gain[i] *= kHalf<T, kSilu>;
     centre[i] = k.centre;
-    if (++place == group) place = 0, ++g;
   }
   copy_async_wait();
 
@@ -261,13 +295,15 @@ __global__ void __launch_bounds__(kTileThreads, 1)
       unpack<T, V>(dy[p], grad);
 #pragma unroll
       for (int i = 0; i < V; ++i) {
-        const float u = h[i] - centre[i], z = u * gain[i] + offset[i];
-        const float dz = grad_before_silu<T, kSilu>(grad[i], z);
+        const float u = h[i] - centre[i];
+        const float dz = scaled_grad<T, kSilu>(grad[i], u * gain[i] + offset[i]);
         s[0][i] += dz;
         s[1][i] += dz * u;
         s[2][i] += u;
       }
     }
+#pragma unroll
+    for (int i = 0; i < V; ++i) s[0][i] *= kHalf<T, kSilu>, s[1][i] *= kHalf<T, kSilu>;
     if (tile.shuffled) {
       const int columns = width / V;
 #pragma unroll
@@ -292,8 +328,10 @@ __global__ void __launch_bounds__(kTileThreads, 1)
       const float* const column = parts + j * tile.parts * width + (k - j * width);
       float sum = 0.0f;
       if (tile.shuffled || tile.parts < kQuad)
+#pragma unroll 4
         for (int i = 0; i < tile.parts; ++i) sum += column[i * width];
       else
+#pragma unroll 2
         for (int i = 0; i < tile.parts; i += kQuad)
           sum += (column[i * width] + column[(i + 1) * width]) +
                  (column[(i + 2) * width] + column[(i + 3) * width]);
@@ -302,6 +340,7 @@ __global__ void __launch_bounds__(kTileThreads, 1)
       else if (!plan.cluster)
         inbox[k] = sum;
       else
+#pragma unroll 2
         for (int rank = 0; rank < plan.chunks; ++rank)
           cluster_store(inbox + at.chunk * 3 * width + k, rank, sum);
     }
@@ -326,33 +365,36 @@ __global__ void __launch_bounds__(kTileThreads, 1)
   // In `parts`, which all have read: the channels' shares of their group's sums, then k1 and k2.
   for (int k = at.thread; k < width; k += plan.threads) {
     float sum[3] = {};
+#pragma unroll 4
     for (int i = 0; i < tile.inbox; ++i)
 #pragma unroll
       for (int j = 0; j < 3; ++j) sum[j] += inbox[(i * 3 + j) * width + k];
 #pragma unroll
     for (int j = 0; j < 3; ++j) totals[j * width + k] = sum[j];
     const int channel = at.first + k;
-    const float unit = sum[1] * in.rstd[n * in.groups + channel / group];
-    const float gamma = in.weight[channel] * factor_of(in, n, channel);
-    parts[k] = gamma * sum[0];
-    parts[width + k] = gamma * unit;
+    const float rstd = in.rstd[n * in.groups + plan.by_group.quotient(channel)];
     if (at.chunk == 0) {
       float weighted[2];
-      channel_grads(a, n, channel, sum[0], sum[1], weighted);
+      channel_grads(a, n, channel, rstd, sum[0], sum[1], weighted);
     }
+    const float gamma = in.weight[channel] * factor_of(in, n, channel);
+    parts[k] = gamma * sum[0];
+    parts[width + k] = gamma * (sum[1] * rstd);
   }
   __syncthreads();
   for (int k = at.thread; k < width; k += plan.threads) {
-    const int head = k / group * group, channel = at.first + k;
+    const int head = plan.by_group.quotient(k) * group, channel = at.first + k;
     float share1 = 0.0f, share2 = 0.0f;
+#pragma unroll 4
     for (int i = head; i < head + group; ++i) {
       share1 += parts[i];
       share2 += parts[width + i];
     }
     const float count = static_cast<float>(group) * static_cast<float>(in.hw);
-    const float rstd = in.rstd[n * in.groups + channel / group];
+    const float rstd = in.rstd[n * in.groups + plan.by_group.quotient(channel)];
     const float k1 = rstd * divide(share1, count), k2 = rstd * rstd * divide(share2, count);
-    if (at.chunk == 0) channel_bias_grad(a, n, channel, totals[k], totals[2 * width + k], k1, k2);
+    if (at.chunk == 0)
+      channel_bias_grad(a, n, channel, rstd, totals[k], totals[2 * width + k], k1, k2);
     // Where only this thread has read or will read before the barrier.
     totals[k] = k1;
     totals[width + k] = k2;
@@ -373,9 +415,9 @@ __global__ void __launch_bounds__(kTileThreads, 1)
     unpack<T, V>(dy[p], grad);
 #pragma unroll
     for (int i = 0; i < V; ++i) {
-      const float u = h[i] - centre[i], z = u * gain[i] + offset[i];
-      const float dz = grad_before_silu<T, kSilu>(grad[i], z);
-      grad[i] = gain[i] * dz - k1[i] - k2[i] * u;
+      const float u = h[i] - centre[i];
+      const float dz = scaled_grad<T, kSilu>(grad[i], u * gain[i] + offset[i]);
+      grad[i] = gain[i] * dz - (k2[i] * u + k1[i]);
     }
     if (adds && c < in.c1) {
       unpack<T, V>(dsum[p], h);
@@ -436,11 +478,14 @@ bool launch_bwd_tiles(const GroupNormSiluBwdArgs& a, void* stream) {
   if (a.in.c % V || a.in.c1 % V) return false;
   const auto kernel = group_norm_bwd_tile_kernel<T, kSilu>;
   const int tensors = a.dsum.data ? 3 : 2;
+  const auto shared = [&](const TilePlan& plan) {
+    return BackwardTile::of(plan, V, tensors).bytes(plan.width);
+  };
   const TilePlan plan =
-      plan_tiles<V>(a.in, sizeof(T), tensors, kBackwardTile, device_limits(kernel));
-  const BackwardTile tile = BackwardTile::of(plan, V, tensors);
-  const int64_t bytes = tile.slots + tile.floats(plan.width) * static_cast<int64_t>(sizeof(float));
-  if (plan.width == 0 || !grant_shared(kernel, bytes - kGroupNormStatic)) return false;
+      plan_tiles<V>(a.in, sizeof(T), tensors, kBackwardTile, false, device_limits(kernel), shared);
+  if (plan.width == 0) return false;
+  const int64_t bytes = shared(plan);
+  if (!grant_shared(kernel, bytes - kGroupNormStatic)) return false;
   const dim3 grid(static_cast<unsigned>(tile_blocks(a.in, plan)));
   const dim3 block(static_cast<unsigned>(plan.threads));
   if (plan.split) {

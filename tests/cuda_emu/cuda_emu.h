@@ -30,6 +30,13 @@ inline dim3 gridDim, blockDim, blockIdx, threadIdx;
 namespace cuda_emu {
 
 constexpr int kWarp = 32, kMaxThreads = 1024, kMaxCluster = 8;
+
+// A size that a launcher decides, or what a test has put into CUDA_EMU_<name>.
+inline int64_t setting(const char* name, int64_t value) {
+  const char* other = getenv((std::string("CUDA_EMU_") + name).c_str());
+  return other && *other ? atoll(other) : value;
+}
+
 constexpr size_t kSharedLimit = 48 << 10, kSharedOptInLimit = 227 << 10, kCanaryBytes = 64;
 constexpr unsigned char kUnset = 0xFF, kCanary = 0xA5;  // 0xFF... is a NaN in every float type
 

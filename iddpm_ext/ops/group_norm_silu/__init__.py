@@ -123,7 +123,9 @@ def group_norm_silu(
     chosen = resolve_backend(NAME, backend, x.device, x.dtype)
     if backend == "auto" and chosen == "cuda":
         tensors = (x, x2, residual, channel_bias, weight, bias, scale, shift)
-        chosen = _faster_on_gpu(x, any(t is not None and t.requires_grad for t in tensors))
+        differentiated = any(t is not None and t.requires_grad for t in tensors)
+        channels = x.shape[1] + (0 if x2 is None else x2.shape[1])
+        chosen = _faster_on_gpu(x, channels, num_groups, differentiated)
     write_sum = return_sum or residual is not None
     arguments = (
         x, x2, residual, channel_bias, weight, bias, scale, shift,
@@ -136,14 +138,27 @@ def group_norm_silu(
     return GroupNormSilu(y, total) if return_sum else y
 
 
-def _faster_on_gpu(x: Tensor, with_gradient: bool) -> str:
-    """The kernel that "auto" takes on a GPU.
+#: Elements of a group, and of a batch, up to which Triton's forward pass is ahead in channels_last.
+_SMALL_GROUP, _SMALL_BATCH = 2048, 1 << 18
 
-    Measured on an H200 on float32 NCHW images: Triton's forward pass takes 0.55 to 0.98 times as long as
-    the CUDA kernel that has a block for every group, but its backward pass up to twice as long.
-    channels_last images have a CUDA kernel of another kind, which is not in that comparison.
+
+def _faster_on_gpu(x: Tensor, channels: int, num_groups: int, differentiated: bool) -> str:
+    """The kernel that "auto" takes on a GPU for x and x2, of `channels` in all.
+
+    Measured on an H200 (benchmarks/results/gpu_h200_group_norm_tiles.json). channels_last, bfloat16: the CUDA
+    kernel's backward pass is 1.4 to 3.2 times as fast as Triton's, its forward pass up to 3.5 times, but for
+    small calls, of which starting is the most: 3.8 us against 2.6 for one image of 256x8x8, 4.5 against 4.0
+    for 256x16x16. NCHW, float32: Triton's forward pass takes 0.55 to 0.98 times as long as the CUDA kernel
+    that has a block for every group, its backward pass up to twice as long.
     """
-    if is_channels_last(x) or (with_gradient and torch.is_grad_enabled()):
+    if differentiated and torch.is_grad_enabled():
+        return "cuda"
+    pixels = x.shape[2] * x.shape[3]
+    small = (
+        channels // num_groups * pixels <= _SMALL_GROUP
+        and x.shape[0] * channels * pixels <= _SMALL_BATCH
+    )
+    if is_channels_last(x) and not small:
         return "cuda"
     return "cuda" if unavailable(NAME, "triton", x.device.type, x.dtype) else "triton"
 
