@@ -248,7 +248,7 @@ class _AddProduct(torch.autograd.Function):
         for part in parts:
             own = slice(begin, begin + part.shape[1])
             dparts.append(images_of(rows @ matrix[:, own], part))
-            dmatrix[:, own] = rows.t() @ rows_of(part)
+            torch.mm(rows.t(), rows_of(part), out=dmatrix[:, own])
             begin += part.shape[1]
         return (dy, dmatrix, *dparts)
 
