@@ -319,7 +319,7 @@ def test_the_sizes_of_scratch_suffice_and_a_quarter_does_not(threads, pixels):
         (
             ops.conv_row(size, buffer(x), channels, channels, pack.pack_taps(w), None, buffer(out)),
             0,
-            native.conv_scratch(channels),
+            native.conv_scratch(n * 4 * pixels, channels),
         ),
         (
             ops.group_norm_row(

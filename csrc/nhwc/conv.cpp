@@ -11,8 +11,6 @@ namespace IDDPM_ISA {
 
 namespace {
 
-constexpr int64_t kBlockFloats = 96 * 1024;
-
 void gather(const ConvOp& op, int64_t pixel, int64_t out_height, int64_t out_width, float* row) {
   const int64_t x = pixel % out_width, y = pixel / out_width % out_height;
   const int64_t sample = pixel / (out_width * out_height);
@@ -43,9 +41,8 @@ int run_conv(const ConvOp& op, const Team& team) {
       by_rows ? share(pixels, kTileRows, team.thread, team.threads) : Range{0, pixels};
   const Range columns = by_rows ? Range{0, panels} : share(panels, 1, team.thread, team.threads);
   const int64_t pitch = depth + kGatheredPad;
-  const int64_t fit = team.scratch_floats / pitch / kTileRows * kTileRows;
-  if (fit == 0) return 1;
-  const int64_t block = smaller(fit, larger(kBlockFloats / pitch / kTileRows, 1) * kTileRows);
+  const int64_t block = conv_block(rows.end - rows.begin, op.channels);
+  if (block * pitch > team.scratch_floats) return 1;
   for (int64_t row = rows.begin; row < rows.end; row += block) {
     const int64_t count = smaller(block, rows.end - row);
     for (int64_t i = 0; i < count; ++i)

@@ -23,9 +23,16 @@ struct ConvOp {
 
 constexpr int64_t kGatheredPad = 16;  // not a power of two: rows would share cache sets
 
-// Floats of scratch that a thread of run_conv needs; it uses more where there is more.
-static constexpr int64_t conv_scratch(int64_t channels) {
-  return kMostTileRows * (9 * channels + kGatheredPad);
+// Pixels whose neighbours are gathered at a time, so that they stay in the second cache level, of
+// `pixels` of all samples.
+static constexpr int64_t conv_block(int64_t pixels, int64_t channels) {
+  const int64_t fit = 96 * 1024 / (9 * channels + kGatheredPad) / kMostTileRows;
+  return smaller(larger(fit, 1) * kMostTileRows, pixels);
+}
+
+// Floats of scratch that a thread of run_conv needs.
+static constexpr int64_t conv_scratch(int64_t pixels, int64_t channels) {
+  return conv_block(pixels, channels) * (9 * channels + kGatheredPad);
 }
 
 namespace IDDPM_ISA {

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -309,7 +310,8 @@ def _labels(
     if labels is None:
         return None
     try:
-        values = torch.as_tensor(labels, device="cpu")
+        given = labels.cpu() if isinstance(labels, Tensor) else np.asarray(labels)
+        values = given if isinstance(given, Tensor) else torch.from_numpy(given)
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"{who}: labels must be integers [n], got {labels!r}") from None
     if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:

@@ -86,7 +86,9 @@ class AttentionPool(nn.Module):
     def __init__(self, side: int, channels: int, head_channels: int, out_channels: int):
         super().__init__()
         self.num_heads = channels // head_channels
-        positions = torch.randn(channels, side**2 + 1) / channels**0.5
+        # As the layers beside it, which follow the defaults.
+        dtype, device = torch.get_default_dtype(), torch.get_default_device()
+        positions = torch.randn(channels, side**2 + 1, dtype=dtype, device=device) / channels**0.5
         self.positional_embedding = nn.Parameter(positions)
         self.qkv_proj = nn.Conv1d(channels, 3 * channels, 1)
         self.c_proj = nn.Conv1d(channels, out_channels, 1)

@@ -110,7 +110,9 @@ class Parallel:
 
     def any(self, flag: bool) -> bool:
         """Whether `flag` is set on any process; the host waits."""
-        return bool(self.sum(torch.tensor(float(flag), device=self.device)) > 0)
+        return bool(
+            self.sum(torch.tensor(float(flag), dtype=torch.float32, device=self.device)) > 0
+        )
 
     @contextmanager
     def holding(self, folder: Path) -> Iterator[None]:

@@ -294,7 +294,8 @@ class Planner:
                 stride=stride,
             )
         )
-        self._need_scratch(_native.native().conv_scratch(source.channels))
+        pixels = self.batch * out.pixels
+        self._need_scratch(_native.native().conv_scratch(pixels, source.channels))
 
     def _conv(
         self, layer: Any, source: Map, out: Map, residual: Map | None = None, *, upscale: int = 0
