@@ -94,9 +94,9 @@ def main() -> int:
             for _ in range(3):
                 call()
             span = 120.0 if what == "training" else 20.0
-            times = interleave_on_device(
-                {what: call}, device="cuda", rounds=9, milliseconds=span
-            )[what]
+            times = interleave_on_device({what: call}, device="cuda", rounds=9, milliseconds=span)[
+                what
+            ]
             kernels = kernels_of(call)
             total = sum(kernel.microseconds for kernel in kernels) / 1e3
             row = {"config": args.config, "batch": batch, "dtype": args.dtype, "what": what}

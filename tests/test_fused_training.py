@@ -6,9 +6,9 @@ import copy
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from test_cpu_engine import CONFIGS, inputs, make
 from test_cuda_engine import MORE_CONFIGS
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from iddpm_ext.training.fused import FusedTraining
 
@@ -75,7 +75,9 @@ def test_gradients_of_two_parts_add_up(network):
 
 def test_backward_pass_copies_no_feature_map():
     """What a gradient is copied for: another memory format, and writing into a view."""
-    model = make(**{**CONFIGS["bundled"], "attention_resolutions": (8, 16)}).train().requires_grad_()
+    model = (
+        make(**{**CONFIGS["bundled"], "attention_resolutions": (8, 16)}).train().requires_grad_()
+    )
     x, y = inputs(model, 2)
     out = FusedTraining(model, torch.float32)(x, torch.tensor([3.0, 500.0]), y)
     copied = []

@@ -265,7 +265,10 @@ class _Product(torch.autograd.Function):
         ctx.save_for_backward(rows, matrix)
         n, _, height, width = like.shape
         images = torch.empty(
-            (n, len(matrix), height, width), dtype=rows.dtype, device=rows.device, memory_format=_LAST
+            (n, len(matrix), height, width),
+            dtype=rows.dtype,
+            device=rows.device,
+            memory_format=_LAST,
         )
         pixels = images.permute(0, 2, 3, 1).view(-1, len(matrix))
         torch.mm(rows, matrix.t(), out=pixels)
