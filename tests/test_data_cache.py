@@ -53,7 +53,7 @@ def test_deeper_images_stay_exact(tmp_path):
 def test_what_does_not_fit_is_refused_before_it_is_decoded(folder, monkeypatch):
     data = open_data(folder)
     monkeypatch.setattr(data, "images", lambda _: 1 / 0)
-    monkeypatch.setattr("iddpm_ext.data.formats.os.sysconf", lambda _: 100)
+    monkeypatch.setattr("iddpm_ext.data.memory.free_memory", lambda: 10_000)
     with pytest.raises(ValueError, match="cache of images must unpack to at most the 10000 bytes"):
         CachedData(data)
 
