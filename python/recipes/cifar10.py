@@ -5,8 +5,8 @@
 A trial of some steps tells how fast this device is. The learning rate is then constant for the first six
 tenths of the time, whose speed tells how many steps fit into the rest, over which it falls to zero. What was
 decided is written down in OUT/recipe.json: stopped and called again, the same training goes on from its
-newest sound checkpoint. Last come the averaged weights as float16, cifar10-ema-DECAY, and a sheet of samples, in OUT
-or where --export says. Files above 15 MB are written in parts, which `cat FILE.* > FILE` makes whole.
+newest sound checkpoint. Last come the averaged weights as float16, cifar10-ema-DECAY, and a sheet of samples,
+in OUT or where --export says. Files above 15 MB are written in parts: `cat FILE.* > FILE` makes them whole.
 """
 
 from __future__ import annotations
