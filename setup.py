@@ -58,7 +58,9 @@ ISA_FLAGS = {
 }
 ISAS = tuple(ISA_FLAGS) if X86 else ("base",)
 # For csrc/*/*_bf16.cpp, compiled once, for the CPUs that have it beside AVX-512.
-BF16_FLAG = "-mavx512bf16"
+BF16_FLAGS = ("-mavx512bf16",)
+# For csrc/*/*_amx.cpp, compiled for AMX and, in plain C++ for AVX2, for tests anywhere.
+AMX_FLAGS = (*BF16_FLAGS, "-mamx-tile", "-mamx-bf16")
 
 
 @dataclass(frozen=True)
@@ -112,11 +114,11 @@ def probe_openmp(cxx: tuple[str, ...]) -> tuple[tuple[str, ...], str]:
     return ("-fopenmp-simd", "-Wno-unknown-pragmas"), f"no OpenMP: {done.stderr.strip()[-200:]}"
 
 
-def probe_bf16(cxx: tuple[str, ...]) -> bool:
-    """Whether the compiler knows `BF16_FLAG`."""
+def probe_flags(cxx: tuple[str, ...], flags: tuple[str, ...]) -> bool:
+    """Whether the compiler knows these flags beside those of AVX-512."""
     if not X86:
         return False
-    command = [*cxx, *ISA_FLAGS["avx512"], BF16_FLAG, "-xc++", "-fsyntax-only", os.devnull]
+    command = [*cxx, *ISA_FLAGS["avx512"], *flags, "-xc++", "-fsyntax-only", os.devnull]
     return subprocess.run(command, capture_output=True).returncode == 0
 
 
@@ -147,20 +149,22 @@ class BuildKernels(build_ext):
         start = time.perf_counter()
         self.cxx, self.compiler = find_compiler()
         self.openmp, openmp_reason = probe_openmp(self.cxx)
-        self.bf16 = probe_bf16(self.cxx)
+        self.bf16 = probe_flags(self.cxx, BF16_FLAGS)
+        self.amx = probe_flags(self.cxx, AMX_FLAGS)
         self.cache = self.object_cache()
         cuda, toolkit = self.decide_cuda()
         record: dict[str, object] = {
             "compiler": self.compiler,
-            "isa_compiled": list(ISAS),
+            "isa_compiled": [*ISAS, *(["amx"] if self.amx else [])],
             "bf16_compiled": self.bf16,
+            "amx_compiled": self.amx,
             "openmp": {"built": not openmp_reason, "reason": openmp_reason},
             "cuda": asdict(cuda),
             "sanitize": os.environ.get("IDDPM_SANITIZE", ""),
         }
         units = [self.bindings_unit(cuda.built), self.record_unit(record), *self.common_units()]
         units += [unit for isa in ISAS for unit in self.kernel_units(isa)]
-        units += self.bf16_units()
+        units += [*self.bf16_units(), *self.amx_units()]
         cuda_sources = sorted(CSRC.glob("*/*.cu"))
         if toolkit:
             units += [self.cuda_unit(toolkit, cuda.archs, source) for source in cuda_sources]
@@ -236,27 +240,51 @@ class BuildKernels(build_ext):
             source.write_text(text)
         return self.unit("build_record", source)
 
+    @property
+    def features(self) -> list[str]:
+        """Macros for what the compiler knows beyond `ISA_FLAGS`."""
+        return [
+            *(["-DIDDPM_WITH_BF16"] if self.bf16 else []),
+            *(["-DIDDPM_WITH_AMX"] if self.amx else []),
+        ]
+
     def common_units(self) -> list[Unit]:
         """csrc/common/*.cpp, compiled once for any CPU."""
-        return [self.unit(f"common-{s.stem}", s) for s in sorted(CSRC.glob("common/*.cpp"))]
+        return [
+            self.unit(f"common-{s.stem}", s, *self.features)
+            for s in sorted(CSRC.glob("common/*.cpp"))
+        ]
 
     def kernel_units(self, isa: str) -> list[Unit]:
         """Every other csrc/*/*.cpp, compiled for ``isa``."""
         sources = [
             source
             for source in sorted(CSRC.glob("*/*.cpp"))
-            if source.parent.name != "common" and not source.stem.endswith("_bf16")
+            if source.parent.name != "common" and not source.stem.endswith(("_bf16", "_amx"))
         ]
         flags = [*KERNEL_FLAGS, *ISA_FLAGS[isa], f"-DIDDPM_ISA={isa}"]
-        flags += ["-DIDDPM_WITH_BF16"] if self.bf16 else []
+        flags += self.features
         return [self.unit(f"{s.stem}-{isa}", s, *flags) for s in sources]
 
     def bf16_units(self) -> list[Unit]:
         """csrc/*/*_bf16.cpp, for AVX-512 with bfloat16 products."""
         if not self.bf16:
             return []
-        flags = (*KERNEL_FLAGS, *ISA_FLAGS["avx512"], BF16_FLAG, "-DIDDPM_ISA=avx512_bf16")
+        flags = (*KERNEL_FLAGS, *ISA_FLAGS["avx512"], *BF16_FLAGS, "-DIDDPM_ISA=avx512_bf16")
         return [self.unit(s.stem, s, *flags) for s in sorted(CSRC.glob("*/*_bf16.cpp"))]
+
+    def amx_units(self) -> list[Unit]:
+        """csrc/*/*_amx.cpp, for AMX where the compiler knows it, and emulated for AVX2."""
+        if not X86:
+            return []
+        compilations = {"amx_emulated": ISA_FLAGS["avx2"]}
+        if self.amx:
+            compilations["amx"] = (*ISA_FLAGS["avx512"], *AMX_FLAGS)
+        return [
+            self.unit(f"{s.stem}-{isa}", s, *KERNEL_FLAGS, *flags, f"-DIDDPM_ISA={isa}")
+            for isa, flags in compilations.items()
+            for s in sorted(CSRC.glob("*/*_amx.cpp"))
+        ]
 
     def cuda_unit(self, toolkit: Toolkit, archs: str, source: Path) -> Unit:
         """A CUDA object file."""

@@ -14,6 +14,7 @@
 #include "adamw_ema/adamw_ema.h"
 #include "ceilings/ceilings.h"
 #include "checksum/checksum.h"
+#include "common/amx.h"
 #include "common/isa.h"
 #include "conv3x3/conv3x3.h"
 #include "end_convs/end_convs.h"
@@ -85,6 +86,7 @@ py::dict build_info() {
   for (int isa = iddpm::kBase; isa <= iddpm::best_isa(); ++isa)
     available.append(iddpm::kIsaNames[isa]);
   info["isa_available"] = available;
+  info["amx"] = iddpm::amx_absence();
   info["bf16"] = info["bf16_compiled"].cast<bool>() && iddpm::has_bf16();
 #ifdef IDDPM_WITH_CUDA
   info["cuda"].attr("update")(device_record());
@@ -527,13 +529,18 @@ void bind_plan(py::module_& m) {
       .value("GROUP_NORM", Kind::kGroupNorm)
       .value("ATTENTION", Kind::kAttention)
       .value("GEMM_BF16", Kind::kGemmBf16)
-      .value("WINOGRAD_BF16", Kind::kWinogradBf16);
+      .value("WINOGRAD_BF16", Kind::kWinogradBf16)
+      .value("TILE_PRODUCT", Kind::kTileProduct)
+      .value("NORM_OPERAND", Kind::kNormOperand)
+      .value("ROUND", Kind::kRound)
+      .value("TILE_ATTENTION", Kind::kTileAttention);
   m.attr("ROW_WORDS") = iddpm::kOpWords;
   m.attr("PANEL") = iddpm::kPanel;
   // Floats of scratch of a thread, or (_shared) of the team.
   m.def("conv_scratch", &iddpm::conv_scratch);
   m.def("gemm_bf16_scratch", &iddpm::gemm_bf16_scratch);
   m.def("group_norm_shared", &iddpm::group_norm_shared);
+  m.def("tile_attention_scratch", &iddpm::tile_attention_scratch);
   m.def("winograd_block", &iddpm::winograd_block);
   m.def("winograd_scratch", &iddpm::winograd_scratch);
   m.def("winograd_shared", &iddpm::winograd_shared);
@@ -549,6 +556,11 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         "What the build decided and why, and what this machine offers, as a dict.");
   m.def("set_isa", &set_isa, py::arg("name"),
         "Use the instruction set `name` from now on and return the previous one's name.");
+  m.def("emulate_amx", &iddpm::emulate_amx, py::arg("on"),
+        "Run AMX kernels in plain C++ from now on, or no longer; false where that is not built.");
+  m.def(
+      "has_tiles", [] { return iddpm::amx_kernels() != iddpm::kNoAmx; },
+      "Whether AMX kernels serve, natively or in plain C++.");
   IDDPM_BIND(m, adamw_ema);
   IDDPM_BIND(m, checksum);
   IDDPM_BIND_CPU(m, conv3x3);

@@ -4,6 +4,8 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "common/amx.h"
+
 #if IDDPM_X86
 #include <cpuid.h>
 #endif
@@ -32,7 +34,8 @@ int detect() {
     return kBase;
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  return avx512 ? kAvx512 : kAvx2;
+  if (!avx512) return kAvx2;
+  return has_avx512_bf16() && amx_absence()[0] == '\0' ? kAmx : kAvx512;
 #else
   return kBase;
 #endif
@@ -65,7 +68,7 @@ int current_isa() { return selected().load(std::memory_order_relaxed); }
 bool has_bf16() {
 #if IDDPM_X86
   static const bool present = has_avx512_bf16();
-  return present && current_isa() == kAvx512;
+  return present && current_isa() >= kAvx512;
 #else
   return false;
 #endif

@@ -17,9 +17,10 @@
 
 namespace iddpm {
 
-enum Isa { kBase = 0, kAvx2 = 1, kAvx512 = 2 };
+// kAmx: AVX-512's kernels, and those of common/amx.h beside them.
+enum Isa { kBase = 0, kAvx2 = 1, kAvx512 = 2, kAmx = 3 };
 
-inline constexpr const char* kIsaNames[] = {"base", "avx2", "avx512"};
+inline constexpr const char* kIsaNames[] = {"base", "avx2", "avx512", "amx"};
 
 // The best instruction set that was compiled and that this CPU and its operating system support;
 // -1 where the CPU lacks even the baseline (SSE4.2 on x86-64).
@@ -54,7 +55,7 @@ bool set_isa(int isa);
 
 // The function pointer for the instruction set in use.
 #define IDDPM_DISPATCH(name)                                           \
-  (::iddpm::current_isa() == ::iddpm::kAvx512 ? &::iddpm::avx512::name \
+  (::iddpm::current_isa() >= ::iddpm::kAvx512 ? &::iddpm::avx512::name \
    : ::iddpm::current_isa() == ::iddpm::kAvx2 ? &::iddpm::avx2::name   \
                                               : &::iddpm::base::name)
 

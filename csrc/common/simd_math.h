@@ -78,7 +78,8 @@ IDDPM_INLINE void sincos_turn(vf u, vf* sine, vf* cosine) {
   *cosine = as_float(as_int(c_turned) ^ (((q + 1) & 2) << 30));
 }
 
-// p * 2^n for a whole n >= -126 and p in [1/2, 2]; with AVX-512, for any whole n.
+// p * 2^n for a whole n >= -126 and p in [1/2, 2]; with AVX-512, for any n, of which the floor
+// counts.
 IDDPM_INLINE nv add_exponent(nv p, nv n) {
 #if defined(__AVX512F__)
   return (nv)_mm512_maskz_scalef_ps(kAllLanes, (__m512)p, (__m512)n);
@@ -105,6 +106,19 @@ IDDPM_INLINE nv exp2_bounded(nv x) {
 #endif
   const nv n = round(x);
   return add_exponent(exp2_fraction(x - n), n);
+}
+
+// The same with a relative error of 1e-4 where that is faster, for what is rounded to bfloat16.
+IDDPM_INLINE nv exp2_coarse(nv x) {
+#if defined(__AVX512F__)
+  const nv f = (nv)_mm512_maskz_reduce_ps(kAllLanes, (__m512)x, 9);  // x - floor(x)
+  nv p = splat<nv>(7.8024520e-2f);
+  p = p * f + 2.2606716e-1f;
+  p = p * f + 6.9583354e-1f;
+  return add_exponent(p * f + 9.9992522e-1f, x);  // which takes floor(x)
+#else
+  return exp2_bounded(x);
+#endif
 }
 
 // e^x for |x| <= 87.

@@ -1,7 +1,8 @@
 // The plan of one network evaluation: a list of operations over NHWC float32 buffers.
 //
-// Python lays out the buffers and writes one row of 16 64-bit words an operation: its kind, then
-// the kind's struct. Every thread of a team walks the list and takes its share of each operation. A
+// Python lays out the buffers and writes one row of 18 64-bit words an operation: its kind, then
+// the kind's struct; the last word is 0, or the first sample that the row is for, shifted by 32,
+// and their number. Every thread of a team walks the list and takes its share of each operation. A
 // buffer is a pointer and the distance between two pixels, so that a concatenation is two producers
 // writing side by side.
 #pragma once
@@ -11,11 +12,12 @@
 #include "common/isa.h"
 #include "nhwc/conv.h"
 #include "nhwc/gemm.h"
+#include "nhwc/tile_product.h"
 #include "nhwc/winograd.h"
 
 namespace iddpm {
 
-constexpr int64_t kOpWords = 16;
+constexpr int64_t kOpWords = 18;
 
 // One kind an algorithm. Python names them by the binding's RowKind, which lists them too.
 enum class Kind : int64_t {
@@ -30,6 +32,11 @@ enum class Kind : int64_t {
   // [panels]...[C / 2][32][2], and everything else stays float32.
   kGemmBf16,
   kWinogradBf16,
+  // Of AMX, with operands of bfloat16: nhwc/tile_product.h, and below.
+  kTileProduct,
+  kNormOperand,
+  kRound,
+  kTileAttention,
 };
 
 // x [n, C, H, W] -> out [n, H, W, stride].
@@ -46,19 +53,41 @@ struct OutputOp {
   int64_t in_stride;
 };
 
-// out = act(GroupNorm(x (+ e)) * weight + bias (then * (1 + scale) + shift)).
-struct GroupNormOp {
+// act(GroupNorm(x (+ e)) * weight + bias (then * (1 + scale) + shift)).
+struct Normalization {
   int64_t pixels;
   const float* in;
   int64_t in_stride, channels, groups;
   const float* weight;
   const float* bias;
-  float* out;
-  int64_t out_stride;
   int64_t embedding;  // offset in a sample's row of the embedding table; -1: none
   int64_t mode;       // with an embedding: 0 adds e before, 1 scales and shifts after
   int64_t silu;
   double eps;
+};
+
+struct GroupNormOp {
+  Normalization of;
+  float* out;
+  int64_t out_stride;
+};
+
+// The same, rounded to bfloat16 into an operand image.
+struct NormOperandOp {
+  Normalization of;
+  BFloat16* out;
+  const OperandMap* map;
+};
+
+// An operand image of `in`, rounded to bfloat16.
+struct RoundOp {
+  int64_t height, width;  // of in
+  const float* in;
+  int64_t in_stride, channels;
+  BFloat16* out;
+  const OperandMap* map;
+  int64_t phase;  // 0; or halves between the images of even and odd rows and columns, one of four
+  int64_t rest;   // 0; or halves to an image of what rounding left
 };
 
 constexpr int64_t kGroupNormChunk = 256;  // pixels whose statistics are taken together
@@ -77,8 +106,24 @@ struct AttentionOp {
   int64_t out_stride;
 };
 
-static_assert(sizeof(ConvOp) <= 8 * (kOpWords - 1) && sizeof(WinogradOp) <= 8 * (kOpWords - 1), "");
-static_assert(sizeof(GroupNormOp) <= 8 * (kOpWords - 1), "");
+// The same by tiles, into positions `out_stride` halves apart.
+struct TileAttentionOp {
+  int64_t tokens, heads, width;
+  const float* qkv;
+  int64_t qkv_stride;
+  BFloat16* out;
+  int64_t out_stride;
+};
+
+// Floats of scratch that a thread of run_tile_attention needs.
+static constexpr int64_t tile_attention_scratch(int64_t tokens, int64_t width) {
+  const int64_t columns = round_up(tokens, 32), depth = round_up(width, 32);
+  return (3 * columns + 16) * depth / 2 + 32 * (2 * (columns + 16) + depth);
+}
+
+static_assert(sizeof(ConvOp) <= 8 * (kOpWords - 2) && sizeof(WinogradOp) <= 8 * (kOpWords - 2), "");
+static_assert(sizeof(GroupNormOp) <= 8 * (kOpWords - 2), "");
+static_assert(sizeof(TileProductOp) <= 8 * (kOpWords - 2), "");
 
 struct PlanRun {
   const int64_t* ops;  // [count][kOpWords]
@@ -94,6 +139,17 @@ struct PlanRun {
   float* scratch;          // scratch of each thread, one after the other
   int64_t scratch_floats;  // a thread
 };
+
+}  // namespace iddpm
+
+IDDPM_DECLARE_AMX(int, run_norm_operand,
+                  (const iddpm::NormOperandOp& op, const iddpm::PlanRun& run,
+                   const iddpm::Team& team))
+IDDPM_DECLARE_AMX(int, run_round, (const iddpm::RoundOp& op, const iddpm::Team& team))
+IDDPM_DECLARE_AMX(int, run_tile_attention,
+                  (const iddpm::TileAttentionOp& op, const iddpm::Team& team))
+
+namespace iddpm {
 
 namespace IDDPM_ISA {
 

@@ -24,20 +24,34 @@ _SHIPPED = Path(__file__).with_name("tables")
 
 @dataclass(frozen=True)
 class Algorithm:
-    """Winograd's F(tile x tile, 3x3), with bfloat16 operands or in float32."""
+    """Winograd's F(tile x tile, 3x3), with bfloat16 operands or in float32; or tiles of AMX.
+
+    AMX computes the convolution directly, of bfloat16 operands; `tile` is then 0.
+    """
 
     tile: int
     bf16: bool = False
 
     @property
+    def tiles(self) -> bool:
+        """Whether AMX computes it."""
+        return self.tile == 0
+
+    @property
     def name(self) -> str:
         """As the tables have it."""
-        return f"F{self.tile}" + (" bf16" if self.bf16 else "")
+        return "AMX" if self.tiles else f"F{self.tile}" + (" bf16" if self.bf16 else "")
+
+    @property
+    def in_float32(self) -> Algorithm:
+        """The same without rounding."""
+        return Algorithm(self.tile or 4)
 
 
+AMX = Algorithm(0, bf16=True)
 # F(4x4) of bfloat16 operands is not among them: its error is three times that of F(2x2).
-ALGORITHMS = {a.name: a for a in (Algorithm(2), Algorithm(4), Algorithm(2, bf16=True))}
-CANDIDATES = {"float32": ("F2", "F4"), "bfloat16": ("F2", "F4", "F2 bf16")}
+ALGORITHMS = {a.name: a for a in (Algorithm(2), Algorithm(4), Algorithm(2, bf16=True), AMX)}
+CANDIDATES = {"float32": ("F2", "F4"), "bfloat16": ("F2", "F4", "F2 bf16", "AMX")}
 
 
 @dataclass(frozen=True)
@@ -68,23 +82,36 @@ class Chooser:
     """The choices of one machine: {"float32": {layer: {batch: algorithm}}, ...}."""
 
     measured: dict[str, dict[str, dict[int, str]]]
+    tiles: bool = False  # whether AMX can be used
+    fast_products: bool = True  # whether vdpbf16ps does twice the work of a float32 multiply-add
+
+    @property
+    def rounding_pays(self) -> bool:
+        """Whether bfloat16 operands are faster than float32 here; else they are not rounded."""
+        return self.tiles or self.fast_products
 
     def __call__(self, shape: ConvShape, *, exact: bool, bf16: bool) -> Algorithm:
         """exact: only what rounds like direct convolution. bf16: bfloat16 operands are welcome."""
         if exact:
             return ALGORITHMS["F2"]
+        bf16 = bf16 and self.rounding_pays
         batches = self.measured.get("bfloat16" if bf16 else "float32", {}).get(shape.layer)
         if batches:
             nearest = min(batches, key=lambda b: (abs(math.log(b / shape.batch)), b))
-            return ALGORITHMS[batches[nearest]]
+            algorithm = ALGORITHMS[batches[nearest]]
+            if self.tiles or not algorithm.tiles:
+                return algorithm
         if bf16:
-            return ALGORITHMS["F2 bf16"]
+            return AMX if self.tiles else ALGORITHMS["F2 bf16"]
         tiles = shape.batch * -(-shape.height // 4) * -(-shape.width // 4)
         return ALGORITHMS["F4" if tiles > 4 else "F2"]
 
 
-def load_chooser(family: str | None = None) -> Chooser:
+def load_chooser(family: str | None = None, *, tiles: bool = False) -> Chooser:
     """The choices on this machine: what the user's own table has, else what ships for the family.
+
+    tiles: whether AMX can be used. Intel's cores with AVX-512 do no more bfloat16 products than
+    float32 ones without it, AMD's twice as many.
 
     Raises ValueError where a table cannot be read.
     """
@@ -95,7 +122,7 @@ def load_chooser(family: str | None = None) -> Chooser:
             for key, algorithm in entries.items():
                 layer, _, batch = key.rpartition(" x")
                 measured.setdefault(precision, {}).setdefault(layer, {})[int(batch)] = algorithm
-    return Chooser(measured)
+    return Chooser(measured, tiles, fast_products=not family.startswith("GenuineIntel"))
 
 
 def user_table_path(family: str) -> Path | None:

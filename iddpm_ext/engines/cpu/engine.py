@@ -27,8 +27,9 @@ class CPUEngine:
 
     model: its weights are copied, and this evaluates them as they are now.
     dtype: torch.float32; or torch.bfloat16, which rounds the operands of most convolutions and of
-        attention's linear layers. Sums, normalisation, attention itself, the residual stream and
-        the timestep path stay float32.
+        attention's linear layers, and with AMX those of attention's products. Sums, normalisation,
+        softmax, the residual stream and the timestep path stay float32. Where rounding gains no
+        speed nothing is rounded: on Intel's CPUs without AMX.
     exact: only algorithms whose rounding error is that of direct convolution.
     num_threads: None takes `torch.get_num_threads()`.
     size: height and width of the images; None takes `model.config.image_size` for both.

@@ -40,6 +40,26 @@ def pack_pairs(packed: Tensor) -> Tensor:
     return packed.unflatten(-2, (-1, 2)).transpose(-1, -2).bfloat16().contiguous()
 
 
+def pack_tiles(weight: Tensor) -> Tensor:
+    """weight [K, C, taps] -> bfloat16 [ceil(K / 32), taps, ceil(C / 32), 2, 16, 16, 2] for AMX.
+
+    The last three: pairs of channels, columns, and which of the pair; missing ones are zero.
+    """
+    columns, channels, taps = weight.shape
+    padded = F.pad(weight.detach(), (0, 0, 0, -channels % 32, 0, -columns % 32))
+    shape = (padded.shape[0] // 32, 2, 16, padded.shape[1] // 32, 16, 2, taps)
+    return padded.reshape(shape).permute(0, 6, 3, 1, 4, 2, 5).bfloat16().contiguous()
+
+
+def split_products(weight: Tensor) -> Tensor:
+    """weight [K, C] -> [K, C, 3], for an operand, for what its rounding left, for it again.
+
+    Together all but the product of what both roundings left: 16 bits of the 24.
+    """
+    rounded = weight.detach().bfloat16().to(weight.dtype)
+    return torch.stack((rounded, rounded, weight.detach() - rounded), -1)
+
+
 def filter_transform(tile: int) -> Tensor:
     """G of F(tile, 3), float64 [tile + 2, 3]: row p is (1, p, p^2) / prod_{q != p} (p - q)."""
     points = _POINTS[tile]

@@ -41,7 +41,7 @@ def why_not_served(model: object, dtype: torch.dtype = torch.float32) -> str | N
         return f"the CPU engine runs an iddpm_ext.UNet, got {type(model).__name__}"
     if dtype not in (torch.float32, torch.bfloat16):
         return f"the CPU engine computes in float32 or bfloat16, got {dtype}"
-    if dtype == torch.bfloat16 and not info["bf16"]:
+    if dtype == torch.bfloat16 and not info["bf16"] and not _native.native().has_tiles():
         return "the CPU engine needs AVX-512 with its bfloat16 products (avx512_bf16) for bfloat16"
     if not model.config.conv_resample:
         return "the CPU engine resamples by convolutions, and the network has conv_resample=False"
@@ -103,7 +103,9 @@ class CPUProgram:
                 packed[module, form] = make()
             return packed[module, form]
 
-        chooser, bf16 = load_chooser(), dtype == torch.bfloat16
+        chooser = load_chooser(tiles=_native.native().has_tiles())
+        bf16 = dtype == torch.bfloat16
+        maps: dict[object, Tensor] = {}
 
         def choose(shape: ConvShape) -> Algorithm:
             return algorithm or chooser(shape, exact=exact, bf16=bf16)
@@ -115,8 +117,10 @@ class CPUProgram:
                 self.size,
                 self.num_threads,
                 choose=choose,
-                bf16=bf16,
+                bf16=bf16 and chooser.fast_products,
+                tiles=bf16 and chooser.tiles,
                 packer=packer,
+                maps=maps,
                 base=base,
             ).plan()
 
@@ -125,7 +129,7 @@ class CPUProgram:
             self._plan = plan(0)
             rows = torch.tensor(self._plan.rows, dtype=torch.int64, device="cpu")
             moved = torch.tensor(plan(1).rows, dtype=torch.int64, device="cpu")
-        self._packed = list(packed.values())  # the plan holds addresses only
+        self._held = [*packed.values(), *maps.values()]  # the rows hold addresses only
         self._rows, self._of_arena = rows, moved - rows
         self.convolutions, self.num_rows = self._plan.convolutions, len(self._plan.rows)
         assert self.project.floats == self._plan.embedding_floats

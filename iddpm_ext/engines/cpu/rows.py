@@ -1,7 +1,8 @@
 """The rows of the CPU engine's plan: one function for each struct of `csrc/unet_engine/plan.h`.
 
-A row is its kind (`_C.RowKind`), then the words of the kind's struct. A buffer is its address and
-its pitch: the floats between two pixels.
+A row is its kind (`_C.RowKind`), then the words of the kind's struct; the last word of all says for
+which samples it is (`of_samples`). A buffer is its address and its pitch: the floats between two
+pixels.
 """
 
 from __future__ import annotations
@@ -27,6 +28,24 @@ class Buffer:
     def channel(self, first: int) -> Buffer:
         """The same pixels from channel `first` on."""
         return Buffer(self.address + 4 * first, self.pitch)
+
+
+@dataclass(frozen=True)
+class Operand:
+    """bfloat16 pixels as tile products read them: address of position 0, and the map of all."""
+
+    address: int
+    map: Tensor
+
+    @property
+    def pitch(self) -> int:
+        """Halves between two positions."""
+        return int(self.map[4])
+
+
+def of_samples(row: Row, first: int, count: int) -> Row:
+    """The row for so many samples from `first` on, whatever the number of those there are."""
+    return [*row[:-1], first << 32 | count]
 
 
 def _row(kind: str, *words: int) -> Row:
@@ -150,7 +169,7 @@ def group_norm_row(
     groups: int,
     weight: Tensor,
     bias: Tensor,
-    out: Buffer,
+    out: Buffer | Operand,
     *,
     eps: float,
     silu: bool,
@@ -160,7 +179,7 @@ def group_norm_row(
     """GroupNorm, with the embedding at that offset of a sample's row, and SiLU."""
     (eps_bits,) = struct.unpack("<q", struct.pack("<d", eps))
     return _row(
-        "GROUP_NORM",
+        "NORM_OPERAND" if isinstance(out, Operand) else "GROUP_NORM",
         pixels,
         source.address,
         source.pitch,
@@ -168,15 +187,67 @@ def group_norm_row(
         groups,
         _address(weight),
         _address(bias),
-        out.address,
-        out.pitch,
         embedding,
         int(scale_shift),
         int(silu),
         eps_bits,
+        out.address,
+        _address(out.map) if isinstance(out, Operand) else out.pitch,
     )
 
 
-def attention_row(tokens: int, heads: int, width: int, qkv: Buffer, out: Buffer) -> Row:
+def attention_row(tokens: int, heads: int, width: int, qkv: Buffer, out: Buffer | Operand) -> Row:
     """Attention over `tokens` pixels a sample; channels of qkv are [heads][q, k, v][width]."""
-    return _row("ATTENTION", tokens, heads, width, qkv.address, qkv.pitch, out.address, out.pitch)
+    kind = "TILE_ATTENTION" if isinstance(out, Operand) else "ATTENTION"
+    return _row(kind, tokens, heads, width, qkv.address, qkv.pitch, out.address, out.pitch)
+
+
+def round_row(
+    size: tuple[int, int],
+    source: Buffer,
+    channels: int,
+    out: Operand,
+    *,
+    phase: int = 0,
+    rest: int = 0,
+) -> Row:
+    """source -> an operand.
+
+    phase: halves between the four that hold even and odd pixels; rest: halves to the operand of
+    what rounding left.
+    """
+    return _row(
+        "ROUND",
+        *size,
+        source.address,
+        source.pitch,
+        channels,
+        out.address,
+        _address(out.map),
+        phase,
+        rest,
+    )
+
+
+def tile_product_row(
+    source: Operand,
+    chunks: int,
+    columns: int,
+    weight: Tensor,
+    bias: Tensor | None,
+    out: Buffer,
+    residual: Buffer | None = None,
+) -> Row:
+    """out = the sum over the map's taps of source * weight, + bias + residual, by AMX tiles."""
+    return _row(
+        "TILE_PRODUCT",
+        _address(source.map),
+        source.address,
+        chunks,
+        columns,
+        _address(weight),
+        _address(bias),
+        *_residual(residual),
+        out.address,
+        out.pitch,
+    )
