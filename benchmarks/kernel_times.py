@@ -93,7 +93,10 @@ def main() -> int:
         for what, call in calls_of(args.config, batch, whats, getattr(torch, args.dtype)).items():
             for _ in range(3):
                 call()
-            times = interleave_on_device({what: call}, device="cuda", rounds=9)[what]
+            span = 120.0 if what == "training" else 20.0
+            times = interleave_on_device({what: call}, device="cuda", rounds=9, milliseconds=span)[
+                what
+            ]
             kernels = kernels_of(call)
             total = sum(kernel.microseconds for kernel in kernels) / 1e3
             row = {"config": args.config, "batch": batch, "dtype": args.dtype, "what": what}

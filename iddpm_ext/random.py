@@ -84,7 +84,11 @@ def philox_4x32(counter: Sequence[Tensor | int], key: tuple[int, int]) -> list[T
     device = next(
         (word.device for word in counter if isinstance(word, Tensor)), torch.device("cpu")
     )
-    c0, c1, c2, c3 = (torch.as_tensor(word, dtype=torch.int64, device=device) for word in counter)
+    # A number is filled in: copied from the host, it would wait for the device.
+    c0, c1, c2, c3 = (
+        word if isinstance(word, Tensor) else torch.full((), word, dtype=torch.int64, device=device)
+        for word in counter
+    )
     k0, k1 = key
     for _ in range(10):
         # int64 products wrap modulo 2^64: masked, both halves are those of the unsigned product.

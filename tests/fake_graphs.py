@@ -35,8 +35,7 @@ class HostSync(RuntimeError):
 class _NoWaiting(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func._schema.name.removeprefix("aten::")
-        # A number of no dimensions is a kernel's argument, wherever it lies.
-        if name in _WAITING and not (name == "lift_fresh" and args[0].dim() == 0):
+        if name in _WAITING:
             raise HostSync(f"{func} makes the host wait")
         return self.done(func, args, kwargs or {})
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from test_cpu_engine import CONFIGS, inputs, make
 from test_cuda_engine import MORE_CONFIGS
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from iddpm_ext.training.fused import FusedTraining
 
@@ -70,6 +71,27 @@ def test_gradients_of_two_parts_add_up(network):
     fused.collect()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad.double(), 2 * once[name])
+
+
+def test_backward_pass_copies_no_feature_map():
+    """What a gradient is copied for: another memory format, and writing into a view."""
+    model = (
+        make(**{**CONFIGS["bundled"], "attention_resolutions": (8, 16)}).train().requires_grad_()
+    )
+    x, y = inputs(model, 2)
+    out = FusedTraining(model, torch.float32)(x, torch.tensor([3.0, 500.0]), y)
+    copied = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            name = func._schema.name
+            if name in ("aten::clone", "aten::copy_", "aten::new_zeros") and args[0].dim() == 4:
+                copied.extend([(name, args[0].shape)] if args[0].shape[2] > 3 else [])
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        out.sum().backward()
+    assert copied == []
 
 
 def test_dropout_draws_from_the_global_generator_in_training_alone():

@@ -13,6 +13,7 @@ import torch
 
 TOOLS = Path(gpu_check.__file__).parent
 sys.path.insert(0, str(TOOLS.parent))  # benchmarks are programs of the repository
+sys.path.insert(0, str(TOOLS.parent / "python" / "recipes"))
 
 
 def tool(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -120,6 +121,19 @@ def test_the_commands_of_the_plan_are_understood(tmp_path):
                 options = list(step.command[step.command.index("benchmarks.end_to_end") + 1 :])
                 parsed = gpu_end_to_end.parser().parse_args(options)
                 assert parsed.budget_s < step.limit_s and parsed.json == step.result
+
+
+def test_a_model_is_trained_beside_what_is_not_timed(tmp_path):
+    import cifar10
+
+    steps = gpu_check.plan(tmp_path, tmp_path / "train", train_s=200)["brief"]
+    together = next(group for group in gpu_check.groups(steps) if len(group) > 1)
+    model = next(step for step in together if step.name == "model")
+    parsed = cifar10.parser().parse_args(model.command[2:])
+    assert (parsed.data, parsed.export) == (tmp_path / "train", tmp_path)
+    assert 60 * parsed.minutes < 200 < model.limit_s
+    assert {"tests", "memcheck", "compile-training"} <= {step.name for step in together}
+    assert "model" not in [step.name for step in gpu_check.plan(tmp_path)["brief"]]
 
 
 def test_steps_that_measure_nothing_run_side_by_side(tmp_path):

@@ -4,7 +4,8 @@
     python tools/gpu_check.py cifar      the CIFAR-10 network against PyTorch eager and torch.compile
     python tools/gpu_check.py imagenet   the ImageNet-64 network, and torch.compile's max-autotune
     python tools/gpu_check.py brief      the most telling of all, for a GPU that is there for minutes:
-                                         --budget-s 500 --only build,tests,training
+                                         --budget-s 480 --only build,tests,training; with --data it trains
+                                         a CIFAR-10 network beside what need not be timed
 
 Each part ends within its budget, needs no network, and writes one JSON file with the environment, anew after
 every step. A step that fails or is out of time does not stop the next ones, but the exit status tells.
@@ -62,8 +63,8 @@ class Outcome:
     result: Any = None
 
 
-def plan(out: Path) -> dict[str, list[Step]]:
-    """The steps of every part in order, their results under ``out``."""
+def plan(out: Path, data: Path | None = None, train_s: int = 240) -> dict[str, list[Step]]:
+    """The steps of every part in order, their results under ``out``; of ``data`` as of `brief_steps`."""
     return {
         "kernels": kernel_steps(out),
         "cifar": [
@@ -74,7 +75,9 @@ def plan(out: Path) -> dict[str, list[Step]]:
             end_to_end(out, "cifar-max-autotune", 270, *MAX_AUTOTUNE),
         ],
         # Their results stand in the part's own file, which alone is to be taken along.
-        "brief": brief_steps(ROOT / "runs" / "gpu-check-steps"),
+        "brief": [
+            *brief_steps(ROOT / "runs" / "gpu-check-steps", model_steps(out, data, train_s)),
+        ],
     }
 
 
@@ -109,11 +112,22 @@ def kernel_steps(out: Path) -> list[Step]:
     ]
 
 
-GRAPHS = "compile reduce-overhead"
+GRAPHS, TUNED = "compile reduce-overhead", "ours tuned"
 
 
-def brief_steps(out: Path) -> list[Step]:
-    """Build; what only has to be right, side by side; then what is timed, alone.
+def model_steps(out: Path, data: Path | None, train_s: int) -> list[Step]:
+    """The training of a network on ``data`` for ``train_s`` seconds; its weights come to ``out``."""
+    if data is None:
+        return []
+    folder = ROOT / "runs" / "gpu-check-steps" / "cifar10"
+    recipe = (sys.executable, "python/recipes/cifar10.py", "--data", str(data))
+    # The last part of the time is for what comes after the last step.
+    files = ("--out", str(folder), "--export", str(out), "--minutes", f"{(train_s - 20) / 60:.2f}")
+    return [Step("model", (*recipe, *files, "--workers", "4"), train_s + 30, beside=True)]
+
+
+def brief_steps(out: Path, model: list[Step]) -> list[Step]:
+    """Build; what only has to be right, beside the training of a model; then what is timed, alone.
 
     Compilers' results are kept on disk, so that the baselines are built beside the tests.
     """
@@ -135,7 +149,7 @@ def brief_steps(out: Path) -> list[Step]:
     def timed(name: str, seconds: int, *options: str) -> Step:
         return end_to_end(out, name, seconds, "--configs", "cifar", "--rounds", "9", *options)
 
-    against = ("--variants", f"ours,{GRAPHS},eager NHWC")
+    against = ("--variants", f"ours,{GRAPHS},eager NHWC,{TUNED}")
     forward = ("--what", "forward", "--training-batches", "", *against)
     return [
         Step(build.name, build.command, 120, environment=build.environment),
@@ -147,18 +161,27 @@ def brief_steps(out: Path) -> list[Step]:
         compiled("compile-128", "128", ""),
         compiled("compile-1", "1", ""),
         compiled("compile-training", "128", "128"),
-        program("kernels", out, "benchmarks.kernel_times", 60, "--rows", "60"),
-        program("group-norm", out, "benchmarks.ops", 60, "--device", "cuda", *GROUP_NORM),
-        timed("forward", 75, *forward, "--batches", "128,1"),
-        timed("training", 75, "--what", "training", "--batches", "128", *against),
-        timed("sampling", 45, "--what", "sampling", "--batches", "128,1", *SAMPLED),
-        timed("forward-float32", 45, *forward[:4], *PLAIN, "--dtype", "float32"),
+        *model,
+        program("kernels", out, "benchmarks.kernel_times", 40, "--rows", "60"),
+        timed("forward", 60, *forward, "--batches", "128,1"),
+        timed("training", 60, "--what", "training", "--batches", "128", *against),
+        program(
+            "group-norm",
+            out,
+            "benchmarks.group_norm_gpu",
+            45,
+            "--parts",
+            "forward,backward",
+            *GROUP_NORM,
+        ),
+        timed("forward-float32", 40, *forward[:4], *PLAIN, "--dtype", "float32"),
+        timed("sampling", 40, "--what", "sampling", "--batches", "128,1", *SAMPLED),
         timed("forward-16", 30, *forward[:4], "--variants", "ours", "--batches", "16,64,256"),
         program("ceilings", out, "benchmarks.gpu_ceilings", 30),
     ]
 
 
-GROUP_NORM = ("--ops", "group_norm_silu", "--no-compile", "--budget-s", "45")
+GROUP_NORM = ("--budget-s", "38")
 SAMPLED = ("--training-batches", "", "--variants", "ours,eager NHWC", "--steps", "50")
 PLAIN = ("--batches", "128", "--variants", "ours,eager NHWC,eager")
 
@@ -307,10 +330,12 @@ def main() -> int:
     )
     parser.add_argument("--only", default="", help="names of steps, separated by commas")
     parser.add_argument("--budget-s", type=float, default=PART_SECONDS, help="of each part")
+    parser.add_argument("--data", type=Path, help="images of CIFAR-10, to train on in brief")
+    parser.add_argument("--train-s", type=int, default=240, help="of which much")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "gpu-check")
     arguments = parser.parse_args()
     out = arguments.out.resolve()
-    parts = plan(out)
+    parts = plan(out, arguments.data and arguments.data.resolve(), arguments.train_s)
     if unknown := set(arguments.parts) - set(parts):
         parser.error(f"parts must be of {list(parts)}, got {sorted(unknown)}")
     parts = {name: parts[name] for name in arguments.parts or list(parts)[:3]}

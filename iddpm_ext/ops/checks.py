@@ -1,7 +1,8 @@
 """Checks that ops share, with one text: `<op>: <argument> must be <rule>, got <value>`.
 
-Values are looked at only where that costs no synchronisation: on the CPU, outside of tracing. The
-kernels themselves write NaN for a step outside of the table, so an unchecked call cannot crash.
+Values are looked at only where that costs no synchronisation: on the CPU, outside of tracing. On a GPU
+types, shapes and devices alone are checked; there the kernels themselves write NaN for a step outside of the
+table, so an unchecked call cannot crash.
 """
 
 from __future__ import annotations

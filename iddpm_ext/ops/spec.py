@@ -35,12 +35,16 @@ class Case(NamedTuple):
 
 
 class BadCase(NamedTuple):
-    """Arguments that an op must refuse, with the error's type and a part of its text."""
+    """Arguments that an op must refuse, with the error's type and a part of its text.
+
+    of_values: found by a look at a tensor's values, which is only taken on the CPU (`ops.checks`).
+    """
 
     label: str
     kwargs: dict[str, Any]
     error: type[Exception]
     match: str
+    of_values: bool = False
 
 
 @dataclass(frozen=True)

@@ -192,8 +192,9 @@ class FusedTraining:
             rows.view(n, height * width, 3 * c).transpose(1, 2),
             layer.num_heads, order=layer.order, backend=layer.backend,
         )  # fmt: skip
-        rows = torch.mm(out.transpose(1, 2).reshape(-1, c), self._matrix(layer.proj_out).t())
-        return _Features(images_of(rows, h), features.h, layer.proj_out.get_parameter("bias"))
+        rows = out.transpose(1, 2).reshape(-1, c)
+        images = _Product.apply(rows, self._matrix(layer.proj_out), h)
+        return _Features(images, features.h, layer.proj_out.get_parameter("bias"))
 
     def _normalised(
         self, norm: GroupNormSiLU, features: _Features, beside: Tensor | None = None
@@ -248,9 +249,37 @@ class _AddProduct(torch.autograd.Function):
         for part in parts:
             own = slice(begin, begin + part.shape[1])
             dparts.append(images_of(rows @ matrix[:, own], part))
-            dmatrix[:, own] = rows.t() @ rows_of(part)
+            torch.mm(rows.t(), rows_of(part), out=dmatrix[:, own])
             begin += part.shape[1]
         return (dy, dmatrix, *dparts)
+
+
+class _Product(torch.autograd.Function):
+    """rows @ matrix.t() as images like `like`, which are no view: sums are written into them.
+
+    The gradient of what is written into a view is copied several times, and loses its memory format.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, matrix: Tensor, like: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, matrix)
+        n, _, height, width = like.shape
+        images = torch.empty(
+            (n, len(matrix), height, width),
+            dtype=rows.dtype,
+            device=rows.device,
+            memory_format=_LAST,
+        )
+        pixels = images.permute(0, 2, 3, 1).view(-1, len(matrix))
+        torch.mm(rows, matrix.t(), out=pixels)
+        return images
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        rows, matrix = ctx.saved_tensors
+        dy = rows_of(dy)
+        return dy @ matrix, dy.t() @ rows, None
 
 
 class _Linear(torch.autograd.Function):

@@ -125,20 +125,23 @@ def _pass(config: TrainConfig, state: TrainState, inputs: Inputs) -> dict[str, T
 
 
 def _inputs(config: TrainConfig, state: TrainState, batch: Batch, device: torch.device) -> Inputs:
+    # Drawn on the host, where hundreds of operations on a few numbers are no launches.
+    key = NoiseKey(config.seed, STREAM_CHOICE, batch.positions, 0, _CHOICE_DRAW)
+    choice = uniform(key, (len(batch.positions), 2))
     positions = _moved(batch.positions, device)
+    at_hand = batch.positions if config.timestep_sampler == "uniform" else positions
+    t, weight = (_moved(value, device) for value in state.timestep_sampler.sample(at_hand))
     x_0 = _moved(batch.images, device)
-    t, weight = state.timestep_sampler.sample(positions)
-    key = NoiseKey(config.seed, STREAM_CHOICE, positions, 0, _CHOICE_DRAW)
-    choice = uniform(key, (len(positions), 2))
     if config.flip:
-        x_0 = torch.where((choice[:, 0] < 0.5)[:, None, None, None], x_0.flip(3), x_0)
+        mirrored = _moved(choice[:, 0] < 0.5, device)
+        x_0 = torch.where(mirrored[:, None, None, None], x_0.flip(3), x_0)
     if config.channels_last or device.type == "cuda":
         x_0 = x_0.contiguous(memory_format=torch.channels_last)
     labels = None
     if config.class_cond:
         assert batch.labels is not None
-        labels = _moved(batch.labels, device)
-        labels = torch.where(choice[:, 1] < config.label_dropout, -1, labels)
+        withheld = choice[:, 1] < config.label_dropout
+        labels = _moved(torch.where(withheld, -1, batch.labels), device)
     return Inputs(x_0, positions, t, weight, labels)
 
 

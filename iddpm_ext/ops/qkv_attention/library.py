@@ -10,7 +10,6 @@ from iddpm_ext.ops.qkv_attention.layout import (
     empty_like_rows,
     is_by_token,
     laid_out_like,
-    split_heads,
 )
 from iddpm_ext.ops.rows import no_autocast
 
@@ -29,17 +28,31 @@ def qkv_attention(qkv: Tensor, num_heads: int, order: str) -> Tensor:
     n, channels, tokens = qkv.shape
     if qkv.numel() == 0:
         return empty_like_rows(qkv, channels // 3).zero_()
-    q, k, v = (x.transpose(2, 3) for x in split_heads(_by_token(qkv), num_heads, order))
+    q, k, v = _split_rows(_by_token(qkv), num_heads, order)
     with no_autocast(qkv.device.type):
         out = F.scaled_dot_product_attention(q, k, v)  # [N, heads, T, d]
     return laid_out_like(qkv, out.permute(0, 1, 3, 2).reshape(n, channels // 3, tokens))
 
 
+def _split_rows(rows: Tensor, num_heads: int, order: str) -> tuple[Tensor, ...]:
+    """q, k and v, each [N, heads, T, d], as views of rows [N, T, 3C].
+
+    Split by the last dimension: its gradient is one concatenation of rows, as their memory has them.
+    """
+    n, tokens, channels = rows.shape
+    width = channels // (3 * num_heads)
+    if order == "legacy":
+        parts = rows.view(n, tokens, num_heads, 3 * width).split(width, dim=3)
+    else:
+        parts = rows.split(channels // 3, dim=2)
+    return tuple(part.view(n, tokens, num_heads, width).transpose(1, 2) for part in parts)
+
+
 def _by_token(qkv: Tensor) -> Tensor:
-    """qkv [N, 3C, T] with the channels of a token side by side, every token at an aligned address."""
+    """The rows [N, T, 3C] of qkv [N, 3C, T], every one at an aligned address."""
     rows = qkv.transpose(1, 2)
     steps = (rows.stride(0), rows.stride(1), rows.storage_offset())
     if not is_by_token(qkv) or any(step * qkv.element_size() % _ALIGNMENT for step in steps):
         # Not `contiguous`, which leaves the stride of a single token as it is.
         rows = rows.clone(memory_format=torch.contiguous_format)
-    return rows.transpose(1, 2)
+    return rows

@@ -83,13 +83,15 @@ def bad_inputs(device: str) -> Iterator[BadCase]:
     channels = good["model_output"][:, :5]
     yield bad("output channels", ValueError, r"2C, H, W\] for x_t", model_output=channels)
     no_variance = good["model_output"][:, :3]
-    yield bad("no variance head", ValueError, "must have 2C = 6", model_output=no_variance)
+    headless = bad("no variance head", ValueError, "must have 2C = 6", model_output=no_variance)
+    yield headless._replace(of_values=True)
     yield bad("output integer", TypeError, "model_output must be", model_output=channels.long())
     yield bad("t a list", TypeError, "t must be an int64 tensor", t=[0, 1])
     yield bad("t float", TypeError, "t must be int64", t=t.float())
     yield bad("t shape", ValueError, r"t must be \[N\] with N = 2", t=t[:1])
     for value in (-1, synthetic.NUM_TIMESTEPS, 2**40):
-        yield bad(f"t {value}", ValueError, f"t must lie in .* got {value} at", t=t * 0 + value)
+        outside = bad(f"t {value}", ValueError, f"t must lie in .* got {value} at", t=t * 0 + value)
+        yield outside._replace(of_values=True)
     yield bad(
         "table shape",
         ValueError,

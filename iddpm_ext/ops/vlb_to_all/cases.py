@@ -66,7 +66,8 @@ def bad_inputs(device: str) -> Iterator[BadCase]:
     yield bad("targets float", TypeError, "targets must be int64", targets=targets.float())
     yield bad("targets rank", ValueError, r"targets must be \[S\]", targets=targets[None])
     for value in (_LAST + 1, -2 - _LAST, 2**40):
-        yield bad(f"targets {value}", ValueError, f"got {value}", targets=targets * 0 + value)
+        far = bad(f"targets {value}", ValueError, f"got {value}", targets=targets * 0 + value)
+        yield far._replace(of_values=True)
 
 
 def property_inputs(draw: random_calls.Draw, device: str, dtype: torch.dtype) -> dict[str, Any]:

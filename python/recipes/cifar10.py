@@ -1,0 +1,235 @@
+"""Train the class-conditional CIFAR-10 network in the time that there is.
+
+    python python/recipes/cifar10.py --data cifar10/train --out runs/cifar10 --minutes 30
+
+A trial of some steps tells how fast this device is. The learning rate is then constant for the first six
+tenths of the time, whose speed tells how many steps fit into the rest, over which it falls to zero. What was
+decided is written down in OUT/recipe.json: stopped and called again, the same training goes on from its
+newest sound checkpoint. Last come the averaged weights as float16, cifar10-ema-DECAY, and a sheet of samples,
+in OUT or where --export says. Files above 15 MB are written in parts: `cat FILE.* > FILE` makes them whole.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import shutil
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import iddpm_ext
+from iddpm_ext.checkpoint.runs import ema_file
+from iddpm_ext.files import write_whole
+from iddpm_ext.training import TrainConfig, newest_checkpoint, train
+
+TRIAL_STEPS = 60
+CONSTANT = 0.6  # share of the time with a constant learning rate
+MARGIN = 0.93  # of the time, for what else the device may have to do
+PART_MB = 15
+
+
+def configuration(arguments: argparse.Namespace) -> TrainConfig:
+    """Of the whole training, without its number of steps."""
+    return TrainConfig(
+        data=str(arguments.data),
+        out=str(arguments.out),
+        batch_size=arguments.batch_size,
+        flip=True,
+        workers=arguments.workers,
+        cache=True,
+        class_cond=True,
+        label_dropout=0.1,
+        model_channels=arguments.width,
+        num_res_blocks=arguments.res_blocks,
+        channel_mult=tuple(arguments.channel_mult),
+        attention_resolutions=tuple(arguments.attention),
+        objective="hybrid",
+        lr=arguments.lr,
+        lr_warmup=200,
+        ema=(0.999, 0.9995),
+        grad_clip=1.0,
+        dtype=arguments.dtype,
+        save_every=arguments.save_every,
+        keep=2,
+        sample_every=0,
+        device=arguments.device,
+    )
+
+
+class Plan:
+    """OUT/recipe.json: what was decided, in the order of deciding."""
+
+    def __init__(self, out: Path):
+        self._path = out / "recipe.json"
+        found = self._path.is_file()
+        self.decided: dict[str, Any] = json.loads(self._path.read_text()) if found else {}
+
+    def __getitem__(self, name: str) -> Any:
+        return self.decided.get(name)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        self.decided[name] = value
+        write_whole(self._path, (json.dumps(self.decided, indent=1) + "\n").encode())
+
+
+def say(text: str) -> None:
+    """To whoever watches."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def images_per_second(out: Path) -> float:
+    """Of the newest records of a run, whose last may be of a single step."""
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    return statistics.median(float(json.loads(line)["images_per_second"]) for line in lines[-5:])
+
+
+def steps_within(seconds: float, rate: float, config: TrainConfig) -> int:
+    """How many steps fit into the time."""
+    return max(1, int(seconds * MARGIN * rate / config.batch_size))
+
+
+def try_out(config: TrainConfig) -> float:
+    """Images a second of a few steps, in a folder that does not stay."""
+    folder = Path(config.out) / "trial"
+    shutil.rmtree(folder, ignore_errors=True)
+    trial = dataclasses.replace(
+        config, out=str(folder), steps=TRIAL_STEPS, log_every=TRIAL_STEPS // 3, progress=False
+    )
+    train(trial)
+    rate = images_per_second(folder)
+    shutil.rmtree(folder)
+    return rate
+
+
+def decide(plan: Plan, config: TrainConfig, seconds: float, began: float) -> None:
+    """The steps with a constant rate, from a trial unless they are known already."""
+    if plan["constant_steps"] is not None:
+        return
+    rate = try_out(config)
+    left = seconds - (time.monotonic() - began)
+    plan["seconds"], plan["trial_images_per_second"] = seconds, rate
+    plan["constant_steps"] = steps_within(CONSTANT * left, rate, config)
+    say(
+        f"{rate:.0f} images/s: about {steps_within(left, rate, config)} steps in {left:.0f} s, "
+        f"{plan['constant_steps']} of them with a constant learning rate"
+    )
+
+
+def reached(config: TrainConfig) -> int:
+    """The step of the newest checkpoint."""
+    newest, _ = newest_checkpoint(Path(config.out) / "ckpt")
+    return 0 if newest is None else int(newest.name.removeprefix("step-"))
+
+
+def fall(plan: Plan, config: TrainConfig, left: float) -> TrainConfig:
+    """The configuration of the second part, in which the learning rate falls from where it was to zero."""
+    constant = plan["constant_steps"]
+    if plan["steps"] is None:
+        rate = images_per_second(Path(config.out))
+        plan["images_per_second"] = rate
+        plan["steps"] = constant + steps_within(max(left, 0.0), rate, config)
+        say(f"{rate:.0f} images/s: falls to zero at step {plan['steps']}, in {left:.0f} s")
+    steps = plan["steps"]
+    # A straight line to zero at the last step that passes through the constant rate where this part begins.
+    peak = config.lr / (1 - constant / steps)
+    return dataclasses.replace(config, steps=steps, lr=peak, lr_decay=True)
+
+
+def export(config: TrainConfig, checkpoint: Path, folder: Path) -> list[Path]:
+    """The averaged weights as float16, in parts where a file is large."""
+    files = []
+    for decay in config.ema:
+        model = iddpm_ext.load(checkpoint / ema_file(decay))
+        target = folder / f"cifar10-ema-{decay:g}.safetensors"
+        iddpm_ext.save(model, target, dtype=torch.float16)
+        files += in_parts(target)
+    return files
+
+
+def in_parts(path: Path, megabytes: int = PART_MB) -> list[Path]:
+    """The file itself where it is small enough, else its parts, in whose place it was."""
+    data, size = path.read_bytes(), megabytes << 20
+    if len(data) <= size:
+        return [path]
+    parts = []
+    for number, begin in enumerate(range(0, len(data), size)):
+        parts.append(path.with_name(f"{path.name}.{number}"))
+        write_whole(parts[-1], data[begin : begin + size])
+    path.unlink()
+    return parts
+
+
+def draw(config: TrainConfig, checkpoint: Path, count: int, path: Path) -> Path:
+    """A sheet of samples, the classes in turn."""
+    model = iddpm_ext.load(checkpoint / ema_file(config.ema[0])).to(_device(config))
+    classes = model.config.num_classes
+    assert classes is not None
+    labels = torch.arange(count, dtype=torch.int64, device="cpu") % classes
+    images = iddpm_ext.sample(model, 50, labels=labels, progress=False)
+    iddpm_ext.save_images(images, path, recipe={"steps": 50, "seed": 0})
+    return path
+
+
+def _device(config: TrainConfig) -> str:
+    if config.device != "auto":
+        return config.device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line's."""
+    found = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    found.add_argument("--data", type=Path, required=True, help="a folder a class, or an archive")
+    found.add_argument("--out", type=Path, required=True)
+    found.add_argument("--export", type=Path, help="where weights and samples go; OUT if not given")
+    found.add_argument("--minutes", type=float, default=30.0, help="from call to last file")
+    found.add_argument("--batch-size", type=int, default=128)
+    found.add_argument("--width", type=int, default=64)
+    found.add_argument("--res-blocks", type=int, default=3)
+    found.add_argument("--channel-mult", type=int, nargs="+", default=[1, 2, 3])
+    found.add_argument("--attention", type=int, nargs="+", default=[16, 8])
+    found.add_argument("--lr", type=float, default=4e-4)
+    found.add_argument("--dtype", default="bfloat16")
+    found.add_argument("--save-every", type=int, default=2000)
+    found.add_argument("--workers", type=int, default=4, help="that decode, once")
+    found.add_argument("--samples", type=int, default=100)
+    found.add_argument("--device", default="auto")
+    return found
+
+
+def main() -> int:
+    """Train for the time that is left, export and draw; 1 where the run was stopped before its end."""
+    began, arguments = time.monotonic(), parser().parse_args()
+    config, seconds = configuration(arguments), 60 * arguments.minutes
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    plan = Plan(arguments.out)
+    decide(plan, config, seconds, began)
+    first = dataclasses.replace(config, steps=plan["constant_steps"])
+    if reached(config) < first.steps:
+        train(first)
+        if reached(config) < first.steps:
+            return 1
+    second = fall(plan, config, seconds - (time.monotonic() - began))
+    checkpoint = train(second)
+    if reached(config) < second.steps:
+        return 1
+    folder = arguments.export or arguments.out
+    folder.mkdir(parents=True, exist_ok=True)
+    files = export(config, checkpoint, folder)
+    if arguments.samples:
+        files.append(draw(config, checkpoint, arguments.samples, folder / "samples.png"))
+    for file in files:
+        print(f"{file}  {file.stat().st_size / 1e6:.1f} MB")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,68 @@
+"""The training recipe at toy size: it keeps to its time, goes on where it stopped and ends in small files."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import iddpm_ext
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "python" / "recipes"))
+
+import cifar10
+
+
+@pytest.fixture
+def data(tmp_path):
+    for name, level in (("cat", 0.5), ("dog", -0.5)):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for i in range(4):
+            image = torch.full((1, 3, 8, 8), level + 0.1 * i, dtype=torch.float32, device="cpu")
+            iddpm_ext.save_images(image, tmp_path / "data" / name / f"{i}.png")
+    return tmp_path / "data"
+
+
+def arguments(data: Path, out: Path) -> list[str]:
+    return [
+        *("cifar10.py", "--data", str(data), "--out", str(out), "--minutes", "0.05", "--batch-size", "2"),
+        *("--width", "32", "--res-blocks", "1", "--channel-mult", "1", "--attention", "8"),
+        *("--dtype", "float32", "--workers", "0", "--samples", "2", "--device", "cpu"),
+    ]  # fmt: skip
+
+
+def test_recipe_trains_to_its_end_and_exports_what_load_reads(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(cifar10, "TRIAL_STEPS", 3)
+    monkeypatch.setattr(sys, "argv", arguments(data, tmp_path / "out"))
+    assert cifar10.main() == 0
+    plan = json.loads((tmp_path / "out" / "recipe.json").read_text())
+    assert 0 < plan["constant_steps"] < plan["steps"]
+    for decay in ("0.999", "0.9995"):
+        model = iddpm_ext.load(tmp_path / "out" / f"cifar10-ema-{decay}.safetensors")
+        assert model.config.num_classes == 2 and model.extra["step"] == plan["steps"]
+    assert (tmp_path / "out" / "samples.png").exists()
+    # A second call finds nothing to train and leaves the same weights.
+    assert cifar10.main() == 0
+    again = iddpm_ext.load(tmp_path / "out" / "cifar10-ema-0.9995.safetensors").state_dict()
+    assert all(torch.equal(again[name], value) for name, value in model.state_dict().items())
+
+
+def test_learning_rate_falls_in_a_line_from_where_it_was(data, tmp_path):
+    config = cifar10.configuration(cifar10.parser().parse_args(arguments(data, tmp_path)[1:]))
+    plan = cifar10.Plan(tmp_path)
+    plan["constant_steps"], plan["steps"] = 60, 100
+    second = cifar10.fall(plan, config, 0.0)
+    assert second.lr * (1 - 60 / 100) == pytest.approx(config.lr)
+    assert (second.steps, second.lr_decay) == (100, True)
+
+
+def test_a_large_file_is_written_in_parts_that_make_it_whole(tmp_path):
+    data = bytes(range(256)) * 10_000
+    path = tmp_path / "weights"
+    path.write_bytes(data)
+    parts = cifar10.in_parts(path, megabytes=1)
+    assert [part.name for part in parts] == ["weights.0", "weights.1", "weights.2"]
+    assert b"".join(part.read_bytes() for part in parts) == data and not path.exists()
