@@ -123,7 +123,7 @@ def model_steps(out: Path, data: Path | None, train_s: int) -> list[Step]:
     recipe = (sys.executable, "python/recipes/cifar10.py", "--data", str(data))
     # The last part of the time is for what comes after the last step.
     files = ("--out", str(folder), "--export", str(out), "--minutes", f"{(train_s - 20) / 60:.2f}")
-    return [Step("model", (*recipe, *files, "--workers", "4"), train_s + 30, beside=True)]
+    return [Step("model", (*recipe, *files, "--workers", "6"), train_s + 30, beside=True)]
 
 
 def brief_steps(out: Path, model: list[Step]) -> list[Step]:

@@ -62,6 +62,7 @@ class Graphs:
                 for _ in range(_WARM_UPS):
                     work()
             here.wait_stream(side)
+            _let_go_of_workspaces()
             self._pool = self._pool or torch.cuda.graph_pool_handle()
             graph = torch.cuda.CUDAGraph()
             try:
@@ -77,4 +78,17 @@ class Graphs:
                 # The end of a capture complains of what went wrong within it.
                 reason = str(error.__context__ or error)
                 raise CaptureFailed(reason.splitlines()[0]) from error
+            finally:
+                _let_go_of_workspaces()
         return graph.replay
+
+
+def _let_go_of_workspaces() -> None:
+    """Makes cuBLAS ask for its scratch memory anew.
+
+    PyTorch keeps one block a stream until somebody clears them all, as torch.compile does when it captures
+    graphs of its own. A graph that was captured with a block from before its capture would then be replayed
+    on memory that is somebody else's, or unmapped. With none at hand, a capture takes its block from the
+    graphs' own pool, which lives as long as they do; and nobody else may find that one afterwards.
+    """
+    torch._C._cuda_clearCublasWorkspaces()
