@@ -1,7 +1,8 @@
 """Every public function that runs a network, what is done to a network, and settings of the process.
 
-`python matrix.py FILE` writes what each function gives for each changed network, computed by PyTorch's own
-modules in this fresh process: what the tests compare with.
+`python matrix.py FILE ENTRY ...` writes what functions give for changed networks, computed by PyTorch's own
+modules in this fresh process: what the tests compare with. Of the functions that are named all changes are
+written, of the others those of `EVERYWHERE`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import sys
 import tempfile
 import threading
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import cache
 from typing import Any
 from unittest import mock
@@ -278,6 +279,29 @@ def _strides(m: UNet) -> None:
     )
 
 
+def _channels_last(m: UNet) -> None:
+    m.to(memory_format=torch.channels_last)
+    m.out[2].weight.data.mul_(-1)
+
+
+def _frozen(m: UNet) -> None:
+    m.requires_grad_(False)
+    m.out[2].weight.mul_(-1)
+    m.requires_grad_(True)
+
+
+def _tied(m: UNet) -> None:
+    m.middle_block[2].in_layers[2].weight = m.middle_block[0].in_layers[2].weight
+
+
+def _tied_layers(m: UNet) -> None:
+    m.middle_block[2] = m.middle_block[0]
+
+
+def _layers_of_another(m: UNet) -> None:
+    m.middle_block = copy.deepcopy(_base()["other"]).middle_block
+
+
 def _time_embedding(m: UNet) -> None:
     m.time_embed[2].weight.data.mul_(-1)
 
@@ -348,6 +372,10 @@ def _lora_of_upsampling(m: UNet) -> None:
                 layer.conv = Adapted(layer.conv)
 
 
+def _lora_of_qkv(m: UNet) -> None:
+    m.middle_block[1].qkv = Adapted(m.middle_block[1].qkv)
+
+
 def _more_layers(m: UNet) -> None:
     m.middle_block.append(nn.Tanh())
 
@@ -355,6 +383,25 @@ def _more_layers(m: UNet) -> None:
 def _weight_norm(m: UNet) -> None:
     conv = nn.utils.parametrizations.weight_norm(m.middle_block[0].in_layers[2])
     conv.parametrizations.weight.original0.data.mul_(-1)
+
+
+def _spectral_norm(m: UNet) -> None:
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(9)
+        nn.utils.parametrizations.spectral_norm(m.out[2])
+    m.eval()
+
+
+def _pruned(m: UNet) -> None:
+    from torch.nn.utils import prune
+
+    prune.l1_unstructured(m.out[2], "weight", amount=0.5)
+
+
+def _other_layer(m: UNet) -> None:
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(9)
+        m.out[2] = nn.Conv2d(32, 2, 3, padding=1)
 
 
 def _old_weight_norm(m: UNet) -> None:
@@ -402,6 +449,11 @@ CHANGES: dict[str, Callable[[UNet], Callable[[], None] | None]] = {
     "one number": _one_number,
     "data replaced": _data,
     "strides": _strides,
+    "channels last": _channels_last,
+    "frozen": _frozen,
+    "tied": _tied,
+    "tied layers": _tied_layers,
+    "layers of another": _layers_of_another,
     "time embedding": _time_embedding,
     "label embedding": _labels,
     "training mode": _training_mode,
@@ -417,19 +469,27 @@ CHANGES: dict[str, Callable[[UNet], Callable[[], None] | None]] = {
     "lora of time": _lora_of_time,
     "lora of first": _lora_of_first,
     "lora of upsampling": _lora_of_upsampling,
+    "lora of qkv": _lora_of_qkv,
+    "other layer": _other_layer,
     "more layers": _more_layers,
     "weight norm": _weight_norm,
     "old weight norm": _old_weight_norm,
+    "spectral norm": _spectral_norm,
+    "pruned": _pruned,
     "compiled part": _compiled_part,
     "quantised": _quantised,
     "buffer": _buffer,
     "epsilon": _epsilon,
 }  # fmt: skip
 
+#: One of each kind: every entry meets these. What finds all others is one function, which `sample` meets.
+EVERYWHERE = ("nothing", "averaged", "submodule", "hook of time", "lora")
+
 #: Changes that the engine follows; with all others the module runs, and a warning names the first layer.
 FOLLOWED = {
     "nothing", "assigned", "parameter", "submodule", "averaged", "one number", "data replaced",
-    "strides", "time embedding", "label embedding", "training mode",
+    "strides", "channels last", "frozen", "tied", "tied layers", "layers of another", "time embedding",
+    "label embedding", "training mode",
 }  # fmt: skip
 
 
@@ -531,12 +591,14 @@ COPIES: dict[str, Callable[[UNet], UNet]] = {
 }
 
 
-def expected() -> dict[tuple[str, str], Tensor]:
-    """By (change, entry)."""
+def expected(whole: Collection[str]) -> dict[tuple[str, str], Tensor]:
+    """By (change, entry); all changes of the entries in `whole`."""
     results = {}
     with mock.patch("iddpm_ext.sampling.loop.choose_network", lambda spec, _: PlainNetwork(spec)):
         for change, apply in CHANGES.items():
             for entry, call in ENTRIES.items():
+                if entry not in whole and change not in EVERYWHERE:
+                    continue
                 case = Case(engine=False)
                 undo = apply(case.network)
                 try:
@@ -551,4 +613,4 @@ def expected() -> dict[tuple[str, str], Tensor]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    torch.save(expected(), sys.argv[1])
+    torch.save(expected(sys.argv[2:]), sys.argv[1])

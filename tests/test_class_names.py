@@ -209,6 +209,11 @@ def _guided(model: Any) -> list[str]:
     return [str(w.message) for w in told if "label_dropout" in str(w.message)]
 
 
+@pytest.mark.parametrize("name", ["fashion-mnist", "cifar10-small"])
+def test_bundled_networks_say_that_guidance_was_trained(name):
+    assert iddpm_ext.load(name).extra["label_dropout"] == 0.1
+
+
 def test_guidance_warns_where_no_unlabelled_image_was_ever_seen(tmp_path):
     data = _folder(tmp_path / "d", {"cat": 2, "dog": 2})
     without = train(_config(data, tmp_path / "a", class_cond=True))
@@ -248,3 +253,15 @@ def test_weights_of_other_classes_are_named(tmp_path, capsys):
     path = train(_config(data, tmp_path / "a", class_cond=True)) / "model.safetensors"
     train(_config(other, tmp_path / "b", class_cond=True, init_from=str(path)))
     assert "has other classes (new: eel; gone: dog)" in capsys.readouterr().err
+
+
+def test_names_decide_for_a_wrapped_network_too(tmp_path):
+    data = _folder(tmp_path / "d", {"ant": 2, "cat": 2, "dog": 2})
+    model = iddpm_ext.load(train(_config(data, tmp_path / "a", class_cond=True)))
+    other = _folder(tmp_path / "other", {"cat": 2, "dog": 2})
+    options: dict[str, Any] = {"steps": 2, "progress": False, "engine": False}
+    alone = iddpm_ext.nll(model, str(other), **options)
+    for wrapped in (torch.nn.DataParallel(model), torch.compile(model, backend="eager")):
+        assert torch.equal(
+            iddpm_ext.nll(wrapped, str(other), **options).per_image_bpd, alone.per_image_bpd
+        )

@@ -41,7 +41,7 @@ SCALED = {
     r"\(model, steps=50\)": "(model, steps=4, n=2)",
     r"num_inference_steps=50": "num_inference_steps=2",
     r"\bn=16\b": "n=2",
-    r"-n 10000\b": "-n 3 --steps 2",
+    r"-n 10000\b": "-n 12 --steps 2",
     r"-n 1000\b": "-n 2",
     r"-n 100\b": "-n 1",
     r"-n 2000\b": "-n 12 --resamples 0 --steps 2",
@@ -59,12 +59,14 @@ SMALL: dict[str, Any] = {
 }  # fmt: skip
 
 
-def blocks(language: str) -> Iterator[Any]:
+def blocks(language: str) -> list[Any]:
+    found = []
     for page in PAGES:
         text = page.read_text()
-        for found in re.finditer(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
-            line = text[: found.start()].count("\n") + 2
-            yield pytest.param(found[1], id=f"{page.name}:{line}")
+        for block in re.finditer(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+            line = text[: block.start()].count("\n") + 2
+            found.append(pytest.param(block[1], id=f"{page.name}:{line}"))
+    return found
 
 
 def scaled(text: str) -> str:

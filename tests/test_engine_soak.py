@@ -43,6 +43,7 @@ def _agree(case: Case) -> bool:
     return float((ours - modules).abs().max()) < TOLERANCE
 
 
+@pytest.mark.timeout(SECONDS + 300)
 @pytest.mark.parametrize("seed", [int(time.time())] if SOAK else [0])
 def test_a_network_that_changes_between_calls_is_followed(seed):
     print(f"seed {seed}")
@@ -50,6 +51,7 @@ def test_a_network_that_changes_between_calls_is_followed(seed):
     case, end = Case(), time.monotonic() + SECONDS
     for i in range(CHANGES_MADE):
         if time.monotonic() > end:
+            print(f"{i} changes")
             break
         what = choose.choice([*REPEATABLE, "noise", "copy", "other"])
         if what == "noise":

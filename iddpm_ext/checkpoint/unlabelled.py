@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 
+from iddpm_ext.foreign import unwrapped
 from iddpm_ext.networks.unet import UNet
 
 
@@ -13,6 +14,7 @@ def warn_if_never_unlabelled(model: object, who: str) -> None:
     A checkpoint of ours says so (`extra["label_dropout"]` of 0), and OpenAI's code never leaves a label
     out. Of other networks nothing is known and nothing said. who: the function that the warning names.
     """
+    model = unwrapped(model)
     if not isinstance(model, UNet) or model.config.num_classes is None:
         return
     known = 0 if "openai" in model.extra else None

@@ -30,7 +30,7 @@ class Program(Protocol):
 
 
 class Kept:
-    """Of one model. No copy of the model, and no pickle, takes it along."""
+    """Of one model, and its shallow copies. No deep copy of the model, and no pickle, takes it along."""
 
     def __init__(self) -> None:
         self._lock = Lock()
@@ -48,7 +48,7 @@ class Kept:
         """The network's modules and parameters as they are now, or what makes it more than a `UNet`."""
         with self._lock:
             known = self._structure
-            if known is not None and known.holds():
+            if known is not None and known.holds(model):
                 return known
             reason = why_more(model)
             self._structure = None if reason is not None else Structure(model)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from iddpm_ext.diffusion import Diffusion
 from iddpm_ext.engines.forked import go_on_after_fork
+from iddpm_ext.foreign import unwrapped
 from iddpm_ext.networks.splice import Splice
 from iddpm_ext.networks.unet import UNet
 from iddpm_ext.ops.spec import resolve_backend
@@ -52,13 +53,8 @@ class NetworkSpec:
 
 def describing(model: object) -> UNet | Splice | None:
     """The network that says what a model is: itself, or the one that a wrapper of PyTorch's holds."""
-    if isinstance(model, (UNet, Splice)):
-        return model
-    if isinstance(model, torch._dynamo.eval_frame.OptimizedModule):
-        return describing(model._orig_mod)
-    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        return describing(model.module)
-    return None
+    inside = unwrapped(model)
+    return inside if isinstance(inside, (UNet, Splice)) else None
 
 
 def check_network(

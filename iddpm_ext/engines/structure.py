@@ -19,8 +19,8 @@ from torch.nn.modules import module as torch_module
 from iddpm_ext.networks.config import UNetConfig
 from iddpm_ext.networks.unet import FORWARDS, UNet
 
-# Of every module: what says how and not what it computes, or nothing at all in evaluation mode.
-_IGNORED = frozenset({"training", "backend", "config", "extra", "gradient_checkpointing"})
+# Of every module: what says how and not what it computes, or nothing in evaluation mode (p, of dropout).
+_IGNORED = frozenset({"training", "backend", "config", "extra", "gradient_checkpointing", "p"})
 _GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
 
 
@@ -46,8 +46,13 @@ class Structure:
             for added in (module._forward_hooks, module._forward_pre_hooks, module._buffers)
         ]
 
-    def holds(self) -> bool:
-        """Whether nothing but the content of the parameters has changed."""
+    def holds(self, model: UNet) -> bool:
+        """Whether nothing but the content of the parameters has changed since.
+
+        A shallow copy of the model shares its layers, and may have a method of its own.
+        """
+        if self._modules[0] is not model:
+            return False
         now = [p for table in self._tables for p in table.values()]
         try:
             return (

@@ -28,6 +28,7 @@ from iddpm_ext.evaluation.images import (
     open_source,
 )
 from iddpm_ext.files import cache_folder
+from iddpm_ext.foreign import unwrapped
 from iddpm_ext.metrics import (
     Interval,
     Neighbourhoods,
@@ -196,14 +197,16 @@ def _open_both(
     # Models first: they say which size files are brought to.
     for name, images in sorted(given.items(), key=lambda pair: not is_model(pair[1])):
         sources[name] = open_source(name, images, reading, device)
-        if reading.image_size is None and isinstance(sources[name], UNet):
-            reading = replace(reading, image_size=sources[name].config.image_size)
+        model = unwrapped(sources[name])
+        if reading.image_size is None and isinstance(model, UNet):
+            reading = replace(reading, image_size=model.config.image_size)
     sets = []
     for name, other in (("samples", "reference"), ("reference", "samples")):
         recipe, n = wanted[name]
         words = ""
-        if isinstance(sources[name], UNet):
-            chosen, words = model_classes(other, sources[name], sources[other], name)
+        model = unwrapped(sources[name])
+        if isinstance(model, UNet):
+            chosen, words = model_classes(other, model, sources[other], name)
             recipe = replace(recipe, classes=chosen)
         found = open_images(
             name, given[name], sources[name], n=n, batch_size=batch_size, recipe=recipe,

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import iddpm_ext
 from iddpm_ext.checkpoint import bundled, is_model_folder
@@ -21,6 +21,7 @@ from iddpm_ext.data import ImageData, match_classes, open_data
 from iddpm_ext.data.classes import shown
 from iddpm_ext.data.containers import Folder
 from iddpm_ext.data.names import printable
+from iddpm_ext.foreign import unwrapped
 from iddpm_ext.networks.unet import UNet
 from iddpm_ext.sampling.loop import batches, network_of, run
 from iddpm_ext.sampling.request import make_request
@@ -88,7 +89,7 @@ def is_checkpoint(name: object) -> bool:
 
 def is_model(images: object) -> bool:
     """Whether `images` will be sampled."""
-    return isinstance(images, UNet) or is_checkpoint(images)
+    return isinstance(unwrapped(images), UNet) or is_checkpoint(images)
 
 
 def open_source(argument: str, images: Images, reading: Reading, device: torch.device | str) -> Any:
@@ -106,7 +107,7 @@ def open_source(argument: str, images: Images, reading: Reading, device: torch.d
         for note in data.notes:
             warnings.warn(f"evaluate: {argument}: {note}", stacklevel=3)
         return data
-    if isinstance(images, (Tensor, UNet, Iterable)) or _is_data(images):
+    if isinstance(images, (Tensor, Iterable)) or is_model(images) or _is_data(images):
         return images
     raise TypeError(
         f"evaluate: {argument} must be a path, a tensor, a UNet or batches of tensors, "
@@ -130,7 +131,7 @@ def open_images(
     are taken as they are.
     """
     path = os.fspath(images) if isinstance(images, (str, os.PathLike)) else None
-    if isinstance(source, UNet):
+    if isinstance(unwrapped(source), UNet):
         return _sampled(source, recipe, batch_size, Path(path).name if path else "a UNet")
     if isinstance(source, Tensor):
         _check(argument, source)
@@ -198,8 +199,8 @@ def _size(images: Tensor) -> tuple[int, int]:
     return images.shape[2], images.shape[3]
 
 
-def _sampled(model: UNet, recipe: Recipe, batch_size: int, name: str) -> ImageSet:
-    classes, labels = model.config.num_classes, None
+def _sampled(model: nn.Module, recipe: Recipe, batch_size: int, name: str) -> ImageSet:
+    classes, labels = unwrapped(model).config.num_classes, None
     if classes is not None:
         turns = torch.tensor(recipe.classes or range(classes), dtype=torch.int64, device="cpu")
         labels = turns[torch.arange(recipe.n, dtype=torch.int64, device="cpu") % len(turns)]

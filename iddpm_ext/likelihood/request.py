@@ -20,9 +20,12 @@ from iddpm_ext.engines.spec import (
     check_seed,
     count_of,
     default_batch_size,
+    describing,
 )
 from iddpm_ext.likelihood.images import Data, Images, read_images
 from iddpm_ext.networks.config import UNetConfig
+from iddpm_ext.networks.splice import Splice
+from iddpm_ext.networks.unet import UNet
 from iddpm_ext.sampling.request import network_spec
 
 _FORMAT = 1
@@ -124,8 +127,8 @@ def make_likelihood_request(
         )
     if not isinstance(exact, bool):
         raise TypeError(f"{who}: exact must be True or False, got {exact!r}")
-    config = getattr(model, "config", None)
-    config = config if isinstance(config, UNetConfig) else None
+    ours = describing(model)
+    config = None if ours is None else ours.config
     side = None if config is None else config.image_size
     images = read_images(data, who=who, split=split, limit=limit, size=side, shuffle=shuffle)
     shape = list(images.x_0.shape[1:])
@@ -138,7 +141,7 @@ def make_likelihood_request(
         raise ValueError(
             f"{who}: budget must be at least 2 for one image alone, to tell its error, got {budget}"
         )
-    labels = _labels(who, model, config, images, labels)
+    labels = _labels(who, ours, config, images, labels)
     check_flags(who, clip=clip, progress=progress)
     check_seed(who, seed)
     spec = network_spec(
@@ -165,7 +168,7 @@ def make_likelihood_request(
 
 def _labels(
     who: str,
-    model: object,
+    ours: UNet | Splice | None,
     config: UNetConfig | None,
     images: Images,
     labels: Sequence[int] | Tensor | None,
@@ -181,6 +184,6 @@ def _labels(
             f"{who}: labels must be given for a model of {classes} classes (-1 for unlabelled images), "
             f"as the data has none, got None"
         )
-    names = (getattr(model, "extra", None) or {}).get("class_names")
+    names = (getattr(ours, "extra", None) or {}).get("class_names")
     own = images.class_names or ()
     return match_classes(who, own, images.used, names, classes)[images.labels]
