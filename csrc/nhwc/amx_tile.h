@@ -149,6 +149,51 @@ void tile_multiply() {
 
 #endif
 
+// Pairs of rows as the second operand has them: out[2 j] of `even`, out[2 j + 1] of `odd`.
+IDDPM_NATIVE void store_pairs(uint16_t* out, nv even, nv odd) {
+  const words pairs = __builtin_convertvector(to_halves(even), words) |
+                      __builtin_convertvector(to_halves(odd), words) << 16;
+  std::memcpy(out, &pairs, sizeof pairs);
+}
+
+// Rows of 16 pairs, `pitch` halves apart -> [16 pairs][16 rows].
+IDDPM_NATIVE void transpose_pairs(const uint16_t* rows, int64_t pitch, uint16_t* out) {
+#if defined(__AVX512F__)
+  __m512i a[16], b[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_si512(rows + i * pitch);
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i += 2) {
+    b[i] = _mm512_maskz_unpacklo_epi32(0xFFFF, a[i], a[i + 1]);
+    b[i + 1] = _mm512_maskz_unpackhi_epi32(0xFFFF, a[i], a[i + 1]);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i += 4) {  // a[i + j]: column j of every four, of rows i to i + 3
+    a[i] = _mm512_maskz_unpacklo_epi64(0xFF, b[i], b[i + 2]);
+    a[i + 1] = _mm512_maskz_unpackhi_epi64(0xFF, b[i], b[i + 2]);
+    a[i + 2] = _mm512_maskz_unpacklo_epi64(0xFF, b[i + 1], b[i + 3]);
+    a[i + 3] = _mm512_maskz_unpackhi_epi64(0xFF, b[i + 1], b[i + 3]);
+  }
+#pragma GCC unroll 16
+  for (int j = 0; j < 4; ++j) {  // columns j and 8 + j, 4 + j and 12 + j
+    const __m512i first = _mm512_maskz_shuffle_i32x4(0xFFFF, a[j], a[4 + j], 0x88);
+    const __m512i second = _mm512_maskz_shuffle_i32x4(0xFFFF, a[8 + j], a[12 + j], 0x88);
+    const __m512i third = _mm512_maskz_shuffle_i32x4(0xFFFF, a[j], a[4 + j], 0xDD);
+    const __m512i fourth = _mm512_maskz_shuffle_i32x4(0xFFFF, a[8 + j], a[12 + j], 0xDD);
+    b[j] = _mm512_maskz_shuffle_i32x4(0xFFFF, first, second, 0x88);
+    b[8 + j] = _mm512_maskz_shuffle_i32x4(0xFFFF, first, second, 0xDD);
+    b[4 + j] = _mm512_maskz_shuffle_i32x4(0xFFFF, third, fourth, 0x88);
+    b[12 + j] = _mm512_maskz_shuffle_i32x4(0xFFFF, third, fourth, 0xDD);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) _mm512_storeu_si512(out + i * kTileDepth, b[i]);
+#else
+  for (int64_t row = 0; row < kTileEdge; ++row)
+    for (int64_t pair = 0; pair < kTileEdge; ++pair)
+      std::memcpy(out + (pair * kTileEdge + row) * 2, rows + row * pitch + 2 * pair, 4);
+#endif
+}
+
 // A thread's tiles for the length of a kernel: whole ones, whatever another library left behind,
 // and released at its end, so that they slow no later switch of tasks.
 class Tiles {

@@ -53,18 +53,31 @@ IDDPM_NATIVE nv nload(const uint16_t* p) {
   return (nv)(__builtin_convertvector(h, words) << 16);
 }
 
-IDDPM_NATIVE void nstore(uint16_t* p, nv v) {
+IDDPM_NATIVE halves to_halves(nv v) {
 #if defined(__AVX512BF16__)
   const __m256bh half = _mm512_maskz_cvtneps_pbh(0xFFFF, (__m512)v);
-  std::memcpy(p, &half, sizeof half);
+  halves h;
+  std::memcpy(&h, &half, sizeof h);
+  return h;
 #else
   const words bits = (words)v;
   const words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const words is_nan = (words)(v != v);
-  const halves h =
-      __builtin_convertvector((is_nan & ((bits >> 16) | 0x40u)) | (~is_nan & rounded), halves);
-  std::memcpy(p, &h, sizeof h);
+  return __builtin_convertvector((is_nan & ((bits >> 16) | 0x40u)) | (~is_nan & rounded), halves);
 #endif
+}
+
+IDDPM_NATIVE void nstore(uint16_t* p, nv v) {
+  const halves h = to_halves(v);
+  std::memcpy(p, &h, sizeof h);
+}
+
+// The first `count` floats at p, and zeros.
+IDDPM_NATIVE nv nload_first(const float* p, int64_t count) {
+  if (count >= kWidth) return nload(p);
+  float some[kWidth] = {};
+  if (count > 0) std::memcpy(some, p, size_t(count) * sizeof(float));
+  return nload(some);
 }
 
 // Not nv{} + a, which adds a to zero before it broadcasts the sum: that is no identity for a = -0.

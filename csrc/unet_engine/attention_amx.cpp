@@ -42,57 +42,36 @@ struct Head {
   }
 };
 
-// `width` floats -> `depth` halves, times a factor; zeros after them.
-void round_row(const float* in, int64_t width, int64_t depth, float factor, uint16_t* out) {
-  int64_t c = 0;
-  for (; c + kWidth <= width; c += kWidth) nstore(out + c, nload(in + c) * factor);
-  if (c == depth) return;
-  float rest[2 * kTileDepth] = {};
-  std::memcpy(rest, in + c, size_t(width - c) * sizeof(float));
-  for (int64_t i = 0; c < depth; c += kWidth, i += kWidth) nstore(out + c, nload(rest + i) * factor);
-}
-
-// Rows of pairs [16][depth] -> [depth / 32][16 pairs][16 rows].
-void transpose_pairs(const uint16_t* rows, int64_t depth, uint16_t* out) {
-  for (int64_t chunk = 0; chunk < depth; chunk += kTileDepth, out += kTileHalves)
-    for (int64_t row = 0; row < kTileEdge; ++row)
-      for (int64_t pair = 0; pair < kTileEdge; ++pair)
-        std::memcpy(out + (pair * kTileEdge + row) * 2, rows + row * depth + chunk + 2 * pair, 4);
+// `width` floats times a factor -> `depth` halves, zeros after them.
+IDDPM_NATIVE void round_row(const float* in, int64_t width, int64_t depth, float factor,
+                            uint16_t* out) {
+  for (int64_t c = 0; c < depth; c += kWidth)
+    nstore(out + c, nload_first(in + c, width - c) * factor);
 }
 
 void pack(const TileAttentionOp& op, const float* qkv, const Head& head) {
   const int64_t d = op.width, depth = head.depth, chunks = head.columns / kTileDepth;
   const float factor = 1.44269504f / __builtin_sqrtf(float(d));  // softmax by powers of two
-  uint16_t* rows = head.rows;
   for (int64_t first = 0; first < head.columns; first += kTileEdge) {
     for (int64_t i = 0; i < kTileEdge; ++i) {
-      const int64_t token = first + i;
-      uint16_t* q = head.q + token * depth;
-      if (token < op.tokens) {
-        const float* in = qkv + token * op.qkv_stride;
-        round_row(in, d, depth, factor, q);
-        round_row(in + d, d, depth, 1.0f, rows + i * depth);
-      } else {
-        std::memset(q, 0, size_t(depth) * 2);
-        std::memset(rows + i * depth, 0, size_t(depth) * 2);
-      }
+      const int64_t token = first + i, width = token < op.tokens ? d : 0;
+      const float* in = qkv + token * op.qkv_stride;
+      round_row(in, width, depth, factor, head.q + token * depth);
+      round_row(in + d, width, depth, 1.0f, head.rows + i * depth);
     }
-    transpose_pairs(rows, depth, head.k + first * depth);
+    uint16_t* k = head.k + first * depth;
+    for (int64_t c = 0; c < depth; c += kTileDepth, k += kTileHalves)
+      transpose_pairs(head.rows + c, depth, k);
   }
   for (int64_t token = 0; token < head.columns; token += 2) {
-    for (int64_t i = 0; i < 2; ++i) {
-      if (token + i < op.tokens)
-        round_row(qkv + (token + i) * op.qkv_stride + 2 * d, d, depth, 1.0f, rows + i * depth);
-      else
-        std::memset(rows + i * depth, 0, size_t(depth) * 2);
-    }
-    uint16_t* out = head.v + (token / kTileDepth * kTileEdge + token % kTileDepth / 2) * kTileDepth;
-    for (int64_t tile = 0; tile < depth / kTileEdge; ++tile, out += chunks * kTileHalves) {
-      for (int64_t j = 0; j < kTileEdge; ++j) {
-        out[2 * j] = rows[tile * kTileEdge + j];
-        out[2 * j + 1] = rows[depth + tile * kTileEdge + j];
-      }
-    }
+    const int64_t even_width = token < op.tokens ? d : 0, odd_width = token + 1 < op.tokens ? d : 0;
+    const float* even = qkv + token * op.qkv_stride + 2 * d;
+    const float* odd = even + op.qkv_stride;
+    uint16_t* v = head.v + (token / kTileDepth * kTileEdge + token % kTileDepth / 2) * kTileDepth;
+    for (int64_t c = 0; c < depth; c += kTileEdge, v += chunks * kTileHalves)
+      for (int64_t j = 0; j < kTileEdge; j += kWidth)
+        store_pairs(v + 2 * j, nload_first(even + c + j, even_width - c - j),
+                    nload_first(odd + c + j, odd_width - c - j));
   }
 }
 
@@ -128,17 +107,31 @@ void multiply(const uint16_t* a, int64_t a_stride, int64_t chunks, const uint16_
 
 // p = 2^(scores - their maximum), rounded; returns one over the sum of what was not.
 float soften(const Head& head, float* scores, uint16_t* p) {
+  constexpr int V = 32 / kWidth;
   for (int64_t j = head.tokens; j < head.columns; ++j) scores[j] = -1e30f;
-  nv most = nload(scores);
-  for (int64_t j = kWidth; j < head.columns; j += kWidth) most = nmax(most, nload(scores + j));
-  const nv maximum = nsplat(max_lanes(most));
-  nv sum = nv{};
-  for (int64_t j = 0; j < head.columns; j += kWidth) {
-    const nv e = exp2_coarse(nload(scores + j) - maximum);
-    sum += e;
-    nstore(p + j, e);
+  nv most[V], sum[V];
+#pragma GCC unroll 4
+  for (int i = 0; i < V; ++i) {
+    most[i] = nload(scores + i * kWidth);
+    sum[i] = nv{};
   }
-  return 1.0f / sum_lanes(sum);
+  for (int64_t j = 32; j < head.columns; j += 32)
+#pragma GCC unroll 4
+    for (int i = 0; i < V; ++i) most[i] = nmax(most[i], nload(scores + j + i * kWidth));
+#pragma GCC unroll 4
+  for (int i = 1; i < V; ++i) most[0] = nmax(most[0], most[i]);
+  const nv maximum = nsplat(max_lanes(most[0]));
+  for (int64_t j = 0; j < head.columns; j += 32) {
+#pragma GCC unroll 4
+    for (int i = 0; i < V; ++i) {
+      const nv e = exp2_coarse(nload(scores + j + i * kWidth) - maximum);
+      sum[i] += e;
+      nstore(p + j + i * kWidth, e);
+    }
+  }
+#pragma GCC unroll 4
+  for (int i = 1; i < V; ++i) sum[0] += sum[i];
+  return 1.0f / sum_lanes(sum[0]);
 }
 
 void attend(const TileAttentionOp& op, const float* qkv, uint16_t* out, const Head& head) {

@@ -3,7 +3,7 @@
 //
 // A chunk of pixels gives each channel's mean and centred sum of squares (sums of differences from
 // the chunk's first pixel, so a mean far from zero costs no digits); chunks and channels are
-// combined in float64 by Chan's rule. Chunks depend on the shape alone, so the result does not
+// combined in float64, first their means, then what they are apart from it. Chunks depend on the shape alone, so the result does not
 // depend on the number of threads.
 #pragma once
 
@@ -14,42 +14,39 @@ namespace IDDPM_ISA {
 
 constexpr int64_t kChunk = 256;  // pixels
 
-// means[c], squares[c]: mean and centred sum of squares of `pixels` values a channel.
-static void chunk_statistics(const float* x, int64_t stride, int64_t pixels, int64_t channels,
-                      float* means, float* squares) {
-  constexpr int V = 2;
+// means[c], squares[c]: mean and centred sum of squares of `pixels` values a channel, for V vectors.
+template <int V>
+IDDPM_NATIVE void chunk_statistics(const float* x, int64_t stride, int64_t pixels, float* means,
+                                   float* squares) {
   const float inverse = 1.0f / float(pixels);
-  for (int64_t c = 0; c < channels; c += V * kWidth) {
-    nv origin[V], sum[V] = {}, square[V] = {};
-#pragma GCC unroll 2
-    for (int j = 0; j < V; ++j) origin[j] = nload(x + c + j * kWidth);
-    const float* pixel = x + c;
-    for (int64_t p = 0; p < pixels; ++p, pixel += stride) {
-#pragma GCC unroll 2
-      for (int j = 0; j < V; ++j) {
-        const nv d = nload(pixel + j * kWidth) - origin[j];
-        sum[j] += d;
-        square[j] += d * d;
-      }
-    }
-#pragma GCC unroll 2
+  nv origin[V], sum[V] = {}, square[V] = {};
+#pragma GCC unroll 8
+  for (int j = 0; j < V; ++j) origin[j] = nload(x + j * kWidth);
+  for (int64_t p = 0; p < pixels; ++p, x += stride) {
+#pragma GCC unroll 8
     for (int j = 0; j < V; ++j) {
-      const nv mean = sum[j] * inverse;
-      nstore(means + c + j * kWidth, origin[j] + mean);
-      nstore(squares + c + j * kWidth, square[j] - sum[j] * mean);
+      const nv d = nload(x + j * kWidth) - origin[j];
+      sum[j] += d;
+      square[j] += d * d;
     }
+  }
+#pragma GCC unroll 8
+  for (int j = 0; j < V; ++j) {
+    const nv mean = sum[j] * inverse;
+    nstore(means + j * kWidth, origin[j] + mean);
+    nstore(squares + j * kWidth, square[j] - sum[j] * mean);
   }
 }
 
-struct Moments {
-  double count, mean, squares;
-};
-
-static inline void combine(Moments& total, double count, double mean, double squares) {
-  const double delta = mean - total.mean, sum = total.count + count;
-  total.mean += delta * count / sum;
-  total.squares += squares + delta * delta * total.count * count / sum;
-  total.count = sum;
+static void chunk_statistics(const float* x, int64_t stride, int64_t pixels, int64_t channels,
+                             float* means, float* squares) {
+  int64_t c = 0;
+#if defined(__AVX512F__)
+  for (; c + 8 * kWidth <= channels; c += 8 * kWidth)
+    chunk_statistics<8>(x + c, stride, pixels, means + c, squares + c);
+#endif
+  for (; c < channels; c += 2 * kWidth)
+    chunk_statistics<2>(x + c, stride, pixels, means + c, squares + c);
 }
 
 // slope[c], offset[c] of y = slope x + offset for the channels of one group of one sample.
@@ -57,19 +54,28 @@ static void fold_group(const Normalization& op, const float* statistics, int64_t
                 const float* embedding, float* slope, float* offset) {
   const int64_t width = op.channels / op.groups, first = group * width;
   const bool added = embedding && op.mode == 0;
-  Moments total{0, 0, 0};
+  // Sums, so that the only divisions are those of the group.
+  double total = 0;
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-    const int64_t count = smaller(kChunk, op.pixels - chunk * kChunk);
+    const double count = double(smaller(kChunk, op.pixels - chunk * kChunk));
+    const float* means = statistics + chunk * 2 * op.channels;
+    for (int64_t c = first; c < first + width; ++c)
+      total += count * (double(means[c]) + (added ? double(embedding[c]) : 0.0));
+  }
+  const double values = double(op.pixels * width), mean = total / values;
+  double squares = 0;
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    const double count = double(smaller(kChunk, op.pixels - chunk * kChunk));
     const float* means = statistics + chunk * 2 * op.channels;
     for (int64_t c = first; c < first + width; ++c) {
-      const double mean = double(means[c]) + (added ? double(embedding[c]) : 0.0);
-      combine(total, double(count), mean, double(means[op.channels + c]));
+      const double gap = double(means[c]) + (added ? double(embedding[c]) : 0.0) - mean;
+      squares += double(means[op.channels + c]) + count * gap * gap;
     }
   }
-  const double deviation = __builtin_sqrt(total.squares / total.count + op.eps);
+  const double inverse = 1.0 / __builtin_sqrt(squares / values + op.eps);
   for (int64_t c = first; c < first + width; ++c) {
-    double a = double(op.weight[c]) / deviation;
-    double b = double(op.bias[c]) + a * ((added ? double(embedding[c]) : 0.0) - total.mean);
+    double a = double(op.weight[c]) * inverse;
+    double b = double(op.bias[c]) + a * ((added ? double(embedding[c]) : 0.0) - mean);
     if (embedding && op.mode == 1) {
       const double scale = 1.0 + double(embedding[c]);
       a *= scale;
