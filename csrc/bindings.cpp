@@ -464,8 +464,9 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         "Use the instruction set `name` from now on and return the previous one's name.");
   m.def("emulate_amx", &iddpm::emulate_amx, py::arg("on"),
         "Run AMX kernels in plain C++ from now on, or no longer; false where that is not built.");
-  m.def("has_tiles", [] { return iddpm::amx_kernels() != iddpm::kNoAmx; },
-        "Whether AMX kernels serve, natively or in plain C++.");
+  m.def(
+      "has_tiles", [] { return iddpm::amx_kernels() != iddpm::kNoAmx; },
+      "Whether AMX kernels serve, natively or in plain C++.");
   IDDPM_BIND(m, adamw_ema);
   IDDPM_BIND_CPU(m, conv3x3);
   IDDPM_BIND_CPU(m, conv3x3_weight_bwd);

@@ -17,8 +17,8 @@ namespace {
 #if IDDPM_X86 && defined(IDDPM_WITH_AMX)
 bool has_amx_bf16() {
   unsigned eax, ebx, ecx, edx;
-  const bool tiles = __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx & (1u << 24)) &&
-                     (edx & (1u << 22));
+  const bool tiles =
+      __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx & (1u << 24)) && (edx & (1u << 22));
   return tiles && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax & (1u << 5));
 }
 

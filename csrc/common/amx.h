@@ -37,13 +37,13 @@ bool emulate_amx(bool on);
 
 // The function that serves, or null.
 #if IDDPM_X86 && defined(IDDPM_WITH_AMX)
-#define IDDPM_AMX(name)                                                                \
-  (::iddpm::amx_kernels() == ::iddpm::kEmulatedAmx ? &::iddpm::amx_emulated::name      \
-   : ::iddpm::amx_kernels() == ::iddpm::kNativeAmx ? &::iddpm::amx::name               \
+#define IDDPM_AMX(name)                                                           \
+  (::iddpm::amx_kernels() == ::iddpm::kEmulatedAmx ? &::iddpm::amx_emulated::name \
+   : ::iddpm::amx_kernels() == ::iddpm::kNativeAmx ? &::iddpm::amx::name          \
                                                    : decltype(&::iddpm::amx::name){})
 #elif IDDPM_X86
-#define IDDPM_AMX(name)                                                            \
-  (::iddpm::amx_kernels() == ::iddpm::kEmulatedAmx ? &::iddpm::amx_emulated::name  \
+#define IDDPM_AMX(name)                                                           \
+  (::iddpm::amx_kernels() == ::iddpm::kEmulatedAmx ? &::iddpm::amx_emulated::name \
                                                    : decltype(&::iddpm::amx_emulated::name){})
 #else
 #define IDDPM_AMX(name) (decltype(&::iddpm::amx::name){})

@@ -16,9 +16,9 @@
 namespace iddpm {
 namespace IDDPM_ISA {
 
-constexpr int64_t kTileEdge = 16;              // rows, and float32 columns
-constexpr int64_t kTileDepth = 32;             // bfloat16 columns
-constexpr int64_t kTileHalves = 16 * 32;       // bfloat16 values of a tile
+constexpr int64_t kTileEdge = 16;         // rows, and float32 columns
+constexpr int64_t kTileDepth = 32;        // bfloat16 columns
+constexpr int64_t kTileHalves = 16 * 32;  // bfloat16 values of a tile
 constexpr int64_t kTileBytes = 2 * kTileHalves;
 
 struct alignas(64) TileConfiguration {

@@ -23,5 +23,4 @@ struct TileProductOp {
 
 }  // namespace iddpm
 
-IDDPM_DECLARE_AMX(int, run_tile_product,
-                  (const iddpm::TileProductOp& op, const iddpm::Team& team))
+IDDPM_DECLARE_AMX(int, run_tile_product, (const iddpm::TileProductOp& op, const iddpm::Team& team))

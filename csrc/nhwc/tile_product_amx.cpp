@@ -49,8 +49,7 @@ TilePixels locate(const Positions& all, int64_t tile) {
   }
   const int64_t step = t.pixel[1] - t.pixel[0];
   t.whole = t.pixel[0] >= 0;
-  for (int64_t i = 1; i < kTileEdge; ++i)
-    t.whole = t.whole && t.pixel[i] == t.pixel[0] + i * step;
+  for (int64_t i = 1; i < kTileEdge; ++i) t.whole = t.whole && t.pixel[i] == t.pixel[0] + i * step;
   return t;
 }
 
@@ -107,6 +106,19 @@ IDDPM_NATIVE void store_rows(const TileProductOp& op, const TilePixels& tile, in
   }
   tile_store<T>(scratch, kPanel * sizeof(float));
   tile_store<T + 1>(scratch + kTileEdge, kPanel * sizeof(float));
+  if (tile.whole && columns == kPanel) {
+    const int64_t step = tile.pixel[1] - tile.pixel[0];
+    const float* residual = op.residual + tile.pixel[0] * op.residual_stride + column;
+    float* out = op.out + tile.pixel[0] * op.out_stride + column;
+    for (int64_t i = 0; i < kTileEdge; ++i) {
+#pragma GCC unroll 4
+      for (int64_t j = 0; j < kPanel; j += kWidth)
+        nstore(out + j, nload(scratch + i * kPanel + j) + nload(residual + j));
+      residual += step * op.residual_stride;
+      out += step * op.out_stride;
+    }
+    return;
+  }
   for (int64_t i = 0; i < kTileEdge; ++i) {
     if (tile.pixel[i] < 0) continue;
     float* out = op.out + tile.pixel[i] * op.out_stride + column;

@@ -72,6 +72,17 @@ IDDPM_NATIVE void nstore(uint16_t* p, nv v) {
   std::memcpy(p, &h, sizeof h);
 }
 
+// Two vectors side by side.
+IDDPM_NATIVE void nstore(uint16_t* p, nv first, nv second) {
+#if defined(__AVX512BF16__)
+  const __m512bh both = _mm512_maskz_cvtne2ps_pbh(~0u, (__m512)second, (__m512)first);
+  std::memcpy(p, &both, sizeof both);
+#else
+  nstore(p, first);
+  nstore(p + kWidth, second);
+#endif
+}
+
 // The first `count` floats at p, and zeros.
 IDDPM_NATIVE nv nload_first(const float* p, int64_t count) {
   if (count >= kWidth) return nload(p);
@@ -101,38 +112,45 @@ IDDPM_NATIVE nv exp2_fraction(nv f) {
   return p * f + 1.0f;
 }
 
-// The same to 8e-5, for results that are rounded to bfloat16.
-IDDPM_NATIVE nv exp2_fraction_coarse(nv f) {
-  nv p = nsplat(5.517166e-2f);
-  p = p * f + 2.4261112e-1f;
-  p = p * f + 6.9326099e-1f;
-  return p * f + 9.9992807e-1f;
-}
-
 // 2^x for x <= 127; what would be smaller than the least normal number is zero or close to it.
-template <bool Coarse>
-IDDPM_NATIVE nv exp2_scaled(nv x) {
+IDDPM_NATIVE nv exp2_bounded(nv x) {
 #if defined(__AVX512F__)
   const nv n = (nv)_mm512_maskz_roundscale_ps(0xFFFF, (__m512)x, 8);
-  const nv p = Coarse ? exp2_fraction_coarse(x - n) : exp2_fraction(x - n);
-  return (nv)_mm512_maskz_scalef_ps(0xFFFF, (__m512)p, (__m512)n);
+  return (nv)_mm512_maskz_scalef_ps(0xFFFF, (__m512)exp2_fraction(x - n), (__m512)n);
 #elif defined(__AVX2__)
   x = (nv)_mm256_max_ps((__m256)x, _mm256_set1_ps(-126.0f));
   const nv n = (nv)_mm256_round_ps((__m256)x, 8);
-  const nv p = Coarse ? exp2_fraction_coarse(x - n) : exp2_fraction(x - n);
   const __m256i exponent = _mm256_slli_epi32(_mm256_cvtps_epi32((__m256)n), 23);
-  return (nv)_mm256_add_epi32((__m256i)p, exponent);
+  return (nv)_mm256_add_epi32((__m256i)exp2_fraction(x - n), exponent);
 #else
   typedef int32_t lanes __attribute__((vector_size(4 * kWidth)));
   x = x < nsplat(-126.0f) ? nsplat(-126.0f) : x;
   const nv n = (x + 12582912.0f) - 12582912.0f;  // 1.5 * 2^23: the last bit becomes the ones
-  const nv p = Coarse ? exp2_fraction_coarse(x - n) : exp2_fraction(x - n);
-  return (nv)((lanes)p + (__builtin_convertvector(n, lanes) << 23));
+  return (nv)((lanes)exp2_fraction(x - n) + (__builtin_convertvector(n, lanes) << 23));
 #endif
 }
 
-IDDPM_NATIVE nv exp2_bounded(nv x) { return exp2_scaled<false>(x); }
-IDDPM_NATIVE nv exp2_coarse(nv x) { return exp2_scaled<true>(x); }
+#if defined(__AVX2__)
+// The same with a relative error of 1e-4, for results that are rounded to bfloat16.
+IDDPM_NATIVE nv exp2_coarse(nv x) {
+#if defined(__AVX512F__)
+  const nv f = (nv)_mm512_maskz_reduce_ps(0xFFFF, (__m512)x, 9);  // x - floor(x)
+#else
+  x = (nv)_mm256_max_ps((__m256)x, _mm256_set1_ps(-126.0f));
+  const nv n = (nv)_mm256_round_ps((__m256)x, 9), f = x - n;
+#endif
+  nv p = nsplat(7.8024520e-02f);
+  p = p * f + 2.2606716e-01f;
+  p = p * f + 6.9583354e-01f;
+  p = p * f + 9.9992522e-01f;
+#if defined(__AVX512F__)
+  return (nv)_mm512_maskz_scalef_ps(0xFFFF, (__m512)p, (__m512)x);
+#else
+  const __m256i exponent = _mm256_slli_epi32(_mm256_cvtps_epi32((__m256)n), 23);
+  return (nv)_mm256_add_epi32((__m256i)p, exponent);
+#endif
+}
+#endif
 
 // e^x for x <= 88; what would be smaller than the least normal number is zero or close to it.
 IDDPM_NATIVE nv exp_bounded(nv x) {

@@ -17,16 +17,16 @@ IDDPM_NATIVE int64_t padded(int64_t count, int64_t multiple) {
 
 // One head's memory.
 struct Head {
-  int64_t tokens, width;       // as they are
-  int64_t columns, depth;      // tokens and width in multiples of 32
-  int64_t score_pitch;         // floats
-  uint16_t* q;                 // [columns][depth]
-  uint16_t* k;                 // [columns / 16][depth / 32][16][16][2], pairs of channels
-  uint16_t* v;                 // [depth / 16][columns / 32][16][16][2], pairs of tokens
-  float* scores;               // [32][score_pitch]
-  uint16_t* p;                 // [32][2 * score_pitch]
-  float* out;                  // [32][depth]
-  uint16_t* rows;              // [16][depth], rounded before they are packed
+  int64_t tokens, width;   // as they are
+  int64_t columns, depth;  // tokens and width in multiples of 32
+  int64_t score_pitch;     // floats
+  uint16_t* q;             // [columns][depth]
+  uint16_t* k;             // [columns / 16][depth / 32][16][16][2], pairs of channels
+  uint16_t* v;             // [depth / 16][columns / 32][16][16][2], pairs of tokens
+  float* scores;           // [32][score_pitch]
+  uint16_t* p;             // [32][2 * score_pitch]
+  float* out;              // [32][depth]
+  uint16_t* rows;          // [16][depth], rounded before they are packed
 
   Head(int64_t t, int64_t d, float* memory)
       : tokens(t), width(d), columns(padded(t, 32)), depth(padded(d, 32)) {
@@ -107,31 +107,25 @@ void multiply(const uint16_t* a, int64_t a_stride, int64_t chunks, const uint16_
 
 // p = 2^(scores - their maximum), rounded; returns one over the sum of what was not.
 float soften(const Head& head, float* scores, uint16_t* p) {
-  constexpr int V = 32 / kWidth;
+  constexpr int64_t V = 2 * kWidth;
   for (int64_t j = head.tokens; j < head.columns; ++j) scores[j] = -1e30f;
-  nv most[V], sum[V];
-#pragma GCC unroll 4
-  for (int i = 0; i < V; ++i) {
-    most[i] = nload(scores + i * kWidth);
-    sum[i] = nv{};
+  nv left = nload(scores), right = nload(scores + kWidth);
+#pragma GCC unroll 2
+  for (int64_t j = V; j < head.columns; j += V) {
+    left = nmax(left, nload(scores + j));
+    right = nmax(right, nload(scores + j + kWidth));
   }
-  for (int64_t j = 32; j < head.columns; j += 32)
-#pragma GCC unroll 4
-    for (int i = 0; i < V; ++i) most[i] = nmax(most[i], nload(scores + j + i * kWidth));
-#pragma GCC unroll 4
-  for (int i = 1; i < V; ++i) most[0] = nmax(most[0], most[i]);
-  const nv maximum = nsplat(max_lanes(most[0]));
-  for (int64_t j = 0; j < head.columns; j += 32) {
-#pragma GCC unroll 4
-    for (int i = 0; i < V; ++i) {
-      const nv e = exp2_coarse(nload(scores + j + i * kWidth) - maximum);
-      sum[i] += e;
-      nstore(p + j + i * kWidth, e);
-    }
+  const nv maximum = nsplat(max_lanes(nmax(left, right)));
+  left = right = nv{};
+#pragma GCC unroll 2
+  for (int64_t j = 0; j < head.columns; j += V) {
+    const nv x = exp2_coarse(nload(scores + j) - maximum);
+    const nv y = exp2_coarse(nload(scores + j + kWidth) - maximum);
+    left += x;
+    right += y;
+    nstore(p + j, x, y);
   }
-#pragma GCC unroll 4
-  for (int i = 1; i < V; ++i) sum[0] += sum[i];
-  return 1.0f / sum_lanes(sum[0]);
+  return 1.0f / sum_lanes(left + right);
 }
 
 void attend(const TileAttentionOp& op, const float* qkv, uint16_t* out, const Head& head) {
@@ -150,12 +144,12 @@ void attend(const TileAttentionOp& op, const float* qkv, uint16_t* out, const He
     for (int64_t i = 0; i < count; ++i) {
       const float* from = head.out + i * head.depth;
       uint16_t* to = out + (first + i) * op.out_stride;
-      uint16_t row[kTileDepth];
-      for (int64_t c = 0; c < d; c += kTileDepth) {
-        const int64_t here = smaller(kTileDepth, d - c);
-        for (int64_t j = 0; j < kTileDepth; j += kWidth)
-          nstore(row + j, nload(from + c + j) * inverse[i]);
-        std::memcpy(to + c, row, size_t(here) * 2);
+      int64_t c = 0;
+      for (; c + kWidth <= d; c += kWidth) nstore(to + c, nload(from + c) * inverse[i]);
+      if (c < d) {
+        uint16_t rest[kWidth];
+        nstore(rest, nload(from + c) * inverse[i]);
+        std::memcpy(to + c, rest, size_t(d - c) * 2);
       }
     }
   }

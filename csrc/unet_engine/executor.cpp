@@ -62,15 +62,21 @@ int run_op(const int64_t* row, const PlanRun& run, const Team& team) {
 
 // Every thread sees the same sizes, so all of them stop at the same operation or none does.
 int64_t walk(const PlanRun& run, int64_t thread, int64_t threads) {
-  const Team team{thread,
-                  threads,
-                  run.n,
-                  run.shared,
-                  run.shared_floats,
-                  run.scratch + thread * run.scratch_floats,
-                  run.scratch_floats};
+  Team team{thread,
+            threads,
+            run.n,
+            run.shared,
+            run.shared_floats,
+            run.scratch + thread * run.scratch_floats,
+            run.scratch_floats};
+  PlanRun part = run;
   for (int64_t i = 0; i < run.count; ++i) {
-    if (run_op(run.ops + i * kOpWords, run, team)) return i + 1;
+    const int64_t* row = run.ops + i * kOpWords;
+    const int64_t first = row[kOpWords - 1] >> 32, count = row[kOpWords - 1] & 0xffffffff;
+    team.n = smaller(count ? count : run.n, run.n - first);
+    if (team.n <= 0) continue;
+    part.embedding_row = run.embedding_row + first;
+    if (run_op(row, part, team)) return i + 1;
     barrier(team);
   }
   return 0;

@@ -3,8 +3,8 @@
 //
 // A chunk of pixels gives each channel's mean and centred sum of squares (sums of differences from
 // the chunk's first pixel, so a mean far from zero costs no digits); chunks and channels are
-// combined in float64, first their means, then what they are apart from it. Chunks depend on the shape alone, so the result does not
-// depend on the number of threads.
+// combined in float64, first their means, then what they are apart from it. Chunks depend on the
+// shape alone, so the result does not depend on the number of threads.
 #pragma once
 
 #include "unet_engine/plan.h"
@@ -14,7 +14,8 @@ namespace IDDPM_ISA {
 
 constexpr int64_t kChunk = 256;  // pixels
 
-// means[c], squares[c]: mean and centred sum of squares of `pixels` values a channel, for V vectors.
+// means[c], squares[c]: mean and centred sum of squares of `pixels` values a channel, for V
+// vectors.
 template <int V>
 IDDPM_NATIVE void chunk_statistics(const float* x, int64_t stride, int64_t pixels, float* means,
                                    float* squares) {
@@ -50,8 +51,8 @@ static void chunk_statistics(const float* x, int64_t stride, int64_t pixels, int
 }
 
 // slope[c], offset[c] of y = slope x + offset for the channels of one group of one sample.
-static void fold_group(const Normalization& op, const float* statistics, int64_t chunks, int64_t group,
-                const float* embedding, float* slope, float* offset) {
+static void fold_group(const Normalization& op, const float* statistics, int64_t chunks,
+                       int64_t group, const float* embedding, float* slope, float* offset) {
   const int64_t width = op.channels / op.groups, first = group * width;
   const bool added = embedding && op.mode == 0;
   // Sums, so that the only divisions are those of the group.
@@ -86,8 +87,8 @@ static void fold_group(const Normalization& op, const float* statistics, int64_t
   }
 }
 
-// Statistics of every sample, and the slopes and offsets that they give. Then every thread has them:
-// `slope_of(op, team, sample)`, and the offsets `channels` further.
+// Statistics of every sample, and the slopes and offsets that they give. Then every thread has
+// them: `slope_of(op, team, sample)`, and the offsets `channels` further.
 static int fold_statistics(const Normalization& op, const PlanRun& run, const Team& team) {
   const int64_t chunks = (op.pixels + kChunk - 1) / kChunk, channels = op.channels;
   const int64_t per_sample = (chunks + 1) * 2 * channels;

@@ -22,9 +22,15 @@ template <bool Silu>
 void normalise(const Normalization& of, const float* x, const float* slope, int64_t width,
                uint16_t* out, int64_t pitch) {
   for (int64_t i = 0; i < width; ++i, x += of.in_stride, out += pitch) {
-    for (int64_t c = 0; c < of.channels; c += kWidth) {
-      const nv v = nload(x + c) * nload(slope + c) + nload(slope + of.channels + c);
-      nstore(out + c, Silu ? silu_to_half(v) : v);
+    for (int64_t c = 0; c < of.channels; c += 2 * kWidth) {
+      nv v[2];
+#pragma GCC unroll 2
+      for (int j = 0; j < 2; ++j) {
+        const int64_t k = c + j * kWidth;
+        v[j] = nload(x + k) * nload(slope + k) + nload(slope + of.channels + k);
+        if (Silu) v[j] = silu_to_half(v[j]);
+      }
+      nstore(out + c, v[0], v[1]);
     }
   }
 }
@@ -39,9 +45,9 @@ int run_norm_operand(const NormOperandOp& op, const PlanRun& run, const Team& te
   const Range rows = share(team.n * map.height, 1, team.thread, team.threads);
   for (int64_t row = rows.begin; row < rows.end; ++row) {
     const int64_t sample = row / map.height, y = row % map.height;
-    (of.silu ? normalise<true> : normalise<false>)(
-        of, of.in + row * map.width * of.in_stride, slope_of(of, team, sample), map.width,
-        writer.row(sample, y), map.pitch);
+    (of.silu ? normalise<true> : normalise<false>)(of, of.in + row * map.width * of.in_stride,
+                                                   slope_of(of, team, sample), map.width,
+                                                   writer.row(sample, y), map.pitch);
     writer.finish(sample, y);
   }
   return 0;
@@ -64,7 +70,11 @@ int run_round(const RoundOp& op, const Team& team) {
         continue;
       }
       const float* in = op.in + ((sample * op.height + source_y) * op.width + at) * op.in_stride;
-      for (int64_t c = 0; c < op.channels; c += kWidth) nstore(out + c, nload(in + c));
+      for (int64_t c = 0; c < op.channels; c += kWidth) {
+        const nv v = nload(in + c);
+        nstore(out + c, v);
+        if (op.rest) nstore(out + op.rest + c, v - nload(out + c));
+      }
     }
     writer.finish(sample, y);
   }

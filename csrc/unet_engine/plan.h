@@ -1,7 +1,8 @@
 // The plan of one network evaluation: a list of operations over NHWC float32 buffers.
 //
-// Python lays out the buffers and writes one row of 16 64-bit words an operation: its kind, then
-// the kind's struct. Every thread of a team walks the list and takes its share of each operation. A
+// Python lays out the buffers and writes one row of 18 64-bit words an operation: its kind, then
+// the kind's struct; the last word is 0, or the first sample that the row is for, shifted by 32,
+// and their number. Every thread of a team walks the list and takes its share of each operation. A
 // buffer is a pointer and the distance between two pixels, so that a concatenation is two producers
 // writing side by side.
 #pragma once
@@ -16,7 +17,7 @@
 
 namespace iddpm {
 
-constexpr int64_t kOpWords = 16;
+constexpr int64_t kOpWords = 18;
 
 enum class Kind : int64_t {
   kInput = 0,
@@ -28,7 +29,7 @@ enum class Kind : int64_t {
   kAttention = 6,
   kGemmBf16 = 7,  // GemmOp and WinogradOp (of tile 2) whose operands are rounded to bfloat16:
   kWinogradBf16 =
-      8,  // w is then bfloat16, [panels]...[C / 2][32][2]; everything else stays float32
+      8,             // w is then bfloat16, [panels]...[C / 2][32][2]; everything else stays float32
   kTileProduct = 9,  // of AMX; see nhwc/tile_product.h
   kNormOperand = 10,
   kRound = 11,
@@ -83,6 +84,7 @@ struct RoundOp {
   uint16_t* out;
   const OperandMap* map;
   int64_t phase;  // 0; or halves between the images of even and odd rows and columns, one of four
+  int64_t rest;   // 0; or halves to an image of what rounding left
 };
 
 // softmax(q k^T / sqrt(d)) v for every head; channels of qkv are [heads][q, k, v][d].
@@ -109,9 +111,9 @@ inline int64_t tile_attention_workspace(int64_t tokens, int64_t width) {
   return (3 * columns + 16) * depth / 2 + 32 * (2 * (columns + 16) + depth);
 }
 
-static_assert(sizeof(ConvOp) <= 8 * (kOpWords - 1) && sizeof(WinogradOp) <= 8 * (kOpWords - 1), "");
-static_assert(sizeof(GroupNormOp) <= 8 * (kOpWords - 1), "");
-static_assert(sizeof(TileProductOp) <= 8 * (kOpWords - 1), "");
+static_assert(sizeof(ConvOp) <= 8 * (kOpWords - 2) && sizeof(WinogradOp) <= 8 * (kOpWords - 2), "");
+static_assert(sizeof(GroupNormOp) <= 8 * (kOpWords - 2), "");
+static_assert(sizeof(TileProductOp) <= 8 * (kOpWords - 2), "");
 
 struct PlanRun {
   const int64_t* ops;  // [count][kOpWords]

@@ -50,6 +50,15 @@ def pack_tiles(weight: Tensor) -> Tensor:
     return padded.reshape(shape).permute(0, 6, 3, 1, 4, 2, 5).bfloat16().contiguous()
 
 
+def split_products(weight: Tensor) -> Tensor:
+    """weight [K, C] -> [K, C, 3], for an operand, for what its rounding left, for it again.
+
+    Together all but the product of what both roundings left: 16 bits of the 24.
+    """
+    rounded = weight.detach().bfloat16().to(weight.dtype)
+    return torch.stack((rounded, rounded, weight.detach() - rounded), -1)
+
+
 def filter_transform(tile: int) -> Tensor:
     """G of F(tile, 3), float64 [tile + 2, 3]: row p is (1, p, p^2) / prod_{q != p} (p - q)."""
     points = _POINTS[tile]

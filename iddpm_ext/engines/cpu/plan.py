@@ -6,6 +6,7 @@ features that it is concatenated with are written side by side into one wide buf
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -30,6 +31,7 @@ from iddpm_ext.networks.unet import AttentionBlock, Downsample, ResBlock, UNet, 
 
 _ALIGN = 16  # floats: 64 bytes
 _ROUNDED = 128 * 1024  # values that a thread rounds to bfloat16 at a time; see gemm_bf16.cpp
+_CACHED = int(os.environ.get("CACHED", 256)) * 1024  # floats of a block that stay in the second cache level
 _TEAM_TILES = 24  # tiles a thread below which a team divides channels instead; see winograd.cpp
 
 
@@ -45,6 +47,12 @@ class Map:
     def pixels(self) -> int:
         """Of one sample."""
         return self.size[0] * self.size[1]
+
+    def samples(self, first: int) -> Map:
+        """From that sample on."""
+        offset = 4 * first * self.pixels * self.buffer.pitch
+        buffer = ops.Buffer(self.buffer.address + offset, self.buffer.pitch)
+        return Map(buffer, self.channels, self.size)
 
     def part(self, first: int, channels: int) -> Map:
         """Some of the channels."""
@@ -120,7 +128,9 @@ class Planner:
         packer: Packer,
         base: int = 0,
     ):
-        self.model, self.batch, self.size, self.threads = model, batch_size, size, threads
+        self.model, self.size, self.threads = model, size, threads
+        self.batch = self.whole_batch = batch_size  # samples at a time, and all of them
+        self._first = 0
         self.choose, self.bf16, self.tiles, self.packer = choose, bf16, tiles, packer
         self.arena = Arena(base)
         self.rows: list[ops.Row] = []
@@ -133,7 +143,7 @@ class Planner:
         inputs: list[Any] = list(self.model.input_blocks)
         outputs: list[Any] = list(self.model.output_blocks)
         image = self._new(inputs[0][0].in_channels, self.size)
-        self.rows.append(ops.input_row(image.channels, image.pixels, image.buffer))
+        self._emit(ops.input_row(image.channels, image.pixels, image.buffer))
 
         h, joined = image, []
         for block, partner in zip(inputs, reversed(outputs), strict=True):
@@ -166,7 +176,27 @@ class Planner:
         for m in maps:
             self.arena.free(m.buffer.address)
 
+    def _emit(self, row: ops.Row) -> None:
+        if self.batch < self.whole_batch:
+            row[ops.WORDS - 1] = self._first << 32 | self.batch
+        self.rows.append(row)
+
     def _block(self, block: Any, source: Map, out: Map) -> None:
+        count = self._together(block, source, out)
+        for self._first in range(0, self.whole_batch, count):
+            self.batch = min(count, self.whole_batch - self._first)
+            self._layers(block, source.samples(self._first), out.samples(self._first))
+        self.batch, self._first = self.whole_batch, 0
+
+    def _together(self, block: Any, source: Map, out: Map) -> int:
+        """Samples that pass a block together: with tiles, as many as the level-two cache holds."""
+        if not self.tiles:
+            return self.whole_batch
+        floats = source.pixels * source.channels + 2 * out.pixels * out.channels
+        weights = max(p.numel() for p in block.parameters()) / 2
+        return max(1, int(max(_CACHED, weights) / floats))
+
+    def _layers(self, block: Any, source: Map, out: Map) -> None:
         layers = list(block)
         h = source
         for i, layer in enumerate(layers):
@@ -196,7 +226,10 @@ class Planner:
         residual = source
         if isinstance(layer.skip_connection, nn.Conv2d):
             # Never rounded: it carries the whole residual stream.
-            self._linear(layer.skip_connection, source, out)
+            if self.tiles:
+                self._tile_exact(layer.skip_connection, source, out)
+            else:
+                self._linear(layer.skip_connection, source, out)
             residual = out
         self._normed_conv(
             *(layer.out_layers[0], layer.out_layers[3], h, out, residual),
@@ -247,7 +280,7 @@ class Planner:
             operand = self._operand(image)
             self._norm(layer.norm, source, operand, silu=False)
             self._tile_linear(layer.qkv, image, qkv)
-            self.rows.append(ops.attention_row(*shape, operand))
+            self._emit(ops.attention_row(*shape, operand))
             self._need_scratch(_native.native().tile_attention_workspace(source.pixels, width))
             self._tile_linear(layer.proj_out, image, out, source)
             self._drop(image)
@@ -255,7 +288,7 @@ class Planner:
             normed = self._new(source.channels, source.size)
             self._norm(layer.norm, source, normed.buffer, silu=False)
             self._linear(layer.qkv, normed, qkv, bf16=self.bf16)
-            self.rows.append(ops.attention_row(*shape, normed.buffer))
+            self._emit(ops.attention_row(*shape, normed.buffer))
             self._need_scratch(_native.native().attention_workspace(source.pixels, width))
             self._linear(layer.proj_out, normed, out, source, bf16=self.bf16)
             self._free(normed)
@@ -294,7 +327,7 @@ class Planner:
         columns = conv.out_channels
         out = self._new(columns + -columns % _ALIGN, source.size)
         self._normed_conv(norm, conv, source, out)
-        self.rows.append(ops.output_row(columns, out.pixels, out.buffer))
+        self._emit(ops.output_row(columns, out.pixels, out.buffer))
 
     def _norm(
         self,
@@ -308,7 +341,7 @@ class Planner:
     ) -> None:
         weight = self.packer(norm, "weight", lambda: pack.pack_vector(norm.weight))
         bias = self.packer(norm, "bias", lambda: pack.pack_vector(norm.bias))
-        self.rows.append(
+        self._emit(
             ops.group_norm_row(
                 *(source.pixels, source.buffer, source.channels, norm.num_groups),
                 *(weight, bias, out),
@@ -341,7 +374,7 @@ class Planner:
         weight = self._weight(
             layer, "matrix", lambda: pack.pack_matrix(layer.weight.flatten(1)), bf16
         )
-        self.rows.append(
+        self._emit(
             ops.gemm_row(
                 *(source.pixels, source.buffer, source.channels, out.channels, weight),
                 *(self._bias(layer), out.buffer, residual.buffer if residual else None),
@@ -353,7 +386,7 @@ class Planner:
 
     def _gathered(self, layer: Any, source: Map, out: Map, stride: int = 1) -> None:
         weight = self.packer(layer, "taps", lambda: pack.pack_taps(layer.weight))
-        self.rows.append(
+        self._emit(
             ops.conv_row(
                 *(source.size, source.buffer, source.channels, out.channels, weight),
                 *(self._bias(layer), out.buffer),
@@ -363,7 +396,7 @@ class Planner:
         self._need_scratch(12 * (9 * source.channels + 16))
 
     def _algorithm(self, layer: Any, source: Map, out: Map, upscale: int = 0) -> Algorithm:
-        shape = ConvShape(*out.size, source.channels, out.channels, self.batch, bool(upscale))
+        shape = ConvShape(*out.size, source.channels, out.channels, self.whole_batch, bool(upscale))
         if layer is self.model.out[2]:
             # A convolution to three or six channels gains little, and rounds the result itself.
             return self.choose(shape).in_float32
@@ -380,14 +413,14 @@ class Planner:
         upscale: int = 0,
     ) -> None:
         if layer is not self.model.out[2]:
-            shape = ConvShape(*out.size, source.channels, out.channels, self.batch, bool(upscale))
+            shape = ConvShape(*out.size, source.channels, out.channels, self.whole_batch, bool(upscale))
             self.convolutions.append((len(self.rows), shape))
         tile, bf16 = algorithm.tile, algorithm.bf16
         form = f"F({tile})"
         weight = self._weight(layer, form, lambda: pack.pack_winograd(layer.weight, tile), bf16)
         tiles = self.batch * -(-out.size[0] // tile) * -(-out.size[1] // tile)
         block = choose_block(source.channels, algorithm)
-        self.rows.append(
+        self._emit(
             ops.winograd_row(
                 *(out.size, source.buffer, source.channels, out.channels, weight),
                 *(self._bias(layer), out.buffer, residual.buffer if residual else None),
@@ -427,7 +460,7 @@ class Planner:
     def _round(self, source: Map, image: Image) -> None:
         phase = image.layout.image if image.layout.phases > 1 else 0
         operand = self._operand(image)
-        self.rows.append(
+        self._emit(
             ops.round_row(source.size, source.buffer, source.channels, operand, phase=phase)
         )
 
@@ -440,7 +473,7 @@ class Planner:
         taps: tuple[Tap, ...] = CONVOLUTION,
     ) -> None:
         if taps is CONVOLUTION:
-            shape = ConvShape(*out.size, image.layout.channels, out.channels, self.batch)
+            shape = ConvShape(*out.size, image.layout.channels, out.channels, self.whole_batch)
             self.convolutions.append((len(self.rows), shape))
         self._product(
             *(layer, "tiles", lambda: layer.weight.flatten(2), image, taps, None, out, residual)
@@ -454,6 +487,20 @@ class Planner:
             *(image, ((0, 0, 0),), None, out, residual),
         )
 
+    def _tile_exact(self, layer: Any, source: Map, out: Map) -> None:
+        """A 1x1 convolution of the bits that rounding keeps and of the next eight: three products."""
+        image = self._image(source, halo=False, phases=2)
+        rest = image.layout.image
+        operand = self._operand(image)
+        self._emit(
+            ops.round_row(source.size, source.buffer, source.channels, operand, rest=rest)
+        )
+        self._product(
+            *(layer, "exact", lambda: pack.split_products(layer.weight.flatten(1))),
+            *(image, ((0, 0, 0), (0, 0, 1), (0, 0, 0)), None, out, None),
+        )
+        self._drop(image)
+
     def _product(
         self,
         layer: Any,
@@ -466,7 +513,7 @@ class Planner:
         residual: Map | None,
     ) -> None:
         packed = self.packer(layer, form, lambda: pack.pack_tiles(weight()))
-        self.rows.append(
+        self._emit(
             ops.tile_product_row(
                 *(self._operand(image, taps, pixels), packed.shape[2], out.channels, packed),
                 *(self._bias(layer), out.buffer, residual.buffer if residual else None),

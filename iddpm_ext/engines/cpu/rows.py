@@ -1,6 +1,6 @@
 """The rows of the CPU engine's plan: one function for each struct of `csrc/unet_engine/plan.h`.
 
-A row is 16 integers. A buffer is its address and its pitch: the floats between two pixels.
+A row is 18 integers, of which the last says for which samples it is. A buffer is its address and its pitch: the floats between two pixels.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-WORDS = 16
+WORDS = 18
 Row = list[int]
 
 
@@ -166,12 +166,22 @@ def attention_row(
 
 
 def round_row(
-    size: tuple[int, int], source: Buffer, channels: int, out: Operand, *, phase: int = 0
+    size: tuple[int, int],
+    source: Buffer,
+    channels: int,
+    out: Operand,
+    *,
+    phase: int = 0,
+    rest: int = 0,
 ) -> Row:
-    """source -> an operand; phase: halves between the four that hold even and odd pixels."""
+    """source -> an operand.
+
+    phase: halves between the four that hold even and odd pixels; rest: halves to the operand of
+    what rounding left.
+    """
     return _row(
         *(11, *size, source.address, source.pitch, channels),
-        *(out.address, _address(out.map), phase),
+        *(out.address, _address(out.map), phase, rest),
     )
 
 
