@@ -6,7 +6,6 @@ features that it is concatenated with are written side by side into one wide buf
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -31,7 +30,7 @@ from iddpm_ext.networks.unet import AttentionBlock, Downsample, ResBlock, UNet, 
 
 _ALIGN = 16  # floats: 64 bytes
 _ROUNDED = 128 * 1024  # values that a thread rounds to bfloat16 at a time; see gemm_bf16.cpp
-_CACHED = int(os.environ.get("CACHED", 256)) * 1024  # floats of a block that stay in the second cache level
+_CACHED = 256 * 1024  # floats of a block that stay in the second cache level
 _TEAM_TILES = 24  # tiles a thread below which a team divides channels instead; see winograd.cpp
 
 
@@ -137,6 +136,7 @@ class Planner:
         self.convolutions: list[tuple[int, ConvShape]] = []
         self.shared = self.scratch = self.embedding = 0
         self._maps: dict[object, Tensor] = {}
+        self._projections: dict[nn.Module, int] = {}  # offsets in a row of the embedding table
 
     def plan(self) -> Plan:
         """The whole network, from the caller's input to the caller's output."""
@@ -221,8 +221,9 @@ class Planner:
     def _res_block(self, layer: Any, source: Map, out: Map) -> None:
         h = self._new(out.channels, source.size)
         self._normed_conv(layer.in_layers[0], layer.in_layers[2], source, h)
-        offset = self.embedding
-        self.embedding += layer.emb_layers[1].out_features
+        if layer not in self._projections:
+            self._projections[layer] = self.embedding
+            self.embedding += layer.emb_layers[1].out_features
         residual = source
         if isinstance(layer.skip_connection, nn.Conv2d):
             # Never rounded: it carries the whole residual stream.
@@ -234,7 +235,7 @@ class Planner:
         self._normed_conv(
             *(layer.out_layers[0], layer.out_layers[3], h, out, residual),
             in_place=True,
-            embedding=offset,
+            embedding=self._projections[layer],
             scale_shift=layer.scale_shift,
         )
         self._free(h)
