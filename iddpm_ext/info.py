@@ -7,11 +7,13 @@ import platform
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import iddpm_ext
 from iddpm_ext import _native
+from iddpm_ext.engines.cpu.algorithms import load_chooser
 from iddpm_ext.ops.spec import PREFERENCE, REGISTRY, resolve_backend, unavailable
 
 _PACKAGES = ("triton", "numpy", "pillow", "safetensors", "tqdm", "tyro")
@@ -54,7 +56,21 @@ def _cpu_build() -> Iterator[tuple[str, str]]:
         "instruction set",
         f"{info['isa']}{products} (this CPU runs {available}; compiled: {compiled})",
     )
+    if info.get("amx"):
+        yield "AMX", f"no: {info['amx']}"
+    yield "bfloat16 engine", _bfloat16(info)
     yield "threads", str(torch.get_num_threads())
+
+
+def _bfloat16(info: dict[str, Any]) -> str:
+    """What the CPU engine multiplies with where bfloat16 is asked for."""
+    if info["isa"] == "amx":
+        return "tiles of AMX"
+    if not info.get("bf16"):
+        return "not on this CPU"
+    if load_chooser().rounding_pays:
+        return "AVX-512 with bfloat16 products"
+    return "computes in float32: without AMX, bfloat16 is no faster on this CPU"
 
 
 def _cuda_build() -> Iterator[tuple[str, str]]:

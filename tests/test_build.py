@@ -54,7 +54,7 @@ def test_set_isa_refuses_an_unknown_name():
 PRINT_ISA = "import torch, iddpm_ext._C as c; print(c.build_info()['isa'])"
 
 
-@pytest.mark.parametrize("isa", ["base", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["base", "avx2", "avx512", "amx"])
 def test_the_environment_chooses_the_instruction_set(isa):
     if isa not in _native.native().build_info()["isa_available"]:
         pytest.skip(f"this CPU has no {isa}")
@@ -71,7 +71,7 @@ OBJECTS = Path(__file__).resolve().parent.parent / "build"
 
 
 @pytest.mark.skipif(shutil.which("nm") is None, reason="no nm")
-@pytest.mark.parametrize("isa", ["avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["avx2", "avx512", "amx", "amx_emulated"])
 def test_kernel_objects_share_no_symbol_that_the_linker_could_take_for_another_cpu(isa):
     newest: dict[str, Path] = {}
     for path in sorted(OBJECTS.glob(f"*/*-{isa}.*.o"), key=lambda path: path.stat().st_mtime):

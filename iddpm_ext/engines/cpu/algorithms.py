@@ -81,15 +81,24 @@ class Chooser:
 
     measured: dict[str, dict[str, dict[int, str]]]
     tiles: bool = False  # whether AMX can be used
+    fast_products: bool = True  # whether vdpbf16ps does twice the work of a float32 multiply-add
+
+    @property
+    def rounding_pays(self) -> bool:
+        """Whether bfloat16 operands are faster than float32 here; else they are not rounded."""
+        return self.tiles or self.fast_products
 
     def __call__(self, shape: ConvShape, *, exact: bool, bf16: bool) -> Algorithm:
         """exact: only what rounds like direct convolution. bf16: bfloat16 operands are welcome."""
         if exact:
             return ALGORITHMS["F2"]
+        bf16 = bf16 and self.rounding_pays
         batches = self.measured.get("bfloat16" if bf16 else "float32", {}).get(shape.layer)
         if batches:
             nearest = min(batches, key=lambda b: (abs(math.log(b / shape.batch)), b))
-            return ALGORITHMS[batches[nearest]]
+            algorithm = ALGORITHMS[batches[nearest]]
+            if self.tiles or not algorithm.tiles:
+                return algorithm
         if bf16:
             return AMX if self.tiles else ALGORITHMS["F2 bf16"]
         tiles = shape.batch * -(-shape.height // 4) * -(-shape.width // 4)
@@ -106,6 +115,9 @@ def choose_block(channels: int, algorithm: Algorithm) -> int:
 def load_chooser(family: str | None = None, *, tiles: bool = False) -> Chooser:
     """The choices on this machine: what the user's own table has, else what ships for the family.
 
+    tiles: whether AMX can be used. Intel's cores with AVX-512 do no more bfloat16 products than
+    float32 ones without it, AMD's twice as many.
+
     Raises ValueError where a table cannot be read.
     """
     family = cpu_family() if family is None else family
@@ -115,7 +127,7 @@ def load_chooser(family: str | None = None, *, tiles: bool = False) -> Chooser:
             for key, algorithm in entries.items():
                 layer, _, batch = key.rpartition(" x")
                 measured.setdefault(precision, {}).setdefault(layer, {})[int(batch)] = algorithm
-    return Chooser(measured, tiles)
+    return Chooser(measured, tiles, fast_products=not family.startswith("GenuineIntel"))
 
 
 def user_table_path(family: str) -> Path:

@@ -35,7 +35,7 @@ def why_not_served(model: object, dtype: torch.dtype = torch.float32) -> str | N
         return f"the CPU engine runs an iddpm_ext.UNet, got {type(model).__name__}"
     if dtype not in (torch.float32, torch.bfloat16):
         return f"the CPU engine computes in float32 or bfloat16, got {dtype}"
-    if dtype == torch.bfloat16 and not info["bf16"]:
+    if dtype == torch.bfloat16 and not info["bf16"] and not _native.native().has_tiles():
         return "the CPU engine needs AVX-512 with its bfloat16 products (avx512_bf16) for bfloat16"
     if not model.config.conv_resample:
         return "the CPU engine resamples by convolutions, and the network has conv_resample=False"
@@ -56,8 +56,9 @@ class CPUEngine:
 
     model: its weights are copied; when they have changed, the next call copies them again.
     dtype: torch.float32; or torch.bfloat16, which rounds the operands of most convolutions and of
-        attention's linear layers. Sums, normalisation, attention itself, the residual stream and
-        the timestep path stay float32.
+        attention's linear layers, and with AMX those of attention's products. Sums, normalisation,
+        softmax, the residual stream and the timestep path stay float32. Where rounding gains no
+        speed nothing is rounded: on Intel's CPUs without AMX.
     exact: only algorithms whose rounding error is that of direct convolution.
     num_threads: None takes `torch.get_num_threads()`.
     size: height and width of the images; None takes `model.config.image_size` for both.
@@ -98,8 +99,6 @@ class CPUEngine:
 
     def _build(self) -> None:
         self.isa = _native.native().build_info()["isa"]
-        bf16 = self.dtype == torch.bfloat16
-        tiles = bf16 and _native.native().has_tiles()
         packed: dict[tuple[int, str], Tensor] = {}
 
         def packer(module: nn.Module, form: str, make: Callable[[], Tensor]) -> Tensor:
@@ -107,7 +106,8 @@ class CPUEngine:
                 packed[id(module), form] = make()
             return packed[id(module), form]
 
-        chooser = load_chooser(tiles=tiles)
+        chooser = load_chooser(tiles=_native.native().has_tiles())
+        bf16 = self.dtype == torch.bfloat16
 
         def choose(shape: ConvShape) -> Algorithm:
             return self._forced or chooser(shape, exact=self.exact, bf16=bf16)
@@ -116,8 +116,8 @@ class CPUEngine:
             return Planner(
                 *(self.model, self.batch_size, self.size, self.num_threads),
                 choose=choose,
-                bf16=bf16,
-                tiles=tiles,
+                bf16=bf16 and chooser.fast_products,
+                tiles=bf16 and chooser.tiles,
                 packer=packer,
                 base=base,
             ).plan()

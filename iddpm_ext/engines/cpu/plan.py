@@ -183,9 +183,9 @@ class Planner:
 
     def _block(self, block: Any, source: Map, out: Map) -> None:
         count = self._together(block, source, out)
-        for self._first in range(0, self.whole_batch, count):
-            self.batch = min(count, self.whole_batch - self._first)
-            self._layers(block, source.samples(self._first), out.samples(self._first))
+        for first in range(0, self.whole_batch, count):
+            self._first, self.batch = first, min(count, self.whole_batch - first)
+            self._layers(block, source.samples(first), out.samples(first))
         self.batch, self._first = self.whole_batch, 0
 
     def _together(self, block: Any, source: Map, out: Map) -> int:
@@ -263,9 +263,7 @@ class Planner:
             self._drop(image)
         else:
             normed = source if in_place else self._new(source.channels, source.size)
-            self._norm(
-                *(norm, source, normed.buffer), embedding=embedding, scale_shift=scale_shift
-            )
+            self._norm(*(norm, source, normed.buffer), embedding=embedding, scale_shift=scale_shift)
             self._winograd(conv, algorithm, normed, out, residual)
             if not in_place:
                 self._free(normed)
@@ -312,13 +310,15 @@ class Planner:
         image = self._image(source)
         self._round(source, image)
         height, width = out.size
+        shape = self._shape(source, out, upscale=1)
         for phase in range(4):
+            self.convolutions.append((len(self.rows), shape))
             first = phase // 2 * width + phase % 2
             buffer = ops.Buffer(out.buffer.address + 4 * first * out.buffer.pitch, out.buffer.pitch)
             self._product(
                 *(conv, f"doubled {phase}", partial(doubled_filter, conv.weight, phase)),
-                *(image, doubled_taps(phase), (2, 2 * width, height * width)),
-                *(Map(buffer, out.channels, out.size), None),
+                self._operand(image, doubled_taps(phase), (2, 2 * width, height * width)),
+                Map(buffer, out.channels, out.size),
             )
         self._drop(image)
 
@@ -396,8 +396,11 @@ class Planner:
         )
         self._need_scratch(12 * (9 * source.channels + 16))
 
+    def _shape(self, source: Map, out: Map, upscale: int = 0) -> ConvShape:
+        return ConvShape(*out.size, source.channels, out.channels, self.whole_batch, bool(upscale))
+
     def _algorithm(self, layer: Any, source: Map, out: Map, upscale: int = 0) -> Algorithm:
-        shape = ConvShape(*out.size, source.channels, out.channels, self.whole_batch, bool(upscale))
+        shape = self._shape(source, out, upscale)
         if layer is self.model.out[2]:
             # A convolution to three or six channels gains little, and rounds the result itself.
             return self.choose(shape).in_float32
@@ -414,8 +417,7 @@ class Planner:
         upscale: int = 0,
     ) -> None:
         if layer is not self.model.out[2]:
-            shape = ConvShape(*out.size, source.channels, out.channels, self.whole_batch, bool(upscale))
-            self.convolutions.append((len(self.rows), shape))
+            self.convolutions.append((len(self.rows), self._shape(source, out, upscale)))
         tile, bf16 = algorithm.tile, algorithm.bf16
         form = f"F({tile})"
         weight = self._weight(layer, form, lambda: pack.pack_winograd(layer.weight, tile), bf16)
@@ -461,9 +463,7 @@ class Planner:
     def _round(self, source: Map, image: Image) -> None:
         phase = image.layout.image if image.layout.phases > 1 else 0
         operand = self._operand(image)
-        self._emit(
-            ops.round_row(source.size, source.buffer, source.channels, operand, phase=phase)
-        )
+        self._emit(ops.round_row(source.size, source.buffer, source.channels, operand, phase=phase))
 
     def _tile_conv(
         self,
@@ -476,16 +476,13 @@ class Planner:
         if taps is CONVOLUTION:
             shape = ConvShape(*out.size, image.layout.channels, out.channels, self.whole_batch)
             self.convolutions.append((len(self.rows), shape))
-        self._product(
-            *(layer, "tiles", lambda: layer.weight.flatten(2), image, taps, None, out, residual)
-        )
+        source = self._operand(image, taps)
+        self._product(layer, "tiles", lambda: layer.weight.flatten(2), source, out, residual)
 
-    def _tile_linear(
-        self, layer: Any, image: Image, out: Map, residual: Map | None = None
-    ) -> None:
+    def _tile_linear(self, layer: Any, image: Image, out: Map, residual: Map | None = None) -> None:
+        source, columns = self._operand(image), out.channels
         self._product(
-            *(layer, "tiles", lambda: layer.weight.reshape(*layer.weight.shape[:2], 1)),
-            *(image, ((0, 0, 0),), None, out, residual),
+            layer, "tiles", lambda: layer.weight.reshape(columns, -1, 1), source, out, residual
         )
 
     def _tile_exact(self, layer: Any, source: Map, out: Map) -> None:
@@ -493,12 +490,10 @@ class Planner:
         image = self._image(source, halo=False, phases=2)
         rest = image.layout.image
         operand = self._operand(image)
-        self._emit(
-            ops.round_row(source.size, source.buffer, source.channels, operand, rest=rest)
-        )
+        self._emit(ops.round_row(source.size, source.buffer, source.channels, operand, rest=rest))
+        operand = self._operand(image, ((0, 0, 0), (0, 0, 1), (0, 0, 0)))
         self._product(
-            *(layer, "exact", lambda: pack.split_products(layer.weight.flatten(1))),
-            *(image, ((0, 0, 0), (0, 0, 1), (0, 0, 0)), None, out, None),
+            layer, "exact", lambda: pack.split_products(layer.weight.flatten(1)), operand, out
         )
         self._drop(image)
 
@@ -507,17 +502,16 @@ class Planner:
         layer: Any,
         form: str,
         weight: Callable[[], Tensor],
-        image: Image,
-        taps: tuple[Tap, ...],
-        pixels: tuple[int, int, int] | None,
+        source: ops.Operand,
         out: Map,
-        residual: Map | None,
+        residual: Map | None = None,
     ) -> None:
         packed = self.packer(layer, form, lambda: pack.pack_tiles(weight()))
+        residual_buffer = residual.buffer if residual else None
         self._emit(
             ops.tile_product_row(
-                *(self._operand(image, taps, pixels), packed.shape[2], out.channels, packed),
-                *(self._bias(layer), out.buffer, residual.buffer if residual else None),
+                *(source, packed.shape[2], out.channels, packed, self._bias(layer), out.buffer),
+                residual_buffer,
             )
         )
 

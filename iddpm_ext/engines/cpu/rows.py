@@ -1,6 +1,7 @@
 """The rows of the CPU engine's plan: one function for each struct of `csrc/unet_engine/plan.h`.
 
-A row is 18 integers, of which the last says for which samples it is. A buffer is its address and its pitch: the floats between two pixels.
+A row is 18 integers, of which the last says for which samples it is.
+A buffer is its address and its pitch: the floats between two pixels.
 """
 
 from __future__ import annotations
@@ -149,17 +150,16 @@ def group_norm_row(
 ) -> Row:
     """GroupNorm, with the embedding at that offset of a sample's row, and SiLU."""
     (eps_bits,) = struct.unpack("<q", struct.pack("<d", eps))
-    into_operand = isinstance(out, Operand)
+    kind = 10 if isinstance(out, Operand) else 5
+    target = _address(out.map) if isinstance(out, Operand) else out.pitch
     return _row(
-        *(10 if into_operand else 5, pixels, source.address, source.pitch, channels, groups),
+        *(kind, pixels, source.address, source.pitch, channels, groups),
         *(_address(weight), _address(bias), embedding, int(scale_shift), int(silu), eps_bits),
-        *((out.address, _address(out.map)) if into_operand else (out.address, out.pitch)),
+        *(out.address, target),
     )
 
 
-def attention_row(
-    tokens: int, heads: int, width: int, qkv: Buffer, out: Buffer | Operand
-) -> Row:
+def attention_row(tokens: int, heads: int, width: int, qkv: Buffer, out: Buffer | Operand) -> Row:
     """Attention over `tokens` pixels a sample; channels of qkv are [heads][q, k, v][width]."""
     kind = 12 if isinstance(out, Operand) else 6
     return _row(kind, tokens, heads, width, qkv.address, qkv.pitch, out.address, out.pitch)
@@ -196,6 +196,14 @@ def tile_product_row(
 ) -> Row:
     """out = the sum over the map's taps of source * weight, + bias + residual, by AMX tiles."""
     return _row(
-        *(9, _address(source.map), source.address, chunks, columns, _address(weight), _address(bias)),
+        *(
+            9,
+            _address(source.map),
+            source.address,
+            chunks,
+            columns,
+            _address(weight),
+            _address(bias),
+        ),
         *(*_residual(residual), out.address, out.pitch),
     )

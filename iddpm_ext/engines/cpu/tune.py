@@ -16,12 +16,14 @@ from pathlib import Path
 
 import torch
 
+from iddpm_ext import _native
 from iddpm_ext.engines.cpu.algorithms import (
     ALGORITHMS,
     CANDIDATES,
     Algorithm,
     Table,
     cpu_family,
+    load_chooser,
     load_table,
     user_table_path,
 )
@@ -71,23 +73,29 @@ def tune(
 
 def measure(model: UNet, batch: int, rounds: int) -> Table:
     """The fastest algorithm of every convolution of `model` at one batch size."""
-    served = why_not_served(model, torch.bfloat16) is None
-    names = CANDIDATES["bfloat16" if served else "float32"]
+    chooser = load_chooser(tiles=_native.native().has_tiles())
+    served = why_not_served(model, torch.bfloat16) is None and chooser.rounding_pays
+    candidates = {
+        precision: [
+            name
+            for name in CANDIDATES[precision]
+            if (chooser.tiles if name == "AMX" else chooser.fast_products or "bf16" not in name)
+        ]
+        for precision in (("float32", "bfloat16") if served else ("float32",))
+    }
+    names = dict.fromkeys(name for some in candidates.values() for name in some)
     runs = {name: _Run(model, batch, ALGORITHMS[name]) for name in names}
     for _ in range(rounds):  # in turn: what disturbs one of them disturbs all
         for run in runs.values():
             run()
     times = {name: run.times() for name, run in runs.items()}
-    table: Table = {}
-    for precision in ("float32", "bfloat16") if served else ("float32",):
-        table[precision] = {
-            key: min(
-                CANDIDATES[precision],
-                key=lambda name: times[name][key] * (_MARGIN if name == "F2" else 1.0),
-            )
+    return {
+        precision: {
+            key: min(some, key=lambda name: times[name][key] * (_MARGIN if name == "F2" else 1.0))
             for key in times["F2"]
         }
-    return table
+        for precision, some in candidates.items()
+    }
 
 
 class _Run:
