@@ -41,7 +41,9 @@ MODULE_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-
 # Without these two, gcc leaves loops with exp or a comparison in them scalar.
 KERNEL_FLAGS = (
     *("-fno-trapping-math", "-fno-math-errno", "-Wno-psabi", "-Wno-unknown-pragmas"),
-    "-Wno-maybe-uninitialized",  # the AVX-512 intrinsics of gcc 12
+    "-fno-exceptions",  # nothing throws, and clang's handler is a symbol that all builds share
+    # The AVX-512 intrinsics of gcc 12; clang does not know the option.
+    *("-Wno-maybe-uninitialized", "-Wno-unknown-warning-option"),
 )
 ISA_FLAGS = {
     "base": ("-msse4.2", "-mpopcnt") if X86 else (),

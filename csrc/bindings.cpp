@@ -1,7 +1,7 @@
 // The Python face of the kernels. The only file that knows pybind11.
 //
 // Tensors arrive as integers (data_ptr) with their sizes: shapes, dtypes and devices were checked
-// in Python, and so this module needs no torch header and serves every torch version.
+// in Python, and so this module needs no torch header and works with every torch version.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -454,6 +454,37 @@ int64_t run_plan(intptr_t ops, int64_t count, int64_t n, int64_t threads, intptr
   return IDDPM_DISPATCH(unet_engine)(run);
 }
 
+// What iddpm_ext/engines/cpu needs to lay out a plan.
+void bind_plan(py::module_& m) {
+  using iddpm::Kind;
+  py::enum_<Kind>(m, "RowKind", "The kernel of a plan's row.")
+      .value("INPUT", Kind::kInput)
+      .value("OUTPUT", Kind::kOutput)
+      .value("GEMM", Kind::kGemm)
+      .value("CONV", Kind::kConv)
+      .value("WINOGRAD", Kind::kWinograd)
+      .value("GROUP_NORM", Kind::kGroupNorm)
+      .value("ATTENTION", Kind::kAttention)
+      .value("GEMM_BF16", Kind::kGemmBf16)
+      .value("WINOGRAD_BF16", Kind::kWinogradBf16)
+      .value("TILE_PRODUCT", Kind::kTileProduct)
+      .value("NORM_OPERAND", Kind::kNormOperand)
+      .value("ROUND", Kind::kRound)
+      .value("TILE_ATTENTION", Kind::kTileAttention);
+  m.attr("ROW_WORDS") = iddpm::kOpWords;
+  m.attr("PANEL") = iddpm::kPanel;
+  // Floats of scratch of a thread, or (_shared) of the team.
+  m.def("conv_scratch", &iddpm::conv_scratch);
+  m.def("gemm_bf16_scratch", &iddpm::gemm_bf16_scratch);
+  m.def("group_norm_shared", &iddpm::group_norm_shared);
+  m.def("tile_attention_scratch", &iddpm::tile_attention_scratch);
+  m.def("winograd_block", &iddpm::winograd_block);
+  m.def("winograd_scratch", &iddpm::winograd_scratch);
+  m.def("winograd_shared", &iddpm::winograd_shared);
+  m.def("winograd_bf16_scratch", &iddpm::winograd_bf16_scratch);
+  m.def("winograd_bf16_shared", &iddpm::winograd_bf16_shared);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
@@ -477,7 +508,6 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   IDDPM_BIND_CPU(m, qkv_attention);
   IDDPM_BIND_CPU(m, qkv_attention_bwd);
   m.def("attention_workspace", &iddpm::attention_workspace, "Floats a thread; see its header.");
-  m.def("tile_attention_workspace", &iddpm::tile_attention_workspace);
   m.def("attention_bwd_workspace", &iddpm::attention_bwd_workspace);
   IDDPM_BIND(m, reverse_step);
 #ifdef IDDPM_WITH_CUDA
@@ -490,6 +520,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
       [](int64_t rounds) { return IDDPM_DISPATCH(multiply_add_burst)(rounds); }, nogil(),
       "Spend `rounds` rounds of multiply-adds in registers; returns their FLOPs.");
   m.def("unet_engine", &run_plan, nogil(), "Run a plan of csrc/unet_engine/plan.h.");
+  bind_plan(m);
 #ifdef IDDPM_WITH_CUDA
   m.def("cuda_error", [](int code) {
     return std::string(iddpm::cuda_error_name(code)) + ": " + iddpm::cuda_error_text(code);

@@ -31,9 +31,9 @@ def isa(request):
     native.set_isa(previous)
 
 
-def run(rows, n, threads=1, *, x=None, out=None, table=None, scratch=1 << 19):
+def run(rows, n, threads=1, *, x=None, out=None, table=None, shared=1 << 20, scratch=1 << 19):
     plan = torch.tensor(rows, dtype=torch.int64)
-    shared = torch.full((1 << 20,), math.nan)
+    shared = torch.full((shared,), math.nan)
     private = torch.full((threads, scratch), math.nan)
     starts = torch.arange(n) * (0 if table is None else table.shape[1])
     return _native.native().unet_engine(
@@ -303,3 +303,67 @@ def test_small_scratch_is_reported_with_its_operation(isa):
         ops.winograd_row((8, 8), buffer(x), 32, 32, weight, None, buffer(out), tile=4),
     ]
     assert run(rows, 1, scratch=64) == 2
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("pixels", [4, 40])
+def test_the_sizes_of_scratch_suffice_and_a_quarter_does_not(threads, pixels):
+    native = _native.native()
+    if native.build_info()["isa"] != "avx512":
+        pytest.skip("smaller register tiles need less")
+    n, channels = 1, 32
+    size = (4, pixels)
+    x, out = torch.randn(n * 4 * pixels, channels), wide(n * 4 * pixels, channels)
+    w, ones = torch.randn(channels, channels, 3, 3), torch.ones(channels)
+    cases = [
+        (
+            ops.conv_row(size, buffer(x), channels, channels, pack.pack_taps(w), None, buffer(out)),
+            0,
+            native.conv_scratch(channels),
+        ),
+        (
+            ops.group_norm_row(
+                4 * pixels, buffer(x), channels, 32, ones, ones, buffer(out), eps=1e-5, silu=True
+            ),
+            native.group_norm_shared(n, 4 * pixels, channels),
+            0,
+        ),
+    ]
+    for tile in (2, 4):
+        tiles = n * (4 // tile) * -(-pixels // tile)
+        block = native.winograd_block(tile, channels, False)
+        weight = pack.pack_winograd(w, tile)
+        row = ops.winograd_row(
+            size, buffer(x), channels, channels, weight, None, buffer(out), tile=tile, block=block
+        )
+        shared = native.winograd_shared(tile, tiles, channels, threads)
+        scratch = native.winograd_scratch(tile, tiles, channels, block, threads)
+        cases.append((row, shared, scratch))
+    if native.build_info()["bf16"]:
+        rows, weight = 4 * pixels * n, pack.pack_pairs(pack.pack_matrix(w[:, :, 0, 0]))
+        row = ops.gemm_row(4 * pixels, buffer(x), channels, channels, weight, None, buffer(out))
+        cases.append((row, 0, native.gemm_bf16_scratch(rows, channels)))
+        tiles, weight = n * 2 * (pixels // 2), pack.pack_pairs(pack.pack_winograd(w, 2))
+        block = native.winograd_block(2, channels, True)
+        row = ops.winograd_row(
+            size, buffer(x), channels, channels, weight, None, buffer(out), tile=2, block=block
+        )
+        shared = native.winograd_bf16_shared(tiles, channels, threads)
+        scratch = native.winograd_bf16_scratch(tiles, channels, block)
+        cases.append((row, shared, scratch))
+    for row, shared, scratch in cases:
+        assert run([row], n, threads, shared=shared, scratch=scratch) == 0
+    for row, shared, scratch in cases:
+        needs_scratch = scratch and not (threads > 1 and shared)
+        if needs_scratch:
+            assert run([row], n, 1, shared=shared, scratch=scratch // 4) == 1
+        if shared:
+            assert run([row], n, threads, shared=shared // 4, scratch=scratch) == 1
+
+
+def test_an_unknown_kind_is_reported_with_its_row():
+    native = _native.native()
+    x = torch.randn(4, 3)
+    unknown = [max(int(kind) for kind in native.RowKind.__members__.values()) + 1]
+    rows = [ops.input_row(0, 0, buffer(x)), unknown + [0] * (native.ROW_WORDS - 1)]
+    assert run(rows, 1) == 2

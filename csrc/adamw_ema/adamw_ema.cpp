@@ -1,6 +1,7 @@
 #include "adamw_ema/adamw_ema.h"
 
 #include "common/lanes.h"
+#include "common/threads.h"
 #include "common/tile.h"
 
 namespace iddpm {
@@ -78,8 +79,7 @@ void adamw_ema(const AdamwEmaArgs& a, int num_threads) {
     chunks += (a.table[i * width + kNumel] + kChunk - 1) / kChunk;
   }
   const int64_t parts = num_threads > 1 && elements >= kSerialBelow ? num_threads : 1;
-#pragma omp parallel for schedule(static) num_threads(num_threads) if (parts > 1)
-  for (int64_t part = 0; part < parts; ++part) {
+  for_jobs(parts, parts, false, [&](int64_t part) {
     const int64_t begin = chunks * part / parts, end = chunks * (part + 1) / parts;
     int64_t before = 0;
     for (int64_t i = 0; i < a.tensors && before < end; ++i) {
@@ -91,7 +91,7 @@ void adamw_ema(const AdamwEmaArgs& a, int num_threads) {
         update(a, f, row, from * kChunk, to * kChunk < row[kNumel] ? to * kChunk : row[kNumel]);
       before += here;
     }
-  }
+  });
 }
 
 }  // namespace IDDPM_ISA

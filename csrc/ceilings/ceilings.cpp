@@ -1,7 +1,7 @@
 #include "ceilings/ceilings.h"
 
 #if defined(__AVX2__)
-#include "nhwc/vectors.h"
+#include "nhwc/panel.h"
 #endif
 
 namespace iddpm {
@@ -13,12 +13,12 @@ double multiply_add_burst(int64_t rounds) {
   // As many chains as a register tile has, which hides the latency of each.
   constexpr int kChains = 2 * kTileRows;
   nv sum[kChains];
-  for (int i = 0; i < kChains; ++i) sum[i] = nsplat(float(i));
-  nv factor = nsplat(0.9375f), addend = nsplat(0.0625f);
+  for (int i = 0; i < kChains; ++i) sum[i] = splat<nv>(float(i));
+  nv factor = splat<nv>(0.9375f), addend = splat<nv>(0.0625f);
   for (int64_t round = 0; round < rounds; ++round) {
     // Two values that the compiler must take for new, or it would fold the rounds together.
     asm volatile("" : "+x"(factor), "+x"(addend));
-#pragma GCC unroll 24
+    IDDPM_UNROLL
     for (int i = 0; i < kChains; ++i) sum[i] = sum[i] * factor + addend;
   }
   for (int i = 0; i < kChains; ++i) asm volatile("" : : "x"(sum[i]));

@@ -8,6 +8,14 @@ namespace iddpm {
 
 enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
+// 16-bit elements as types of their own, so that overloads can tell them apart.
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
 // [N, C, HW]: an address, and the strides of sample, channel and pixel in elements.
 struct Plane {
   void* data;

@@ -3,7 +3,7 @@
 // Sixteen elements at a time. iddpm_ext/gaussian.py is the same in PyTorch.
 #pragma once
 
-#include "common/simd.h"
+#include "common/simd_math.h"
 
 namespace iddpm {
 namespace IDDPM_ISA {
@@ -65,7 +65,7 @@ IDDPM_INLINE Term decoder_term(vf x, vf mean, vf lv) {
   const vf centred = x - mean;
   const vi lowest = x<splat(-0.999f), highest = x> splat(0.999f);
   const vi edge = lowest | highest;
-  const vi mirrored = select_mask(edge, highest, centred > splat(0.0f));
+  const vi mirrored = (edge & highest) | (~edge & (centred > splat(0.0f)));
   const vf side = select(mirrored, splat(-1.0f), splat(1.0f));
   // Bounded so that no infinity meets a 0; the probability is 0 or 1 long before.
   const vf upper = clamp(inverse * (side * centred + kHalfBin), -1e6f, 1e6f);

@@ -1,30 +1,91 @@
-// Sixteen elements of float32, bfloat16 or float16 in and out of float lanes, whole and in part.
+// Elements of float32, bfloat16 and float16 in and out of float lanes, whole vectors and parts.
 #pragma once
 
 #include "common/dtype.h"
 #include "common/simd.h"
 
-#if defined(__AVX512F__) || defined(__F16C__)
-#include <immintrin.h>
-#endif
-
 namespace iddpm {
-
-// 16-bit elements as types of their own, so that overloads can tell them apart.
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Float16 {
-  uint16_t bits;
-};
-
 namespace IDDPM_ISA {
 
-IDDPM_INLINE vf load(const BFloat16* p) {
-  return load_bfloat16(reinterpret_cast<const uint16_t*>(p));
+IDDPM_INLINE float to_float(BFloat16 h) {
+  const uint32_t bits = uint32_t(h.bits) << 16;
+  float f;
+  std::memcpy(&f, &bits, sizeof f);
+  return f;
 }
 
-IDDPM_INLINE void store(BFloat16* p, vf v) { store_bfloat16(reinterpret_cast<uint16_t*>(p), v); }
+// Rounded to the nearest, ties to even.
+IDDPM_INLINE BFloat16 to_bfloat16(float f) {
+  uint32_t bits;
+  std::memcpy(&bits, &f, sizeof bits);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return {uint16_t((bits >> 16) | 0x40u)};  // quiet NaN
+  return {uint16_t((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
+}
+
+// IEEE half precision without F16C; subnormals, infinities and NaN included. No float on the way is
+// subnormal, so that it does not matter whether the thread takes those for zero.
+IDDPM_INLINE float to_float(Float16 h) {
+  const uint32_t sign = uint32_t(h.bits & 0x8000u) << 16;
+  uint32_t bits = uint32_t(h.bits & 0x7fffu) << 13;
+  if (bits >= 0x0f800000u) {  // infinity, NaN
+    bits += 0x70000000u;
+  } else if (bits >= 0x00800000u) {
+    bits += 0x38000000u;
+  } else {  // the mantissa of a number in [2^-14, 2^-13), less 2^-14
+    const uint32_t unit = 0x38800000u;
+    float f, least;
+    bits |= unit;
+    std::memcpy(&f, &bits, sizeof f);
+    std::memcpy(&least, &unit, sizeof least);
+    f -= least;
+    std::memcpy(&bits, &f, sizeof bits);
+  }
+  bits |= sign;
+  float f;
+  std::memcpy(&f, &bits, sizeof f);
+  return f;
+}
+
+IDDPM_INLINE Float16 to_float16(float f) {
+  uint32_t bits;
+  std::memcpy(&bits, &f, sizeof bits);
+  const uint16_t sign = uint16_t((bits >> 16) & 0x8000u);
+  bits &= 0x7fffffffu;
+  if (bits > 0x7f800000u) return {uint16_t(sign | 0x7e00u)};
+  if (bits >= 0x477ff000u) return {uint16_t(sign | 0x7c00u)};
+  if (bits < 0x38800000u) {  // subnormal: adding 0.5 lets the hardware round
+    float magnitude;
+    std::memcpy(&magnitude, &bits, sizeof magnitude);
+    magnitude += 0.5f;
+    std::memcpy(&bits, &magnitude, sizeof bits);
+    return {uint16_t(sign | (bits - 0x3f000000u))};
+  }
+  bits += 0xc8000000u + 0xfffu + ((bits >> 13) & 1u);
+  return {uint16_t(sign | (bits >> 13))};
+}
+
+template <class V = vf>
+IDDPM_INLINE V load(const BFloat16* p) {
+  Halves<V> h;
+  std::memcpy(&h, p, sizeof h);
+  return (V)(__builtin_convertvector(h, Words<V>) << 16);
+}
+
+// Rounded as to_bfloat16 does, but that the instruction takes subnormal numbers for zero.
+template <class V>
+IDDPM_INLINE void store(BFloat16* p, V v) {
+#if defined(__AVX512BF16__)
+  const __m256bh half = _mm512_maskz_cvtneps_pbh(kAllLanes, (__m512)v);
+  std::memcpy(p, &half, sizeof half);
+#else
+  const Words<V> bits = (Words<V>)v;
+  const Words<V> rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const Words<V> quiet = (bits >> 16) | 0x40u;
+  const Words<V> is_nan = (Words<V>)(v != v);
+  const Halves<V> h = __builtin_convertvector((is_nan & quiet) | (~is_nan & rounded), Halves<V>);
+  std::memcpy(p, &h, sizeof h);
+#endif
+}
 
 IDDPM_INLINE vf load(const Float16* p) {
 #if defined(__AVX512F__)
@@ -39,7 +100,7 @@ IDDPM_INLINE vf load(const Float16* p) {
   return v;
 #else
   vf v;
-  for (int64_t i = 0; i < kLanes; ++i) v[i] = from_float16(p[i].bits);
+  for (int64_t i = 0; i < kLanes; ++i) v[i] = to_float(p[i]);
   return v;
 #endif
 }
@@ -55,7 +116,7 @@ IDDPM_INLINE void store(Float16* p, vf v) {
   _mm_storeu_si128(half, _mm256_cvtps_ph(part[0], _MM_FROUND_TO_NEAREST_INT));
   _mm_storeu_si128(half + 1, _mm256_cvtps_ph(part[1], _MM_FROUND_TO_NEAREST_INT));
 #else
-  for (int64_t i = 0; i < kLanes; ++i) p[i].bits = to_float16(v[i]);
+  for (int64_t i = 0; i < kLanes; ++i) p[i] = to_float16(v[i]);
 #endif
 }
 
@@ -86,12 +147,6 @@ IDDPM_INLINE void store_some(T* p, vf v, int64_t n) {
   T lane[kLanes];
   store(lane, v);
   for (int64_t i = 0; i < n; ++i) p[i] = lane[i];
-}
-
-// v in the first n lanes, zero in the others.
-IDDPM_INLINE vf keep_first(vf v, int64_t n) {
-  const vi lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  return select(lane < vi{} + int32_t(n), v, vf{});
 }
 
 // Calls f with a value of the type that a dtype's elements have.

@@ -2,11 +2,7 @@
 #pragma once
 
 #include "common/philox.h"
-#include "common/simd.h"
-
-#if defined(__AVX512F__) || defined(__AVX2__) || defined(__SSE2__)
-#include <immintrin.h>
-#endif
+#include "common/simd_math.h"
 
 namespace iddpm {
 namespace IDDPM_ISA {
@@ -69,15 +65,22 @@ IDDPM_INLINE void normals_tile(uint64_t seed, uint32_t quad, uint32_t sample, ui
   const vf z2 = radius1 * c, z3 = radius1 * s;
 
   // Lane j of z_k is element 4j + k: a 4 x 16 transposition in two interleaving stages.
-  const vi low1x = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
-  const vi low2x = {0, 1, 16, 17, 2, 3, 18, 19, 4, 5, 20, 21, 6, 7, 22, 23};
-  const vi high = vi{} + 8;
-  const vf ab0 = __builtin_shuffle(z0, z1, low1x), ab1 = __builtin_shuffle(z0, z1, low1x + high);
-  const vf cd0 = __builtin_shuffle(z2, z3, low1x), cd1 = __builtin_shuffle(z2, z3, low1x + high);
-  store(z, __builtin_shuffle(ab0, cd0, low2x));
-  store(z + 16, __builtin_shuffle(ab0, cd0, low2x + high));
-  store(z + 32, __builtin_shuffle(ab1, cd1, low2x));
-  store(z + 48, __builtin_shuffle(ab1, cd1, low2x + high));
+#define IDDPM_PAIRS(a, b, first)                                                                  \
+  IDDPM_SHUFFLE(a, b, first, first + 16, first + 1, first + 17, first + 2, first + 18, first + 3, \
+                first + 19, first + 4, first + 20, first + 5, first + 21, first + 6, first + 22,  \
+                first + 7, first + 23)
+#define IDDPM_QUADS(a, b, first)                                                                  \
+  IDDPM_SHUFFLE(a, b, first, first + 1, first + 16, first + 17, first + 2, first + 3, first + 18, \
+                first + 19, first + 4, first + 5, first + 20, first + 21, first + 6, first + 7,   \
+                first + 22, first + 23)
+  const vf ab0 = IDDPM_PAIRS(z0, z1, 0), ab1 = IDDPM_PAIRS(z0, z1, 8);
+  const vf cd0 = IDDPM_PAIRS(z2, z3, 0), cd1 = IDDPM_PAIRS(z2, z3, 8);
+  store(z, IDDPM_QUADS(ab0, cd0, 0));
+  store(z + 16, IDDPM_QUADS(ab0, cd0, 8));
+  store(z + 32, IDDPM_QUADS(ab1, cd1, 0));
+  store(z + 48, IDDPM_QUADS(ab1, cd1, 8));
+#undef IDDPM_QUADS
+#undef IDDPM_PAIRS
 }
 
 }  // namespace IDDPM_ISA

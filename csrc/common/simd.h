@@ -1,9 +1,11 @@
-// Sixteen float lanes in every instruction set, and the few functions that kernels need of them.
+// Vectors of float lanes: one dialect for every instruction set and compiler.
 //
-// GCC and clang lower a 64-byte vector to one zmm, two ymm or four xmm registers, so one source
-// serves all three builds and sums run in the same order everywhere (only fused multiply-adds
-// differ). Everything is always inlined and lives in the namespace of its build, so no copy can
-// leak into another.
+// A vector is `vf`, sixteen lanes everywhere, or `nv`, one register of the instruction set in use,
+// for kernels that count registers; with AVX-512 they are the same type. Functions take either. GCC
+// and clang lower sixteen lanes to one zmm, two ymm or four xmm registers (or NEON's), so that one
+// source serves all builds and sums run in the same order everywhere; only fused multiply-adds
+// differ. Everything is inlined and lives in the namespace of its build, so no copy can leak into
+// another.
 #pragma once
 
 #include <cstdint>
@@ -11,79 +13,149 @@
 
 #include "common/isa.h"
 
-#if defined(__SSE2__)
+#if IDDPM_X86
 #include <immintrin.h>
+#endif
+
+#define IDDPM_INLINE static inline __attribute__((always_inline))
+
+// Before a loop of a known, small number of steps: unrolls it wholly, so that arrays of vectors
+// become registers.
+#if defined(__clang__)
+#define IDDPM_UNROLL _Pragma("unroll")
+#else
+#define IDDPM_UNROLL _Pragma("GCC unroll 32")
 #endif
 
 namespace iddpm {
 namespace IDDPM_ISA {
 
-constexpr int64_t kLanes = 16;
+constexpr int64_t kLanes = 16;  // of vf
 
 #if defined(__AVX512F__)
+constexpr int64_t kWidth = 16;  // lanes of nv
 // The mask of all lanes: without one, gcc 12 warns about uninitialised variables of its own header.
 constexpr __mmask16 kAllLanes = 0xffff;
+#elif defined(__AVX2__)
+constexpr int64_t kWidth = 8;
+#else
+constexpr int64_t kWidth = 4;
 #endif
 
-typedef float vf __attribute__((vector_size(64)));
-typedef int32_t vi __attribute__((vector_size(64)));
-typedef uint32_t vu __attribute__((vector_size(64)));
+template <class T, int64_t n>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(n * sizeof(T))));
+};
+template <class T, int64_t n>
+using Vector = typename VectorOf<T, n>::type;
 
-#define IDDPM_INLINE static inline __attribute__((always_inline))
+using vf = Vector<float, kLanes>;
+using vi = Vector<int32_t, kLanes>;
+using vu = Vector<uint32_t, kLanes>;
+using nv = Vector<float, kWidth>;
 
-IDDPM_INLINE vf splat(float a) { return vf{} + a; }
+// The lanes of a vector of floats, and vectors of as many integers.
+template <class V>
+constexpr int64_t kLanesOf = sizeof(V) / sizeof(float);
+template <class V>
+using Ints = Vector<int32_t, kLanesOf<V>>;
+template <class V>
+using Words = Vector<uint32_t, kLanesOf<V>>;
+template <class V>
+using Halves = Vector<uint16_t, kLanesOf<V>>;
 
-IDDPM_INLINE vf load(const float* p) {
-  vf v;
+// Lanes of a and b by their numbers, b's after a's, as many as a has.
+#if defined(__clang__)
+#define IDDPM_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define IDDPM_SHUFFLE(a, b, ...) \
+  __builtin_shuffle(a, b, ::iddpm::IDDPM_ISA::Ints<decltype(a)>{__VA_ARGS__})
+#endif
+
+// Not V{} + a: that is no identity for a = -0.
+template <class V = vf>
+IDDPM_INLINE V splat(float a) {
+  return a - V{};
+}
+
+template <class V = vf>
+IDDPM_INLINE V load(const float* p) {
+  V v;
   std::memcpy(&v, p, sizeof v);
   return v;
 }
 
-IDDPM_INLINE void store(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
-
-// The first n < 16 lanes from p, zero in the others.
-IDDPM_INLINE vf load_tail(const float* p, int64_t n) {
-  float lane[kLanes] = {};
-  for (int64_t i = 0; i < n; ++i) lane[i] = p[i];
-  return load(lane);
-}
-
-IDDPM_INLINE void store_tail(float* p, vf v, int64_t n) {
-  float lane[kLanes];
-  store(lane, v);
-  for (int64_t i = 0; i < n; ++i) p[i] = lane[i];
+template <class V>
+IDDPM_INLINE void store(float* p, V v) {
+  std::memcpy(p, &v, sizeof v);
 }
 
 IDDPM_INLINE vi as_int(vf v) { return (vi)v; }
 IDDPM_INLINE vf as_float(vi v) { return (vf)v; }
 
 // mask lanes are all ones or all zeros, as a comparison gives them.
-IDDPM_INLINE vf select(vi mask, vf yes, vf no) { return (vf)((mask & (vi)yes) | (~mask & (vi)no)); }
+template <class V>
+IDDPM_INLINE V select(Ints<V> mask, V yes, V no) {
+  return (V)((mask & (Ints<V>)yes) | (~mask & (Ints<V>)no));
+}
 
-IDDPM_INLINE vi select_mask(vi mask, vi yes, vi no) { return (mask & yes) | (~mask & no); }
+// f of every register of the vectors. For what only instructions do well: gcc 12 compares vectors
+// that are wider than the machine's lane by lane.
+template <class V, class F>
+IDDPM_INLINE V by_register(V x, F f) {
+  if constexpr (sizeof(V) == sizeof(nv)) {
+    return f(x);
+  } else {
+    nv part[sizeof(V) / sizeof(nv)];
+    std::memcpy(part, &x, sizeof x);
+    for (nv& v : part) v = f(v);
+    std::memcpy(&x, part, sizeof x);
+    return x;
+  }
+}
 
-// NaN in x stays NaN. In instructions, because gcc 12 compares vectors that are wider than the
-// machine's lane by lane.
-IDDPM_INLINE vf clamp(vf x, float low, float high) {
+// The second where one is NaN.
+IDDPM_INLINE nv max(nv x, nv y) {
 #if defined(__AVX512F__)
-  const __m512 above = _mm512_maskz_max_ps(kAllLanes, _mm512_set1_ps(low), (__m512)x);
-  return (vf)_mm512_maskz_min_ps(kAllLanes, _mm512_set1_ps(high), above);
+  return (nv)_mm512_maskz_max_ps(kAllLanes, (__m512)x, (__m512)y);
 #elif defined(__AVX2__)
-  __m256 part[2];
-  std::memcpy(part, &x, sizeof x);
-  for (__m256& v : part)
-    v = _mm256_min_ps(_mm256_set1_ps(high), _mm256_max_ps(_mm256_set1_ps(low), v));
-  std::memcpy(&x, part, sizeof x);
-  return x;
+  return (nv)_mm256_max_ps((__m256)x, (__m256)y);
 #elif defined(__SSE2__)
-  __m128 part[4];
-  std::memcpy(part, &x, sizeof x);
-  for (__m128& v : part) v = _mm_min_ps(_mm_set1_ps(high), _mm_max_ps(_mm_set1_ps(low), v));
-  std::memcpy(&x, part, sizeof x);
-  return x;
+  return (nv)_mm_max_ps((__m128)x, (__m128)y);
 #else
-  x = select(x < splat(low), splat(low), x);
-  return select(x > splat(high), splat(high), x);
+  return select(x > y, x, y);
+#endif
+}
+
+IDDPM_INLINE nv min(nv x, nv y) {
+#if defined(__AVX512F__)
+  return (nv)_mm512_maskz_min_ps(kAllLanes, (__m512)x, (__m512)y);
+#elif defined(__AVX2__)
+  return (nv)_mm256_min_ps((__m256)x, (__m256)y);
+#elif defined(__SSE2__)
+  return (nv)_mm_min_ps((__m128)x, (__m128)y);
+#else
+  return select(x < y, x, y);
+#endif
+}
+
+// NaN stays NaN.
+template <class V>
+IDDPM_INLINE V clamp(V x, float low, float high) {
+  return by_register(x, [&](nv v) { return min(splat<nv>(high), max(splat<nv>(low), v)); });
+}
+
+// The nearest integer (ties to even) of |x| < 2^22; NaN stays NaN.
+template <class V>
+IDDPM_INLINE V round(V x) {
+#if defined(__AVX512F__)
+  return (V)_mm512_maskz_roundscale_ps(kAllLanes, (__m512)x, _MM_FROUND_TO_NEAREST_INT);
+#elif defined(__AVX2__)
+  return by_register(x, [](nv v) {
+    return (nv)_mm256_round_ps((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  });
+#else
+  return (x + 12582912.0f) - 12582912.0f;  // 1.5 * 2^23: the mantissa's last bit becomes the ones
 #endif
 }
 
@@ -91,174 +163,37 @@ IDDPM_INLINE vf clamp(vf x, float low, float high) {
 // others.
 IDDPM_INLINE vf first_lanes(vf v, int64_t count) {
   if (count >= kLanes) return v;
-  float lane[kLanes];
-  store(lane, v);
-  for (int64_t i = count > 0 ? count : 0; i < kLanes; ++i) lane[i] = 0.0f;
-  return load(lane);
+  const vi lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  return select(lane < vi{} + int32_t(count), v, vf{});
 }
 
-// Pairwise, so the order does not depend on the instruction set.
-IDDPM_INLINE float sum(vf v) {
-  typedef float half_lanes __attribute__((vector_size(32)));
-  typedef float quarter_lanes __attribute__((vector_size(16)));
-  half_lanes half[2];
-  std::memcpy(half, &v, sizeof v);
-  const half_lanes eight = half[0] + half[1];
-  quarter_lanes quarter[2];
-  std::memcpy(quarter, &eight, sizeof eight);
-  const quarter_lanes four = quarter[0] + quarter[1];
-  return (four[0] + four[2]) + (four[1] + four[3]);
+// Pairwise, so that the order does not depend on the instruction set.
+template <class V>
+IDDPM_INLINE float sum(V v) {
+  if constexpr (kLanesOf<V> > 4) {
+    Vector<float, kLanesOf<V> / 2> half[2];
+    std::memcpy(half, &v, sizeof v);
+    return sum(half[0] + half[1]);
+  } else {
+    return (v[0] + v[2]) + (v[1] + v[3]);
+  }
+}
+
+// The largest lane of a register.
+IDDPM_INLINE float largest(nv v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps((__m512)v);
+#else
+  float most = v[0];
+  for (int64_t i = 1; i < kWidth; ++i) most = v[i] > most ? v[i] : most;
+  return most;
+#endif
 }
 
 IDDPM_INLINE vf sqrt(vf x) {
   vf y;
   for (int64_t i = 0; i < kLanes; ++i) y[i] = __builtin_sqrtf(x[i]);
   return y;
-}
-
-// Nearest integer (ties to even) of |x| < 2^22, as a float: the mantissa's last bit becomes the
-// ones.
-IDDPM_INLINE vf round_small(vf x) {
-  const vf magic = splat(12582912.0f);  // 1.5 * 2^23
-  return (x + magic) - magic;
-}
-
-// p * 2^n for |n| < 250, in two factors because 2^n need not be a float; AVX-512 has it as an
-// instruction.
-IDDPM_INLINE vf scale_by_power(vf p, vf n) {
-#if defined(__AVX512F__)
-  return (vf)_mm512_maskz_scalef_ps(kAllLanes, (__m512)p, (__m512)n);
-#else
-  const vi whole = __builtin_convertvector(n, vi);
-  const vi half = whole >> 1;
-  return p * as_float((half + 127) << 23) * as_float((whole - half + 127) << 23);
-#endif
-}
-
-// e^x within 1 ulp of a normal result; infinity above 88.73, 0 far below -103, NaN stays NaN.
-IDDPM_INLINE vf exp(vf x) {
-  const vf bounded = clamp(x, -150.0f, 150.0f);
-  const vf n = round_small(bounded * 1.44269504f);
-  vf r = bounded - n * 0.693359375f;
-  r = r + n * 2.12194440e-4f;
-  vf p = splat(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
-  return scale_by_power(p, n);
-}
-
-// ln x within 1 ulp for normal positive x; other inputs are the caller's to avoid.
-IDDPM_INLINE vf log(vf x) {
-  const vi bits = as_int(x);
-  const vi shifted = bits - 0x3f3504f3;  // sqrt(1/2): the mantissa lands in [0.707, 1.414)
-  const vf n = __builtin_convertvector(shifted >> 23, vf);
-  const vf m = as_float((shifted & 0x007fffff) + 0x3f3504f3) - 1.0f;
-  const vf z = m * m;
-  vf p = splat(7.0376836292e-2f);
-  p = p * m - 1.1514610310e-1f;
-  p = p * m + 1.1676998740e-1f;
-  p = p * m - 1.2420140846e-1f;
-  p = p * m + 1.4249322787e-1f;
-  p = p * m - 1.6668057665e-1f;
-  p = p * m + 2.0000714765e-1f;
-  p = p * m - 2.4999993993e-1f;
-  p = p * m + 3.3333331174e-1f;
-  const vf tail = p * m * z - n * 2.12194440e-4f - 0.5f * z;
-  return m + tail + n * 0.693359375f;
-}
-
-// sin and cos of 2*pi*u for u in [0, 1]; the reduction to a quarter turn is exact.
-IDDPM_INLINE void sincos_turn(vf u, vf* sine, vf* cosine) {
-  const vf quarters = round_small(u * 4.0f);
-  const vf r = (u * 4.0f - quarters) * 1.57079632679f;
-  const vf z = r * r;
-  vf s = splat(-1.9515295891e-4f);
-  s = s * z + 8.3321608736e-3f;
-  s = s * z - 1.6666654611e-1f;
-  s = s * z * r + r;
-  vf c = splat(2.443315711809948e-5f);
-  c = c * z - 1.388731625493765e-3f;
-  c = c * z + 4.166664568298827e-2f;
-  c = c * z * z - 0.5f * z + 1.0f;
-  const vi q = __builtin_convertvector(quarters, vi);
-  const vi swap = (q & 1) != 0;
-  const vf s_turned = select(swap, c, s);
-  const vf c_turned = select(swap, s, c);
-  *sine = as_float(as_int(s_turned) ^ ((q & 2) << 30));
-  *cosine = as_float(as_int(c_turned) ^ (((q + 1) & 2) << 30));
-}
-
-IDDPM_INLINE float from_bfloat16(uint16_t h) {
-  const uint32_t bits = uint32_t(h) << 16;
-  float f;
-  std::memcpy(&f, &bits, sizeof f);
-  return f;
-}
-
-IDDPM_INLINE uint16_t to_bfloat16(float f) {
-  uint32_t bits;
-  std::memcpy(&bits, &f, sizeof bits);
-  if ((bits & 0x7fffffffu) > 0x7f800000u) return uint16_t((bits >> 16) | 0x40u);  // quiet NaN
-  return uint16_t((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
-}
-
-IDDPM_INLINE vf load_bfloat16(const uint16_t* p) {
-  typedef uint16_t half_lanes __attribute__((vector_size(32)));
-  half_lanes h;
-  std::memcpy(&h, p, sizeof h);
-  return (vf)(__builtin_convertvector(h, vu) << 16);
-}
-
-IDDPM_INLINE void store_bfloat16(uint16_t* p, vf v) {
-  typedef uint16_t half_lanes __attribute__((vector_size(32)));
-  const vu bits = (vu)v;
-  const vu rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const vu quiet = (bits >> 16) | 0x40u;
-  const vu is_nan = (vu)((bits & 0x7fffffffu) > 0x7f800000u);
-  const half_lanes h = __builtin_convertvector((is_nan & quiet) | (~is_nan & rounded), half_lanes);
-  std::memcpy(p, &h, sizeof h);
-}
-
-// IEEE half precision without F16C; subnormals, infinities and NaN included.
-IDDPM_INLINE float from_float16(uint16_t h) {
-  const uint32_t sign = uint32_t(h & 0x8000u) << 16;
-  uint32_t magnitude = uint32_t(h & 0x7fffu) << 13;
-  float f;
-  if (magnitude >= 0x0f800000u) {
-    magnitude += 0x70000000u;  // infinity, NaN
-    magnitude |= sign;
-    std::memcpy(&f, &magnitude, sizeof f);
-    return f;
-  }
-  std::memcpy(&f, &magnitude, sizeof f);
-  f *= 5.192296858534828e33f;  // 2^112 moves the exponent, and makes subnormals normal
-  uint32_t bits;
-  std::memcpy(&bits, &f, sizeof bits);
-  bits |= sign;
-  std::memcpy(&f, &bits, sizeof f);
-  return f;
-}
-
-IDDPM_INLINE uint16_t to_float16(float f) {
-  uint32_t bits;
-  std::memcpy(&bits, &f, sizeof bits);
-  const uint16_t sign = uint16_t((bits >> 16) & 0x8000u);
-  bits &= 0x7fffffffu;
-  if (bits > 0x7f800000u) return uint16_t(sign | 0x7e00u);
-  if (bits >= 0x477ff000u) return uint16_t(sign | 0x7c00u);
-  if (bits < 0x38800000u) {  // subnormal: adding 0.5 lets the hardware round
-    float magnitude;
-    std::memcpy(&magnitude, &bits, sizeof magnitude);
-    magnitude += 0.5f;
-    std::memcpy(&bits, &magnitude, sizeof bits);
-    return uint16_t(sign | (bits - 0x3f000000u));
-  }
-  bits += 0xc8000000u + 0xfffu + ((bits >> 13) & 1u);
-  return uint16_t(sign | (bits >> 13));
 }
 
 }  // namespace IDDPM_ISA

@@ -7,8 +7,7 @@
 #pragma once
 
 #include "common/columns.h"
-#include "common/dtype.h"
-#include "common/simd.h"
+#include "common/lanes.h"
 
 namespace iddpm {
 namespace IDDPM_ISA {
@@ -35,8 +34,8 @@ IDDPM_INLINE const float* table_row(const float* table, int64_t t, int64_t num_t
 
 IDDPM_INLINE float read_element(const void* data, DType dtype, int64_t at) {
   if (dtype == DType::kFloat32) return static_cast<const float*>(data)[at];
-  const uint16_t half = static_cast<const uint16_t*>(data)[at];
-  return dtype == DType::kBFloat16 ? from_bfloat16(half) : from_float16(half);
+  return dtype == DType::kBFloat16 ? to_float(static_cast<const BFloat16*>(data)[at])
+                                   : to_float(static_cast<const Float16*>(data)[at]);
 }
 
 // Calls f(i, offset) for the `count` elements from `first` on; element (c, p) lies at its strides.
@@ -57,8 +56,8 @@ IDDPM_INLINE const float* read_tile(const Plane& plane, DType dtype, int64_t hw,
   const int64_t start = sample * plane.sample + first;
   if (dense && dtype == DType::kFloat32) return static_cast<const float*>(plane.data) + start;
   if (dense && dtype == DType::kBFloat16) {
-    const uint16_t* p = static_cast<const uint16_t*>(plane.data) + start;
-    for (int64_t i = 0; i < kTile; i += kLanes) store(space + i, load_bfloat16(p + i));
+    const BFloat16* p = static_cast<const BFloat16*>(plane.data) + start;
+    for (int64_t i = 0; i < kTile; i += kLanes) store(space + i, load(p + i));
     return space;
   }
   for (int64_t i = count; i < kTile; ++i) space[i] = 0.0f;
@@ -85,9 +84,10 @@ IDDPM_INLINE void write_back(const Plane& plane, int64_t hw, int64_t sample, int
 IDDPM_INLINE void write_element(void* data, DType dtype, int64_t at, float value) {
   if (dtype == DType::kFloat32)
     static_cast<float*>(data)[at] = value;
+  else if (dtype == DType::kBFloat16)
+    static_cast<BFloat16*>(data)[at] = to_bfloat16(value);
   else
-    static_cast<uint16_t*>(data)[at] =
-        dtype == DType::kBFloat16 ? to_bfloat16(value) : to_float16(value);
+    static_cast<Float16*>(data)[at] = to_float16(value);
 }
 
 // Where to write a tile of any dtype, from floats: in place, or in `space`, for write_tile.

@@ -3,6 +3,7 @@
 #if defined(__AVX2__)
 #include "common/threads.h"
 #include "conv3x3/workspace.h"
+#include "nhwc/panel.h"
 #include "nhwc/winograd.h"
 #include "nhwc/winograd_transforms.h"
 #endif
@@ -13,8 +14,6 @@ namespace IDDPM_ISA {
 #if defined(__AVX2__)
 
 namespace {
-
-constexpr int64_t kBlockFloats = 96 * 1024;  // of a block's transformed tiles: they stay in level 2
 
 // Weights [K, C, 3, 3] -> packed [(m + 2)^2][C][32] of the panel of output channels from `first`.
 template <int M>
@@ -29,22 +28,22 @@ void transform_panel(const Conv3x3Args& args, int64_t first, float* packed) {
       for (int t = 0; t < 9; ++t) taps[t][k] = filter[t / 3 * w.row + t % 3 * w.tap];
     for (int64_t k = 0; k < columns; k += kWidth) {
       nv half[P][3];
-#pragma GCC unroll 8
+      IDDPM_UNROLL
       for (int j = 0; j < 3; ++j) {
         nv g[3], u[P];
-#pragma GCC unroll 8
-        for (int i = 0; i < 3; ++i) g[i] = nload(&taps[3 * i + j][k]);
+        IDDPM_UNROLL
+        for (int i = 0; i < 3; ++i) g[i] = load<nv>(&taps[3 * i + j][k]);
         Transform<M>::filter(g, u);
-#pragma GCC unroll 8
+        IDDPM_UNROLL
         for (int i = 0; i < P; ++i) half[i][j] = u[i];
       }
-#pragma GCC unroll 8
+      IDDPM_UNROLL
       for (int i = 0; i < P; ++i) {
         nv u[P];
         Transform<M>::filter(half[i], u);
-#pragma GCC unroll 8
+        IDDPM_UNROLL
         for (int j = 0; j < P; ++j)
-          nstore(packed + ((i * P + j) * args.channels + c) * kPanel + k, u[j]);
+          store(packed + ((i * P + j) * args.channels + c) * kPanel + k, u[j]);
       }
     }
   }
@@ -52,15 +51,13 @@ void transform_panel(const Conv3x3Args& args, int64_t first, float* packed) {
 
 template <class T>
 int run(const Conv3x3Args& args, int num_threads) {
-  const int64_t elements = (args.tile + 2) * (args.tile + 2), pitch = args.channels + kRowPad;
-  const int64_t panels = (args.columns + kPanel - 1) / kPanel;
+  const int64_t elements = winograd_elements(args.tile);
+  const int64_t panels = divide_up(args.columns, kPanel);
   const int64_t tiles = grid_of(args.height, args.width, args.tile, args.n).count;
-  const int64_t fit = kBlockFloats / (elements * (pitch + kPanel)) / kTileRows * kTileRows;
-  const int64_t block = larger(fit, kTileRows);
+  const int64_t block = winograd_block(args.tile, args.channels, false);
   const int64_t scratch =
-      elements * larger(block * (pitch + kPanel), 2 * kTileRows * num_threads * kPanel);
-  const int64_t shared =
-      num_threads > 1 ? elements * smaller(tiles, 2 * kTileRows * num_threads) * pitch : 0;
+      round_up(winograd_scratch(args.tile, tiles, args.channels, block, num_threads), 16);
+  const int64_t shared = winograd_shared(args.tile, tiles, args.channels, num_threads);
   const int64_t packed_floats = panels * elements * args.channels * kPanel;
   Workspace memory(packed_floats + Workspace::rounded(shared) + scratch * num_threads);
   if (memory.failed()) return kNoMemory;
@@ -104,7 +101,7 @@ int run(const Conv3x3Args& args, int num_threads) {
 
 int conv3x3(const Conv3x3Args& args, int num_threads) {
   return args.dtype == DType::kFloat32 ? run<float>(args, num_threads)
-                                       : run<uint16_t>(args, num_threads);
+                                       : run<BFloat16>(args, num_threads);
 }
 
 #else

@@ -38,27 +38,27 @@ void transform_gradient(const Conv3x3WeightBwdArgs& args, const Grid& grid, int6
                     ((sample * args.height + row * M) * args.width + column * M) * args.dy_stride;
   for (int64_t k = 0; k < args.columns; k += kWidth) {
     nv half[P][M], total = nv{};
-#pragma GCC unroll 8
+    IDDPM_UNROLL
     for (int j = 0; j < M; ++j) {
       nv y[M], t[P];
-#pragma GCC unroll 8
+      IDDPM_UNROLL
       for (int i = 0; i < M; ++i) {
         const bool inside = i < height && j < width;
-        y[i] = inside ? nload(corner + (i * args.width + j) * args.dy_stride + k) : nv{};
+        y[i] = inside ? load<nv>(corner + (i * args.width + j) * args.dy_stride + k) : nv{};
         total += y[i];
       }
       Transform<M>::output_adjoint(y, t);
-#pragma GCC unroll 8
+      IDDPM_UNROLL
       for (int i = 0; i < P; ++i) half[i][j] = t[i];
     }
-#pragma GCC unroll 8
+    IDDPM_UNROLL
     for (int i = 0; i < P; ++i) {
       nv t[P];
       Transform<M>::output_adjoint(half[i], t);
-#pragma GCC unroll 8
-      for (int j = 0; j < P; ++j) nstore(m + (i * P + j) * element_stride + k, t[j]);
+      IDDPM_UNROLL
+      for (int j = 0; j < P; ++j) store(m + (i * P + j) * element_stride + k, t[j]);
     }
-    nstore(m + P * P * element_stride + k, total);
+    store(m + P * P * element_stride + k, total);
   }
 }
 
@@ -72,22 +72,22 @@ void transform_panel(const Conv3x3WeightBwdArgs& args, int64_t first, const floa
     alignas(64) float taps[9][kPanel];
     for (int64_t k = 0; k < columns; k += kWidth) {
       nv half[3][P];
-#pragma GCC unroll 8
+      IDDPM_UNROLL
       for (int j = 0; j < P; ++j) {
         nv u[P], g[3];
-#pragma GCC unroll 8
+        IDDPM_UNROLL
         for (int i = 0; i < P; ++i)
-          u[i] = nload(sums + ((i * P + j) * args.channels + c) * kPanel + k);
+          u[i] = load<nv>(sums + ((i * P + j) * args.channels + c) * kPanel + k);
         Transform<M>::filter_adjoint(u, g);
-#pragma GCC unroll 8
+        IDDPM_UNROLL
         for (int i = 0; i < 3; ++i) half[i][j] = g[i];
       }
-#pragma GCC unroll 8
+      IDDPM_UNROLL
       for (int i = 0; i < 3; ++i) {
         nv g[3];
         Transform<M>::filter_adjoint(half[i], g);
-#pragma GCC unroll 8
-        for (int j = 0; j < 3; ++j) nstore(&taps[3 * i + j][k], g[j]);
+        IDDPM_UNROLL
+        for (int j = 0; j < 3; ++j) store(&taps[3 * i + j][k], g[j]);
       }
     }
     float* filter = w.data + first * w.column + c * w.channel;
@@ -100,9 +100,9 @@ void transform_panel(const Conv3x3WeightBwdArgs& args, int64_t first, const floa
 void add_bias(const float* sums, int64_t pitch, int64_t count, int64_t columns, bool first,
               float* dbias) {
   for (int64_t k = 0; k < columns; k += kWidth) {
-    nv total = first ? nv{} : nload(dbias + k);
-    for (int64_t t = 0; t < count; ++t) total += nload(sums + t * pitch + k);
-    nstore(dbias + k, total);
+    nv total = first ? nv{} : load<nv>(dbias + k);
+    for (int64_t t = 0; t < count; ++t) total += load<nv>(sums + t * pitch + k);
+    store(dbias + k, total);
   }
 }
 
@@ -111,7 +111,7 @@ int run(const Conv3x3WeightBwdArgs& args, int num_threads) {
   constexpr int64_t E = (M + 2) * (M + 2);
   const Grid grid = grid_of(args.height, args.width, M, args.n);
   const int64_t v_pitch = args.channels + kRowPad, m_pitch = args.columns + kRowPad;
-  const int64_t panels = (args.columns + kPanel - 1) / kPanel;
+  const int64_t panels = divide_up(args.columns, kPanel);
   const int64_t fit = smaller(kBlockTiles, kBlockFloats / (E * (v_pitch + m_pitch)));
   const int64_t block = smaller(larger(fit, 2 * kTileRows), grid.count);
   const int64_t v_floats = E * block * v_pitch, m_floats = (E + 1) * block * m_pitch;
@@ -133,7 +133,7 @@ int run(const Conv3x3WeightBwdArgs& args, int num_threads) {
 
   for_threads(num_threads, false, [&](int64_t thread, int64_t threads) {
     const Team team{thread, threads, args.n, nullptr, 0, nullptr, 0};
-    const int64_t blocks = (grid.count + block - 1) / block;
+    const int64_t blocks = divide_up(grid.count, block);
     for (int64_t b = 0; b < blocks; ++b) {
       const int64_t begin = grid.count * b / blocks;
       const int64_t count = grid.count * (b + 1) / blocks - begin;
@@ -169,7 +169,7 @@ int run(const Conv3x3WeightBwdArgs& args, int num_threads) {
 int conv3x3_weight_bwd(const Conv3x3WeightBwdArgs& args, int num_threads) {
   if (args.dtype == DType::kFloat32)
     return args.tile == 4 ? run<4, float>(args, num_threads) : run<2, float>(args, num_threads);
-  return args.tile == 4 ? run<4, uint16_t>(args, num_threads) : run<2, uint16_t>(args, num_threads);
+  return args.tile == 4 ? run<4, BFloat16>(args, num_threads) : run<2, BFloat16>(args, num_threads);
 }
 
 #else

@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <cstdlib>
 
-#include "common/isa.h"
+#include "common/sizes.h"
 
 namespace iddpm {
 namespace IDDPM_ISA {
@@ -18,7 +18,7 @@ class Workspace {
   Workspace(const Workspace&) = delete;
   Workspace& operator=(const Workspace&) = delete;
 
-  static int64_t rounded(int64_t floats) { return (floats + 15) / 16 * 16; }
+  static int64_t rounded(int64_t floats) { return round_up(floats, 16); }
   bool failed() const { return data_ == nullptr; }
   float* take(int64_t floats) {
     float* piece = data_ + used_;

@@ -2,14 +2,15 @@
 #pragma once
 
 #include "common/lanes.h"
-#include "common/silu.h"
+#include "common/simd_math.h"
+#include "common/threads.h"
 #include "group_norm_silu/group_norm_silu.h"
 
 namespace iddpm {
 namespace IDDPM_ISA {
 
-// Below this many elements a team of threads costs more than it brings.
-constexpr int64_t kGroupNormSerialBelow = 32768;
+// Where a team of threads would cost more than it brings.
+IDDPM_INLINE bool runs_alone(const GroupNormInput& in) { return in.n * in.c * in.hw < 32768; }
 
 template <typename T>
 IDDPM_INLINE T* at(const Plane& plane, int64_t n, int64_t channel, int64_t pixel) {
@@ -78,21 +79,18 @@ template <typename First, typename Once, typename Last>
 IDDPM_INLINE void for_slabs(const GroupNormInput& in, int num_threads, First first, Once once,
                             Last last) {
   const int64_t slabs = group_norm_slabs(in);
-  const bool parallel = num_threads > 1 && in.n * in.c * in.hw >= kGroupNormSerialBelow;
-  if (!parallel || in.n >= num_threads) {
-#pragma omp parallel for schedule(static) num_threads(num_threads) if (parallel)
-    for (int64_t n = 0; n < in.n; ++n) {
+  if (runs_alone(in) || in.n >= num_threads) {
+    for_jobs(in.n, num_threads, runs_alone(in), [&](int64_t n) {
       for (int64_t s = 0; s < slabs; ++s) first(n, s);
       once(n);
       for (int64_t s = 0; s < slabs; ++s) last(n, s);
-    }
+    });
     return;
   }
-#pragma omp parallel for schedule(static) num_threads(num_threads)
-  for (int64_t job = 0; job < in.n * slabs; ++job) first(job / slabs, job % slabs);
+  const int64_t jobs = in.n * slabs;
+  for_jobs(jobs, num_threads, false, [&](int64_t job) { first(job / slabs, job % slabs); });
   for (int64_t n = 0; n < in.n; ++n) once(n);
-#pragma omp parallel for schedule(static) num_threads(num_threads)
-  for (int64_t job = 0; job < in.n * slabs; ++job) last(job / slabs, job % slabs);
+  for_jobs(jobs, num_threads, false, [&](int64_t job) { last(job / slabs, job % slabs); });
 }
 
 }  // namespace IDDPM_ISA

@@ -49,7 +49,7 @@ void add_run(const T* p, int64_t count, float bias, Moments* moments) {
     vf rest[4] = {}, squares[4] = {};
     for_vectors(p + first, chunk, [&](int k, vf v, int64_t lanes) {
       vf d = v - mean;
-      if (lanes < kLanes) d = keep_first(d, lanes);
+      if (lanes < kLanes) d = first_lanes(d, lanes);
       rest[k] += d;
       squares[k] += d * d;
     });
@@ -301,10 +301,8 @@ void run(const GroupNormSiluArgs& a, int num_threads) {
         });
     return;
   }
-  const bool parallel = num_threads > 1 && in.n * in.c * in.hw >= kGroupNormSerialBelow;
-#pragma omp parallel for schedule(static) num_threads(num_threads) if (parallel)
-  for (int64_t job = 0; job < in.n * in.groups; ++job)
-    rows_of_group<T>(a, job / in.groups, job % in.groups);
+  for_jobs(in.n * in.groups, num_threads, runs_alone(in),
+           [&](int64_t job) { rows_of_group<T>(a, job / in.groups, job % in.groups); });
 }
 
 }  // namespace

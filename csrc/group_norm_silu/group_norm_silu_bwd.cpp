@@ -96,7 +96,7 @@ struct Backward {
       for (int64_t p = first; p < end; p += kLanes) {
         const int64_t lanes = end - p < kLanes ? end - p : kLanes;
         vf u = load_some(x + p, lanes) - k.centre;
-        if (lanes < kLanes) u = keep_first(u, lanes);
+        if (lanes < kLanes) u = first_lanes(u, lanes);
         // Lanes without an element have dy = 0, and so dz = 0.
         const vf dz = grad_before_silu<kSilu>(load_some(dy + p, lanes), u * k.gain + k.offset);
         if (kKeepsDz<T>) store_some(dx + p, dz, lanes);
@@ -286,10 +286,8 @@ struct Backward {
           in, num_threads, [&](int64_t n, int64_t s) { sum_pixels<kSilu>(n, s); },
           [&](int64_t n) { combine(n); }, [&](int64_t n, int64_t s) { pixel_grads<kSilu>(n, s); });
     } else {
-      const bool parallel = num_threads > 1 && in.n * in.c * in.hw >= kGroupNormSerialBelow;
-#pragma omp parallel for schedule(static) num_threads(num_threads) if (parallel)
-      for (int64_t job = 0; job < in.n * in.groups; ++job)
-        rows_of_group<kSilu>(job / in.groups, job % in.groups);
+      for_jobs(in.n * in.groups, num_threads, runs_alone(in),
+               [&](int64_t job) { rows_of_group<kSilu>(job / in.groups, job % in.groups); });
     }
     reduce_batch();
   }

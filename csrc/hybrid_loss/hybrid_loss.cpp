@@ -2,6 +2,7 @@
 
 #include "common/gaussian.h"
 #include "common/noise_tile.h"
+#include "common/threads.h"
 
 namespace iddpm {
 namespace IDDPM_ISA {
@@ -74,9 +75,7 @@ void run_tile(const HybridLossArgs& a, const Sample& s, int64_t first, int64_t c
 // threads nor the batch changes a bit.
 void hybrid_loss(const HybridLossArgs& a, int num_threads) {
   const int64_t all = a.c * a.hw;
-  const bool parallel = num_threads > 1 && a.n * all >= kSerialBelow;
-#pragma omp parallel for schedule(static) num_threads(num_threads) if (parallel)
-  for (int64_t sample = 0; sample < a.n; ++sample) {
+  for_jobs(a.n, num_threads, a.n * all < kSerialBelow, [&](int64_t sample) {
     const Sample shared(a, sample);
     double square = 0.0, nats = 0.0;
     for (int64_t chunk = 0; chunk < all; chunk += kChunk) {
@@ -89,7 +88,7 @@ void hybrid_loss(const HybridLossArgs& a, int num_threads) {
     }
     a.mse[sample] = float(square / double(all));
     a.vlb[sample] = float(nats / double(all) * kInverseLn2);
-  }
+  });
 }
 
 }  // namespace IDDPM_ISA

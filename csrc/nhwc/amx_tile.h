@@ -11,7 +11,8 @@
 #include <cstdint>
 #include <cstring>
 
-#include "nhwc/vectors.h"
+#include "common/lanes.h"
+#include "common/sizes.h"
 
 namespace iddpm {
 namespace IDDPM_ISA {
@@ -28,7 +29,7 @@ struct alignas(64) TileConfiguration {
 };
 
 // Eight whole tiles.
-IDDPM_NATIVE TileConfiguration whole_tiles() {
+IDDPM_INLINE TileConfiguration whole_tiles() {
   TileConfiguration c{};
   c.palette = 1;
   for (int i = 0; i < 8; ++i) {
@@ -40,29 +41,29 @@ IDDPM_NATIVE TileConfiguration whole_tiles() {
 
 #if defined(__AMX_BF16__)
 
-IDDPM_NATIVE void tile_configure(const TileConfiguration& c) {
+IDDPM_INLINE void tile_configure(const TileConfiguration& c) {
   asm volatile("ldtilecfg %0" ::"m"(c));
 }
-IDDPM_NATIVE void tile_release() { asm volatile("tilerelease"); }
+IDDPM_INLINE void tile_release() { asm volatile("tilerelease"); }
 
 template <int T>
-IDDPM_NATIVE void tile_zero() {
+IDDPM_INLINE void tile_zero() {
   asm volatile("tilezero %%tmm%c0" ::"i"(T));
 }
 
 // Rows are `stride` bytes apart.
 template <int T>
-IDDPM_NATIVE void tile_load(const void* p, int64_t stride) {
+IDDPM_INLINE void tile_load(const void* p, int64_t stride) {
   asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(p), "r"(stride), "i"(T) : "memory");
 }
 
 template <int T>
-IDDPM_NATIVE void tile_store(void* p, int64_t stride) {
+IDDPM_INLINE void tile_store(void* p, int64_t stride) {
   asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(p), "r"(stride), "i"(T) : "memory");
 }
 
 template <int C, int A, int B>
-IDDPM_NATIVE void tile_multiply() {
+IDDPM_INLINE void tile_multiply() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
 }
 
@@ -149,32 +150,48 @@ void tile_multiply() {
 
 #endif
 
+// Two vectors side by side.
+IDDPM_INLINE void store_both(BFloat16* p, nv first, nv second) {
+#if defined(__AVX512BF16__)
+  const __m512bh both = _mm512_maskz_cvtne2ps_pbh(~0u, (__m512)second, (__m512)first);
+  std::memcpy(p, &both, sizeof both);
+#else
+  store(p, first);
+  store(p + kWidth, second);
+#endif
+}
+
 // Pairs of rows as the second operand has them: out[2 j] of `even`, out[2 j + 1] of `odd`.
-IDDPM_NATIVE void store_pairs(uint16_t* out, nv even, nv odd) {
-  const words pairs = __builtin_convertvector(to_halves(even), words) |
-                      __builtin_convertvector(to_halves(odd), words) << 16;
+IDDPM_INLINE void store_pairs(BFloat16* out, vf even, vf odd) {
+  BFloat16 row[2][kLanes];
+  store(row[0], even);
+  store(row[1], odd);
+  Halves<vf> half[2];
+  std::memcpy(half, row, sizeof half);
+  const vu pairs = __builtin_convertvector(half[0], vu) | __builtin_convertvector(half[1], vu)
+                                                              << 16;
   std::memcpy(out, &pairs, sizeof pairs);
 }
 
 // Rows of 16 pairs, `pitch` halves apart -> [16 pairs][16 rows].
-IDDPM_NATIVE void transpose_pairs(const uint16_t* rows, int64_t pitch, uint16_t* out) {
+IDDPM_INLINE void transpose_pairs(const BFloat16* rows, int64_t pitch, BFloat16* out) {
 #if defined(__AVX512F__)
   __m512i a[16], b[16];
-#pragma GCC unroll 16
+  IDDPM_UNROLL
   for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_si512(rows + i * pitch);
-#pragma GCC unroll 16
+  IDDPM_UNROLL
   for (int i = 0; i < 16; i += 2) {
     b[i] = _mm512_maskz_unpacklo_epi32(0xFFFF, a[i], a[i + 1]);
     b[i + 1] = _mm512_maskz_unpackhi_epi32(0xFFFF, a[i], a[i + 1]);
   }
-#pragma GCC unroll 16
+  IDDPM_UNROLL
   for (int i = 0; i < 16; i += 4) {  // a[i + j]: column j of every four, of rows i to i + 3
     a[i] = _mm512_maskz_unpacklo_epi64(0xFF, b[i], b[i + 2]);
     a[i + 1] = _mm512_maskz_unpackhi_epi64(0xFF, b[i], b[i + 2]);
     a[i + 2] = _mm512_maskz_unpacklo_epi64(0xFF, b[i + 1], b[i + 3]);
     a[i + 3] = _mm512_maskz_unpackhi_epi64(0xFF, b[i + 1], b[i + 3]);
   }
-#pragma GCC unroll 16
+  IDDPM_UNROLL
   for (int j = 0; j < 4; ++j) {  // columns j and 8 + j, 4 + j and 12 + j
     const __m512i first = _mm512_maskz_shuffle_i32x4(0xFFFF, a[j], a[4 + j], 0x88);
     const __m512i second = _mm512_maskz_shuffle_i32x4(0xFFFF, a[8 + j], a[12 + j], 0x88);
@@ -185,7 +202,7 @@ IDDPM_NATIVE void transpose_pairs(const uint16_t* rows, int64_t pitch, uint16_t*
     b[4 + j] = _mm512_maskz_shuffle_i32x4(0xFFFF, third, fourth, 0x88);
     b[12 + j] = _mm512_maskz_shuffle_i32x4(0xFFFF, third, fourth, 0xDD);
   }
-#pragma GCC unroll 16
+  IDDPM_UNROLL
   for (int i = 0; i < 16; ++i) _mm512_storeu_si512(out + i * kTileDepth, b[i]);
 #else
   for (int64_t row = 0; row < kTileEdge; ++row)

@@ -1,4 +1,4 @@
-// Convolutions that Winograd does not serve (stride 2, the first layer, the exact mode): rows of
+// Convolutions that Winograd does not support (stride 2, the first layer, the exact mode): rows of
 // the nine neighbours of a block of pixels are gathered into scratch and multiplied by the packed
 // weights.
 #if defined(__AVX2__)
@@ -34,15 +34,15 @@ void gather(const ConvOp& op, int64_t pixel, int64_t out_height, int64_t out_wid
 }  // namespace
 
 int run_conv(const ConvOp& op, const Team& team) {
-  const int64_t out_height = ((op.height << op.upscale) + op.stride - 1) / op.stride;
-  const int64_t out_width = ((op.width << op.upscale) + op.stride - 1) / op.stride;
+  const int64_t out_height = divide_up(op.height << op.upscale, op.stride);
+  const int64_t out_width = divide_up(op.width << op.upscale, op.stride);
   const int64_t pixels = out_height * out_width * team.n, depth = 9 * op.channels;
-  const int64_t panels = (op.columns + kPanel - 1) / kPanel;
+  const int64_t panels = divide_up(op.columns, kPanel);
   const bool by_rows = pixels >= 2 * kTileRows * team.threads;
   const Range rows =
       by_rows ? share(pixels, kTileRows, team.thread, team.threads) : Range{0, pixels};
   const Range columns = by_rows ? Range{0, panels} : share(panels, 1, team.thread, team.threads);
-  const int64_t pitch = depth + 16;  // not a power of two: rows would share cache sets
+  const int64_t pitch = depth + kGatheredPad;
   const int64_t fit = team.scratch_floats / pitch / kTileRows * kTileRows;
   if (fit == 0) return 1;
   const int64_t block = smaller(fit, larger(kBlockFloats / pitch / kTileRows, 1) * kTileRows);

@@ -1,6 +1,7 @@
 // 3 x 3 convolutions of any stride over NHWC pixels, as matrix products over gathered rows.
 #pragma once
 
+#include "nhwc/packing.h"
 #include "nhwc/team.h"
 
 namespace iddpm {
@@ -19,6 +20,13 @@ struct ConvOp {
   int64_t stride;   // 1 or 2
   int64_t upscale;  // 0, or 1: the input is doubled by nearest neighbour
 };
+
+constexpr int64_t kGatheredPad = 16;  // not a power of two: rows would share cache sets
+
+// Floats of scratch that a thread of run_conv needs; it uses more where there is more.
+static constexpr int64_t conv_scratch(int64_t channels) {
+  return kMostTileRows * (9 * channels + kGatheredPad);
+}
 
 namespace IDDPM_ISA {
 

@@ -34,7 +34,7 @@ void multiply(const GemmOp& op, Range rows, Range panels) {
 
 int run_gemm(const GemmOp& op, const Team& team) {
   const int64_t rows = op.rows * team.n;
-  const int64_t panels = (op.columns + kPanel - 1) / kPanel;
+  const int64_t panels = divide_up(op.columns, kPanel);
   if (rows >= 2 * kTileRows * team.threads)
     multiply(op, share(rows, kTileRows, team.thread, team.threads), Range{0, panels});
   else

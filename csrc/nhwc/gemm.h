@@ -1,6 +1,7 @@
 // Linear layers and 1 x 1 convolutions over NHWC pixels.
 #pragma once
 
+#include "nhwc/packing.h"
 #include "nhwc/team.h"
 
 namespace iddpm {
@@ -18,6 +19,19 @@ struct GemmOp {
   float* out;
   int64_t out_stride;
 };
+
+// A block of rows, rounded to bfloat16, that stays in the second cache level.
+constexpr int64_t kRoundedHalves = 128 * 1024;
+constexpr int64_t kRoundedPad = 32;  // keeps rows from falling into the same cache sets
+static constexpr int64_t rounded_rows(int64_t rows, int64_t depth) {
+  const int64_t most = larger(kRoundedHalves / (depth + kRoundedPad) / kMostTileRows, 1);
+  return smaller(most * kMostTileRows, rows);
+}
+
+// Floats of scratch that a thread of run_gemm_bf16 needs for `rows` rows of all samples.
+static constexpr int64_t gemm_bf16_scratch(int64_t rows, int64_t depth) {
+  return divide_up(rounded_rows(rows, depth) * (depth + kRoundedPad), 2);
+}
 
 namespace IDDPM_ISA {
 

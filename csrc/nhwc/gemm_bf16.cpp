@@ -9,21 +9,17 @@ namespace IDDPM_ISA {
 
 namespace {
 
-constexpr int64_t kBlockHalves = 128 * 1024;
-constexpr int64_t kPadHalves = 32;  // keeps rows from falling into the same cache sets
-
 int multiply(const GemmOp& op, Range rows, Range panels, const Team& team) {
-  const uint16_t* w = reinterpret_cast<const uint16_t*>(op.w);
-  uint16_t* a = reinterpret_cast<uint16_t*>(team.scratch);
-  const int64_t pitch = op.depth + kPadHalves;
-  const int64_t fit = 2 * team.scratch_floats / pitch;
-  const int64_t most = larger(kBlockHalves / pitch / kTileRows, 1) * kTileRows;
-  if (fit < smaller(most, rows.end - rows.begin)) return 1;
+  const BFloat16* w = reinterpret_cast<const BFloat16*>(op.w);
+  BFloat16* a = reinterpret_cast<BFloat16*>(team.scratch);
+  const int64_t pitch = op.depth + kRoundedPad;
+  const int64_t most = rounded_rows(rows.end - rows.begin, op.depth);
+  if (team.scratch_floats < gemm_bf16_scratch(rows.end - rows.begin, op.depth)) return 1;
   for (int64_t row = rows.begin; row < rows.end; row += most) {
     const int64_t count = smaller(most, rows.end - row);
     for (int64_t i = 0; i < count; ++i)
       for (int64_t k = 0; k < op.depth; k += kWidth)
-        nstore(a + i * pitch + k, nload(op.a + (row + i) * op.a_stride + k));
+        store(a + i * pitch + k, load<nv>(op.a + (row + i) * op.a_stride + k));
     for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
       const int64_t column = panel * kPanel;
       Addends add{op.bias ? op.bias + column : nullptr,
@@ -41,7 +37,7 @@ int multiply(const GemmOp& op, Range rows, Range panels, const Team& team) {
 
 int run_gemm_bf16(const GemmOp& op, const Team& team) {
   const int64_t rows = op.rows * team.n;
-  const int64_t panels = (op.columns + kPanel - 1) / kPanel;
+  const int64_t panels = divide_up(op.columns, kPanel);
   if (rows >= 2 * kTileRows * team.threads)
     return multiply(op, share(rows, kTileRows, team.thread, team.threads), Range{0, panels}, team);
   return multiply(op, Range{0, rows}, share(panels, 1, team.thread, team.threads), team);

@@ -13,6 +13,9 @@
 
 #include <cstdint>
 
+#include <cstring>
+
+#include "common/dtype.h"
 #include "nhwc/team.h"
 
 namespace iddpm {
@@ -33,25 +36,25 @@ namespace IDDPM_ISA {
 // Writes an operand image row by row, zeros around it included. Rows are those of the map.
 class OperandWriter {
  public:
-  OperandWriter(const OperandMap& map, uint16_t* out, int64_t channels)
-      : map_(map), out_(out), channels_((channels + 31) / 32 * 32) {}
+  OperandWriter(const OperandMap& map, BFloat16* out, int64_t channels)
+      : map_(map), out_(out), channels_(round_up(channels, 32)) {}
 
   // Where pixels [0, width) of a row begin, `map.pitch` apart.
-  uint16_t* row(int64_t sample, int64_t y) const {
+  BFloat16* row(int64_t sample, int64_t y) const {
     return out_ + (sample * map_.sample + y * map_.row) * map_.pitch;
   }
 
   // To be called when the pixels of a row have been written: its copies, and the zeros around it.
   void finish(int64_t sample, int64_t y) const {
     if (map_.sample == map_.height * map_.row) return;  // no halo
-    uint16_t* p = row(sample, y);
+    BFloat16* p = row(sample, y);
     if (map_.copy) {
       displace(p);
     } else {
       zero(p + map_.width * map_.pitch, 1);
     }
     for (int64_t c = 0; c < (map_.copy ? 3 : 1); ++c) {
-      uint16_t* q = p + (map_.copy ? (c - 1) * map_.copy : 0);
+      BFloat16* q = p + (map_.copy ? (c - 1) * map_.copy : 0);
       const int64_t above = map_.row + (map_.copy ? 0 : 1);
       if (sample == 0 && y == 0) zero(q - above * map_.pitch, above);
       if (y == map_.height - 1) zero(q + map_.row * map_.pitch, map_.row);
@@ -59,25 +62,25 @@ class OperandWriter {
   }
 
  private:
-  void zero(uint16_t* p, int64_t positions) const {
+  void zero(BFloat16* p, int64_t positions) const {
     for (int64_t i = 0; i < positions; ++i)
-      std::memset(p + i * map_.pitch, 0, size_t(channels_) * sizeof(uint16_t));
+      std::memset(p + i * map_.pitch, 0, size_t(channels_) * sizeof(BFloat16));
   }
 
-  void displace(uint16_t* p) const {
+  void displace(BFloat16* p) const {
     const int64_t pitch = map_.pitch;
-    uint16_t* left = p - map_.copy;
-    uint16_t* right = p + map_.copy;
+    BFloat16* left = p - map_.copy;
+    BFloat16* right = p + map_.copy;
     zero(left, 1);
     zero(right + (map_.width - 1) * pitch, 1);
     for (int64_t x = 0; x + 1 < map_.width; ++x) {
-      std::memcpy(left + (x + 1) * pitch, p + x * pitch, size_t(channels_) * sizeof(uint16_t));
-      std::memcpy(right + x * pitch, p + (x + 1) * pitch, size_t(channels_) * sizeof(uint16_t));
+      std::memcpy(left + (x + 1) * pitch, p + x * pitch, size_t(channels_) * sizeof(BFloat16));
+      std::memcpy(right + x * pitch, p + (x + 1) * pitch, size_t(channels_) * sizeof(BFloat16));
     }
   }
 
   const OperandMap& map_;
-  uint16_t* out_;
+  BFloat16* out_;
   int64_t channels_;
 };
 

@@ -6,10 +6,18 @@
 // over depth loads V vectors, broadcasts R values and does R x V multiply-adds.
 #pragma once
 
-#include "nhwc/vectors.h"
+#include "common/lanes.h"
+#include "nhwc/packing.h"
 
 namespace iddpm {
 namespace IDDPM_ISA {
+
+#if defined(__AVX512F__)
+constexpr int64_t kTileRows = 12;  // rows of a register tile: 12 x 2 accumulators of 32 registers
+#else
+constexpr int64_t kTileRows = 6;  // 6 x 2 accumulators of 16 registers
+#endif
+static_assert(kTileRows <= kMostTileRows, "scratch is sized for it");
 
 // What is added to a product as it is stored; null pointers add nothing.
 struct Addends {
@@ -19,17 +27,17 @@ struct Addends {
 };
 
 template <bool kTransposed, int R, int V>
-IDDPM_NATIVE void accumulate(int64_t depth, const float* a, int64_t a_stride, const float* b,
+IDDPM_INLINE void accumulate(int64_t depth, const float* a, int64_t a_stride, const float* b,
                              int64_t b_stride, nv (&sum)[R][V]) {
   for (int64_t k = 0; k < depth; ++k) {
     nv row[V];
-#pragma GCC unroll 4
-    for (int j = 0; j < V; ++j) row[j] = nload(b + j * kWidth);
+    IDDPM_UNROLL
+    for (int j = 0; j < V; ++j) row[j] = load<nv>(b + j * kWidth);
     b += b_stride;
-#pragma GCC unroll 16
+    IDDPM_UNROLL
     for (int i = 0; i < R; ++i) {
-      const nv value = nsplat(kTransposed ? a[k * a_stride + i] : a[i * a_stride + k]);
-#pragma GCC unroll 4
+      const nv value = splat<nv>(kTransposed ? a[k * a_stride + i] : a[i * a_stride + k]);
+      IDDPM_UNROLL
       for (int j = 0; j < V; ++j) sum[i][j] += value * row[j];
     }
   }
@@ -38,20 +46,20 @@ IDDPM_NATIVE void accumulate(int64_t depth, const float* a, int64_t a_stride, co
 #if defined(__AVX512BF16__)
 // Of bfloat16: depth is even, and b holds pairs of rows, [depth / 2][b_stride][2].
 template <bool kTransposed, int R, int V>
-IDDPM_NATIVE void accumulate(int64_t depth, const uint16_t* a, int64_t a_stride, const uint16_t* b,
+IDDPM_INLINE void accumulate(int64_t depth, const BFloat16* a, int64_t a_stride, const BFloat16* b,
                              int64_t b_stride, nv (&sum)[R][V]) {
   static_assert(!kTransposed, "pairs lie along the depth");
   for (int64_t k = 0; k < depth; k += 2) {
     __m512bh row[V];
-#pragma GCC unroll 4
+    IDDPM_UNROLL
     for (int j = 0; j < V; ++j) std::memcpy(&row[j], b + j * 2 * kWidth, sizeof row[j]);
     b += 2 * b_stride;
-#pragma GCC unroll 16
+    IDDPM_UNROLL
     for (int i = 0; i < R; ++i) {
       int32_t pair;
       std::memcpy(&pair, a + i * a_stride + k, sizeof pair);
       const __m512bh value = (__m512bh)_mm512_set1_epi32(pair);
-#pragma GCC unroll 4
+      IDDPM_UNROLL
       for (int j = 0; j < V; ++j)
         sum[i][j] = (nv)_mm512_dpbf16_ps((__m512)sum[i][j], value, row[j]);
     }
@@ -63,34 +71,37 @@ template <int R, int V, bool kTransposed, class T>
 static void tile(int64_t depth, const T* a, int64_t a_stride, const T* b, int64_t b_stride,
                  float* c, int64_t c_stride, const Addends& add) {
   nv sum[R][V];
-#pragma GCC unroll 16
-  for (int i = 0; i < R; ++i)
-#pragma GCC unroll 4
+  IDDPM_UNROLL
+  for (int i = 0; i < R; ++i) {
+    IDDPM_UNROLL
     for (int j = 0; j < V; ++j) sum[i][j] = nv{};
+  }
   accumulate<kTransposed>(depth, a, a_stride, b, b_stride, sum);
   if (add.bias) {
-#pragma GCC unroll 4
+    IDDPM_UNROLL
     for (int j = 0; j < V; ++j) {
-      const nv bias = nload(add.bias + j * kWidth);
-#pragma GCC unroll 16
+      const nv bias = load<nv>(add.bias + j * kWidth);
+      IDDPM_UNROLL
       for (int i = 0; i < R; ++i) sum[i][j] += bias;
     }
   }
   if (add.residual) {
-#pragma GCC unroll 16
-    for (int i = 0; i < R; ++i)
-#pragma GCC unroll 4
+    IDDPM_UNROLL
+    for (int i = 0; i < R; ++i) {
+      IDDPM_UNROLL
       for (int j = 0; j < V; ++j)
-        sum[i][j] += nload(add.residual + i * add.residual_stride + j * kWidth);
+        sum[i][j] += load<nv>(add.residual + i * add.residual_stride + j * kWidth);
+    }
   }
-#pragma GCC unroll 16
-  for (int i = 0; i < R; ++i)
-#pragma GCC unroll 4
-    for (int j = 0; j < V; ++j) nstore(c + i * c_stride + j * kWidth, sum[i][j]);
+  IDDPM_UNROLL
+  for (int i = 0; i < R; ++i) {
+    IDDPM_UNROLL
+    for (int j = 0; j < V; ++j) store(c + i * c_stride + j * kWidth, sum[i][j]);
+  }
 }
 
 template <int V, bool kTransposed, class T>
-IDDPM_NATIVE void tile_rows(int64_t rows, int64_t depth, const T* a, int64_t a_stride, const T* b,
+IDDPM_INLINE void tile_rows(int64_t rows, int64_t depth, const T* a, int64_t a_stride, const T* b,
                             int64_t b_stride, float* c, int64_t c_stride, const Addends& add) {
 #define IDDPM_TILE_CASE(R) \
   case R:                  \
@@ -119,7 +130,7 @@ template <bool kTransposed = false, class T>
 static inline void multiply_panel(int64_t rows, int64_t columns, int64_t depth, const T* a,
                                   int64_t a_stride, const T* b, int64_t b_stride, float* c,
                                   int64_t c_stride, const Addends& add) {
-  const int64_t blocks = (rows + kTileRows - 1) / kTileRows;
+  const int64_t blocks = divide_up(rows, kTileRows);
   int64_t row = 0;
   for (int64_t block = 0; block < blocks; ++block) {
     const int64_t end = rows * (block + 1) / blocks;

@@ -1,7 +1,7 @@
 // A thread's place in the team that runs a kernel, and the memory that it may use.
 #pragma once
 
-#include "nhwc/vectors.h"
+#include "common/threads.h"
 
 namespace iddpm {
 
@@ -21,18 +21,6 @@ static inline void barrier(const Team& team) {
   if (team.threads > 1) {
 #pragma omp barrier
   }
-}
-
-struct Range {
-  int64_t begin, end;
-};
-
-// The share of `thread` of [0, count), cut at multiples of `grain`.
-static inline Range share(int64_t count, int64_t grain, int64_t thread, int64_t threads) {
-  const int64_t pieces = (count + grain - 1) / grain;
-  const int64_t begin = pieces * thread / threads * grain;
-  const int64_t end = pieces * (thread + 1) / threads * grain;
-  return Range{begin < count ? begin : count, end < count ? end : count};
 }
 
 }  // namespace IDDPM_ISA

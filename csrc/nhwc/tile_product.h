@@ -3,6 +3,7 @@
 
 #include "common/amx.h"
 #include "nhwc/operand.h"
+#include "nhwc/packing.h"
 
 namespace iddpm {
 
@@ -10,10 +11,10 @@ namespace iddpm {
 // residual may be null. `in` is position 0 of an operand image.
 struct TileProductOp {
   const OperandMap* map;
-  const uint16_t* in;
+  const BFloat16* in;
   int64_t chunks;     // of 32 channels
   int64_t columns;    // out-channels, a multiple of 16
-  const uint16_t* w;  // [panels of 32][taps][chunks][2][16][16][2]
+  const BFloat16* w;  // [panels of 32][taps][chunks][2][16][16][2]
   const float* bias;
   const float* residual;
   int64_t residual_stride;

@@ -20,7 +20,7 @@ struct Positions {
     samples = flat ? 1 : n;
     height = flat ? n * m.height : m.height;
     per_sample = (height - 1) * m.row + m.width;
-    tiles = (per_sample + kTileEdge - 1) / kTileEdge;
+    tiles = divide_up(per_sample, kTileEdge);
   }
   int64_t count() const { return samples * tiles; }
 };
@@ -55,13 +55,13 @@ TilePixels locate(const Positions& all, int64_t tile) {
 
 // Tiles 0 to 3 += the products; with one tile of positions, tiles 0 and 1.
 template <int Rows>
-IDDPM_NATIVE void accumulate(const TileProductOp& op, const uint16_t* upper, const uint16_t* lower,
-                             const uint16_t* w) {
+IDDPM_INLINE void accumulate(const TileProductOp& op, const BFloat16* upper, const BFloat16* lower,
+                             const BFloat16* w) {
   const OperandMap& map = *op.map;
   const int64_t stride = 2 * map.pitch;
   for (int64_t t = 0; t < map.taps; ++t) {
-    const uint16_t* a = upper + map.tap[t];
-    const uint16_t* b = lower + map.tap[t];
+    const BFloat16* a = upper + map.tap[t];
+    const BFloat16* b = lower + map.tap[t];
     for (int64_t c = 0; c < op.chunks; ++c, a += kTileDepth, b += kTileDepth) {
       tile_load<6>(w, 64);
       tile_load<4>(a, stride);
@@ -78,7 +78,7 @@ IDDPM_NATIVE void accumulate(const TileProductOp& op, const uint16_t* upper, con
   }
 }
 
-IDDPM_NATIVE void begin_sums(const float* bias) {
+IDDPM_INLINE void begin_sums(const float* bias) {
   if (bias) {  // a stride of zero: every row is the bias
     tile_load<0>(bias, 0);
     tile_load<1>(bias + kTileEdge, 0);
@@ -94,7 +94,7 @@ IDDPM_NATIVE void begin_sums(const float* bias) {
 
 // Two tiles side by side -> the output pixels of their rows.
 template <int T>
-IDDPM_NATIVE void store_rows(const TileProductOp& op, const TilePixels& tile, int64_t column,
+IDDPM_INLINE void store_rows(const TileProductOp& op, const TilePixels& tile, int64_t column,
                              float* scratch) {
   const int64_t columns = smaller(kPanel, op.columns - column);
   if (tile.whole && !op.residual && columns == kPanel) {
@@ -111,9 +111,9 @@ IDDPM_NATIVE void store_rows(const TileProductOp& op, const TilePixels& tile, in
     const float* residual = op.residual + tile.pixel[0] * op.residual_stride + column;
     float* out = op.out + tile.pixel[0] * op.out_stride + column;
     for (int64_t i = 0; i < kTileEdge; ++i) {
-#pragma GCC unroll 4
+      IDDPM_UNROLL
       for (int64_t j = 0; j < kPanel; j += kWidth)
-        nstore(out + j, nload(scratch + i * kPanel + j) + nload(residual + j));
+        store(out + j, load<nv>(scratch + i * kPanel + j) + load<nv>(residual + j));
       residual += step * op.residual_stride;
       out += step * op.out_stride;
     }
@@ -125,9 +125,9 @@ IDDPM_NATIVE void store_rows(const TileProductOp& op, const TilePixels& tile, in
     const float* residual =
         op.residual ? op.residual + tile.pixel[i] * op.residual_stride + column : nullptr;
     for (int64_t j = 0; j < columns; j += kWidth) {
-      nv sum = nload(scratch + i * kPanel + j);
-      if (residual) sum += nload(residual + j);
-      nstore(out + j, sum);
+      nv sum = load<nv>(scratch + i * kPanel + j);
+      if (residual) sum += load<nv>(residual + j);
+      store(out + j, sum);
     }
   }
 }
@@ -141,12 +141,12 @@ void multiply(const TileProductOp& op, const Positions& all, Range blocks, Range
   for (int64_t first = blocks.begin; first < blocks.end; first += together) {
     const int64_t last = smaller(first + together, blocks.end);
     for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
-      const uint16_t* w = op.w + panel * panel_halves;
+      const BFloat16* w = op.w + panel * panel_halves;
       const int64_t column = panel * kPanel;
       for (int64_t block = first; block < last; ++block) {
         const bool two = 2 * block + 1 < all.count();
         const TilePixels upper = locate(all, 2 * block);
-        const uint16_t* a = op.in + upper.begin * op.map->pitch;
+        const BFloat16* a = op.in + upper.begin * op.map->pitch;
         begin_sums(op.bias ? op.bias + column : nullptr);
         if (two) {
           const TilePixels lower = locate(all, 2 * block + 1);
@@ -166,7 +166,7 @@ void multiply(const TileProductOp& op, const Positions& all, Range blocks, Range
 int run_tile_product(const TileProductOp& op, const Team& team) {
   const Tiles tiles;
   const Positions all(*op.map, team.n);
-  const int64_t blocks = (all.count() + 1) / 2, panels = (op.columns + kPanel - 1) / kPanel;
+  const int64_t blocks = divide_up(all.count(), 2), panels = divide_up(op.columns, kPanel);
   if (blocks >= 2 * team.threads || panels < 2 * team.threads)
     multiply(op, all, share(blocks, 1, team.thread, team.threads), Range{0, panels});
   else

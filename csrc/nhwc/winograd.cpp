@@ -17,8 +17,6 @@ namespace IDDPM_ISA {
 
 namespace {
 
-constexpr int64_t kFewTiles = 2 * kTileRows;
-
 // The products and the inverse transforms of `count` tiles from `tile` on, for a range of panels.
 template <int M, class T>
 void multiply_tiles(const WinogradConv<T>& op, const Grid& grid, int64_t tile, int64_t count,
@@ -43,9 +41,9 @@ int run(const WinogradConv<T>& op, const Team& team) {
   constexpr int64_t E = (M + 2) * (M + 2);
   const Grid grid = grid_of(op.height, op.width, M, team.n);
   const int64_t pitch = op.channels + kRowPad;
-  const int64_t panels = (op.columns + kPanel - 1) / kPanel;
+  const int64_t panels = divide_up(op.columns, kPanel);
   if (op.channels > kWinogradChannels) return 1;
-  if (team.threads > 1 && grid.count < kFewTiles * team.threads) {
+  if (team.threads > 1 && grid.count < few_tiles(kTileRows) * team.threads) {
     if (E * grid.count * pitch > team.shared_floats) return 1;
     if (E * grid.count * kPanel > team.scratch_floats) return 1;
     const Range mine = share(grid.count, 1, team.thread, team.threads);
@@ -60,7 +58,7 @@ int run(const WinogradConv<T>& op, const Team& team) {
   if (E * fit * (pitch + kPanel) > team.scratch_floats) return 1;
   const Range mine = share(grid.count, 1, team.thread, team.threads);
   const int64_t total = mine.end - mine.begin;
-  const int64_t blocks = (total + fit - 1) / fit;
+  const int64_t blocks = divide_up(total, fit);
   for (int64_t block = 0; block < blocks; ++block) {
     const int64_t begin = mine.begin + total * block / blocks;
     const int64_t count = mine.begin + total * (block + 1) / blocks - begin;
@@ -78,7 +76,7 @@ int run_winograd(const WinogradOp& op, const Team& team) {
   return op.tile == 4 ? run<4>(op, team) : run<2>(op, team);
 }
 
-int run_winograd(const WinogradConv<uint16_t>& op, const Team& team) {
+int run_winograd(const WinogradConv<BFloat16>& op, const Team& team) {
   return op.tile == 4 ? run<4>(op, team) : run<2>(op, team);
 }
 

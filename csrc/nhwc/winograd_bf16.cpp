@@ -3,7 +3,7 @@
 //
 // v is [groups][16][tiles of the group][C]. A panel's products of one group, u [16][tiles][32],
 // stay in the first cache level until they are transformed back: so the weights, half the size of
-// float32's, are what streams. F(4x4) is not served: its error would be three times this one's.
+// float32's, are what streams. F(4x4) is not supported: its error would be three times this one's.
 #if defined(__AVX512BF16__)
 #include "nhwc/panel.h"
 #include "nhwc/winograd_tiles.h"
@@ -15,9 +15,8 @@ namespace {
 
 constexpr int M = 2;
 constexpr int64_t kElements = 16;
-constexpr int64_t kFewTiles = 2 * kTileRows;
 
-int64_t groups_of(int64_t tiles) { return (tiles + kTileRows - 1) / kTileRows; }
+int64_t groups_of(int64_t tiles) { return divide_up(tiles, kTileRows); }
 
 // Tiles [begin, end) of a group of [0, tiles).
 Range group_range(int64_t tiles, int64_t group) {
@@ -26,7 +25,7 @@ Range group_range(int64_t tiles, int64_t group) {
 }
 
 void transform_group(const WinogradOp& op, const Grid& grid, int64_t first, Range group,
-                     uint16_t* v) {
+                     BFloat16* v) {
   const int64_t count = group.end - group.begin;
   v += group.begin * kElements * op.channels;
   for (int64_t t = 0; t < count; ++t)
@@ -35,16 +34,16 @@ void transform_group(const WinogradOp& op, const Grid& grid, int64_t first, Rang
 
 // The products and the inverse transforms of `tiles` tiles from `first` on, for a range of panels.
 void multiply_tiles(const WinogradOp& op, const Grid& grid, int64_t first, int64_t tiles,
-                    const uint16_t* v, Range panels) {
+                    const BFloat16* v, Range panels) {
   alignas(64) float u[kElements * kTileRows * kPanel];
   const int64_t element = op.channels * kPanel;
   for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
     const int64_t column = panel * kPanel, columns = smaller(kPanel, op.columns - column);
-    const uint16_t* w = reinterpret_cast<const uint16_t*>(op.w) + panel * kElements * element;
+    const BFloat16* w = reinterpret_cast<const BFloat16*>(op.w) + panel * kElements * element;
     for (int64_t group = 0; group < groups_of(tiles); ++group) {
       const Range range = group_range(tiles, group);
       const int64_t count = range.end - range.begin;
-      const uint16_t* rows = v + range.begin * kElements * op.channels;
+      const BFloat16* rows = v + range.begin * kElements * op.channels;
       for (int64_t e = 0; e < kElements; ++e)
         multiply_panel(count, columns, op.channels, rows + e * count * op.channels, op.channels,
                        w + e * element, kPanel, u + e * count * kPanel, kPanel, Addends{});
@@ -59,12 +58,12 @@ void multiply_tiles(const WinogradOp& op, const Grid& grid, int64_t first, int64
 
 int run_winograd_bf16(const WinogradOp& op, const Team& team) {
   const Grid grid = grid_of(op.height, op.width, M, team.n);
-  const int64_t panels = (op.columns + kPanel - 1) / kPanel;
+  const int64_t panels = divide_up(op.columns, kPanel);
   const int64_t tile_halves = kElements * op.channels;
   if (op.tile != M || op.channels > kWinogradChannels) return 1;
-  if (team.threads > 1 && grid.count < kFewTiles * team.threads) {
+  if (team.threads > 1 && grid.count < few_tiles(kTileRows) * team.threads) {
     if (grid.count * tile_halves > 2 * team.shared_floats) return 1;
-    uint16_t* v = reinterpret_cast<uint16_t*>(team.shared);
+    BFloat16* v = reinterpret_cast<BFloat16*>(team.shared);
     const Range mine = share(groups_of(grid.count), 1, team.thread, team.threads);
     for (int64_t group = mine.begin; group < mine.end; ++group)
       transform_group(op, grid, 0, group_range(grid.count, group), v);
@@ -74,9 +73,9 @@ int run_winograd_bf16(const WinogradOp& op, const Team& team) {
   }
   const int64_t fit = smaller(op.block, grid.count);
   if (fit * tile_halves > 2 * team.scratch_floats) return 1;
-  uint16_t* v = reinterpret_cast<uint16_t*>(team.scratch);
+  BFloat16* v = reinterpret_cast<BFloat16*>(team.scratch);
   const Range mine = share(grid.count, 1, team.thread, team.threads);
-  const int64_t total = mine.end - mine.begin, blocks = (total + fit - 1) / fit;
+  const int64_t total = mine.end - mine.begin, blocks = divide_up(total, fit);
   for (int64_t block = 0; block < blocks; ++block) {
     const int64_t begin = mine.begin + total * block / blocks;
     const int64_t count = mine.begin + total * (block + 1) / blocks - begin;

@@ -33,21 +33,21 @@ static void transform_input(const WinogradConv<T>& op, const Grid& grid, int64_t
   }
   for (int64_t c = 0; c < op.channels; c += kWidth) {
     nv half[P][P];
-#pragma GCC unroll 8
+    IDDPM_UNROLL
     for (int j = 0; j < P; ++j) {
       nv d[P], t[P];
-#pragma GCC unroll 8
-      for (int i = 0; i < P; ++i) d[i] = nload(pixel[i][j] + c);
+      IDDPM_UNROLL
+      for (int i = 0; i < P; ++i) d[i] = load<nv>(pixel[i][j] + c);
       Transform<M>::input(d, t);
-#pragma GCC unroll 8
+      IDDPM_UNROLL
       for (int i = 0; i < P; ++i) half[i][j] = t[i];
     }
-#pragma GCC unroll 8
+    IDDPM_UNROLL
     for (int i = 0; i < P; ++i) {
       nv t[P];
       Transform<M>::input(half[i], t);
-#pragma GCC unroll 8
-      for (int j = 0; j < P; ++j) nstore(v + (i * P + j) * element_stride + c, t[j]);
+      IDDPM_UNROLL
+      for (int j = 0; j < P; ++j) store(v + (i * P + j) * element_stride + c, t[j]);
     }
   }
 }
@@ -56,17 +56,17 @@ static void transform_input(const WinogradConv<T>& op, const Grid& grid, int64_t
 template <int M, class T>
 static void store_sums(const nv (&half)[M][M + 2], int64_t height, int64_t width, int64_t pixel,
                        int64_t row, T* out) {
-#pragma GCC unroll 8
+  IDDPM_UNROLL
   for (int i = 0; i < M; i += 2) {
     if (i >= height) break;
     nv upper[M], lower[M];
     Transform<M>::output(half[i], upper);
     Transform<M>::output(half[i + 1], lower);
-#pragma GCC unroll 8
+    IDDPM_UNROLL
     for (int j = 0; j < M; j += 2)
       if (j < width)
-        nstore(out + (i / 2 * row + j / 2) * pixel,
-               (upper[j] + upper[j + 1]) + (lower[j] + lower[j + 1]));
+        store(out + (i / 2 * row + j / 2) * pixel,
+              (upper[j] + upper[j + 1]) + (lower[j] + lower[j + 1]));
   }
 }
 
@@ -82,13 +82,13 @@ static void transform_output(const WinogradConv<T>& op, const Grid& grid, int64_
   const int64_t corner = (sample * op.height + row * M) * op.width + column * M;
   for (int64_t k = 0; k < columns; k += kWidth) {
     nv half[M][P];
-#pragma GCC unroll 8
+    IDDPM_UNROLL
     for (int j = 0; j < P; ++j) {
       nv m[P], t[M];
-#pragma GCC unroll 8
-      for (int i = 0; i < P; ++i) m[i] = nload(u + (i * P + j) * element_stride + k);
+      IDDPM_UNROLL
+      for (int i = 0; i < P; ++i) m[i] = load<nv>(u + (i * P + j) * element_stride + k);
       Transform<M>::output(m, t);
-#pragma GCC unroll 8
+      IDDPM_UNROLL
       for (int i = 0; i < M; ++i) half[i][j] = t[i];
     }
     if (op.upscale < 0) {
@@ -99,8 +99,8 @@ static void transform_output(const WinogradConv<T>& op, const Grid& grid, int64_
               first + k);
       continue;
     }
-    const nv bias = op.bias ? nload(op.bias + first + k) : nv{};
-#pragma GCC unroll 8
+    const nv bias = op.bias ? load<nv>(op.bias + first + k) : nv{};
+    IDDPM_UNROLL
     for (int i = 0; i < M; ++i) {
       if (i >= height) break;
       nv y[M];
@@ -109,14 +109,15 @@ static void transform_output(const WinogradConv<T>& op, const Grid& grid, int64_
       T* out = op.out + start * op.out_stride + first + k;
       if (op.residual) {
         const T* residual = op.residual + start * op.residual_stride + first + k;
-#pragma GCC unroll 8
+        IDDPM_UNROLL
         for (int j = 0; j < M; ++j)
           if (j < width)
-            nstore(out + j * op.out_stride, y[j] + bias + nload(residual + j * op.residual_stride));
+            store(out + j * op.out_stride,
+                  y[j] + bias + load<nv>(residual + j * op.residual_stride));
       } else {
-#pragma GCC unroll 8
+        IDDPM_UNROLL
         for (int j = 0; j < M; ++j)
-          if (j < width) nstore(out + j * op.out_stride, y[j] + bias);
+          if (j < width) store(out + j * op.out_stride, y[j] + bias);
       }
     }
   }

@@ -5,7 +5,7 @@
 // to match.
 #pragma once
 
-#include "nhwc/vectors.h"
+#include "common/lanes.h"
 
 namespace iddpm {
 namespace IDDPM_ISA {
@@ -19,30 +19,30 @@ struct Transform;
 
 template <>
 struct Transform<2> {
-  IDDPM_NATIVE void input(const nv* d, nv* v) {
+  IDDPM_INLINE void input(const nv* d, nv* v) {
     v[0] = d[0] - d[2];
     v[1] = d[2] + d[1];
     v[2] = d[2] - d[1];
     v[3] = d[3] - d[1];
   }
-  IDDPM_NATIVE void output(const nv* m, nv* y) {
+  IDDPM_INLINE void output(const nv* m, nv* y) {
     y[0] = m[0] + m[1] + m[2];
     y[1] = m[1] - m[2] + m[3];
   }
-  IDDPM_NATIVE void output_adjoint(const nv* y, nv* m) {
+  IDDPM_INLINE void output_adjoint(const nv* y, nv* m) {
     m[0] = y[0];
     m[1] = y[0] + y[1];
     m[2] = y[0] - y[1];
     m[3] = y[1];
   }
-  IDDPM_NATIVE void filter(const nv* g, nv* u) {
+  IDDPM_INLINE void filter(const nv* g, nv* u) {
     const nv even = 0.5f * (g[0] + g[2]), odd = 0.5f * g[1];
     u[0] = g[0];
     u[1] = even + odd;
     u[2] = even - odd;
     u[3] = g[2];
   }
-  IDDPM_NATIVE void filter_adjoint(const nv* u, nv* g) {
+  IDDPM_INLINE void filter_adjoint(const nv* u, nv* g) {
     const nv half_sum = 0.5f * (u[1] + u[2]);
     g[0] = u[0] + half_sum;
     g[1] = 0.5f * (u[1] - u[2]);
@@ -52,7 +52,7 @@ struct Transform<2> {
 
 template <>
 struct Transform<4> {
-  IDDPM_NATIVE void input(const nv* d, nv* v) {
+  IDDPM_INLINE void input(const nv* d, nv* v) {
     v[0] = d[0] + d[4] - 2.5f * d[2];
     const nv near_even = d[4] - 2.0f * d[2], near_odd = kRootHalf * (d[3] - 2.0f * d[1]);
     v[1] = near_even + near_odd;
@@ -62,7 +62,7 @@ struct Transform<4> {
     v[4] = far_even - far_odd;
     v[5] = d[1] + d[5] - 2.5f * d[3];
   }
-  IDDPM_NATIVE void output(const nv* m, nv* y) {
+  IDDPM_INLINE void output(const nv* m, nv* y) {
     const nv near_sum = m[1] + m[2], near_gap = kRootHalf * (m[1] - m[2]);
     const nv far_sum = m[3] + m[4], far_gap = kRootTwo * (m[3] - m[4]);
     y[0] = m[0] + near_sum + far_sum;
@@ -70,7 +70,7 @@ struct Transform<4> {
     y[2] = 0.5f * near_sum + 2.0f * far_sum;
     y[3] = 0.5f * near_gap + 2.0f * far_gap + m[5];
   }
-  IDDPM_NATIVE void output_adjoint(const nv* y, nv* m) {
+  IDDPM_INLINE void output_adjoint(const nv* y, nv* m) {
     const nv near_even = y[0] + 0.5f * y[2], near_odd = kRootHalf * (y[1] + 0.5f * y[3]);
     const nv far_even = y[0] + 2.0f * y[2], far_odd = kRootTwo * (y[1] + 2.0f * y[3]);
     m[0] = y[0];
@@ -80,7 +80,7 @@ struct Transform<4> {
     m[4] = far_even - far_odd;
     m[5] = y[3];
   }
-  IDDPM_NATIVE void filter(const nv* g, nv* u) {
+  IDDPM_INLINE void filter(const nv* g, nv* u) {
     const nv near_even = kNear * (g[0] + 0.5f * g[2]), near_odd = kNear * kRootHalf * g[1];
     const nv far_even = kFar * (g[0] + 2.0f * g[2]), far_odd = kFar * kRootTwo * g[1];
     u[0] = g[0];
@@ -90,7 +90,7 @@ struct Transform<4> {
     u[4] = far_even - far_odd;
     u[5] = g[2];
   }
-  IDDPM_NATIVE void filter_adjoint(const nv* u, nv* g) {
+  IDDPM_INLINE void filter_adjoint(const nv* u, nv* g) {
     const nv near_sum = kNear * (u[1] + u[2]), far_sum = kFar * (u[3] + u[4]);
     g[0] = u[0] + near_sum + far_sum;
     g[1] = kNear * kRootHalf * (u[1] - u[2]) + kFar * kRootTwo * (u[3] - u[4]);

@@ -2,16 +2,15 @@
 
 #include "common/columns.h"
 #include "common/noise_tile.h"
+#include "common/threads.h"
 
 namespace iddpm {
 namespace IDDPM_ISA {
 
 void q_sample(const QSampleArgs& a, int num_threads) {
   const int64_t all = a.c * a.hw;
-  const int64_t chunks = (all + kChunk - 1) / kChunk;
-  const bool parallel = num_threads > 1 && a.n * all >= kSerialBelow;
-#pragma omp parallel for schedule(static) num_threads(num_threads) if (parallel)
-  for (int64_t job = 0; job < a.n * chunks; ++job) {
+  const int64_t chunks = divide_up(all, kChunk);
+  for_jobs(a.n * chunks, num_threads, a.n * all < kSerialBelow, [&](int64_t job) {
     const int64_t sample = job / chunks, start = (job % chunks) * kChunk;
     const int64_t end = start + kChunk < all ? start + kChunk : all;
     const float* row = table_row(a.table, a.t[sample], a.num_timesteps);
@@ -26,7 +25,7 @@ void q_sample(const QSampleArgs& a, int num_threads) {
         store(result + i, signal * load(x + i) + deviation * load(z + i));
       write_back(a.x_t, a.hw, sample, first, count, result, result_space);
     }
-  }
+  });
 }
 
 }  // namespace IDDPM_ISA

@@ -5,6 +5,7 @@
 // output row.
 #pragma once
 
+#include "common/simd_math.h"
 #include "nhwc/panel.h"
 #include "qkv_attention/head_matrix.h"
 #include "qkv_attention/qkv_attention.h"
@@ -29,19 +30,19 @@ struct RowStatistics {
 
 // scores <- 2^(scale * scores + offset), offset such that the largest becomes one; factor is
 // 1 / sum. Columns from `tokens` on become zero.
-IDDPM_NATIVE RowStatistics exponentiate(float* scores, int64_t tokens, float scale) {
-  const int64_t padded = round_up(tokens);
+IDDPM_INLINE RowStatistics exponentiate(float* scores, int64_t tokens, float scale) {
+  const int64_t padded = round_up(tokens, kAlign);
   for (int64_t t = tokens; t < padded; ++t) scores[t] = -__builtin_inff();
-  nv most = nload(scores);
-  for (int64_t t = kWidth; t < padded; t += kWidth) most = nmax(nload(scores + t), most);
-  const float offset = -scale * max_lanes(most);
+  nv most = load<nv>(scores);
+  for (int64_t t = kWidth; t < padded; t += kWidth) most = max(load<nv>(scores + t), most);
+  const float offset = -scale * largest(most);
   nv total = {};
   for (int64_t t = 0; t < padded; t += kWidth) {
-    const nv e = exp2_bounded(nload(scores + t) * scale + offset);
+    const nv e = exp2_bounded(load<nv>(scores + t) * scale + offset);
     total += e;
-    nstore(scores + t, e);
+    store(scores + t, e);
   }
-  return {offset, 1.0f / sum_lanes(total)};
+  return {offset, 1.0f / sum(total)};
 }
 
 // Lines of memory that will be needed: matrices of one shape, at equal distances.
@@ -88,11 +89,11 @@ struct HeadRows {
 static inline void attend(const HeadRows& head, int64_t tokens, int64_t d, const float* keys,
                           const float* values, float* space) {
   const float scale = score_scale(d);
-  const int64_t padded_tokens = round_up(tokens), padded_d = round_up(d);
+  const int64_t padded_tokens = round_up(tokens, kAlign), padded_d = round_up(d, kAlign);
   const int64_t pitch = padded_tokens + kAlign;  // not a power of two: rows fall on different sets
   float* scores = space;
   float* result = space + kTileRows * pitch;
-  const int64_t tiles = (head.rows + kTileRows - 1) / kTileRows;
+  const int64_t tiles = divide_up(head.rows, kTileRows);
   for (int64_t tile = 0, row = 0; tile < tiles; ++tile) {
     const int64_t end = head.rows * (tile + 1) / tiles, count = end - row;
     for (int64_t t = 0; t < padded_tokens; t += kPanel)
@@ -128,11 +129,11 @@ template <typename T>
 void attend_head(const QkvAttentionArgs& a, int64_t i, int64_t first, int64_t rows, bool last,
                  float* space) {
   const QkvAttentionInput& in = a.in;
-  const int64_t tokens = in.tokens, d = in.width, padded_d = round_up(d);
+  const int64_t tokens = in.tokens, d = in.width, padded_d = round_up(d, kAlign);
   float* keys = space;
   float* values = keys + attention_padded(tokens) * d;
   float* scores = values + tokens * padded_d;
-  float* q_rows = scores + kTileRows * (round_up(tokens) + kAlign + padded_d);
+  float* q_rows = scores + kTileRows * (round_up(tokens, kAlign) + kAlign + padded_d);
   float* out_rows = q_rows + rows * padded_d;
 
   const int64_t n = i / in.heads, h = i % in.heads;

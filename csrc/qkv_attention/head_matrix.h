@@ -5,14 +5,12 @@
 #pragma once
 
 #include "common/lanes.h"
-#include "nhwc/vectors.h"
+#include "nhwc/panel.h"
 
 namespace iddpm {
 namespace IDDPM_ISA {
 
-constexpr int64_t kAlign = kLanes;
-
-IDDPM_INLINE int64_t round_up(int64_t a) { return (a + kAlign - 1) / kAlign * kAlign; }
+constexpr int64_t kAlign = kLanes;  // what rows of values and of scores are padded to
 
 template <typename T>
 struct HeadMatrix {
@@ -29,70 +27,55 @@ IDDPM_INLINE HeadMatrix<T> head_matrix(const Plane& plane, int64_t n, int64_t fi
   return {data, plane.pixel, plane.channel};
 }
 
-#if defined(__AVX2__)
+template <int... i>
+struct Indices {};
+#if defined(__AVX512F__)
+using RegisterIndices = Indices<0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15>;
+#elif defined(__AVX2__)
+using RegisterIndices = Indices<0, 1, 2, 3, 4, 5, 6, 7>;
+#else
+using RegisterIndices = Indices<0, 1, 2, 3>;
+#endif
 
-// Lanes of a and b that two interleaving steps of a transposition need; see transpose_square.
-template <int H>
-IDDPM_NATIVE void exchange(nv& a, nv& b) {
-  typedef int32_t lanes __attribute__((vector_size(4 * kWidth)));
-  lanes low, high;
-#pragma GCC unroll 16
-  for (int i = 0; i < kWidth; ++i) {
-    low[i] = i & H ? int(kWidth) + i - H : i;
-    high[i] = i & H ? int(kWidth) + i : i + H;
-  }
-  const nv first = __builtin_shuffle(a, b, low), second = __builtin_shuffle(a, b, high);
-  a = first;
-  b = second;
+// Swaps the blocks of H lanes that a transposition takes across the diagonal from a to b.
+template <int H, int... i>
+IDDPM_INLINE void exchange(nv& a, nv& b, Indices<i...>) {
+  const nv low = IDDPM_SHUFFLE(a, b, (i & H ? int(kWidth) + i - H : i)...);
+  b = IDDPM_SHUFFLE(a, b, (i & H ? int(kWidth) + i : i + H)...);
+  a = low;
 }
 
-template <int H>
-IDDPM_NATIVE void exchange_rows(nv (&m)[kWidth]) {
-#pragma GCC unroll 16
+// Transposes a kWidth x kWidth square: swaps off-diagonal blocks of every size from H down.
+template <int H = kWidth / 2>
+IDDPM_INLINE void transpose_square(nv (&m)[kWidth]) {
+  IDDPM_UNROLL
   for (int i = 0; i < kWidth; ++i)
-    if (!(i & H)) exchange<H>(m[i], m[i + H]);
+    if (!(i & H)) exchange<H>(m[i], m[i + H], RegisterIndices{});
+  if constexpr (H > 1) transpose_square<H / 2>(m);
 }
 
-// Transposes a kWidth x kWidth square: swaps off-diagonal blocks of every size from the largest
-// down.
-IDDPM_NATIVE void transpose_square(nv (&m)[kWidth]) {
-#if defined(__AVX512F__)
-  exchange_rows<8>(m);
-#endif
-  exchange_rows<4>(m);
-  exchange_rows<2>(m);
-  exchange_rows<1>(m);
-}
-
-#endif
-
-// Transposes a 16 x 16 square: load(i) gives row i, store(j, row) takes row j of the result.
-template <typename Load, typename Store>
-IDDPM_INLINE void transpose_lanes(Load load, Store store) {
-#if defined(__AVX512F__)
-  nv m[kWidth];
-#pragma GCC unroll 16
-  for (int i = 0; i < kWidth; ++i) m[i] = load(i);
-  transpose_square(m);
-#pragma GCC unroll 16
-  for (int i = 0; i < kWidth; ++i) store(i, m[i]);
-#else
-  float from[kLanes * kLanes], to[kLanes * kLanes];
-  for (int64_t i = 0; i < kLanes; ++i) iddpm::IDDPM_ISA::store(from + i * kLanes, load(i));
-#if defined(__AVX2__)
-  for (int64_t row = 0; row < kLanes; row += kWidth)
-    for (int64_t column = 0; column < kLanes; column += kWidth) {
-      nv m[kWidth];
-      for (int64_t i = 0; i < kWidth; ++i) m[i] = nload(from + (row + i) * kLanes + column);
-      transpose_square(m);
-      for (int64_t i = 0; i < kWidth; ++i) nstore(to + (column + i) * kLanes + row, m[i]);
-    }
-#else
-  for (int64_t i = 0; i < kLanes; ++i)
-    for (int64_t j = 0; j < kLanes; ++j) to[j * kLanes + i] = from[i * kLanes + j];
-#endif
-  for (int64_t j = 0; j < kLanes; ++j) store(j, iddpm::IDDPM_ISA::load(to + j * kLanes));
-#endif
+// Transposes a 16 x 16 square: get(i) gives row i, put(j, row) takes row j of the result.
+template <typename Get, typename Put>
+IDDPM_INLINE void transpose_lanes(Get get, Put put) {
+  if constexpr (kWidth == kLanes) {
+    nv m[kWidth];
+    IDDPM_UNROLL
+    for (int i = 0; i < kWidth; ++i) m[i] = get(i);
+    transpose_square(m);
+    IDDPM_UNROLL
+    for (int i = 0; i < kWidth; ++i) put(i, m[i]);
+  } else {
+    float from[kLanes * kLanes], to[kLanes * kLanes];
+    for (int64_t i = 0; i < kLanes; ++i) store(from + i * kLanes, get(i));
+    for (int64_t row = 0; row < kLanes; row += kWidth)
+      for (int64_t column = 0; column < kLanes; column += kWidth) {
+        nv m[kWidth];
+        for (int64_t i = 0; i < kWidth; ++i) m[i] = load<nv>(from + (row + i) * kLanes + column);
+        transpose_square(m);
+        for (int64_t i = 0; i < kWidth; ++i) store(to + (column + i) * kLanes + row, m[i]);
+      }
+    for (int64_t j = 0; j < kLanes; ++j) put(j, load(to + j * kLanes));
+  }
 }
 
 // `lines` lines of `length` elements to rows of float32, zero up to the next multiple of 16.

@@ -26,8 +26,8 @@ struct Backward {
         in(args.in),
         tokens(in.tokens),
         d(in.width),
-        padded_tokens(round_up(tokens)),
-        padded_d(round_up(d)),
+        padded_tokens(round_up(tokens, kAlign)),
+        padded_d(round_up(d, kAlign)),
         block(attention_block(tokens)),
         pitch(padded_tokens + kAlign),  // not a power of two: rows fall on different sets
         scale(score_scale(d)),
@@ -61,13 +61,13 @@ struct Backward {
     nv total = {};
     for (int64_t t = tokens; t < padded_tokens; ++t) probability[t] = -__builtin_inff();
     for (int64_t t = 0; t < padded_tokens; t += kWidth) {
-      const nv e = exp2_bounded(nload(probability + t) * scale + offset) * factor;
-      nstore(probability + t, e);
-      total += e * nload(slope + t);
+      const nv e = exp2_bounded(load<nv>(probability + t) * scale + offset) * factor;
+      store(probability + t, e);
+      total += e * load<nv>(slope + t);
     }
-    const float mean = sum_lanes(total);
+    const float mean = sum(total);
     for (int64_t t = 0; t < padded_tokens; t += kWidth)
-      nstore(slope + t, nload(probability + t) * (nload(slope + t) - mean));
+      store(slope + t, load<nv>(probability + t) * (load<nv>(slope + t) - mean));
   }
 
   // What `rows` queries give to, and get from, all keys; the first block overwrites dk and dv.
@@ -97,7 +97,7 @@ struct Backward {
     read_rows(part(1), tokens, d, k, padded_d);
     read_panels(part(1), tokens, d, key_panels);
     read_panels(part(2), tokens, d, value_panels);
-    const int64_t blocks = (tokens + block - 1) / block;
+    const int64_t blocks = divide_up(tokens, block);
     for (int64_t i = 0, row = 0; i < blocks; ++i) {
       const int64_t end = tokens * (i + 1) / blocks, rows = end - row;
       read_rows(part(0).from(row), rows, d, q, padded_d);

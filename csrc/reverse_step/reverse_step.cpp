@@ -1,6 +1,7 @@
 #include "reverse_step/reverse_step.h"
 
 #include "common/noise_tile.h"
+#include "common/threads.h"
 
 namespace iddpm {
 namespace IDDPM_ISA {
@@ -50,16 +51,14 @@ void run_tile(const ReverseStepArgs& a, const float* row, int64_t sample, int64_
 
 void reverse_step(const ReverseStepArgs& args, int num_threads) {
   const int64_t all = args.c * args.hw;
-  const int64_t chunks = (all + kChunk - 1) / kChunk;
-  const bool parallel = num_threads > 1 && args.n * all >= kSerialBelow;
-#pragma omp parallel for schedule(static) num_threads(num_threads) if (parallel)
-  for (int64_t job = 0; job < args.n * chunks; ++job) {
+  const int64_t chunks = divide_up(all, kChunk);
+  for_jobs(args.n * chunks, num_threads, args.n * all < kSerialBelow, [&](int64_t job) {
     const int64_t sample = job / chunks, start = (job % chunks) * kChunk;
     const int64_t end = start + kChunk < all ? start + kChunk : all;
     const float* row = table_row(args.table, args.t[sample], args.num_timesteps);
     for (int64_t first = start; first < end; first += kTile)
       run_tile(args, row, sample, first, end - first < kTile ? end - first : kTile);
-  }
+  });
 }
 
 }  // namespace IDDPM_ISA

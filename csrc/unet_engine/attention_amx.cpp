@@ -1,6 +1,7 @@
 // Attention with both of its products by tiles of bfloat16; scores, softmax and sums are float32.
 //
 // A head's keys and values are packed once, its queries come in blocks of 32.
+#include "common/simd_math.h"
 #include "nhwc/amx_tile.h"
 #include "unet_engine/plan.h"
 
@@ -11,42 +12,42 @@ namespace {
 
 constexpr int64_t kQueries = 2 * kTileEdge;
 
-IDDPM_NATIVE int64_t padded(int64_t count, int64_t multiple) {
-  return (count + multiple - 1) / multiple * multiple;
-}
-
 // One head's memory.
 struct Head {
   int64_t tokens, width;   // as they are
   int64_t columns, depth;  // tokens and width in multiples of 32
   int64_t score_pitch;     // floats
-  uint16_t* q;             // [columns][depth]
-  uint16_t* k;             // [columns / 16][depth / 32][16][16][2], pairs of channels
-  uint16_t* v;             // [depth / 16][columns / 32][16][16][2], pairs of tokens
+  BFloat16* q;             // [columns][depth]
+  BFloat16* k;             // [columns / 16][depth / 32][16][16][2], pairs of channels
+  BFloat16* v;             // [depth / 16][columns / 32][16][16][2], pairs of tokens
   float* scores;           // [32][score_pitch]
-  uint16_t* p;             // [32][2 * score_pitch]
+  BFloat16* p;             // [32][2 * score_pitch]
   float* out;              // [32][depth]
-  uint16_t* rows;          // [16][depth], rounded before they are packed
+  BFloat16* rows;          // [16][depth], rounded before they are packed
 
   Head(int64_t t, int64_t d, float* memory)
-      : tokens(t), width(d), columns(padded(t, 32)), depth(padded(d, 32)) {
+      : tokens(t), width(d), columns(round_up(t, 32)), depth(round_up(d, 32)) {
     score_pitch = columns + 16;
     const int64_t halves = columns * depth;
-    q = reinterpret_cast<uint16_t*>(memory);
+    q = reinterpret_cast<BFloat16*>(memory);
     k = q + halves;
     v = k + halves;
     scores = reinterpret_cast<float*>(v + halves);
-    p = reinterpret_cast<uint16_t*>(scores + kQueries * score_pitch);
+    p = reinterpret_cast<BFloat16*>(scores + kQueries * score_pitch);
     out = scores + 2 * kQueries * score_pitch;
-    rows = reinterpret_cast<uint16_t*>(out + kQueries * depth);
+    rows = reinterpret_cast<BFloat16*>(out + kQueries * depth);
   }
 };
 
+// Floats [c, c + 16) of a row of `width`, zero beyond.
+IDDPM_INLINE vf part_of_row(const float* row, int64_t c, int64_t width) {
+  return load_some(row + c, larger(smaller(width - c, kLanes), 0));
+}
+
 // `width` floats times a factor -> `depth` halves, zeros after them.
-IDDPM_NATIVE void round_row(const float* in, int64_t width, int64_t depth, float factor,
-                            uint16_t* out) {
-  for (int64_t c = 0; c < depth; c += kWidth)
-    nstore(out + c, nload_first(in + c, width - c) * factor);
+IDDPM_INLINE void round_row(const float* in, int64_t width, int64_t depth, float factor,
+                            BFloat16* out) {
+  for (int64_t c = 0; c < depth; c += kLanes) store(out + c, part_of_row(in, c, width) * factor);
 }
 
 void pack(const TileAttentionOp& op, const float* qkv, const Head& head) {
@@ -59,7 +60,7 @@ void pack(const TileAttentionOp& op, const float* qkv, const Head& head) {
       round_row(in, width, depth, factor, head.q + token * depth);
       round_row(in + d, width, depth, 1.0f, head.rows + i * depth);
     }
-    uint16_t* k = head.k + first * depth;
+    BFloat16* k = head.k + first * depth;
     for (int64_t c = 0; c < depth; c += kTileDepth, k += kTileHalves)
       transpose_pairs(head.rows + c, depth, k);
   }
@@ -67,17 +68,15 @@ void pack(const TileAttentionOp& op, const float* qkv, const Head& head) {
     const int64_t even_width = token < op.tokens ? d : 0, odd_width = token + 1 < op.tokens ? d : 0;
     const float* even = qkv + token * op.qkv_stride + 2 * d;
     const float* odd = even + op.qkv_stride;
-    uint16_t* v = head.v + (token / kTileDepth * kTileEdge + token % kTileDepth / 2) * kTileDepth;
+    BFloat16* v = head.v + (token / kTileDepth * kTileEdge + token % kTileDepth / 2) * kTileDepth;
     for (int64_t c = 0; c < depth; c += kTileEdge, v += chunks * kTileHalves)
-      for (int64_t j = 0; j < kTileEdge; j += kWidth)
-        store_pairs(v + 2 * j, nload_first(even + c + j, even_width - c - j),
-                    nload_first(odd + c + j, odd_width - c - j));
+      store_pairs(v, part_of_row(even, c, even_width), part_of_row(odd, c, odd_width));
   }
 }
 
 // c [32, 16 * tiles] = a [32, 32 * chunks] * b [tiles][chunks], with strides in bytes; an even
 // number of tiles.
-void multiply(const uint16_t* a, int64_t a_stride, int64_t chunks, const uint16_t* b, int64_t tiles,
+void multiply(const BFloat16* a, int64_t a_stride, int64_t chunks, const BFloat16* b, int64_t tiles,
               float* c, int64_t c_stride) {
   const int64_t lower = kTileEdge * a_stride / 2;
   for (int64_t tile = 0; tile < tiles; tile += 2, c += 2 * kTileEdge) {
@@ -85,8 +84,8 @@ void multiply(const uint16_t* a, int64_t a_stride, int64_t chunks, const uint16_
     tile_zero<1>();
     tile_zero<2>();
     tile_zero<3>();
-    const uint16_t* left = b + tile * chunks * kTileHalves;
-    const uint16_t* right = left + chunks * kTileHalves;
+    const BFloat16* left = b + tile * chunks * kTileHalves;
+    const BFloat16* right = left + chunks * kTileHalves;
     for (int64_t k = 0; k < chunks; ++k) {
       tile_load<6>(left + k * kTileHalves, 64);
       tile_load<4>(a + k * kTileDepth, a_stride);
@@ -106,29 +105,27 @@ void multiply(const uint16_t* a, int64_t a_stride, int64_t chunks, const uint16_
 }
 
 // p = 2^(scores - their maximum), rounded; returns one over the sum of what was not.
-float soften(const Head& head, float* scores, uint16_t* p) {
-  constexpr int64_t V = 2 * kWidth;
+float soften(const Head& head, float* scores, BFloat16* p) {
   for (int64_t j = head.tokens; j < head.columns; ++j) scores[j] = -1e30f;
-  nv left = nload(scores), right = nload(scores + kWidth);
-#pragma GCC unroll 2
-  for (int64_t j = V; j < head.columns; j += V) {
-    left = nmax(left, nload(scores + j));
-    right = nmax(right, nload(scores + j + kWidth));
+  nv most[2] = {load<nv>(scores), load<nv>(scores + kWidth)}, total[2] = {};
+  for (int64_t j = 2 * kWidth; j < head.columns; j += 2 * kWidth) {
+    IDDPM_UNROLL
+    for (int i = 0; i < 2; ++i) most[i] = max(most[i], load<nv>(scores + j + i * kWidth));
   }
-  const nv maximum = nsplat(max_lanes(nmax(left, right)));
-  left = right = nv{};
-#pragma GCC unroll 2
-  for (int64_t j = 0; j < head.columns; j += V) {
-    const nv x = exp2_coarse(nload(scores + j) - maximum);
-    const nv y = exp2_coarse(nload(scores + j + kWidth) - maximum);
-    left += x;
-    right += y;
-    nstore(p + j, x, y);
+  const nv maximum = splat<nv>(largest(max(most[0], most[1])));
+  for (int64_t j = 0; j < head.columns; j += 2 * kWidth) {
+    nv e[2];
+    IDDPM_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      e[i] = exp2_coarse(load<nv>(scores + j + i * kWidth) - maximum);
+      total[i] += e[i];
+    }
+    store_both(p + j, e[0], e[1]);
   }
-  return 1.0f / sum_lanes(left + right);
+  return 1.0f / sum(total[0] + total[1]);
 }
 
-void attend(const TileAttentionOp& op, const float* qkv, uint16_t* out, const Head& head) {
+void attend(const TileAttentionOp& op, const float* qkv, BFloat16* out, const Head& head) {
   pack(op, qkv, head);
   const int64_t d = op.width, depth_bytes = 2 * head.depth, score_bytes = 4 * head.score_pitch;
   for (int64_t first = 0; first < op.tokens; first += kQueries) {
@@ -143,14 +140,9 @@ void attend(const TileAttentionOp& op, const float* qkv, uint16_t* out, const He
              head.out, 4 * head.depth);
     for (int64_t i = 0; i < count; ++i) {
       const float* from = head.out + i * head.depth;
-      uint16_t* to = out + (first + i) * op.out_stride;
-      int64_t c = 0;
-      for (; c + kWidth <= d; c += kWidth) nstore(to + c, nload(from + c) * inverse[i]);
-      if (c < d) {
-        uint16_t rest[kWidth];
-        nstore(rest, nload(from + c) * inverse[i]);
-        std::memcpy(to + c, rest, size_t(d - c) * 2);
-      }
+      BFloat16* to = out + (first + i) * op.out_stride;
+      for (int64_t c = 0; c < d; c += kLanes)
+        store_some(to + c, load(from + c) * inverse[i], smaller(d - c, kLanes));
     }
   }
 }
@@ -158,7 +150,7 @@ void attend(const TileAttentionOp& op, const float* qkv, uint16_t* out, const He
 }  // namespace
 
 int run_tile_attention(const TileAttentionOp& op, const Team& team) {
-  if (tile_attention_workspace(op.tokens, op.width) > team.scratch_floats) return 1;
+  if (tile_attention_scratch(op.tokens, op.width) > team.scratch_floats) return 1;
   const Head head(op.tokens, op.width, team.scratch);
   const Tiles tiles;
   const Range units = share(team.n * op.heads, 1, team.thread, team.threads);

@@ -1,7 +1,3 @@
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
-
 #include "unet_engine/unet_engine.h"
 
 namespace iddpm {
@@ -85,18 +81,11 @@ int64_t walk(const PlanRun& run, int64_t thread, int64_t threads) {
 }  // namespace
 
 int64_t unet_engine(const PlanRun& run) {
-  if (run.threads <= 1) return walk(run, 0, 1);
   int64_t failed = 0;
-#pragma omp parallel num_threads(int(run.threads))
-  {
-#if defined(_OPENMP)
-    const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
-#else
-    const int64_t thread = 0, threads = 1;
-#endif
+  for_threads(run.threads, false, [&](int64_t thread, int64_t threads) {
     const int64_t code = walk(run, thread, threads);
     if (thread == 0) failed = code;
-  }
+  });
   return failed;
 }
 

@@ -12,8 +12,8 @@ void apply(const float* x, int64_t x_stride, float* y, int64_t y_stride, int64_t
            int64_t channels, const float* slope, const float* offset) {
   for (int64_t p = 0; p < pixels; ++p, x += x_stride, y += y_stride) {
     for (int64_t c = 0; c < channels; c += kWidth) {
-      const nv v = nload(x + c) * nload(slope + c) + nload(offset + c);
-      nstore(y + c, Silu ? silu(v) : v);
+      const nv v = load<nv>(x + c) * load<nv>(slope + c) + load<nv>(offset + c);
+      store(y + c, Silu ? silu(v) : v);
     }
   }
 }

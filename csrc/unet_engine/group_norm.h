@@ -7,35 +7,34 @@
 // shape alone, so the result does not depend on the number of threads.
 #pragma once
 
+#include "common/simd_math.h"
 #include "unet_engine/plan.h"
 
 namespace iddpm {
 namespace IDDPM_ISA {
 
-constexpr int64_t kChunk = 256;  // pixels
-
 // means[c], squares[c]: mean and centred sum of squares of `pixels` values a channel, for V
 // vectors.
 template <int V>
-IDDPM_NATIVE void chunk_statistics(const float* x, int64_t stride, int64_t pixels, float* means,
+IDDPM_INLINE void chunk_statistics(const float* x, int64_t stride, int64_t pixels, float* means,
                                    float* squares) {
   const float inverse = 1.0f / float(pixels);
   nv origin[V], sum[V] = {}, square[V] = {};
-#pragma GCC unroll 8
-  for (int j = 0; j < V; ++j) origin[j] = nload(x + j * kWidth);
+  IDDPM_UNROLL
+  for (int j = 0; j < V; ++j) origin[j] = load<nv>(x + j * kWidth);
   for (int64_t p = 0; p < pixels; ++p, x += stride) {
-#pragma GCC unroll 8
+    IDDPM_UNROLL
     for (int j = 0; j < V; ++j) {
-      const nv d = nload(x + j * kWidth) - origin[j];
+      const nv d = load<nv>(x + j * kWidth) - origin[j];
       sum[j] += d;
       square[j] += d * d;
     }
   }
-#pragma GCC unroll 8
+  IDDPM_UNROLL
   for (int j = 0; j < V; ++j) {
     const nv mean = sum[j] * inverse;
-    nstore(means + j * kWidth, origin[j] + mean);
-    nstore(squares + j * kWidth, square[j] - sum[j] * mean);
+    store(means + j * kWidth, origin[j] + mean);
+    store(squares + j * kWidth, square[j] - sum[j] * mean);
   }
 }
 
@@ -58,7 +57,7 @@ static void fold_group(const Normalization& op, const float* statistics, int64_t
   // Sums, so that the only divisions are those of the group.
   double total = 0;
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-    const double count = double(smaller(kChunk, op.pixels - chunk * kChunk));
+    const double count = double(smaller(kGroupNormChunk, op.pixels - chunk * kGroupNormChunk));
     const float* means = statistics + chunk * 2 * op.channels;
     for (int64_t c = first; c < first + width; ++c)
       total += count * (double(means[c]) + (added ? double(embedding[c]) : 0.0));
@@ -66,7 +65,7 @@ static void fold_group(const Normalization& op, const float* statistics, int64_t
   const double values = double(op.pixels * width), mean = total / values;
   double squares = 0;
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-    const double count = double(smaller(kChunk, op.pixels - chunk * kChunk));
+    const double count = double(smaller(kGroupNormChunk, op.pixels - chunk * kGroupNormChunk));
     const float* means = statistics + chunk * 2 * op.channels;
     for (int64_t c = first; c < first + width; ++c) {
       const double gap = double(means[c]) + (added ? double(embedding[c]) : 0.0) - mean;
@@ -90,16 +89,17 @@ static void fold_group(const Normalization& op, const float* statistics, int64_t
 // Statistics of every sample, and the slopes and offsets that they give. Then every thread has
 // them: `slope_of(op, team, sample)`, and the offsets `channels` further.
 static int fold_statistics(const Normalization& op, const PlanRun& run, const Team& team) {
-  const int64_t chunks = (op.pixels + kChunk - 1) / kChunk, channels = op.channels;
+  const int64_t chunks = divide_up(op.pixels, kGroupNormChunk), channels = op.channels;
   const int64_t per_sample = (chunks + 1) * 2 * channels;
-  if (per_sample * team.n > team.shared_floats) return 1;
+  if (group_norm_shared(team.n, op.pixels, channels) > team.shared_floats) return 1;
   const Range statistics = share(team.n * chunks, 1, team.thread, team.threads);
   for (int64_t i = statistics.begin; i < statistics.end; ++i) {
     const int64_t sample = i / chunks, chunk = i % chunks;
     float* means = team.shared + sample * per_sample + chunk * 2 * channels;
-    const int64_t first = chunk * kChunk;
+    const int64_t first = chunk * kGroupNormChunk;
     chunk_statistics(op.in + (sample * op.pixels + first) * op.in_stride, op.in_stride,
-                     smaller(kChunk, op.pixels - first), channels, means, means + channels);
+                     smaller(kGroupNormChunk, op.pixels - first), channels, means,
+                     means + channels);
   }
   barrier(team);
   const Range groups = share(team.n * op.groups, 1, team.thread, team.threads);
@@ -116,7 +116,7 @@ static int fold_statistics(const Normalization& op, const PlanRun& run, const Te
 }
 
 static inline const float* slope_of(const Normalization& op, const Team& team, int64_t sample) {
-  const int64_t chunks = (op.pixels + kChunk - 1) / kChunk;
+  const int64_t chunks = divide_up(op.pixels, kGroupNormChunk);
   return team.shared + (sample * (chunks + 1) + chunks) * 2 * op.channels;
 }
 

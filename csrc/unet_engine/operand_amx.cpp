@@ -1,4 +1,5 @@
 // Writes the operand images of the tile products: normalised, or as they are.
+#include "nhwc/amx_tile.h"
 #include "unet_engine/group_norm.h"
 
 namespace iddpm {
@@ -6,31 +7,31 @@ namespace IDDPM_ISA {
 
 namespace {
 
-// x / (1 + e^-x) to 2^-13, for a result that is rounded to bfloat16; NaN stays NaN.
-IDDPM_NATIVE nv silu_to_half(nv x) {
-  const nv bound = nsplat(126.0f), t = x * -1.44269504f;
-  const nv d = exp2_coarse(t > bound ? bound : t) + 1.0f;
+// x / (1 + e^-x) for a result that is rounded to bfloat16: to 2^-13 where that is faster. NaN stays
+// NaN.
+IDDPM_INLINE nv silu_to_half(nv x) {
 #if defined(__AVX512F__)
-  return x * (nv)_mm512_maskz_rcp14_ps(0xFFFF, (__m512)d);
+  const nv d = exp2_coarse(min(splat<nv>(126.0f), x * -1.44269504f)) + 1.0f;
+  return x * (nv)_mm512_maskz_rcp14_ps(kAllLanes, (__m512)d);
 #else
-  return x / d;
+  return silu(x);
 #endif
 }
 
 // One row of pixels.
 template <bool Silu>
 void normalise(const Normalization& of, const float* x, const float* slope, int64_t width,
-               uint16_t* out, int64_t pitch) {
+               BFloat16* out, int64_t pitch) {
   for (int64_t i = 0; i < width; ++i, x += of.in_stride, out += pitch) {
     for (int64_t c = 0; c < of.channels; c += 2 * kWidth) {
       nv v[2];
-#pragma GCC unroll 2
+      IDDPM_UNROLL
       for (int j = 0; j < 2; ++j) {
         const int64_t k = c + j * kWidth;
-        v[j] = nload(x + k) * nload(slope + k) + nload(slope + of.channels + k);
+        v[j] = load<nv>(x + k) * load<nv>(slope + k) + load<nv>(slope + of.channels + k);
         if (Silu) v[j] = silu_to_half(v[j]);
       }
-      nstore(out + c, v[0], v[1]);
+      store_both(out + c, v[0], v[1]);
     }
   }
 }
@@ -62,18 +63,18 @@ int run_round(const RoundOp& op, const Team& team) {
     const int64_t sample = row / (map.height * phases);
     const int64_t source_y = y * step + phase / 2, source_x = phase % 2;
     const OperandWriter writer(map, op.out + phase * op.phase, op.channels);
-    uint16_t* out = writer.row(sample, y);
+    BFloat16* out = writer.row(sample, y);
     for (int64_t x = 0; x < map.width; ++x, out += map.pitch) {
       const int64_t at = x * step + source_x;
       if (source_y >= op.height || at >= op.width) {
-        std::memset(out, 0, size_t(op.channels) * sizeof(uint16_t));
+        std::memset(out, 0, size_t(op.channels) * sizeof(BFloat16));
         continue;
       }
       const float* in = op.in + ((sample * op.height + source_y) * op.width + at) * op.in_stride;
       for (int64_t c = 0; c < op.channels; c += kWidth) {
-        const nv v = nload(in + c);
-        nstore(out + c, v);
-        if (op.rest) nstore(out + op.rest + c, v - nload(out + c));
+        const nv v = load<nv>(in + c);
+        store(out + c, v);
+        if (op.rest) store(out + op.rest + c, v - load<nv>(out + c));
       }
     }
     writer.finish(sample, y);

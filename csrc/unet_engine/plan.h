@@ -19,21 +19,24 @@ namespace iddpm {
 
 constexpr int64_t kOpWords = 18;
 
+// One kind an algorithm. Python names them by the binding's RowKind, which lists them too.
 enum class Kind : int64_t {
-  kInput = 0,
-  kOutput = 1,
-  kGemm = 2,
-  kConv = 3,
-  kWinograd = 4,
-  kGroupNorm = 5,
-  kAttention = 6,
-  kGemmBf16 = 7,  // GemmOp and WinogradOp (of tile 2) whose operands are rounded to bfloat16:
-  kWinogradBf16 =
-      8,             // w is then bfloat16, [panels]...[C / 2][32][2]; everything else stays float32
-  kTileProduct = 9,  // of AMX; see nhwc/tile_product.h
-  kNormOperand = 10,
-  kRound = 11,
-  kTileAttention = 12,
+  kInput,
+  kOutput,
+  kGemm,
+  kConv,
+  kWinograd,
+  kGroupNorm,
+  kAttention,
+  // GemmOp and WinogradOp (of tile 2) whose operands are rounded to bfloat16; w is then bfloat16,
+  // [panels]...[C / 2][32][2], and everything else stays float32.
+  kGemmBf16,
+  kWinogradBf16,
+  // Of AMX, with operands of bfloat16: nhwc/tile_product.h, and below.
+  kTileProduct,
+  kNormOperand,
+  kRound,
+  kTileAttention,
 };
 
 // x [n, C, H, W] -> out [n, H, W, stride].
@@ -72,7 +75,7 @@ struct GroupNormOp {
 // The same, rounded to bfloat16 into an operand image.
 struct NormOperandOp {
   Normalization of;
-  uint16_t* out;
+  BFloat16* out;
   const OperandMap* map;
 };
 
@@ -81,11 +84,18 @@ struct RoundOp {
   int64_t height, width;  // of in
   const float* in;
   int64_t in_stride, channels;
-  uint16_t* out;
+  BFloat16* out;
   const OperandMap* map;
   int64_t phase;  // 0; or halves between the images of even and odd rows and columns, one of four
   int64_t rest;   // 0; or halves to an image of what rounding left
 };
+
+constexpr int64_t kGroupNormChunk = 256;  // pixels whose statistics are taken together
+
+// Floats of scratch that run_group_norm's team needs.
+static constexpr int64_t group_norm_shared(int64_t n, int64_t pixels, int64_t channels) {
+  return n * (divide_up(pixels, kGroupNormChunk) + 1) * 2 * channels;
+}
 
 // softmax(q k^T / sqrt(d)) v for every head; channels of qkv are [heads][q, k, v][d].
 struct AttentionOp {
@@ -101,13 +111,13 @@ struct TileAttentionOp {
   int64_t tokens, heads, width;
   const float* qkv;
   int64_t qkv_stride;
-  uint16_t* out;
+  BFloat16* out;
   int64_t out_stride;
 };
 
-// Floats of scratch that it needs a thread.
-inline int64_t tile_attention_workspace(int64_t tokens, int64_t width) {
-  const int64_t columns = (tokens + 31) / 32 * 32, depth = (width + 31) / 32 * 32;
+// Floats of scratch that a thread of run_tile_attention needs.
+static constexpr int64_t tile_attention_scratch(int64_t tokens, int64_t width) {
+  const int64_t columns = round_up(tokens, 32), depth = round_up(width, 32);
   return (3 * columns + 16) * depth / 2 + 32 * (2 * (columns + 16) + depth);
 }
 

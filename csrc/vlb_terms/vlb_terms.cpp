@@ -2,6 +2,7 @@
 
 #include "common/gaussian.h"
 #include "common/gaussian_exact.h"
+#include "common/threads.h"
 #include "common/tile.h"
 
 namespace iddpm {
@@ -86,9 +87,7 @@ vf run_tile(const VlbTermsArgs& a, const Sample& s, int64_t first, int64_t count
 // threads nor the batch changes a bit.
 void vlb_terms(const VlbTermsArgs& a, int num_threads) {
   const int64_t all = a.c * a.hw;
-  const bool parallel = num_threads > 1 && a.n * all >= kSerialBelow;
-#pragma omp parallel for schedule(static) num_threads(num_threads) if (parallel)
-  for (int64_t sample = 0; sample < a.n; ++sample) {
+  for_jobs(a.n, num_threads, a.n * all < kSerialBelow, [&](int64_t sample) {
     const Sample shared(a, sample);
     double nats = 0.0;
     for (int64_t chunk = 0; chunk < all; chunk += kChunk) {
@@ -99,7 +98,7 @@ void vlb_terms(const VlbTermsArgs& a, int num_threads) {
       nats += sum(total);
     }
     a.terms[sample] = float(nats / double(all) * kInverseLn2);
-  }
+  });
 }
 
 }  // namespace IDDPM_ISA

@@ -3,6 +3,7 @@
 #include "common/gaussian.h"
 #include "common/gaussian_exact.h"
 #include "common/lanes.h"
+#include "common/threads.h"
 #include "common/tile.h"
 
 namespace iddpm {
@@ -54,10 +55,8 @@ float run_chunk(const VlbToAllArgs& a, const float* row, bool decoder, int64_t s
 // A term belongs to one thread, which adds its elements in order.
 void vlb_to_all(const VlbToAllArgs& a, int num_threads) {
   const int64_t jobs = a.n * a.num_targets;
-  const bool parallel = num_threads > 1 && jobs * a.count >= kSerialBelow;
   // Half of the pairs of a batch are no jumps and take no time.
-#pragma omp parallel for schedule(dynamic, 4) num_threads(num_threads) if (parallel)
-  for (int64_t job = 0; job < jobs; ++job) {
+  for_uneven_jobs(jobs, num_threads, jobs * a.count < kSerialBelow, [&](int64_t job) {
     const float* row = a.rows + job * kNumColumns;
     const bool decoder = a.targets[job % a.num_targets] < 0;
     double nats = 0.0;
@@ -68,7 +67,7 @@ void vlb_to_all(const VlbToAllArgs& a, int num_threads) {
                         left < kTile * kLanes ? left : kTile * kLanes);
     }
     a.terms[job] = float(nats / double(a.count) * kInverseLn2);
-  }
+  });
 }
 
 }  // namespace IDDPM_ISA

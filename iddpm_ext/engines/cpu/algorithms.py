@@ -105,13 +105,6 @@ class Chooser:
         return ALGORITHMS["F4" if tiles > 4 else "F2"]
 
 
-def choose_block(channels: int, algorithm: Algorithm) -> int:
-    """How many tiles are transformed at a time, so that they stay in the second cache level."""
-    per_tile = (algorithm.tile + 2) ** 2 * (channels + 48)
-    floats = (192 if algorithm.bf16 else 96) * 1024
-    return max(12, floats // per_tile // 12 * 12)
-
-
 def load_chooser(family: str | None = None, *, tiles: bool = False) -> Chooser:
     """The choices on this machine: what the user's own table has, else what ships for the family.
 

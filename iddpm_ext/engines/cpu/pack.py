@@ -1,6 +1,6 @@
 """Weights in the layouts that the CPU engine's kernels read (`csrc/unet_engine/plan.h`).
 
-A panel is 32 output columns wide; missing columns are zero. All of it happens once, in float64.
+A panel is 32 output columns wide (`_C.PANEL`); missing columns are zero. All of it happens once, in float64.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-PANEL = 32
+from iddpm_ext import _native
 
 # Winograd's points besides infinity; F(4, 3) takes those whose powers stay closest to one.
 _POINTS = {2: (0.0, 1.0, -1.0), 4: (0.0, 0.5**0.5, -(0.5**0.5), 2.0**0.5, -(2.0**0.5))}
@@ -17,14 +17,15 @@ _POINTS = {2: (0.0, 1.0, -1.0), 4: (0.0, 0.5**0.5, -(0.5**0.5), 2.0**0.5, -(2.0*
 
 def pack_matrix(weight: Tensor) -> Tensor:
     """weight [K, C] -> float32 [ceil(K / 32), C, 32]."""
-    columns = weight.shape[0]
-    padded = F.pad(weight.detach(), (0, 0, 0, -columns % PANEL))
-    return padded.unflatten(0, (-1, PANEL)).transpose(1, 2).float().contiguous()
+    columns, panel = weight.shape[0], _native.native().PANEL
+    padded = F.pad(weight.detach(), (0, 0, 0, -columns % panel))
+    return padded.unflatten(0, (-1, panel)).transpose(1, 2).float().contiguous()
 
 
 def pack_vector(vector: Tensor) -> Tensor:
     """vector [K] -> a float32 copy [ceil(K / 32) * 32], zero-padded."""
-    packed = torch.zeros(vector.shape[0] + -vector.shape[0] % PANEL)
+    missing = -vector.shape[0] % _native.native().PANEL
+    packed = torch.zeros(vector.shape[0] + missing, dtype=torch.float32, device="cpu")
     packed[: vector.shape[0]] = vector.detach()
     return packed
 
@@ -45,8 +46,8 @@ def pack_tiles(weight: Tensor) -> Tensor:
     The last three: pairs of channels, columns, and which of the pair; missing ones are zero.
     """
     columns, channels, taps = weight.shape
-    padded = F.pad(weight.detach(), (0, 0, 0, -channels % 32, 0, -columns % PANEL))
-    shape = (padded.shape[0] // PANEL, 2, 16, padded.shape[1] // 32, 16, 2, taps)
+    padded = F.pad(weight.detach(), (0, 0, 0, -channels % 32, 0, -columns % 32))
+    shape = (padded.shape[0] // 32, 2, 16, padded.shape[1] // 32, 16, 2, taps)
     return padded.reshape(shape).permute(0, 6, 3, 1, 4, 2, 5).bfloat16().contiguous()
 
 
@@ -78,5 +79,6 @@ def pack_winograd(weight: Tensor, tile: int) -> Tensor:
     """weight [K, C, 3, 3] -> G g G^T as float32 [ceil(K / 32), (tile + 2)^2, C, 32]."""
     g = filter_transform(tile)
     u = torch.einsum("ia,jb,kcab->ijkc", g, g, weight.detach().double()).flatten(0, 1)
-    padded = F.pad(u, (0, 0, 0, -weight.shape[0] % PANEL)).unflatten(1, (-1, PANEL))
+    panel = _native.native().PANEL
+    padded = F.pad(u, (0, 0, 0, -weight.shape[0] % panel)).unflatten(1, (-1, panel))
     return padded.permute(1, 0, 3, 2).float().contiguous()

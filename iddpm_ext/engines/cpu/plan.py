@@ -17,7 +17,7 @@ from iddpm_ext import _native
 from iddpm_ext.engines.base import NotServed
 from iddpm_ext.engines.cpu import pack
 from iddpm_ext.engines.cpu import rows as ops
-from iddpm_ext.engines.cpu.algorithms import Algorithm, ConvShape, choose_block
+from iddpm_ext.engines.cpu.algorithms import Algorithm, ConvShape
 from iddpm_ext.engines.cpu.operands import (
     CONVOLUTION,
     STRIDED,
@@ -29,9 +29,7 @@ from iddpm_ext.engines.cpu.operands import (
 from iddpm_ext.networks.unet import AttentionBlock, Downsample, ResBlock, UNet, Upsample
 
 _ALIGN = 16  # floats: 64 bytes
-_ROUNDED = 128 * 1024  # values that a thread rounds to bfloat16 at a time; see gemm_bf16.cpp
 _CACHED = 256 * 1024  # floats of a block that stay in the second cache level
-_TEAM_TILES = 24  # tiles a thread below which a team divides channels instead; see winograd.cpp
 
 
 @dataclass(frozen=True)
@@ -164,8 +162,13 @@ class Planner:
             wide = upper or out
         self._head(out)
         return Plan(
-            *(self.rows, self.arena.size, self.shared, self.scratch, self.embedding),
-            *(self.convolutions, list(self._maps.values())),
+            rows=self.rows,
+            arena_floats=self.arena.size,
+            shared_floats=self.shared,
+            scratch_floats=self.scratch,
+            embedding_floats=self.embedding,
+            convolutions=self.convolutions,
+            maps=list(self._maps.values()),
         )
 
     def _new(self, channels: int, size: tuple[int, int]) -> Map:
@@ -178,7 +181,7 @@ class Planner:
 
     def _emit(self, row: ops.Row) -> None:
         if self.batch < self.whole_batch:
-            row[ops.WORDS - 1] = self._first << 32 | self.batch
+            row = ops.of_samples(row, self._first, self.batch)
         self.rows.append(row)
 
     def _block(self, block: Any, source: Map, out: Map) -> None:
@@ -233,7 +236,11 @@ class Planner:
                 self._linear(layer.skip_connection, source, out)
             residual = out
         self._normed_conv(
-            *(layer.out_layers[0], layer.out_layers[3], h, out, residual),
+            layer.out_layers[0],
+            layer.out_layers[3],
+            h,
+            out,
+            residual,
             in_place=True,
             embedding=self._projections[layer],
             scale_shift=layer.scale_shift,
@@ -256,14 +263,13 @@ class Planner:
         algorithm = self._algorithm(conv, source, out)
         if algorithm.tiles:
             image = self._image(source)
-            self._norm(
-                *(norm, source, self._operand(image)), embedding=embedding, scale_shift=scale_shift
-            )
+            operand = self._operand(image)
+            self._norm(norm, source, operand, embedding=embedding, scale_shift=scale_shift)
             self._tile_conv(conv, image, out, residual)
             self._drop(image)
         else:
             normed = source if in_place else self._new(source.channels, source.size)
-            self._norm(*(norm, source, normed.buffer), embedding=embedding, scale_shift=scale_shift)
+            self._norm(norm, source, normed.buffer, embedding=embedding, scale_shift=scale_shift)
             self._winograd(conv, algorithm, normed, out, residual)
             if not in_place:
                 self._free(normed)
@@ -280,7 +286,7 @@ class Planner:
             self._norm(layer.norm, source, operand, silu=False)
             self._tile_linear(layer.qkv, image, qkv)
             self._emit(ops.attention_row(*shape, operand))
-            self._need_scratch(_native.native().tile_attention_workspace(source.pixels, width))
+            self._need_scratch(_native.native().tile_attention_scratch(source.pixels, width))
             self._tile_linear(layer.proj_out, image, out, source)
             self._drop(image)
         else:
@@ -316,7 +322,9 @@ class Planner:
             first = phase // 2 * width + phase % 2
             buffer = ops.Buffer(out.buffer.address + 4 * first * out.buffer.pitch, out.buffer.pitch)
             self._product(
-                *(conv, f"doubled {phase}", partial(doubled_filter, conv.weight, phase)),
+                conv,
+                f"doubled {phase}",
+                partial(doubled_filter, conv.weight, phase),
                 self._operand(image, doubled_taps(phase), (2, 2 * width, height * width)),
                 Map(buffer, out.channels, out.size),
             )
@@ -344,16 +352,22 @@ class Planner:
         bias = self.packer(norm, "bias", lambda: pack.pack_vector(norm.bias))
         self._emit(
             ops.group_norm_row(
-                *(source.pixels, source.buffer, source.channels, norm.num_groups),
-                *(weight, bias, out),
+                source.pixels,
+                source.buffer,
+                source.channels,
+                norm.num_groups,
+                weight,
+                bias,
+                out,
                 eps=norm.eps,
                 silu=silu,
                 embedding=embedding,
                 scale_shift=scale_shift,
             )
         )
-        chunks = -(-source.pixels // 256)
-        self.shared = max(self.shared, self.batch * (chunks + 1) * 2 * source.channels)
+        self._need_shared(
+            _native.native().group_norm_shared(self.batch, source.pixels, source.channels)
+        )
 
     def _weight(self, layer: Any, form: str, make: Callable[[], Tensor], bf16: bool) -> Tensor:
         if bf16:
@@ -377,24 +391,35 @@ class Planner:
         )
         self._emit(
             ops.gemm_row(
-                *(source.pixels, source.buffer, source.channels, out.channels, weight),
-                *(self._bias(layer), out.buffer, residual.buffer if residual else None),
+                source.pixels,
+                source.buffer,
+                source.channels,
+                out.channels,
+                weight,
+                self._bias(layer),
+                out.buffer,
+                residual.buffer if residual else None,
             )
         )
-        if bf16:  # rounded rows; see gemm_bf16.cpp
-            rows = min(self.batch * source.pixels, _ROUNDED // source.channels + _TEAM_TILES)
-            self._need_scratch(rows * (source.channels + 2 * _ALIGN) // 2)
+        if bf16:
+            rows = self.batch * source.pixels
+            self._need_scratch(_native.native().gemm_bf16_scratch(rows, source.channels))
 
     def _gathered(self, layer: Any, source: Map, out: Map, stride: int = 1) -> None:
         weight = self.packer(layer, "taps", lambda: pack.pack_taps(layer.weight))
         self._emit(
             ops.conv_row(
-                *(source.size, source.buffer, source.channels, out.channels, weight),
-                *(self._bias(layer), out.buffer),
+                source.size,
+                source.buffer,
+                source.channels,
+                out.channels,
+                weight,
+                self._bias(layer),
+                out.buffer,
                 stride=stride,
             )
         )
-        self._need_scratch(12 * (9 * source.channels + 16))
+        self._need_scratch(_native.native().conv_scratch(source.channels))
 
     def _shape(self, source: Map, out: Map, upscale: int = 0) -> ConvShape:
         return ConvShape(*out.size, source.channels, out.channels, self.whole_batch, bool(upscale))
@@ -422,23 +447,34 @@ class Planner:
         form = f"F({tile})"
         weight = self._weight(layer, form, lambda: pack.pack_winograd(layer.weight, tile), bf16)
         tiles = self.batch * -(-out.size[0] // tile) * -(-out.size[1] // tile)
-        block = choose_block(source.channels, algorithm)
+        native = _native.native()
+        block = native.winograd_block(tile, source.channels, bf16)
         self._emit(
             ops.winograd_row(
-                *(out.size, source.buffer, source.channels, out.channels, weight),
-                *(self._bias(layer), out.buffer, residual.buffer if residual else None),
+                out.size,
+                source.buffer,
+                source.channels,
+                out.channels,
+                weight,
+                self._bias(layer),
+                out.buffer,
+                residual.buffer if residual else None,
                 tile=tile,
                 upscale=upscale,
                 block=block,
             )
         )
-        products = (tile + 2) ** 2
-        pitch = source.channels + _ALIGN
-        few = min(tiles, _TEAM_TILES * self.threads)
-        self.shared = max(self.shared, products * few * pitch)
-        self._need_scratch(
-            products * max(few * pack.PANEL, min(block, tiles) * (pitch + pack.PANEL))
-        )
+        if bf16:
+            shared = native.winograd_bf16_shared(tiles, source.channels, self.threads)
+            scratch = native.winograd_bf16_scratch(tiles, source.channels, block)
+        else:
+            shared = native.winograd_shared(tile, tiles, source.channels, self.threads)
+            scratch = native.winograd_scratch(tile, tiles, source.channels, block, self.threads)
+        self._need_shared(shared)
+        self._need_scratch(scratch)
+
+    def _need_shared(self, floats: int) -> None:
+        self.shared = max(self.shared, floats)
 
     def _image(
         self, source: Map, channels: int | None = None, *, halo: bool = True, phases: int = 1
@@ -507,11 +543,15 @@ class Planner:
         residual: Map | None = None,
     ) -> None:
         packed = self.packer(layer, form, lambda: pack.pack_tiles(weight()))
-        residual_buffer = residual.buffer if residual else None
         self._emit(
             ops.tile_product_row(
-                *(source, packed.shape[2], out.channels, packed, self._bias(layer), out.buffer),
-                residual_buffer,
+                source,
+                packed.shape[2],
+                out.channels,
+                packed,
+                self._bias(layer),
+                out.buffer,
+                residual.buffer if residual else None,
             )
         )
 

@@ -1,7 +1,8 @@
 """The rows of the CPU engine's plan: one function for each struct of `csrc/unet_engine/plan.h`.
 
-A row is 18 integers, of which the last says for which samples it is.
-A buffer is its address and its pitch: the floats between two pixels.
+A row is its kind (`_C.RowKind`), then the words of the kind's struct; the last word of all says for
+which samples it is (`of_samples`). A buffer is its address and its pitch: the floats between two
+pixels.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-WORDS = 18
+from iddpm_ext import _native
+
 Row = list[int]
 
 
@@ -41,8 +43,15 @@ class Operand:
         return int(self.map[4])
 
 
-def _row(*words: int) -> Row:
-    return [*words, *[0] * (WORDS - len(words))]
+def of_samples(row: Row, first: int, count: int) -> Row:
+    """The row for so many samples from `first` on, whatever the number of those there are."""
+    return [*row[:-1], first << 32 | count]
+
+
+def _row(kind: str, *words: int) -> Row:
+    native = _native.native()
+    row = [int(getattr(native.RowKind, kind)), *words]
+    return row + [0] * (native.ROW_WORDS - len(row))
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -55,12 +64,12 @@ def _residual(residual: Buffer | None) -> tuple[int, int]:
 
 def input_row(channels: int, pixels: int, out: Buffer) -> Row:
     """The caller's NCHW input -> out."""
-    return _row(0, channels, pixels, out.address, out.pitch)
+    return _row("INPUT", channels, pixels, out.address, out.pitch)
 
 
 def output_row(channels: int, pixels: int, source: Buffer) -> Row:
     """source -> the caller's NCHW output."""
-    return _row(1, channels, pixels, source.address, source.pitch)
+    return _row("OUTPUT", channels, pixels, source.address, source.pitch)
 
 
 def gemm_row(
@@ -74,19 +83,18 @@ def gemm_row(
     residual: Buffer | None = None,
 ) -> Row:
     """out = source * weight + bias + residual over `rows` pixels a sample."""
-    kind = 7 if weight.dtype == torch.bfloat16 else 2
     return _row(
-        *(
-            kind,
-            rows,
-            source.address,
-            source.pitch,
-            depth,
-            columns,
-            _address(weight),
-            _address(bias),
-        ),
-        *(*_residual(residual), out.address, out.pitch),
+        "GEMM_BF16" if weight.dtype == torch.bfloat16 else "GEMM",
+        rows,
+        source.address,
+        source.pitch,
+        depth,
+        columns,
+        _address(weight),
+        _address(bias),
+        *_residual(residual),
+        out.address,
+        out.pitch,
     )
 
 
@@ -105,9 +113,19 @@ def conv_row(
 ) -> Row:
     """A 3x3 convolution by gathered rows; size is the input's before up-sampling."""
     return _row(
-        *(3, *size, source.address, source.pitch, channels, columns),
-        *(_address(weight), _address(bias), *_residual(residual), out.address, out.pitch),
-        *(stride, upscale),
+        "CONV",
+        *size,
+        source.address,
+        source.pitch,
+        channels,
+        columns,
+        _address(weight),
+        _address(bias),
+        *_residual(residual),
+        out.address,
+        out.pitch,
+        stride,
+        upscale,
     )
 
 
@@ -126,11 +144,21 @@ def winograd_row(
     block: int = 24,
 ) -> Row:
     """A 3x3 convolution by Winograd's F(tile, 3), `block` tiles at a time; size is the output's."""
-    kind = 8 if weight.dtype == torch.bfloat16 else 4
     return _row(
-        *(kind, *size, source.address, source.pitch, channels, columns),
-        *(_address(weight), _address(bias), *_residual(residual), out.address, out.pitch),
-        *(tile, upscale, block),
+        "WINOGRAD_BF16" if weight.dtype == torch.bfloat16 else "WINOGRAD",
+        *size,
+        source.address,
+        source.pitch,
+        channels,
+        columns,
+        _address(weight),
+        _address(bias),
+        *_residual(residual),
+        out.address,
+        out.pitch,
+        tile,
+        upscale,
+        block,
     )
 
 
@@ -150,18 +178,27 @@ def group_norm_row(
 ) -> Row:
     """GroupNorm, with the embedding at that offset of a sample's row, and SiLU."""
     (eps_bits,) = struct.unpack("<q", struct.pack("<d", eps))
-    kind = 10 if isinstance(out, Operand) else 5
-    target = _address(out.map) if isinstance(out, Operand) else out.pitch
     return _row(
-        *(kind, pixels, source.address, source.pitch, channels, groups),
-        *(_address(weight), _address(bias), embedding, int(scale_shift), int(silu), eps_bits),
-        *(out.address, target),
+        "NORM_OPERAND" if isinstance(out, Operand) else "GROUP_NORM",
+        pixels,
+        source.address,
+        source.pitch,
+        channels,
+        groups,
+        _address(weight),
+        _address(bias),
+        embedding,
+        int(scale_shift),
+        int(silu),
+        eps_bits,
+        out.address,
+        _address(out.map) if isinstance(out, Operand) else out.pitch,
     )
 
 
 def attention_row(tokens: int, heads: int, width: int, qkv: Buffer, out: Buffer | Operand) -> Row:
     """Attention over `tokens` pixels a sample; channels of qkv are [heads][q, k, v][width]."""
-    kind = 12 if isinstance(out, Operand) else 6
+    kind = "TILE_ATTENTION" if isinstance(out, Operand) else "ATTENTION"
     return _row(kind, tokens, heads, width, qkv.address, qkv.pitch, out.address, out.pitch)
 
 
@@ -180,8 +217,15 @@ def round_row(
     what rounding left.
     """
     return _row(
-        *(11, *size, source.address, source.pitch, channels),
-        *(out.address, _address(out.map), phase, rest),
+        "ROUND",
+        *size,
+        source.address,
+        source.pitch,
+        channels,
+        out.address,
+        _address(out.map),
+        phase,
+        rest,
     )
 
 
@@ -196,14 +240,14 @@ def tile_product_row(
 ) -> Row:
     """out = the sum over the map's taps of source * weight, + bias + residual, by AMX tiles."""
     return _row(
-        *(
-            9,
-            _address(source.map),
-            source.address,
-            chunks,
-            columns,
-            _address(weight),
-            _address(bias),
-        ),
-        *(*_residual(residual), out.address, out.pitch),
+        "TILE_PRODUCT",
+        _address(source.map),
+        source.address,
+        chunks,
+        columns,
+        _address(weight),
+        _address(bias),
+        *_residual(residual),
+        out.address,
+        out.pitch,
     )
