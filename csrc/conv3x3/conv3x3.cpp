@@ -100,6 +100,10 @@ int run(const Conv3x3Args& args, int num_threads) {
 }  // namespace
 
 int conv3x3(const Conv3x3Args& args, int num_threads) {
+  if (args.tile == 0) {
+    const auto kernel = IDDPM_AMX(conv3x3_tiles);
+    return kernel ? kernel(args, num_threads) : kNoInstructions;
+  }
   return args.dtype == DType::kFloat32 ? run<float>(args, num_threads)
                                        : run<BFloat16>(args, num_threads);
 }

@@ -7,6 +7,7 @@
 // with the taps reversed and the channels exchanged: strides say both.
 #pragma once
 
+#include "common/amx.h"
 #include "common/dtype.h"
 #include "common/isa.h"
 
@@ -30,7 +31,7 @@ struct Conv3x3Args {
   const float* bias;  // [K] or null
   void* out;
   int64_t out_stride;
-  int64_t tile;     // m: 2 or 4
+  int64_t tile;     // m: 2 or 4; 0: directly, by tiles of AMX with rounded weights, bfloat16 only
   int64_t upscale;  // 0; 1: `in` is doubled by nearest neighbour; -1: `out` is summed over 2 x 2
 };
 
@@ -54,4 +55,7 @@ enum Conv3x3Status : int { kDone = 0, kNoInstructions = 1, kNoMemory = 2 };
 
 IDDPM_DECLARE_CPU(int, conv3x3, (const iddpm::Conv3x3Args& args, int num_threads))
 IDDPM_DECLARE_CPU(int, conv3x3_weight_bwd,
+                  (const iddpm::Conv3x3WeightBwdArgs& args, int num_threads))
+IDDPM_DECLARE_AMX(int, conv3x3_tiles, (const iddpm::Conv3x3Args& args, int num_threads))
+IDDPM_DECLARE_AMX(int, conv3x3_weight_bwd_tiles,
                   (const iddpm::Conv3x3WeightBwdArgs& args, int num_threads))

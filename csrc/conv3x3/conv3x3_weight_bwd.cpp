@@ -167,6 +167,10 @@ int run(const Conv3x3WeightBwdArgs& args, int num_threads) {
 }  // namespace
 
 int conv3x3_weight_bwd(const Conv3x3WeightBwdArgs& args, int num_threads) {
+  if (args.tile == 0) {
+    const auto kernel = IDDPM_AMX(conv3x3_weight_bwd_tiles);
+    return kernel ? kernel(args, num_threads) : kNoInstructions;
+  }
   if (args.dtype == DType::kFloat32)
     return args.tile == 4 ? run<4, float>(args, num_threads) : run<2, float>(args, num_threads);
   return args.tile == 4 ? run<4, BFloat16>(args, num_threads) : run<2, BFloat16>(args, num_threads);

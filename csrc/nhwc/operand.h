@@ -31,6 +31,21 @@ struct OperandMap {
   int64_t taps, tap[kMostTaps];            // halves from a position to its tap
 };
 
+// The map of a 3 x 3 convolution with stride 1 and padding 1, in one copy; the engine's planner
+// lays out the others.
+static inline OperandMap convolution_map(int64_t height, int64_t width, int64_t channels) {
+  const int64_t row = width + 1, pitch = round_up(channels, 32);
+  OperandMap map{height, width, row, (height + 1) * row, pitch, 0, 1, width, height * width, 9, {}};
+  for (int64_t t = 0; t < 9; ++t) map.tap[t] = ((t / 3 - 1) * row + t % 3 - 1) * pitch;
+  return map;
+}
+
+// Positions before the first pixel of such an image, and of all of it with what tiles read beyond.
+static inline int64_t positions_before(const OperandMap& map) { return map.row + 1; }
+static inline int64_t positions_of(const OperandMap& map, int64_t n) {
+  return positions_before(map) + n * map.sample + 32;
+}
+
 namespace IDDPM_ISA {
 
 // Writes an operand image row by row, zeros around it included. Rows are those of the map.

@@ -20,6 +20,7 @@ struct TileProductOp {
   int64_t residual_stride;
   float* out;
   int64_t out_stride;
+  BFloat16* out_half;  // null; or where the sums go, rounded, instead of `out`
 };
 
 }  // namespace iddpm

@@ -97,7 +97,7 @@ template <int T>
 IDDPM_INLINE void store_rows(const TileProductOp& op, const TilePixels& tile, int64_t column,
                              float* scratch) {
   const int64_t columns = smaller(kPanel, op.columns - column);
-  if (tile.whole && !op.residual && columns == kPanel) {
+  if (tile.whole && !op.residual && !op.out_half && columns == kPanel) {
     float* out = op.out + tile.pixel[0] * op.out_stride + column;
     const int64_t stride = (tile.pixel[1] - tile.pixel[0]) * op.out_stride * int64_t{sizeof(float)};
     tile_store<T>(out, stride);
@@ -106,7 +106,7 @@ IDDPM_INLINE void store_rows(const TileProductOp& op, const TilePixels& tile, in
   }
   tile_store<T>(scratch, kPanel * sizeof(float));
   tile_store<T + 1>(scratch + kTileEdge, kPanel * sizeof(float));
-  if (tile.whole && columns == kPanel) {
+  if (tile.whole && op.residual && !op.out_half && columns == kPanel) {
     const int64_t step = tile.pixel[1] - tile.pixel[0];
     const float* residual = op.residual + tile.pixel[0] * op.residual_stride + column;
     float* out = op.out + tile.pixel[0] * op.out_stride + column;
@@ -121,6 +121,12 @@ IDDPM_INLINE void store_rows(const TileProductOp& op, const TilePixels& tile, in
   }
   for (int64_t i = 0; i < kTileEdge; ++i) {
     if (tile.pixel[i] < 0) continue;
+    if (op.out_half) {
+      BFloat16* out = op.out_half + tile.pixel[i] * op.out_stride + column;
+      for (int64_t j = 0; j < columns; j += kWidth)
+        store(out + j, load<nv>(scratch + i * kPanel + j));
+      continue;
+    }
     float* out = op.out + tile.pixel[i] * op.out_stride + column;
     const float* residual =
         op.residual ? op.residual + tile.pixel[i] * op.residual_stride + column : nullptr;

@@ -35,13 +35,15 @@ def conv3x3(
     keeps them transformed. F(4x4, 3x3) does a quarter of the multiplications at several times the rounding
     error of the direct sum; F(2x2, 3x3), which `exact` and images of at most 4 pixels a side take, does
     4/9 of them at its error. Which one is a function of the image's size alone, so a sample's result
-    depends on neither batch nor threads. Channel counts that are no multiple of 16, and CPUs without AVX2,
+    depends on neither batch nor threads. bfloat16 images are convolved directly where the CPU has AMX, with
+    weights that are rounded too, unless `exact`. Channel counts that are no multiple of 16, and CPUs without AVX2,
     are served by PyTorch's library. On CUDA the reference, which is cuDNN's, serves.
 
     Args:
         x: [N, C, H, W], any strides; channels_last of any pitch is read in place. float32 or bfloat16;
             any floating dtype for the reference. Autocast leaves it alone.
-        weight: [K, C, 3, 3], bias: [K], any floating dtype. Both enter the CPU kernels in float32.
+        weight: [K, C, 3, 3], bias: [K], any floating dtype. Both enter the CPU kernels in float32,
+            but for AMX's weights.
         upscale: double height and width by nearest neighbour before.
         exact: keep to transforms whose error is that of direct convolution.
         backend: "auto", "reference" or "cpu".

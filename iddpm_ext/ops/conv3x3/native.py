@@ -25,8 +25,13 @@ def _served(x: Tensor, weight: Tensor) -> bool:
     return not ragged and x.numel() > 0 and weight.numel() > 0
 
 
-def _tile(height: int, width: int, exact: bool) -> int:
-    """m of F(m x m, 3 x 3): a function of an image's size alone, so that no result depends on the batch."""
+def _tile(dtype: torch.dtype, height: int, width: int, exact: bool) -> int:
+    """m of F(m x m, 3 x 3), or 0 for AMX.
+
+    A function of type and size of an image alone, so that no result depends on the batch.
+    """
+    if dtype == torch.bfloat16 and not exact and _native.native().has_tiles():
+        return 0
     return 4 if not exact and min(height, width) > 4 else 2
 
 
@@ -78,7 +83,7 @@ def cpu(x: Tensor, weight: Tensor, bias: Tensor | None, upscale: bool, exact: bo
         done = _run(
             "conv3x3_cpu", (n, h, w, c, len(weight)), DTYPE_CODES[x.dtype], source, _filter(weight),
             0 if bias is None else bias.data_ptr(), (y.data_ptr(), len(weight)),
-            _tile(h, w, exact), int(upscale),
+            _tile(x.dtype, h, w, exact), int(upscale),
         )  # fmt: skip
         del kept
         if done:
@@ -104,7 +109,7 @@ def cpu_bwd(
         return _library_bwd(dy, x, weight, upscale, (wants_x, wants_weight, wants_bias))
     n, c, h, w = x.shape
     size = (n, *dy.shape[2:])
-    tile = _tile(dy.shape[2], dy.shape[3], exact)
+    tile = _tile(x.dtype, dy.shape[2], dy.shape[3], exact)
     code = DTYPE_CODES[x.dtype]
     kept_dy, gradient = _pixels(dy)
     done = True

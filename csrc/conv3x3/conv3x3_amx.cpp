@@ -1,0 +1,115 @@
+// The convolution by tiles: images are copied into an operand image, and weights, rounded, into
+// pairs of channels. Doubled images are copied doubled; sums over squares are taken afterwards.
+#include "common/threads.h"
+#include "conv3x3/conv3x3.h"
+#include "conv3x3/workspace.h"
+#include "nhwc/amx_tile.h"
+#include "nhwc/tile_product.h"
+
+namespace iddpm {
+namespace IDDPM_ISA {
+
+namespace {
+
+// 16 out-channels from `first`, 32 channels from `channel` of all taps: [9] tiles, `stride` halves
+// apart.
+void pack_tiles(const Conv3x3Args& args, int64_t first, int64_t channel, int64_t stride,
+                BFloat16* out) {
+  alignas(64) float taps[9][kTileEdge][kTileDepth] = {};
+  const FilterView& w = args.weight;
+  const int64_t columns = smaller(kTileEdge, args.columns - first);
+  const int64_t channels = smaller(kTileDepth, args.channels - channel);
+  for (int64_t k = 0; k < columns; ++k) {
+    const float* filter = w.data + (first + k) * w.column + channel * w.channel;
+    for (int64_t c = 0; c < channels; ++c, filter += w.channel)
+      for (int64_t t = 0; t < 9; ++t) taps[t][k][c] = filter[t / 3 * w.row + t % 3 * w.tap];
+  }
+  for (int64_t t = 0; t < 9; ++t, out += stride) {
+    alignas(64) BFloat16 rows[kTileEdge][kTileDepth];
+    for (int64_t k = 0; k < kTileEdge; ++k)
+      for (int64_t c = 0; c < kTileDepth; c += kLanes) store(rows[k] + c, load(taps[t][k] + c));
+    transpose_pairs(rows[0], kTileDepth, out);
+  }
+}
+
+// Rows of the operand image.
+void copy_images(const Conv3x3Args& args, const OperandMap& map, Range rows, BFloat16* out) {
+  const OperandWriter writer(map, out, args.channels);
+  const int64_t up = args.upscale == 1, height = map.height >> up, width = map.width >> up;
+  for (int64_t row = rows.begin; row < rows.end; ++row) {
+    const int64_t sample = row / map.height, y = row % map.height;
+    const BFloat16* in = static_cast<const BFloat16*>(args.in) +
+                         (sample * height + (y >> up)) * width * args.in_stride;
+    BFloat16* pixel = writer.row(sample, y);
+    for (int64_t x = 0; x < map.width; ++x, pixel += map.pitch) {
+      std::memcpy(pixel, in + (x >> up) * args.in_stride, size_t(args.channels) * 2);
+      std::memset(pixel + args.channels, 0, size_t(map.pitch - args.channels) * 2);
+    }
+    writer.finish(sample, y);
+  }
+}
+
+// Sums over squares of 2 x 2 of [n, height, width, columns] -> out.
+void sum_squares(const Conv3x3Args& args, const float* sums, Range rows) {
+  const int64_t width = args.width / 2, step = args.columns, line = args.width * step;
+  for (int64_t row = rows.begin; row < rows.end; ++row) {
+    BFloat16* out = static_cast<BFloat16*>(args.out) + row * width * args.out_stride;
+    const float* in = sums + 2 * row * line;
+    for (int64_t x = 0; x < width; ++x, in += 2 * step, out += args.out_stride)
+      for (int64_t k = 0; k < step; k += kLanes)
+        store(out + k, (load(in + k) + load(in + step + k)) +
+                           (load(in + line + k) + load(in + line + step + k)));
+  }
+}
+
+}  // namespace
+
+int conv3x3_tiles(const Conv3x3Args& args, int num_threads) {
+  const OperandMap map = convolution_map(args.height, args.width, args.channels);
+  const int64_t chunks = divide_up(args.channels, kTileDepth);
+  const int64_t panels = divide_up(args.columns, kPanel);
+  const int64_t weight_halves = panels * 9 * chunks * 2 * kTileHalves;
+  const int64_t image_halves = positions_of(map, args.n) * map.pitch;
+  const bool summed = args.upscale < 0;
+  const int64_t sum_floats = summed ? args.n * args.height * args.width * args.columns : 0;
+  Workspace memory(weight_halves / 2 + Workspace::rounded(image_halves / 2) +
+                   Workspace::rounded(sum_floats) + panels * kPanel);
+  if (memory.failed()) return kNoMemory;
+  BFloat16* weight = reinterpret_cast<BFloat16*>(memory.take(weight_halves / 2));
+  BFloat16* image = reinterpret_cast<BFloat16*>(memory.take(image_halves / 2)) +
+                    positions_before(map) * map.pitch;
+  float* sums = memory.take(sum_floats);
+  float* bias = memory.take(panels * kPanel);
+  std::memset(bias, 0, size_t(panels * kPanel) * sizeof(float));
+  if (args.bias) std::memcpy(bias, args.bias, size_t(args.columns) * sizeof(float));
+  TileProductOp op{};
+  op.map = &map;
+  op.in = image;
+  op.chunks = chunks;
+  op.columns = args.columns;
+  op.w = weight;
+  op.bias = bias;
+  op.out = sums;
+  op.out_stride = summed ? args.columns : args.out_stride;
+  op.out_half = summed ? nullptr : static_cast<BFloat16*>(args.out);
+  for_threads(num_threads, false, [&](int64_t thread, int64_t threads) {
+    const Team team{thread, threads, args.n, nullptr, 0, nullptr, 0};
+    const Range tiles = share(2 * panels * chunks, 1, thread, threads);
+    for (int64_t i = tiles.begin; i < tiles.end; ++i) {
+      const int64_t half = i % 2, chunk = i / 2 % chunks, panel = i / 2 / chunks;
+      pack_tiles(args, panel * kPanel + half * kTileEdge, chunk * kTileDepth,
+                 chunks * 2 * kTileHalves,
+                 weight + ((panel * 9 * chunks + chunk) * 2 + half) * kTileHalves);
+    }
+    copy_images(args, map, share(args.n * map.height, 1, thread, threads), image);
+    barrier(team);
+    run_tile_product(op, team);
+    if (!summed) return;
+    barrier(team);
+    sum_squares(args, sums, share(args.n * args.height / 2, 1, thread, threads));
+  });
+  return kDone;
+}
+
+}  // namespace IDDPM_ISA
+}  // namespace iddpm

@@ -1,0 +1,205 @@
+// The gradient of the weights by tiles: for each tap the product dy^T x over all pixels.
+//
+// Pixels stand in a row of positions as in an operand image (nhwc/operand.h), the zeros between
+// rows and samples included, so that a tap is a distance. Both operands are made of pairs of
+// neighbouring positions: [pairs][channels][2]. Those of dy are turned into [channels][positions];
+// those of x come twice, beginning with even and with odd positions, for taps of even and odd
+// distance. Blocks of positions follow one another and each sum belongs to one thread, so that
+// their order depends on neither threads nor their number.
+#include "common/threads.h"
+#include "conv3x3/conv3x3.h"
+#include "conv3x3/workspace.h"
+#include "nhwc/amx_tile.h"
+#include "nhwc/operand.h"
+
+namespace iddpm {
+namespace IDDPM_ISA {
+
+namespace {
+
+constexpr int64_t kBlockHalves = 512 * 1024;  // of a block's operands: they stay in level 2
+
+// Pixels of a batch by position; null: zeros.
+struct PositionedImages {
+  const BFloat16* data;
+  int64_t n, height, width, stride, up;  // up: 1 where every pixel counts for four
+
+  const BFloat16* at(int64_t position) const {
+    const int64_t row = width + 1, sample_positions = (height + 1) * row;
+    if (position < 0 || position >= n * sample_positions) return nullptr;
+    const int64_t sample = position / sample_positions, rest = position % sample_positions;
+    const int64_t y = rest / row, x = rest % row;
+    if (x >= width || y >= height) return nullptr;
+    return data + ((sample * (height >> up) + (y >> up)) * (width >> up) + (x >> up)) * stride;
+  }
+};
+
+// Positions p and p + 1, channel by channel: `channels` pairs, a multiple of 16.
+void write_pair(const PositionedImages& images, int64_t p, int64_t channels, BFloat16* out) {
+  const BFloat16 *even = images.at(p), *odd = images.at(p + 1);
+  for (int64_t c = 0; c < channels; c += kLanes) {
+    Halves<vf> half[2] = {};
+    if (even) std::memcpy(&half[0], even + c, sizeof half[0]);
+    if (odd) std::memcpy(&half[1], odd + c, sizeof half[1]);
+    const vu pairs = __builtin_convertvector(half[0], vu) | __builtin_convertvector(half[1], vu)
+                                                                << 16;
+    std::memcpy(out + 2 * c, &pairs, sizeof pairs);
+  }
+}
+
+// Sizes of a call.
+struct Sizes {
+  int64_t channels, columns;  // padded to whole pairs of tiles
+  int64_t positions;          // of all samples
+  int64_t block;              // positions at a time, a multiple of 32
+  int64_t margin;             // positions before and after it that taps reach, an even number
+
+  explicit Sizes(const Conv3x3WeightBwdArgs& args) {
+    channels = round_up(args.channels, 2 * kTileEdge);
+    columns = round_up(args.columns, 2 * kTileEdge);
+    positions = args.n * (args.height + 1) * (args.width + 1);
+    margin = round_up(args.width + 2, 2);
+    const int64_t fit = kBlockHalves / (2 * channels + columns) / kTileDepth;
+    block = smaller(larger(fit, 2) * kTileDepth, round_up(positions, kTileDepth));
+  }
+  int64_t gradient_halves() const { return block * columns; }
+  int64_t source_halves() const { return (block + 2 * margin) * channels; }  // one of two
+  int64_t sum_floats() const { return 9 * channels * columns; }
+};
+
+// dy at 32 positions from `first`: [columns / 16] tiles of 16 out-channels by 32 positions.
+void pack_gradient(const PositionedImages& dy, int64_t first, int64_t columns, int64_t padded,
+                   BFloat16* pairs, BFloat16* out) {
+  for (int64_t i = 0; i < kTileEdge; ++i)
+    write_pair(dy, first + 2 * i, columns, pairs + i * 2 * padded);
+  for (int64_t k = 0; k < padded; k += kTileEdge, out += kTileHalves)
+    transpose_pairs(pairs + 2 * k, 2 * padded, out);
+}
+
+// Two by two tiles of the sums [16 k][16 c] of one tap += over the block's positions.
+void accumulate(const Sizes& sizes, const BFloat16* gradient, const BFloat16* source, bool begin,
+                float* sums, int64_t below) {
+  if (begin) {
+    tile_zero<0>();
+    tile_zero<1>();
+    tile_zero<2>();
+    tile_zero<3>();
+  } else {
+    tile_load<0>(sums, 64);
+    tile_load<1>(sums + 256, 64);
+    tile_load<2>(sums + below, 64);
+    tile_load<3>(sums + below + 256, 64);
+  }
+  const int64_t stride = 4 * sizes.channels;
+  for (int64_t p = 0; p < sizes.block; p += kTileDepth) {
+    tile_load<6>(source, stride);
+    tile_load<4>(gradient, 64);
+    tile_multiply<0, 4, 6>();
+    tile_load<7>(source + 2 * kTileEdge, stride);
+    tile_multiply<1, 4, 7>();
+    tile_load<5>(gradient + kTileHalves, 64);
+    tile_multiply<2, 5, 6>();
+    tile_multiply<3, 5, 7>();
+    source += kTileDepth * sizes.channels;
+    gradient += kTileEdge * 2 * sizes.columns;
+  }
+  tile_store<0>(sums, 64);
+  tile_store<1>(sums + 256, 64);
+  tile_store<2>(sums + below, 64);
+  tile_store<3>(sums + below + 256, 64);
+}
+
+// sums [9][K / 16][C / 16][16][16] -> dweight, for the out-channels of one tile.
+void scatter(const Conv3x3WeightBwdArgs& args, const Sizes& sizes, const float* sums,
+             int64_t tile) {
+  const FilterView& w = args.dweight;
+  const int64_t first = tile * kTileEdge, per_tap = sizes.channels * sizes.columns;
+  for (int64_t k = 0; k < smaller(kTileEdge, args.columns - first); ++k) {
+    float* filter = w.data + (first + k) * w.column;
+    for (int64_t c = 0; c < args.channels; ++c, filter += w.channel) {
+      const float* sum = sums + first * sizes.channels + c / 16 * 256 + k * 16 + c % 16;
+      for (int64_t t = 0; t < 9; ++t) filter[t / 3 * w.row + t % 3 * w.tap] = sum[t * per_tap];
+    }
+  }
+}
+
+// 16 out-channels of dbias, row by row.
+void add_bias(const Conv3x3WeightBwdArgs& args, int64_t first) {
+  const BFloat16* dy = static_cast<const BFloat16*>(args.dy) + first;
+  vf total = {};
+  for (int64_t row = 0; row < args.n * args.height; ++row) {
+    vf sum = {};
+    for (int64_t x = 0; x < args.width; ++x, dy += args.dy_stride) sum += load<vf>(dy);
+    total += sum;
+  }
+  store(args.dbias + first, total);
+}
+
+}  // namespace
+
+int conv3x3_weight_bwd_tiles(const Conv3x3WeightBwdArgs& args, int num_threads) {
+  const Sizes sizes(args);
+  Workspace memory(Workspace::rounded(sizes.gradient_halves() / 2) +
+                   Workspace::rounded(sizes.source_halves()) + sizes.sum_floats() +
+                   num_threads * kTileEdge * sizes.columns);
+  if (memory.failed()) return kNoMemory;
+  BFloat16* gradient = reinterpret_cast<BFloat16*>(memory.take(sizes.gradient_halves() / 2));
+  BFloat16* source = reinterpret_cast<BFloat16*>(memory.take(sizes.source_halves()));
+  float* sums = memory.take(sizes.sum_floats());
+  BFloat16* pairs =
+      reinterpret_cast<BFloat16*>(memory.take(num_threads * kTileEdge * sizes.columns));
+  const PositionedImages x{static_cast<const BFloat16*>(args.in),
+                           args.n,
+                           args.height,
+                           args.width,
+                           args.in_stride,
+                           args.upscale};
+  const PositionedImages dy{
+      static_cast<const BFloat16*>(args.dy), args.n, args.height, args.width, args.dy_stride, 0};
+  const int64_t k_tiles = sizes.columns / kTileEdge, c_tiles = sizes.channels / kTileEdge;
+  const int64_t per_tap = sizes.channels * sizes.columns;
+  // What fills the last tile is never written.
+  if (sizes.channels > args.channels) std::memset(source, 0, size_t(sizes.source_halves()) * 4);
+  std::memset(pairs, 0, size_t(num_threads * kTileEdge * sizes.columns) * 4);
+  for_threads(num_threads, false, [&](int64_t thread, int64_t threads) {
+    const Team team{thread, threads, args.n, nullptr, 0, nullptr, 0};
+    const Tiles tiles;
+    BFloat16* mine = pairs + thread * kTileEdge * 2 * sizes.columns;
+    for (int64_t first = 0; first < sizes.positions; first += sizes.block) {
+      const Range chunks = share(sizes.block / kTileDepth, 1, thread, threads);
+      for (int64_t i = chunks.begin; i < chunks.end; ++i)
+        pack_gradient(dy, first + i * kTileDepth, args.columns, sizes.columns, mine,
+                      gradient + i * kTileDepth * sizes.columns);
+      const int64_t wide = sizes.block + 2 * sizes.margin;
+      const Range both = share(wide, 1, thread, threads);  // pairs of either kind
+      for (int64_t i = both.begin; i < both.end; ++i) {
+        const int64_t odd = i >= wide / 2, pair = i - odd * (wide / 2);
+        write_pair(x, first - sizes.margin + 2 * pair + odd, args.channels,
+                   source + odd * sizes.source_halves() + pair * 2 * sizes.channels);
+      }
+      barrier(team);
+      const int64_t k_pairs = k_tiles / 2, c_pairs = c_tiles / 2;
+      const Range work = share(9 * k_pairs * c_pairs, 1, thread, threads);
+      for (int64_t i = work.begin; i < work.end; ++i) {
+        const int64_t k = i / c_pairs % k_pairs, c = i % c_pairs, tap = i / (k_pairs * c_pairs);
+        const int64_t distance = sizes.margin + (tap / 3 - 1) * (args.width + 1) + tap % 3 -
+                                 1;  // from the margin's start
+        const int64_t odd = distance % 2;
+        const BFloat16* from = source + odd * sizes.source_halves() +
+                               (distance - odd) * sizes.channels + c * 4 * kTileEdge;
+        float* sum = sums + tap * per_tap + (2 * k * c_tiles + 2 * c) * 256;
+        accumulate(sizes, gradient + 2 * k * kTileHalves, from, first == 0, sum, c_tiles * 256);
+      }
+      barrier(team);
+    }
+    const Range columns = share(divide_up(args.columns, kTileEdge), 1, thread, threads);
+    for (int64_t tile = columns.begin; tile < columns.end; ++tile) {
+      scatter(args, sizes, sums, tile);
+      if (args.dbias) add_bias(args, tile * kTileEdge);
+    }
+  });
+  return kDone;
+}
+
+}  // namespace IDDPM_ISA
+}  // namespace iddpm
