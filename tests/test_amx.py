@@ -22,6 +22,7 @@ from iddpm_ext.engines.cpu import operands, pack
 from iddpm_ext.engines.cpu import rows as ops
 from iddpm_ext.engines.cpu.algorithms import Chooser, ConvShape, load_chooser
 from iddpm_ext.engines.cpu.engine import CPUEngine
+from iddpm_ext.ops import conv3x3
 
 pytestmark = [
     pytest.mark.skipif(_native.cpu_absence() is not None, reason="needs iddpm_ext._C"),
@@ -276,6 +277,54 @@ def test_a_tap_too_far_or_a_pair_in_the_wrong_order_would_show(tiles):
         ]
         assert run(rows, n) == 0
         assert error(out, truth) > 0.1
+
+
+def half_an_ulp(ours: Tensor, truth: Tensor) -> bool:
+    """Whether `ours` is bfloat16 of what float32 sums give for `truth`."""
+    gap = (ours.double() - truth).abs()
+    return bool((gap <= 2**-8 * truth.abs() + 1e-6 * truth.abs().max()).all())
+
+
+@pytest.mark.parametrize("upscale", [False, True])
+@pytest.mark.parametrize(
+    ("n", "channels", "columns", "size"),
+    [
+        (2, 32, 32, (8, 8)),
+        (3, 64, 48, (7, 9)),
+        (1, 16, 80, (14, 14)),
+        (2, 48, 16, (1, 3)),
+        (17, 96, 32, (4, 4)),
+    ],
+)
+def test_training_convolves_rounded_operands(tiles, upscale, n, channels, columns, size):
+    x = torch.randn(n, channels, *size).bfloat16().contiguous(memory_format=torch.channels_last)
+    weight, bias = torch.randn(columns, channels, 3, 3), torch.randn(columns)
+    dy = torch.randn(n, columns, *(s << upscale for s in size)).bfloat16()
+    leaves = [v.requires_grad_() for v in (x, weight, bias)]
+    exact = [v.detach().double().requires_grad_() for v in (x, weight.bfloat16(), bias)]
+    truth = conv3x3(*exact, upscale=upscale, backend="reference")
+    expected = [truth, *torch.autograd.grad(truth, exact, dy.double())]
+    threads, results = torch.get_num_threads(), []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        y = conv3x3(*leaves, upscale=upscale, backend="cpu")
+        results.append([y, *torch.autograd.grad(y, leaves, dy)])
+    torch.set_num_threads(threads)
+    for ours, same in zip(*results, strict=True):
+        assert torch.equal(ours, same)
+    y, dx, dweight, dbias = results[0]
+    assert half_an_ulp(y, expected[0])
+    assert half_an_ulp(dx, expected[1])
+    assert error(dweight, expected[2]) < 1e-6
+    assert error(dbias, expected[3]) < 1e-6
+
+
+def test_exact_training_rounds_no_weight(tiles):
+    x = torch.randn(2, 32, 8, 8).bfloat16().contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(32, 32, 3, 3)
+    truth = F.conv2d(x.double(), weight.double(), padding=1)
+    assert half_an_ulp(conv3x3(x, weight, exact=True, backend="cpu"), truth)
+    assert not half_an_ulp(conv3x3(x, weight, backend="cpu"), truth)
 
 
 def network(**options) -> UNet:

@@ -35,9 +35,9 @@ def conv3x3(
     keeps them transformed. F(4x4, 3x3) does a quarter of the multiplications at several times the rounding
     error of the direct sum; F(2x2, 3x3), which `exact` and images of at most 4 pixels a side take, does
     4/9 of them at its error. Which one is a function of the image's size alone, so a sample's result
-    depends on neither batch nor threads. bfloat16 images are convolved directly where the CPU has AMX, with
-    weights that are rounded too, unless `exact`. Channel counts that are no multiple of 16, and CPUs without AVX2,
-    are served by PyTorch's library. On CUDA the reference, which is cuDNN's, serves.
+    depends on neither batch nor threads. Unless `exact`, bfloat16 images are convolved directly where the
+    CPU has AMX, by weights that are rounded too. Channel counts that are no multiple of 16, and CPUs without
+    AVX2, are served by PyTorch's library. On CUDA the reference, which is cuDNN's, serves.
 
     Args:
         x: [N, C, H, W], any strides; channels_last of any pitch is read in place. float32 or bfloat16;
