@@ -107,13 +107,14 @@ class _Run:
         classes = model.config.num_classes
         labels = None if classes is None else torch.zeros(batch, dtype=torch.int64)
         self._engine.set_schedule(torch.zeros(1), labels)
-        self._x = torch.zeros(batch, self._engine.in_channels, *self._engine.size)
+        x = torch.zeros(batch, self._engine.in_channels, *self._engine.size)
+        self._run_row = self._engine.prepare_rows(x)
         self._seconds: dict[int, list[float]] = {row: [] for row, _ in self._engine.convolutions}
 
     def __call__(self) -> None:
         for row in range(self._engine.num_rows):
             start = time.process_time()
-            self._engine.run_row(row, self._x)
+            self._run_row(row)
             if row in self._seconds:
                 self._seconds[row].append(time.process_time() - start)
 
