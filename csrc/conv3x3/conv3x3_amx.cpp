@@ -42,8 +42,11 @@ void copy_images(const Conv3x3Args& args, const OperandMap& map, Range rows, BFl
                          (sample * height + (y >> up)) * width * args.in_stride;
     BFloat16* pixel = writer.row(sample, y);
     for (int64_t x = 0; x < map.width; ++x, pixel += map.pitch) {
-      std::memcpy(pixel, in + (x >> up) * args.in_stride, size_t(args.channels) * 2);
-      std::memset(pixel + args.channels, 0, size_t(map.pitch - args.channels) * 2);
+      const BFloat16* from = in + (x >> up) * args.in_stride;
+      for (int64_t c = 0; c < args.channels; c += kLanes)
+        std::memcpy(pixel + c, from + c, kLanes * sizeof(BFloat16));
+      if (args.channels < map.pitch)
+        std::memset(pixel + args.channels, 0, kLanes * sizeof(BFloat16));
     }
     writer.finish(sample, y);
   }

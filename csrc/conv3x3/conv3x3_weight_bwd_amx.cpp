@@ -19,24 +19,48 @@ namespace {
 
 constexpr int64_t kBlockHalves = 512 * 1024;  // of a block's operands: they stay in level 2
 
-// Pixels of a batch by position; null: zeros.
-struct PositionedImages {
+// The pixels of a batch.
+struct Images {
   const BFloat16* data;
   int64_t n, height, width, stride, up;  // up: 1 where every pixel counts for four
-
-  const BFloat16* at(int64_t position) const {
-    const int64_t row = width + 1, sample_positions = (height + 1) * row;
-    if (position < 0 || position >= n * sample_positions) return nullptr;
-    const int64_t sample = position / sample_positions, rest = position % sample_positions;
-    const int64_t y = rest / row, x = rest % row;
-    if (x >= width || y >= height) return nullptr;
-    return data + ((sample * (height >> up) + (y >> up)) * (width >> up) + (x >> up)) * stride;
-  }
 };
 
-// Positions p and p + 1, channel by channel: `channels` pairs, a multiple of 16.
-void write_pair(const PositionedImages& images, int64_t p, int64_t channels, BFloat16* out) {
-  const BFloat16 *even = images.at(p), *odd = images.at(p + 1);
+// Walks over positions.
+class Cursor {
+ public:
+  Cursor(const Images& images, int64_t position) : images_(images), position_(position) {
+    const int64_t row = images.width + 1, from = larger(position, 0);
+    x_ = from % row;
+    y_ = from / row % (images.height + 1);
+    sample_ = from / row / (images.height + 1);
+  }
+
+  // The pixel of this position, null where it has none; then goes on to the next position.
+  const BFloat16* next() {
+    const Images& i = images_;
+    const bool outside = position_ < 0 || x_ == i.width || y_ == i.height || sample_ >= i.n;
+    const int64_t line = sample_ * (i.height >> i.up) + (y_ >> i.up);
+    const BFloat16* pixel =
+        outside ? nullptr : i.data + (line * (i.width >> i.up) + (x_ >> i.up)) * i.stride;
+    if (position_++ >= 0 && ++x_ > i.width) {
+      x_ = 0;
+      if (++y_ > i.height) {
+        y_ = 0;
+        ++sample_;
+      }
+    }
+    return pixel;
+  }
+
+ private:
+  const Images& images_;
+  int64_t position_, x_, y_, sample_;
+};
+
+// The next two positions, channel by channel: `channels` pairs, a multiple of 16.
+IDDPM_INLINE void write_pair(Cursor& cursor, int64_t channels, BFloat16* out) {
+  const BFloat16* even = cursor.next();
+  const BFloat16* odd = cursor.next();
   for (int64_t c = 0; c < channels; c += kLanes) {
     Halves<vf> half[2] = {};
     if (even) std::memcpy(&half[0], even + c, sizeof half[0]);
@@ -67,11 +91,9 @@ struct Sizes {
   int64_t sum_floats() const { return 9 * channels * columns; }
 };
 
-// dy at 32 positions from `first`: [columns / 16] tiles of 16 out-channels by 32 positions.
-void pack_gradient(const PositionedImages& dy, int64_t first, int64_t columns, int64_t padded,
-                   BFloat16* pairs, BFloat16* out) {
-  for (int64_t i = 0; i < kTileEdge; ++i)
-    write_pair(dy, first + 2 * i, columns, pairs + i * 2 * padded);
+// dy at the next 32 positions: [columns / 16] tiles of 16 out-channels by 32 positions.
+void pack_gradient(Cursor& dy, int64_t columns, int64_t padded, BFloat16* pairs, BFloat16* out) {
+  for (int64_t i = 0; i < kTileEdge; ++i) write_pair(dy, columns, pairs + i * 2 * padded);
   for (int64_t k = 0; k < padded; k += kTileEdge, out += kTileHalves)
     transpose_pairs(pairs + 2 * k, 2 * padded, out);
 }
@@ -148,13 +170,13 @@ int conv3x3_weight_bwd_tiles(const Conv3x3WeightBwdArgs& args, int num_threads) 
   float* sums = memory.take(sizes.sum_floats());
   BFloat16* pairs =
       reinterpret_cast<BFloat16*>(memory.take(num_threads * kTileEdge * sizes.columns));
-  const PositionedImages x{static_cast<const BFloat16*>(args.in),
-                           args.n,
-                           args.height,
-                           args.width,
-                           args.in_stride,
-                           args.upscale};
-  const PositionedImages dy{
+  const Images x{static_cast<const BFloat16*>(args.in),
+                 args.n,
+                 args.height,
+                 args.width,
+                 args.in_stride,
+                 args.upscale};
+  const Images dy{
       static_cast<const BFloat16*>(args.dy), args.n, args.height, args.width, args.dy_stride, 0};
   const int64_t k_tiles = sizes.columns / kTileEdge, c_tiles = sizes.channels / kTileEdge;
   const int64_t per_tap = sizes.channels * sizes.columns;
@@ -167,15 +189,16 @@ int conv3x3_weight_bwd_tiles(const Conv3x3WeightBwdArgs& args, int num_threads) 
     BFloat16* mine = pairs + thread * kTileEdge * 2 * sizes.columns;
     for (int64_t first = 0; first < sizes.positions; first += sizes.block) {
       const Range chunks = share(sizes.block / kTileDepth, 1, thread, threads);
+      Cursor gradients(dy, first + chunks.begin * kTileDepth);
       for (int64_t i = chunks.begin; i < chunks.end; ++i)
-        pack_gradient(dy, first + i * kTileDepth, args.columns, sizes.columns, mine,
+        pack_gradient(gradients, args.columns, sizes.columns, mine,
                       gradient + i * kTileDepth * sizes.columns);
-      const int64_t wide = sizes.block + 2 * sizes.margin;
-      const Range both = share(wide, 1, thread, threads);  // pairs of either kind
-      for (int64_t i = both.begin; i < both.end; ++i) {
-        const int64_t odd = i >= wide / 2, pair = i - odd * (wide / 2);
-        write_pair(x, first - sizes.margin + 2 * pair + odd, args.channels,
-                   source + odd * sizes.source_halves() + pair * 2 * sizes.channels);
+      const Range half = share(sizes.block / 2 + sizes.margin, 1, thread, threads);
+      for (int64_t odd = 0; odd < 2; ++odd) {
+        Cursor sources(x, first - sizes.margin + 2 * half.begin + odd);
+        for (int64_t pair = half.begin; pair < half.end; ++pair)
+          write_pair(sources, args.channels,
+                     source + odd * sizes.source_halves() + pair * 2 * sizes.channels);
       }
       barrier(team);
       const int64_t k_pairs = k_tiles / 2, c_pairs = c_tiles / 2;

@@ -123,8 +123,13 @@ IDDPM_INLINE void store_rows(const TileProductOp& op, const TilePixels& tile, in
     if (tile.pixel[i] < 0) continue;
     if (op.out_half) {
       BFloat16* out = op.out_half + tile.pixel[i] * op.out_stride + column;
-      for (int64_t j = 0; j < columns; j += kWidth)
-        store(out + j, load<nv>(scratch + i * kPanel + j));
+      const float* sums = scratch + i * kPanel;
+      for (int64_t j = 0; j < columns; j += 2 * kWidth) {
+        if (columns - j >= 2 * kWidth)
+          store_both(out + j, load<nv>(sums + j), load<nv>(sums + j + kWidth));
+        else
+          store(out + j, load<nv>(sums + j));
+      }
       continue;
     }
     float* out = op.out + tile.pixel[i] * op.out_stride + column;

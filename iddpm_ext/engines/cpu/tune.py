@@ -114,13 +114,14 @@ class _Run:
         labels = None if classes is None else torch.zeros(batch, dtype=torch.int64, device="cpu")
         self._engine.begin(torch.zeros(1, dtype=torch.float32, device="cpu"), labels)
         shape = (batch, self._engine.in_channels, *self._engine.size)
-        self._x = torch.zeros(shape, dtype=torch.float32, device="cpu")
+        x = torch.zeros(shape, dtype=torch.float32, device="cpu")
+        self._run_row = self._engine.prepare_rows(x)
         self._seconds: dict[int, list[float]] = {row: [] for row, _ in self._engine.convolutions}
 
     def __call__(self) -> None:
         for row in range(self._engine.num_rows):
             start = time.process_time()
-            self._engine.run_row(row, self._x)
+            self._run_row(row)
             if row in self._seconds:
                 self._seconds[row].append(time.process_time() - start)
 
