@@ -150,7 +150,6 @@ def test_tuples_are_read_as_comma_separated_words():
 
 
 def test_info_prints_the_report_or_a_checkpoint(model, capsys):
-    pytest.importorskip("iddpm_ext.info")
     assert run("info") == 0
     assert "reverse_step" in capsys.readouterr().out
     assert run("info", "some.safetensors") == 0
