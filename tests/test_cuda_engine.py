@@ -12,8 +12,8 @@ import warnings
 import pytest
 import torch
 from cuda_emu import toolchain
+from engine_networks import CONFIGS, MORE_CONFIGS, SMALL, error, inputs, make, reference
 from fake_graphs import Counted, FakeGraphs, HostSync, no_waiting
-from test_cpu_engine import CONFIGS, SMALL, error, inputs, make, reference
 
 from iddpm_ext import Diffusion, _native, sample, sample_progressive
 from iddpm_ext.engines.cuda import engine as cuda_engine
@@ -27,14 +27,6 @@ from iddpm_ext.sampling.loop import network_of
 from iddpm_ext.sampling.request import make_request
 
 REASON = toolchain.absence() or _native.cpu_absence()
-MORE_CONFIGS = {
-    "averaged": {**SMALL, "conv_resample": False, "attention_resolutions": (8,)},
-    "resampling blocks, new heads": {
-        **{**SMALL, "attention_resolutions": (8,)},
-        **{"resblock_updown": True, "attention_order": "new"},
-    },
-    "concatenated identity": {**SMALL, "channel_mult": (2, 1)},
-}
 CHAIN = {"image_size": 8, "model_channels": 32, "num_res_blocks": 1, "channel_mult": (1, 2)}
 DRAW = {"backend": "cuda", "progress": False, "steps": 4, "n": 3}
 

@@ -402,6 +402,34 @@ def test_a_group_ends_though_the_last_exchange_is_still_held(tmp_path):
         finish(ranks, _TIMEOUT)
 
 
+# Rank 1 takes part only once rank 0 has seen that both of Gloo's threads are still at their exchange.
+_HELD = """
+import torch
+from datetime import timedelta
+import torch.distributed as dist
+from iddpm_ext import process_group
+
+torch.set_num_threads(1)
+process_group.begin("gloo", timedelta(seconds=100))
+store = process_group._meeting[0]
+if dist.get_rank() == 1:
+    store.wait(["seen"])
+works = [dist.all_reduce(torch.ones(3), async_op=True) for _ in range(2)]
+if dist.get_rank() == 0:
+    assert not process_group._wait_for_threads(0.05)
+    store.set("seen", "")
+for work in works:
+    work.wait()
+assert process_group._wait_for_threads(100)
+process_group.end()
+"""
+
+
+def test_a_group_waits_for_the_threads_that_hold_an_exchange_and_no_longer_than_it_may(tmp_path):
+    with started(["-c", _HELD], tmp_path) as ranks:
+        finish(ranks, _TIMEOUT)
+
+
 def _wait_for_records(out: Path) -> None:
     deadline = time.monotonic() + 100
     while time.monotonic() < deadline:

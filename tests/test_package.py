@@ -53,8 +53,9 @@ def type_only(tree: ast.Module) -> set[ast.AST]:
 
 
 def imports(path: Path) -> Iterator[str]:
-    """Dotted names under iddpm_ext that ``path`` imports when it runs, at its top or later."""
-    package = ["iddpm_ext", *path.relative_to(PACKAGE).parent.parts]
+    """Dotted names that ``path`` imports when it runs, at its top or later."""
+    inside = path.is_relative_to(PACKAGE)
+    package = ["iddpm_ext", *path.relative_to(PACKAGE).parent.parts] if inside else []
     tree = ast.parse(path.read_text())
     ignored = type_only(tree)
     for node in ast.walk(tree):
@@ -135,6 +136,17 @@ def test_the_package_never_imports_the_programs_beside_it():
     programs = {"python", "benchmarks", "tests", "tools"}
     found = {name for _, path in sources() for name in imports(path)}
     assert not {name for name in found if name.partition(".")[0] in programs}
+
+
+def test_no_test_file_imports_another():
+    """What several need has a module of its own."""
+    found = [
+        f"{path.name} imports {name}"
+        for path in sorted(Path(__file__).parent.rglob("*.py"))
+        for name in imports(path)
+        if name.startswith("test_")
+    ]
+    assert found == []
 
 
 def test_importing_the_package_imports_no_optional_library():
