@@ -46,12 +46,29 @@ OURS = ("cuda", "triton")
 EAGER, COMPILED, COPY = "eager", "compile", "copy"
 # Ways to cut tiles: group_norm_tile.cuh.
 FORWARD_SETTINGS = (
-    *("ROWS=16", "ROWS=16,TILE=16384", "TILE=16384", "TILE=65536", "LINE=256"),
-    *("BLOCKS=0", "BLOCKS=132", "BLOCKS=264,TILE=16384", "NARROW=64", "CLUSTER=4", "CLUSTER=1"),
+    "ROWS=16",
+    "ROWS=16,TILE=16384",
+    "TILE=16384",
+    "TILE=65536",
+    "LINE=256",
+    "BLOCKS=0",
+    "BLOCKS=132",
+    "BLOCKS=264,TILE=16384",
+    "NARROW=64",
+    "CLUSTER=4",
+    "CLUSTER=1",
 )
 BACKWARD_SETTINGS = (
-    *("ROWS=16", "ROWS=16,TILE=16384", "TILE=16384", "TILE=65536", "LINE=256"),
-    *("BLOCKS=0", "BLOCKS=132", "NARROW=64", "CLUSTER=4", "CLUSTER=1"),
+    "ROWS=16",
+    "ROWS=16,TILE=16384",
+    "TILE=16384",
+    "TILE=65536",
+    "LINE=256",
+    "BLOCKS=0",
+    "BLOCKS=132",
+    "NARROW=64",
+    "CLUSTER=4",
+    "CLUSTER=1",
 )
 PARTS = ("forward", "backward", "settings", "extras", "compile")
 

@@ -44,10 +44,9 @@ def batches(config: TrainConfig) -> Iterator[Batch]:
 def trained(device: str, **changes) -> tuple[TrainState, list[torch.Tensor]]:
     """The state and the measures after some steps."""
     config = TrainConfig(
-        **{"batch_size": 3, "model_channels": 32, "num_res_blocks": 1, "channel_mult": (1, 2)},
-        **{"attention_resolutions": (4,), "diffusion_steps": 50, "lr": 1e-3, "device": device},
-        **changes,
-    )
+        batch_size=3, model_channels=32, num_res_blocks=1, channel_mult=(1, 2), attention_resolutions=(4,),
+        diffusion_steps=50, lr=1e-3, device=device, **changes,
+    )  # fmt: skip
     parallel = Parallel(device)
     names = ("a", "b", "c") if config.class_cond else None
     state = new_state(config, (3, SIDE, SIDE), names, parallel)

@@ -80,8 +80,14 @@ def plan(out: Path) -> dict[str, list[Step]]:
 
 # A single batch: each of its searches takes minutes.
 MAX_AUTOTUNE = (
-    *("--configs", "cifar", "--batches", "128", "--training-batches", ""),
-    *("--variants", "ours,compile max-autotune"),
+    "--configs",
+    "cifar",
+    "--batches",
+    "128",
+    "--training-batches",
+    "",
+    "--variants",
+    "ours,compile max-autotune",
 )
 
 

@@ -62,10 +62,19 @@ def prepare(
     def step(i: int) -> None:
         evaluate(i)
         reverse_step_cpu(
-            *(size, planes[0].view, planes[1].view, planes[1].dtype_code, learned),
-            *(t[i].data_ptr(), table.data_ptr(), NO_PLANE),
+            size,
+            planes[0].view,
+            planes[1].view,
+            planes[1].dtype_code,
+            learned,
+            t[i].data_ptr(),
+            table.data_ptr(),
+            NO_PLANE,
             noise_key(samples, timesteps[i] if noisy else None, request.seed, STREAM_REVERSE),
-            *(request.clip, planes[0].view, planes[2].view, threads),
+            request.clip,
+            planes[0].view,
+            planes[2].view,
+            threads,
         )
 
     return step

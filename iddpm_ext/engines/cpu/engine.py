@@ -188,10 +188,18 @@ class CPUEngine:
     ) -> None:
         memory = self._memory
         code = _native.native().unet_engine(
-            *(memory.rows[first].data_ptr(), count, len(x), self.program.num_threads),
-            *(x.data_ptr(), out.data_ptr(), table.data_ptr(), offsets.data_ptr()),
-            *(memory.shared.data_ptr(), memory.shared.numel()),
-            *(memory.scratch.data_ptr(), memory.scratch.shape[1]),
+            memory.rows[first].data_ptr(),
+            count,
+            len(x),
+            self.program.num_threads,
+            x.data_ptr(),
+            out.data_ptr(),
+            table.data_ptr(),
+            offsets.data_ptr(),
+            memory.shared.data_ptr(),
+            memory.shared.numel(),
+            memory.scratch.data_ptr(),
+            memory.scratch.shape[1],
         )
         if code < 0:
             raise RuntimeError("CPUEngine: the instruction set in use has no engine any more")
