@@ -7,7 +7,7 @@ import torch
 from engine_networks import CONFIGS, SMALL, error, inputs, make, reference
 
 from iddpm_ext import Diffusion, _native, sample
-from iddpm_ext.engines.cpu.engine import CPUEngine, NotServed, why_not_served
+from iddpm_ext.engines.cpu.engine import CPUEngine, NotSupported, why_not_supported
 from iddpm_ext.networks.unet import UNet, UNetConfig
 from iddpm_ext.sampling.loop import network_of
 from iddpm_ext.sampling.request import make_request
@@ -33,7 +33,7 @@ def test_engine_is_the_network_at_every_t(name, exact):
         assert error(ours, expected) < (3e-6 if exact else 1e-5)
 
 
-def test_cifar_configuration_is_served_within_1e_5():
+def test_cifar_configuration_is_supported_within_1e_5():
     model = make(image_size=32, model_channels=128, num_res_blocks=3)
     x, _ = inputs(model, 1)
     engine = CPUEngine(model, 1)
@@ -42,7 +42,7 @@ def test_cifar_configuration_is_served_within_1e_5():
 
 
 @pytest.mark.parametrize("isa", ["avx2", "avx512"])
-def test_each_instruction_set_serves(isa):
+def test_each_instruction_set_is_supported(isa):
     native = _native.native()
     if isa not in native.build_info()["isa_available"]:
         pytest.skip(f"this CPU has no {isa}")
@@ -80,7 +80,7 @@ def test_bfloat16_is_refused_by_a_cpu_without_it_and_sample_says_so():
     model.diffusion = Diffusion()
     previous = _native.native().set_isa("avx2")
     try:
-        with pytest.raises(NotServed, match="avx512_bf16"):
+        with pytest.raises(NotSupported, match="avx512_bf16"):
             CPUEngine(model, 1, dtype=torch.bfloat16)
         with pytest.warns(RuntimeWarning, match=r"without the engine.*avx512_bf16"):
             sample(model, 2, n=1, dtype=torch.bfloat16, progress=False)
@@ -195,20 +195,20 @@ def test_other_sizes_and_strided_inputs_are_served():
 
 
 def test_what_cannot_be_served_is_refused_with_its_reason():
-    with pytest.raises(NotServed, match="conv_resample=False"):
+    with pytest.raises(NotSupported, match="conv_resample=False"):
         CPUEngine(make(**SMALL, conv_resample=False), 1)
-    with pytest.raises(NotServed, match=r"float32 or bfloat16, got torch\.float16"):
+    with pytest.raises(NotSupported, match=r"float32 or bfloat16, got torch\.float16"):
         CPUEngine(make(**SMALL), 1, dtype=torch.float16)
-    with pytest.raises(NotServed, match="UNet, got Linear"):
+    with pytest.raises(NotSupported, match="UNet, got Linear"):
         CPUEngine(torch.nn.Linear(1, 1), 1)
     with torch.device("meta"):
         absent = UNet(UNetConfig(**SMALL))
-    with pytest.raises(NotServed, match=r"needs weights on the CPU, and \S+ is on meta"):
+    with pytest.raises(NotSupported, match=r"needs weights on the CPU, and \S+ is on meta"):
         CPUEngine(absent, 1)
     native = _native.native()
     previous = native.set_isa("base")
     try:
-        assert "AVX2" in (why_not_served(make(**SMALL)) or "")
+        assert "AVX2" in (why_not_supported(make(**SMALL)) or "")
     finally:
         native.set_isa(previous)
 

@@ -337,7 +337,7 @@ from iddpm_ext.training.state import new_state
 
 torch.set_num_threads(1)
 process_group.begin("gloo", timedelta(seconds=120))
-captured.serves_device = lambda device: True
+captured.supports_device = lambda device: True
 checks.timesteps = lambda *_: None  # looks at values, for which a host with a GPU does not wait
 step.Graphs = FakeGraphs
 

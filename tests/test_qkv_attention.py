@@ -14,7 +14,7 @@ from op_calls import assert_close
 from torch import Tensor
 
 from iddpm_ext.ops import qkv_attention, unavailable
-from iddpm_ext.ops.qkv_attention import library, native, reference
+from iddpm_ext.ops.qkv_attention import compiled, pytorch, reference
 from iddpm_ext.ops.qkv_attention.layout import split_heads
 from iddpm_ext.ops.spec import REGISTRY, OpSpec
 
@@ -66,7 +66,7 @@ def test_threads_change_no_bit(n, heads):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_kernels_read_both_layouts_where_they_lie(layout):
     x = draw(2, 24, 10, layout)
-    assert native._readable(x) is x
+    assert compiled._readable(x) is x
     for order in ("legacy", "new"):
         storage = {v.untyped_storage().data_ptr() for v in split_heads(x, 2, order)}
         assert storage == {x.untyped_storage().data_ptr()}
@@ -132,7 +132,7 @@ def test_library_attention_computes_the_same(layout, tokens):
     """The CUDA backend is PyTorch's attention on views: here on a CPU."""
     qkv = draw(2, 3 * 48, tokens, layout)
     for order in ("legacy", "new"):
-        got = library.qkv_attention(qkv, 3, order)
+        got = pytorch.qkv_attention(qkv, 3, order)
         expected = qkv_attention(qkv, 3, order=order)
         assert got.stride() == expected.stride()
         torch.testing.assert_close(got, expected, rtol=0, atol=2e-6)
@@ -157,7 +157,7 @@ def test_gradient_compiles_into_one_graph(layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_backward_operator_passes_opcheck(layout):
     qkv, dout = draw(2, 3 * 16, 20, layout), draw(2, 16, 20, seed=1)
-    statistics = native.cpu(qkv, 2, "legacy")[1]
+    statistics = compiled.cpu(qkv, 2, "legacy")[1]
     torch.library.opcheck(
         torch.ops.iddpm_ext.qkv_attention_bwd.default,
         (dout, qkv, statistics, 2, "legacy", "cpu"),
@@ -212,7 +212,7 @@ def test_pytorchs_fused_kernels_get_aligned_rows(dtype, monkeypatch):
         seen.clear()
         qkv, heads = case.kwargs["qkv"], case.kwargs["num_heads"]
         order = case.kwargs.get("order", "legacy")
-        found = library.qkv_attention(qkv.flatten(2), heads, order)
+        found = pytorch.qkv_attention(qkv.flatten(2), heads, order)
         expected = reference.qkv_attention(qkv.flatten(2), heads, order)
         exact = reference.qkv_attention(qkv.flatten(2).double(), heads, order)
         assert_close(found, exact, expected, dtype, spec.roundings)

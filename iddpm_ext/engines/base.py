@@ -12,7 +12,7 @@ from torch import Tensor
 from iddpm_ext.ops.rows import no_autocast
 
 
-class NotServed(ValueError):
+class NotSupported(ValueError):
     """The engine cannot run this network here; the message says why."""
 
 

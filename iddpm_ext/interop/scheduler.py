@@ -12,7 +12,7 @@ from torch import Tensor
 
 from iddpm_ext import ops
 from iddpm_ext.diffusion import Diffusion, multistep_update
-from iddpm_ext.interop.library import (
+from iddpm_ext.interop.diffusers_api import (
     ConfigMixin,
     DDPMSchedulerOutput,
     KarrasDiffusionSchedulers,

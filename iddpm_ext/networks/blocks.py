@@ -102,7 +102,7 @@ class GroupNormSiLU(nn.GroupNorm):
 
 
 def trains_on_cpu(x: Tensor, weight: Tensor, backend: str) -> bool:
-    """Whether the project's own convolutions serve: on the CPU, and where gradients are recorded.
+    """Whether the project's own convolutions are used: on the CPU, and where gradients are recorded.
 
     Without gradients the module keeps PyTorch's convolutions: the sampling engine is the fast way there.
     """

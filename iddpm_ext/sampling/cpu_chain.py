@@ -15,14 +15,14 @@ from torch import Tensor
 from iddpm_ext import _native
 from iddpm_ext.engines.choosing import Network
 from iddpm_ext.engines.cpu.engine import CPUEngine
-from iddpm_ext.ops.native import NO_PLANE, noise_key, plane
+from iddpm_ext.ops.arguments import NO_PLANE, noise_key, plane
 from iddpm_ext.ops.spec import resolve_backend
 from iddpm_ext.random import STREAM_REVERSE
 from iddpm_ext.sampling.predict import Predictor, all_steps
 from iddpm_ext.sampling.request import Request
 
 
-def serves(request: Request, network: Network) -> bool:
+def supports(request: Request, network: Network) -> bool:
     """Whether `prepare` takes this request: nothing but the network and the noise enters a step."""
     spec = request.spec
     return (

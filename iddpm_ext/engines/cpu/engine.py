@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from iddpm_ext import _native
-from iddpm_ext.engines.base import NotServed, require_labels, with_low_res
+from iddpm_ext.engines.base import NotSupported, require_labels, with_low_res
 from iddpm_ext.engines.cpu.algorithms import Algorithm
-from iddpm_ext.engines.cpu.program import CPUProgram, why_not_served
+from iddpm_ext.engines.cpu.program import CPUProgram, why_not_supported
 from iddpm_ext.engines.embedding import Schedule
 from iddpm_ext.networks.unet import UNet
 
-__all__ = ["CPUEngine", "NotServed", "why_not_served"]
+__all__ = ["CPUEngine", "NotSupported", "why_not_supported"]
 
 
 class CPUEngine:
@@ -34,7 +34,7 @@ class CPUEngine:
     size: height and width of the images; None takes `model.config.image_size` for both.
     algorithm: of every 3x3 convolution, instead of the tables' choice; the tuner measures by it.
 
-    Raises NotServed, saying why, where it cannot run the network. One call at a time; engines of one
+    Raises NotSupported, saying why, where it cannot run the network. One call at a time; engines of one
     program (`CPUEngine.of`) share the weights and may run at once.
     """
 

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from iddpm_ext import _native
-from iddpm_ext.engines.base import NotServed
+from iddpm_ext.engines.base import NotSupported
 from iddpm_ext.engines.cpu import pack
 from iddpm_ext.engines.cpu import rows as ops
 from iddpm_ext.engines.cpu.algorithms import Algorithm, ConvShape
@@ -194,7 +194,9 @@ class Planner:
         self._linear(layer.qkv, normed, qkv, bf16=self.bf16)
         width = source.channels // layer.num_heads
         if width % 8:
-            raise NotServed(f"attention heads must be a multiple of 8 channels wide, got {width}")
+            raise NotSupported(
+                f"attention heads must be a multiple of 8 channels wide, got {width}"
+            )
         tokens = source.pixels
         self.rows.append(
             ops.attention_row(tokens, layer.num_heads, width, qkv.buffer, normed.buffer)

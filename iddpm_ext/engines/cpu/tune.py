@@ -24,7 +24,7 @@ from iddpm_ext.engines.cpu.algorithms import (
     load_table,
     user_table_path,
 )
-from iddpm_ext.engines.cpu.engine import CPUEngine, why_not_served
+from iddpm_ext.engines.cpu.engine import CPUEngine, why_not_supported
 from iddpm_ext.files import write_whole
 from iddpm_ext.networks.unet import UNet
 
@@ -44,7 +44,7 @@ def tune(
     the table; what it lacks stays as it was. One thread, process CPU time.
 
     Args:
-        model: a `UNet` that the CPU engine serves.
+        model: a `UNet` that the CPU engine supports.
         batch_sizes: numbers of images a call; other numbers follow the nearest of them.
         rounds: how often each operation is timed; the median counts.
         path: the JSON file to update; the user's own, in the cache directory, if None.
@@ -54,7 +54,7 @@ def tune(
 
     Raises:
         ValueError: for bad arguments, or where the file holds something else.
-        NotServed: where the engine cannot run the network.
+        NotSupported: where the engine cannot run the network.
     """
     if not batch_sizes or any(b < 1 for b in batch_sizes):
         raise ValueError(f"tune: batch_sizes must be at least 1, got {list(batch_sizes)}")
@@ -77,15 +77,15 @@ def tune(
 
 def measure(model: UNet, batch: int, rounds: int) -> Table:
     """The fastest algorithm of every convolution of `model` at one batch size."""
-    served = why_not_served(model, torch.bfloat16) is None
-    names = CANDIDATES["bfloat16" if served else "float32"]
+    supported = why_not_supported(model, torch.bfloat16) is None
+    names = CANDIDATES["bfloat16" if supported else "float32"]
     runs = {name: _Run(model, batch, ALGORITHMS[name]) for name in names}
     for _ in range(rounds):  # in turn: what disturbs one of them disturbs all
         for run in runs.values():
             run()
     times = {name: run.times() for name, run in runs.items()}
     table: Table = {}
-    for precision in ("float32", "bfloat16") if served else ("float32",):
+    for precision in ("float32", "bfloat16") if supported else ("float32",):
         table[precision] = {
             key: min(
                 CANDIDATES[precision],

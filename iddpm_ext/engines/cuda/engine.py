@@ -16,7 +16,7 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from iddpm_ext.engines.base import NotServed, require_labels, undisturbed, with_low_res
+from iddpm_ext.engines.base import NotSupported, require_labels, undisturbed, with_low_res
 from iddpm_ext.engines.cuda import graphs
 from iddpm_ext.engines.cuda.network import FusedNetwork
 from iddpm_ext.engines.embedding import Projections, Schedule
@@ -24,7 +24,7 @@ from iddpm_ext.engines.locks import Lock
 from iddpm_ext.networks.unet import UNet
 from iddpm_ext.ops.spec import BACKENDS
 
-__all__ = ["CUDAEngine", "NotServed", "why_not_served"]
+__all__ = ["CUDAEngine", "NotSupported", "why_not_supported"]
 
 _KEPT_SCHEDULES = 4
 _KEPT_GRAPHS = 4
@@ -42,19 +42,19 @@ class Task(Protocol):
 AnyTask = TypeVar("AnyTask", bound=Task)
 
 
-def serves_device(device: torch.device) -> bool:
+def supports_device(device: torch.device) -> bool:
     """Whether the engine runs on this kind of device."""
     return device.type == "cuda"
 
 
-def why_not_served(model: object, dtype: torch.dtype = torch.float32) -> str | None:
+def why_not_supported(model: object, dtype: torch.dtype = torch.float32) -> str | None:
     """None if the engine can run `model`, else the reason."""
     if not isinstance(model, UNet):
         return f"the CUDA engine runs an iddpm_ext.UNet, got {type(model).__name__}"
     if dtype not in _DTYPES:
         return f"the CUDA engine computes in float32, bfloat16 or float16, got {dtype}"
     device = next(model.parameters()).device
-    if not serves_device(device):
+    if not supports_device(device):
         return f"the CUDA engine needs weights on a CUDA device, got {device}"
     for name, parameter in model.named_parameters():
         if parameter.device != device:
@@ -69,9 +69,9 @@ class CUDAProgram:
     """
 
     def __init__(self, model: UNet, *, dtype: torch.dtype = torch.float32, exact: bool = False):
-        reason = why_not_served(model, dtype)
+        reason = why_not_supported(model, dtype)
         if reason is not None:
-            raise NotServed(f"CUDAEngine: {reason}")
+            raise NotSupported(f"CUDAEngine: {reason}")
         self.dtype, self.exact, self.config = dtype, exact, model.config
         self.device = next(model.parameters()).device
         self._lock, self._used, self._idle = Lock(), 0, [Memory(self.device)]
@@ -139,7 +139,7 @@ class CUDAEngine:
         on from the start, in products `torch.set_float32_matmul_precision`.
     exact: never TensorFloat32.
 
-    Raises NotServed, saying why, where it cannot run the network. One call at a time, on the stream
+    Raises NotSupported, saying why, where it cannot run the network. One call at a time, on the stream
     that is current; engines of one program (`CUDAEngine.of`) share the weights and may run at once.
     Nothing waits for the device but the first call with new timesteps or labels.
     """
