@@ -217,3 +217,18 @@ def test_modules_are_there_as_the_documentation_names_them():
 def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="no attribute 'smaple'"):
         iddpm_ext.smaple  # noqa: B018
+
+
+def test_the_old_name_of_a_refusal_is_the_new_one_and_warns():
+    from iddpm_ext.engines import base
+    from iddpm_ext.engines.cpu import engine as cpu
+    from iddpm_ext.engines.cuda import engine as cuda
+
+    for module in (base, cpu, cuda):
+        with pytest.warns(DeprecationWarning, match="NotSupported"):
+            assert module.__getattr__("NotServed") is base.NotSupported  # old_names
+    for module in (cpu, cuda):
+        with pytest.warns(DeprecationWarning, match="why_not_supported"):
+            assert module.__getattr__("why_not_served") is module.why_not_supported  # old_names
+        with pytest.raises(AttributeError, match="no attribute 'why_so'"):
+            module.why_so  # noqa: B018

@@ -34,7 +34,7 @@ class Network(Protocol):
     def begin(
         self, timesteps: Tensor, labels: Tensor | None = None, low_res: Tensor | None = None
     ) -> None:
-        """For the calls to come: timesteps float32 [T], labels int64 [n], low_res [n, C, h, w]."""
+        """For the calls that follow: timesteps float32 [T], labels int64 [n], low_res [n, C, h, w]."""
 
     def __call__(self, x: Tensor, step: int, /) -> Tensor:
         """The output for x [n, C, H, W] at `timesteps[step]`."""

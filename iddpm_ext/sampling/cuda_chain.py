@@ -102,7 +102,7 @@ class _ChainTask:
         clip: bool,
         low_res: Tensor | None,
     ):
-        # Not the engine, which is of one call: the task is kept for the calls to come.
+        # Not the engine, which lives for one call: later calls use the task again.
         self._network, self._guided, self._noisy, self._clip = engine.network, guided, noisy, clip
         device, n = engine.device, len(x)
         self._evaluated = 2 * n if guided else n

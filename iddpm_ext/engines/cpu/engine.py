@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from iddpm_ext import _native
-from iddpm_ext.engines.base import NotSupported, require_labels, with_low_res
+from iddpm_ext.engines.base import NotSupported, old_names, require_labels, with_low_res
 from iddpm_ext.engines.cpu.algorithms import Algorithm
 from iddpm_ext.engines.cpu.program import CPUProgram, why_not_supported
 from iddpm_ext.engines.embedding import Schedule
 from iddpm_ext.networks.unet import UNet
 
 __all__ = ["CPUEngine", "NotSupported", "why_not_supported"]
+
+if not TYPE_CHECKING:  # to a checker it would say that every name exists
+    __getattr__ = old_names(__name__, NotServed="NotSupported", why_not_served="why_not_supported")
 
 
 class CPUEngine:
@@ -85,8 +89,8 @@ class CPUEngine:
         """Prepare for calls by step index: every embedding projection is computed once, here.
 
         timesteps: [S], what the network is told at each step. labels: int64 [N] of the images of
-        the calls to come, -1 for unlabelled; None for an unconditional network. low_res: float32
-        [N, C, h, w] of the calls to come, or None where x holds the upsampled image already.
+        the calls that follow, -1 for unlabelled; None for an unconditional network. low_res: float32
+        [N, C, h, w] of the calls that follow, or None where x holds the upsampled image already.
         """
         if timesteps.dim() != 1:
             raise ValueError(f"CPUEngine.begin: timesteps must be [S], got {list(timesteps.shape)}")

@@ -11,12 +11,18 @@ import contextlib
 import warnings
 import weakref
 from collections.abc import Callable, Hashable, Iterator
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from iddpm_ext.engines.base import NotSupported, require_labels, undisturbed, with_low_res
+from iddpm_ext.engines.base import (
+    NotSupported,
+    old_names,
+    require_labels,
+    undisturbed,
+    with_low_res,
+)
 from iddpm_ext.engines.cuda import graphs
 from iddpm_ext.engines.cuda.network import FusedNetwork
 from iddpm_ext.engines.embedding import Projections, Schedule
@@ -25,6 +31,9 @@ from iddpm_ext.networks.unet import UNet
 from iddpm_ext.ops.spec import BACKENDS
 
 __all__ = ["CUDAEngine", "NotSupported", "why_not_supported"]
+
+if not TYPE_CHECKING:  # to a checker it would say that every name exists
+    __getattr__ = old_names(__name__, NotServed="NotSupported", why_not_served="why_not_supported")
 
 _KEPT_SCHEDULES = 4
 _KEPT_GRAPHS = 4
@@ -212,8 +221,8 @@ class CUDAEngine:
         """Prepare for calls by step index.
 
         timesteps: [S], what the network is told at each step. labels: int64 [N] of the images of
-        the calls to come, -1 for unlabelled; None for an unconditional network. low_res: [N, C, h, w]
-        of the calls to come, or None where x holds the upsampled image already.
+        the calls that follow, -1 for unlabelled; None for an unconditional network. low_res: [N, C, h, w]
+        of the calls that follow, or None where x holds the upsampled image already.
         """
         memory, self._low_res = self._memory, low_res
         memory.graphs.follow()

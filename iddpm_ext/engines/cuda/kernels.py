@@ -92,7 +92,7 @@ def doubling_weight(weight: Tensor) -> Tensor:
 
 
 def doubled_convolution(x: Tensor, weight: Tensor, backend: str = "auto") -> Tensor:
-    """A 3x3 convolution with padding 1 of images doubled by repetition, in 4/9 of its multiplications.
+    """A 3x3 convolution with padding 1 of images doubled by nearest neighbour, in 4/9 of its multiplications.
 
     x: [N, C, H, W], channels_last. weight: [4K, C, 2, 2] of `doubling_weight`.
     Returns [N, K, 2H, 2W], channels_last.
