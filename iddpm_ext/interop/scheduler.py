@@ -124,7 +124,7 @@ class IDDPMScheduler(SchedulerMixin, ConfigMixin):
         device: torch.device | str | None = None,
         timesteps: Sequence[int] | None = None,
     ) -> None:
-        """Chooses the steps of the chain to come.
+        """Chooses the steps of the next chain.
 
         Args:
             num_inference_steps: what `Diffusion.respace` takes: 50, "ddim50", "10,15,20".

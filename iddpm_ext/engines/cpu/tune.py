@@ -1,4 +1,4 @@
-"""Measures which convolution algorithm is fastest where, and stores it for the engines to come.
+"""Measures which convolution algorithm is fastest where, and stores it for later engines.
 
 In place: a whole network runs operation by operation, so that every convolution meets the caches as
 it will find them, its weights cold.
