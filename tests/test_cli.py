@@ -160,7 +160,7 @@ def test_info_prints_the_report_or_a_checkpoint(model, capsys):
 def test_python_m_is_the_same_program():
     done = subprocess.run(
         [sys.executable, "-m", "iddpm_ext", "--version"], capture_output=True, text=True,
-        cwd=Path(__file__).parent.parent, timeout=120,
+        cwd=Path(__file__).parent.parent, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0 and done.stdout == f"iddpm {iddpm_ext.__version__}\n"
 
