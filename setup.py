@@ -43,17 +43,27 @@ X86 = platform.machine().lower() in ("x86_64", "amd64")
 MODULE_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra")
 # Without these two, gcc leaves loops with exp or a comparison in them scalar.
 KERNEL_FLAGS = (
-    *("-fno-trapping-math", "-fno-math-errno", "-Wno-psabi", "-Wno-unknown-pragmas"),
+    "-fno-trapping-math",
+    "-fno-math-errno",
+    "-Wno-psabi",
+    "-Wno-unknown-pragmas",
     "-fno-exceptions",  # nothing throws, and clang's handler is a symbol that all builds share
     # The AVX-512 intrinsics of gcc 12; clang does not know the option.
-    *("-Wno-maybe-uninitialized", "-Wno-unknown-warning-option"),
+    "-Wno-maybe-uninitialized",
+    "-Wno-unknown-warning-option",
 )
 ISA_FLAGS = {
     "base": ("-msse4.2", "-mpopcnt") if X86 else (),
     "avx2": ("-mavx2", "-mfma", "-mf16c", "-mpopcnt"),
     "avx512": (
-        *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
-        *("-mfma", "-mf16c", "-mpopcnt", "-mprefer-vector-width=512"),
+        "-mavx512f",
+        "-mavx512bw",
+        "-mavx512dq",
+        "-mavx512vl",
+        "-mfma",
+        "-mf16c",
+        "-mpopcnt",
+        "-mprefer-vector-width=512",
     ),
 }
 ISAS = tuple(ISA_FLAGS) if X86 else ("base",)
@@ -289,8 +299,17 @@ class BuildKernels(build_ext):
     def cuda_unit(self, toolkit: Toolkit, archs: str, source: Path) -> Unit:
         """A CUDA object file."""
         command = (
-            *(toolkit.nvcc, "-std=c++17", "-O3", "-ccbin", host_compiler(self.cxx), f"-I{CSRC}"),
-            *("-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xfatbin", "-compress-all", "-lineinfo"),
+            toolkit.nvcc,
+            "-std=c++17",
+            "-O3",
+            "-ccbin",
+            host_compiler(self.cxx),
+            f"-I{CSRC}",
+            "-Xcompiler",
+            "-fPIC,-fvisibility=hidden",
+            "-Xfatbin",
+            "-compress-all",
+            "-lineinfo",
             *gencode(archs),
             "-c",
         )

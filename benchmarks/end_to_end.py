@@ -26,7 +26,7 @@ from benchmarks.networks import make_inputs, make_network
 from benchmarks.peers import PEERS, Peer
 from benchmarks.time_box import time_box
 from benchmarks.timing import interleave, summary
-from iddpm_ext.engines.cpu.engine import CPUEngine, NotServed
+from iddpm_ext.engines.cpu.engine import CPUEngine, NotSupported
 from iddpm_ext.networks.unet import UNet
 
 TIMES = (37.0, 500.0, 999.0)  # where errors are measured; the middle one is timed
@@ -62,7 +62,7 @@ def build(
                     calls[name] = PEERS[name](model, x, labels, threads)
                 calls[name](x, torch.full((len(x),), TIMES[1]))
         except Exception as error:
-            if name in OURS and not isinstance(error, NotServed):
+            if name in OURS and not isinstance(error, NotSupported):
                 raise
             calls.pop(name, None)
             reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]

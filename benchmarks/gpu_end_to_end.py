@@ -97,7 +97,7 @@ def plan(
 
 
 def build_network(name: str, model: UNet, x: Tensor, dtype: torch.dtype, steps: int) -> Variant:
-    """One variant for sampling; ours raises NotServed where it cannot run."""
+    """One variant for sampling; ours raises NotSupported where it cannot run."""
     common: dict[str, Any] = {
         "steps": steps, "n": len(x), "batch_size": len(x), "progress": False,
     }  # fmt: skip

@@ -335,8 +335,12 @@ def main() -> int:
                 continue
             found = list(
                 measure(
-                    *(REGISTRY[name], case, args.device, args.rounds),
-                    *(not args.no_compile, peak),
+                    REGISTRY[name],
+                    case,
+                    args.device,
+                    args.rounds,
+                    not args.no_compile,
+                    peak,
                 )
             )
             rows += found

@@ -36,7 +36,7 @@ class GroupNorm32(GroupNormSiLU):
         if channel_bias is not None:
             x = x + channel_bias[..., None, None]
         return sequences.group_norm_silu(
-            *(x, self.num_groups, self.weight, self.bias),
+            x, self.num_groups, self.weight, self.bias,
             eps=self.eps, scale=scale, shift=shift, silu=self.silu,
         )  # fmt: skip
 

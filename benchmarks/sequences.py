@@ -190,7 +190,7 @@ def adamw_ema(
     """PyTorch's fused AdamW, and its multi-tensor interpolation for each average."""
     steps = [torch.full((), float(step), dtype=torch.float32, device=p.device) for p in params]
     torch._fused_adamw_(
-        *(params, grads, exp_avgs, exp_avg_sqs, [], steps),
+        params, grads, exp_avgs, exp_avg_sqs, [], steps,
         lr=lr, beta1=betas[0], beta2=betas[1], weight_decay=weight_decay, eps=eps,
         amsgrad=False, maximize=False,
     )  # fmt: skip

@@ -2,7 +2,7 @@
 
 Forward, hybrid loss, backward, AdamW and average of the weights of one batch, one thread, process CPU
 time, variants interleaved in one process. Ours is `iddpm_ext.training.step.train_step`, the step that
-`iddpm train` makes. The allocator keeps freed memory, as `iddpm train` has it: that serves all variants.
+`iddpm train` makes. The allocator keeps freed memory, as `iddpm train` has it: all variants have the same.
 The error is that of the weights' gradient for one batch, relative to float64.
 """
 

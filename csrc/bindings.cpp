@@ -94,7 +94,7 @@ py::dict build_info() {
   return info;
 }
 
-// ---- arguments, as iddpm_ext/ops/native.py makes them
+// ---- arguments, as iddpm_ext/ops/arguments.py makes them
 
 // Address, and the strides of sample, channel and pixel in elements.
 using PlaneArgument = std::array<int64_t, 4>;
@@ -138,7 +138,7 @@ iddpm::AdamwEmaArgs adamw_ema_args(const std::array<int64_t, 2>& size, int64_t t
           address<const double>(decays)};
 }
 
-// `native.py` of iddpm_ext/ops/conv3x3: N, H, W, C, K; images as address and distance of pixels;
+// `compiled.py` of iddpm_ext/ops/conv3x3: N, H, W, C, K; images as address and distance of pixels;
 // filters as address and the strides of column, channel, row and tap.
 using ConvSize = std::array<int64_t, 5>;
 using PixelsArgument = std::array<int64_t, 2>;
@@ -376,7 +376,7 @@ iddpm::LastConvArgs last_conv_args(const std::array<int64_t, 5>& size, int dtype
 }
 #endif
 
-// `_Call.input` of iddpm_ext/ops/group_norm_silu/native.py: N, C, C1, HW, groups; dtype,
+// `_Call.input` of iddpm_ext/ops/group_norm_silu/compiled.py: N, C, C1, HW, groups; dtype,
 // channels_last, silu; x, x2; channel_bias with its row stride, weight, bias, scale and shift with
 // theirs, mean, rstd.
 using GroupNormArgument = std::tuple<std::array<int64_t, 5>, int, bool, bool, PlaneArgument,
@@ -432,7 +432,7 @@ iddpm::GroupNormSiluBwdArgs group_norm_silu_bwd_args(
           address<float>(workspace)};
 }
 
-// `_input` of iddpm_ext/ops/qkv_attention/native.py: N, T, heads, d, head step, part step; dtype;
+// `_input` of iddpm_ext/ops/qkv_attention/compiled.py: N, T, heads, d, head step, part step; dtype;
 // qkv; statistics.
 using AttentionArgument = std::tuple<std::array<int64_t, 6>, int, PlaneArgument, int64_t>;
 

@@ -1,4 +1,4 @@
-"""Settings of every test: one thread where timing is noisy, and Triton in its interpreter without a GPU."""
+"""Settings of every test: OpenMP threads that sleep, and Triton in its interpreter without a GPU."""
 
 from __future__ import annotations
 
@@ -8,6 +8,13 @@ import re
 from typing import Any
 
 import pytest
+
+# OpenMP reads these when torch is loaded, and so do the processes that tests start. A thread that spins while
+# it waits takes a core from the others of a busy machine; of several processes each takes its share.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+if (workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))) > 1:
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+
 import torch
 
 # The decorator of a Triton kernel reads this when its module is imported.

@@ -56,8 +56,18 @@ def run(rows: list[ops.Row], n: int, threads: int = 1, table: Tensor | None = No
     shared, scratch = torch.full((1 << 18,), math.nan), torch.full((threads, 1 << 18), math.nan)
     starts = torch.arange(n) * (0 if table is None else table.shape[1])
     return _native.native().unet_engine(
-        *(plan.data_ptr(), len(rows), n, threads, 0, 0, 0 if table is None else table.data_ptr()),
-        *(starts.data_ptr(), shared.data_ptr(), shared.numel(), scratch.data_ptr(), 1 << 18),
+        plan.data_ptr(),
+        len(rows),
+        n,
+        threads,
+        0,
+        0,
+        0 if table is None else table.data_ptr(),
+        starts.data_ptr(),
+        shared.data_ptr(),
+        shared.numel(),
+        scratch.data_ptr(),
+        1 << 18,
     )
 
 
@@ -119,7 +129,13 @@ def test_a_convolution_rounds_its_operands_and_nothing_else(
         rows = rows[:1]
         rows.append(
             ops.tile_product_row(
-                *(of, -(-channels // 32), columns, weight, bias, buffer(out), extra)
+                of,
+                -(-channels // 32),
+                columns,
+                weight,
+                bias,
+                buffer(out),
+                extra,
             )
         )
         assert run(rows, n, threads) == 0
@@ -145,7 +161,12 @@ def test_stride_2_reads_even_and_odd_pixels(tiles, n, height, width):
             *((height, width), buffer(source), channels, image.operand()), phase=image.layout.image
         ),
         ops.tile_product_row(
-            *(image.operand(operands.STRIDED), channels // 32, columns, weight, bias, buffer(out))
+            image.operand(operands.STRIDED),
+            channels // 32,
+            columns,
+            weight,
+            bias,
+            buffer(out),
         ),
     ]
     assert run(rows, n) == 0
@@ -223,7 +244,7 @@ def test_normalisation_writes_the_operand_of_a_convolution(tiles, threads, mode,
     packed = pack.pack_tiles(w.flatten(2))
     rows = [
         ops.group_norm_row(
-            *(height * width, buffer(source), channels, 32, weight, bias, image.operand()),
+            height * width, buffer(source), channels, 32, weight, bias, image.operand(),
             eps=1e-5, silu=mode is not None, embedding=-1 if mode is None else 0,
             scale_shift=mode == 1,
         ),

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
+from engine_networks import CONFIGS, SMALL, error, inputs, make, reference
 
 from iddpm_ext import Diffusion, _native, sample
-from iddpm_ext.engines.cpu.engine import CPUEngine, NotServed, why_not_served
+from iddpm_ext.engines.cpu.engine import CPUEngine, NotSupported, why_not_supported
 from iddpm_ext.networks.unet import UNet, UNetConfig
 from iddpm_ext.sampling.loop import network_of
 from iddpm_ext.sampling.request import make_request
@@ -20,60 +19,6 @@ pytestmark = [
         reason="the engine needs AVX2",
     ),
 ]
-
-SMALL = {"image_size": 16, "model_channels": 32, "num_res_blocks": 1, "channel_mult": (1, 2)}
-CONFIGS = {
-    "bundled": {
-        **{"image_size": 28, "in_channels": 1, "out_channels": 2, "model_channels": 32},
-        **{"num_res_blocks": 2, "channel_mult": (1, 2, 3), "attention_resolutions": (14, 7)},
-        "num_classes": 10,
-    },
-    "four levels": {"image_size": 32, "model_channels": 32, "num_res_blocks": 1},
-    "widths of 64x64": {
-        **{"image_size": 16, "model_channels": 32, "num_res_blocks": 3},
-        **{"channel_mult": (1, 2, 3, 4), "attention_resolutions": (4, 2)},
-    },
-    "one head, shift only": {
-        **{"image_size": 32, "model_channels": 32, "num_res_blocks": 1, "num_heads": 1},
-        **{"channel_mult": (1, 1, 2, 2, 4), "attention_resolutions": (4,)},
-        "use_scale_shift_norm": False,
-    },
-    "fixed variance, heads differ": {**SMALL, "out_channels": 3, "num_heads_upsample": 2},
-    "super-resolution": {**SMALL, "super_resolution": True, "num_classes": 4},
-    "single level": {**SMALL, "channel_mult": (2,), "in_channels": 4, "out_channels": 8},
-}
-
-
-def make(**config) -> UNet:
-    """A network whose weights keep activations near one, without the zeroed last layers."""
-    model = UNet(UNetConfig(**config)).eval().requires_grad_(False)
-    generator = torch.Generator().manual_seed(0)
-    for p in model.parameters():
-        noise = torch.randn(p.shape, generator=generator)
-        p.copy_(noise / p[0].numel() ** 0.5 if p.dim() > 1 else p + 0.1 * noise)
-    return model
-
-
-def inputs(model, n, seed=1):
-    c = model.config
-    torch.manual_seed(seed)
-    channels = c.in_channels * (2 if c.super_resolution else 1)
-    x = torch.randn(n, channels, c.image_size, c.image_size)
-    y = None if c.num_classes is None else torch.arange(n) % (c.num_classes + 1) - 1
-    return x, y
-
-
-def reference(model, x, timesteps, y):
-    """float64; the engine's x holds an up-sampled image already, so `low_res` is its second half."""
-    x, low_res = x.double(), None
-    if model.config.super_resolution:
-        x, low_res = x.chunk(2, dim=1)
-    return copy.deepcopy(model).double()(x, timesteps.double(), y, low_res)
-
-
-def error(ours, truth) -> float:
-    """max over max."""
-    return ((ours - truth).abs().max() / truth.abs().max()).item()
 
 
 @pytest.mark.parametrize("exact", [False, True])
@@ -88,7 +33,7 @@ def test_engine_is_the_network_at_every_t(name, exact):
         assert error(ours, expected) < (3e-6 if exact else 1e-5)
 
 
-def test_cifar_configuration_is_served_within_1e_5():
+def test_cifar_configuration_is_supported_within_1e_5():
     model = make(image_size=32, model_channels=128, num_res_blocks=3)
     x, _ = inputs(model, 1)
     engine = CPUEngine(model, 1)
@@ -97,7 +42,7 @@ def test_cifar_configuration_is_served_within_1e_5():
 
 
 @pytest.mark.parametrize("isa", ["avx2", "avx512"])
-def test_each_instruction_set_serves(isa):
+def test_each_instruction_set_is_supported(isa):
     native = _native.native()
     if isa not in native.build_info()["isa_available"]:
         pytest.skip(f"this CPU has no {isa}")
@@ -135,7 +80,7 @@ def test_bfloat16_is_refused_by_a_cpu_without_it_and_sample_says_so():
     model.diffusion = Diffusion()
     previous = _native.native().set_isa("avx2")
     try:
-        with pytest.raises(NotServed, match="avx512_bf16"):
+        with pytest.raises(NotSupported, match="avx512_bf16"):
             CPUEngine(model, 1, dtype=torch.bfloat16)
         with pytest.warns(RuntimeWarning, match=r"without the engine.*avx512_bf16"):
             sample(model, 2, n=1, dtype=torch.bfloat16, progress=False)
@@ -250,20 +195,20 @@ def test_other_sizes_and_strided_inputs_are_served():
 
 
 def test_what_cannot_be_served_is_refused_with_its_reason():
-    with pytest.raises(NotServed, match="conv_resample=False"):
+    with pytest.raises(NotSupported, match="conv_resample=False"):
         CPUEngine(make(**SMALL, conv_resample=False), 1)
-    with pytest.raises(NotServed, match=r"float32 or bfloat16, got torch\.float16"):
+    with pytest.raises(NotSupported, match=r"float32 or bfloat16, got torch\.float16"):
         CPUEngine(make(**SMALL), 1, dtype=torch.float16)
-    with pytest.raises(NotServed, match="UNet, got Linear"):
+    with pytest.raises(NotSupported, match="UNet, got Linear"):
         CPUEngine(torch.nn.Linear(1, 1), 1)
     with torch.device("meta"):
         absent = UNet(UNetConfig(**SMALL))
-    with pytest.raises(NotServed, match=r"needs weights on the CPU, and \S+ is on meta"):
+    with pytest.raises(NotSupported, match=r"needs weights on the CPU, and \S+ is on meta"):
         CPUEngine(absent, 1)
     native = _native.native()
     previous = native.set_isa("base")
     try:
-        assert "AVX2" in (why_not_served(make(**SMALL)) or "")
+        assert "AVX2" in (why_not_supported(make(**SMALL)) or "")
     finally:
         native.set_isa(previous)
 

@@ -12,12 +12,12 @@ import warnings
 import pytest
 import torch
 from cuda_emu import toolchain
+from engine_networks import CONFIGS, MORE_CONFIGS, SMALL, error, inputs, make, reference
 from fake_graphs import Counted, FakeGraphs, HostSync, no_waiting
-from test_cpu_engine import CONFIGS, SMALL, error, inputs, make, reference
 
 from iddpm_ext import Diffusion, _native, sample, sample_progressive
 from iddpm_ext.engines.cuda import engine as cuda_engine
-from iddpm_ext.engines.cuda.engine import CUDAEngine, CUDAProgram, NotServed
+from iddpm_ext.engines.cuda.engine import CUDAEngine, CUDAProgram, NotSupported
 from iddpm_ext.engines.cuda.network import FusedNetwork
 from iddpm_ext.engines.embedding import Projections
 from iddpm_ext.networks.unet import UNet, UNetConfig
@@ -27,14 +27,6 @@ from iddpm_ext.sampling.loop import network_of
 from iddpm_ext.sampling.request import make_request
 
 REASON = toolchain.absence() or _native.cpu_absence()
-MORE_CONFIGS = {
-    "averaged": {**SMALL, "conv_resample": False, "attention_resolutions": (8,)},
-    "resampling blocks, new heads": {
-        **{**SMALL, "attention_resolutions": (8,)},
-        **{"resblock_updown": True, "attention_order": "new"},
-    },
-    "concatenated identity": {**SMALL, "channel_mult": (2, 1)},
-}
 CHAIN = {"image_size": 8, "model_channels": 32, "num_res_blocks": 1, "channel_mult": (1, 2)}
 DRAW = {"backend": "cuda", "progress": False, "steps": 4, "n": 3}
 
@@ -53,7 +45,7 @@ class Gpu:
 
 @pytest.fixture(params=["cpu", *(["cuda"] if torch.cuda.is_available() else [])])
 def gpu(request, monkeypatch):
-    """The device; without a GPU, CPU tensors are served as if they lay on one."""
+    """The device; without a GPU, CPU tensors are treated as if they lay on one."""
     graphs = Counted if request.param == "cuda" else FakeGraphs
     monkeypatch.setattr("iddpm_ext.engines.cuda.graphs.Graphs", graphs)
     # The bounds are float32's; TensorFloat32, PyTorch's default in convolutions, has a test of its own.
@@ -67,7 +59,7 @@ def gpu(request, monkeypatch):
         pytest.skip(f"no emulator: {REASON}")
     from cuda_emu import emulator
 
-    monkeypatch.setattr(cuda_engine, "serves_device", lambda device: device.type == "cpu")
+    monkeypatch.setattr(cuda_engine, "supports_device", lambda device: device.type == "cpu")
     with emulator.emulated_cuda():
         yield Gpu("cpu", graphs)
 
@@ -179,7 +171,7 @@ def test_no_step_makes_the_host_wait(gpu):
     )
     x = torch.randn(3, 3, 8, 8, device=gpu.device)
     chosen = network_of(request)
-    assert chosen.name == "cuda engine" and cuda_chain.serves(request, chosen)
+    assert chosen.name == "cuda engine" and cuda_chain.supports(request, chosen)
     step = cuda_chain.prepare(request, chosen, torch.arange(3, device=gpu.device), x)
     with no_waiting():
         for i in (3, 2, 1, 0):
@@ -345,17 +337,17 @@ def test_a_graph_is_not_replayed_under_other_settings_of_tensor_float32(gpu, mon
 def test_what_cannot_be_served_runs_as_the_module_and_says_why(gpu, monkeypatch):
     model = network(gpu)
     expected = plain(model)
-    monkeypatch.setattr(cuda_engine, "why_not_served", lambda *_: "of a reason")
+    monkeypatch.setattr(cuda_engine, "why_not_supported", lambda *_: "of a reason")
     with pytest.warns(RuntimeWarning, match="without the engine: CUDAEngine: of a reason"):
         assert_images_agree(sample(model, **DRAW), expected)
 
 
 def test_reasons_not_to_serve_are_given():
-    with pytest.raises(NotServed, match="UNet, got Linear"):
+    with pytest.raises(NotSupported, match="UNet, got Linear"):
         CUDAEngine(torch.nn.Linear(1, 1))
-    with pytest.raises(NotServed, match="weights on a CUDA device, got cpu"):
+    with pytest.raises(NotSupported, match="weights on a CUDA device, got cpu"):
         CUDAEngine(make(**SMALL))
-    with pytest.raises(NotServed, match=r"float32, bfloat16 or float16, got torch\.float64"):
+    with pytest.raises(NotSupported, match=r"float32, bfloat16 or float16, got torch\.float64"):
         CUDAEngine(UNet(UNetConfig(**SMALL)), dtype=torch.float64)
 
 

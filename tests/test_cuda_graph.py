@@ -82,8 +82,13 @@ def runtime(monkeypatch) -> Runtime:
 def test_work_is_tried_out_on_a_side_stream_and_captured_there(runtime):
     replay = Graphs(torch.device("cuda")).capture(runtime.work)
     assert runtime.calls == [
-        *("side1 waits for main", "work on side1", "work on side1", "main waits for side1"),
-        *("begin pool thread_local", "work on side1", "end"),
+        "side1 waits for main",
+        "work on side1",
+        "work on side1",
+        "main waits for side1",
+        "begin pool thread_local",
+        "work on side1",
+        "end",
     ]
     assert runtime.current is runtime.main
     replay()

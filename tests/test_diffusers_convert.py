@@ -9,7 +9,7 @@ import diffusers
 import pytest
 import torch
 from diffusers_networks import SMALL, filled, small_network
-from test_openai_keys import RELEASED, config_of_flags
+from openai_files import MARCH, config_of_flags
 
 import iddpm_ext
 from iddpm_ext import Diffusion, IDDPMUNet2DModel, UNet, UNetConfig, from_diffusers, to_diffusers
@@ -106,7 +106,7 @@ def test_the_stock_class_is_taken_where_it_computes_the_same_and_else_refused():
 def test_released_shapes_load_strictly_into_their_class(name):
     ours, theirs, stock = SHAPES[name]
     with torch.device("meta"):
-        model = UNet(config_of_flags(RELEASED[name]["flags"]))
+        model = UNet(config_of_flags(MARCH[name]["flags"]))
     assert len(model.state_dict()) == ours
     unet = to_diffusers(model)
     assert len(unet.state_dict()) == theirs
@@ -118,14 +118,14 @@ def test_released_shapes_load_strictly_into_their_class(name):
 
 
 def test_the_cifar_network_computes_the_same_in_diffusers():
-    model = filled(UNet(config_of_flags(RELEASED["cifar10_uncond_50M_500K.pt"]["flags"])))
+    model = filled(UNet(config_of_flags(MARCH["cifar10_uncond_50M_500K.pt"]["flags"])))
     assert agree(*outputs(model, to_diffusers(model)))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SHAPES)
 def test_released_networks_compute_the_same_in_diffusers(name):
-    config = config_of_flags(RELEASED[name]["flags"])
+    config = config_of_flags(MARCH[name]["flags"])
     model = filled(UNet(config))
     unet = to_diffusers(model)
     ours, theirs = outputs(model, unet)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers.pipelines.ddpm import pipeline_ddpm
 from diffusers_networks import InjectedNoise, noise_of, small_network
-from test_multistep import exact_eps
+from normal_data import exact_eps
 
 import iddpm_ext
 from iddpm_ext import Diffusion, IDDPMPipeline, IDDPMScheduler, to_diffusers

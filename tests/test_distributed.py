@@ -22,7 +22,7 @@ from iddpm_ext.checkpoint.runs import read_state, read_tensors, verify_checkpoin
 from iddpm_ext.training import TrainConfig, train
 
 # Seconds. A dead peer is noticed at once; this is for a machine with much else to do.
-_TIMEOUT = 120
+_TIMEOUT = 300
 
 _PROGRAM = """
 import sys, json, torch
@@ -233,7 +233,7 @@ from iddpm_ext import process_group
 def rank(number):
     os.environ["RANK"] = str(number)
     for meeting in range(6):
-        process_group.begin("gloo", timedelta(seconds=20))
+        process_group.begin("gloo", timedelta(seconds=100))
         total = torch.ones(1)
         dist.all_reduce(total)
         assert total == 2
@@ -269,7 +269,9 @@ for served in (False, True):
 def test_groups_follow_one_another_in_the_same_processes():
     variables = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     program = [sys.executable, "-c", _GROUPS]
-    result = subprocess.run(program, env=variables, capture_output=True, text=True, timeout=200)
+    result = subprocess.run(
+        program, env=variables, capture_output=True, text=True, timeout=_TIMEOUT
+    )
     assert result.returncode == 0, result.stdout
 
 
@@ -337,7 +339,7 @@ from iddpm_ext.training.state import new_state
 
 torch.set_num_threads(1)
 process_group.begin("gloo", timedelta(seconds=120))
-captured.serves_device = lambda device: True
+captured.supports_device = lambda device: True
 checks.timesteps = lambda *_: None  # looks at values, for which a host with a GPU does not wait
 step.Graphs = FakeGraphs
 
@@ -388,7 +390,7 @@ from iddpm_ext import process_group
 torch.set_num_threads(1)
 sys.setswitchinterval(1000)
 for _ in range(20):
-    process_group.begin("gloo", timedelta(seconds=30))
+    process_group.begin("gloo", timedelta(seconds=120))
     model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(3, 3))
     model(torch.ones(2, 3)).sum().backward()
     dist.all_reduce(torch.ones(3))
@@ -402,8 +404,36 @@ def test_a_group_ends_though_the_last_exchange_is_still_held(tmp_path):
         finish(ranks, _TIMEOUT)
 
 
+# Rank 1 takes part only once rank 0 has seen that both of Gloo's threads are still at their exchange.
+_HELD = """
+import torch
+from datetime import timedelta
+import torch.distributed as dist
+from iddpm_ext import process_group
+
+torch.set_num_threads(1)
+process_group.begin("gloo", timedelta(seconds=100))
+store = process_group._meeting[0]
+if dist.get_rank() == 1:
+    store.wait(["seen"])
+works = [dist.all_reduce(torch.ones(3), async_op=True) for _ in range(2)]
+if dist.get_rank() == 0:
+    assert not process_group._wait_for_threads(0.05)
+    store.set("seen", "")
+for work in works:
+    work.wait()
+assert process_group._wait_for_threads(100)
+process_group.end()
+"""
+
+
+def test_a_group_waits_for_the_threads_that_hold_an_exchange_and_no_longer_than_it_may(tmp_path):
+    with started(["-c", _HELD], tmp_path) as ranks:
+        finish(ranks, _TIMEOUT)
+
+
 def _wait_for_records(out: Path) -> None:
-    deadline = time.monotonic() + 100
+    deadline = time.monotonic() + _TIMEOUT
     while time.monotonic() < deadline:
         path = out / "metrics.jsonl"
         if path.exists() and path.stat().st_size:

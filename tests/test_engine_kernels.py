@@ -37,9 +37,16 @@ def run(rows, n, threads=1, *, x=None, out=None, table=None, shared=1 << 20, scr
     private = torch.full((threads, scratch), math.nan)
     starts = torch.arange(n) * (0 if table is None else table.shape[1])
     return _native.native().unet_engine(
-        *(plan.data_ptr(), len(rows), n, threads),
+        plan.data_ptr(),
+        len(rows),
+        n,
+        threads,
         *(0 if t is None else t.data_ptr() for t in (x, out, table)),
-        *(starts.data_ptr(), shared.data_ptr(), shared.numel(), private.data_ptr(), scratch),
+        starts.data_ptr(),
+        shared.data_ptr(),
+        shared.numel(),
+        private.data_ptr(),
+        scratch,
     )
 
 
@@ -131,8 +138,14 @@ def test_bfloat16_winograd_rounds_what_it_multiplies_and_nothing_else(
     source, add, out = nhwc(x), nhwc(residual), wide(n * height * width, columns)
     weight, bias = pack.pack_pairs(pack.pack_winograd(w, 2)), pack.pack_vector(b)
     row = ops.winograd_row(
-        *((height, width), buffer(source), channels, columns, weight, bias),
-        *(buffer(out), buffer(add.view(-1, columns))),
+        (height, width),
+        buffer(source),
+        channels,
+        columns,
+        weight,
+        bias,
+        buffer(out),
+        buffer(add.view(-1, columns)),
         tile=2,
         upscale=upscale,
     )
@@ -172,8 +185,14 @@ def test_winograd_is_the_convolution(
     source, add, out = nhwc(x), nhwc(residual), wide(n * height * width, columns)
     weight, bias = pack.pack_winograd(w, tile), pack.pack_vector(b)
     row = ops.winograd_row(
-        *((height, width), buffer(source), channels, columns, weight, bias),
-        *(buffer(out), buffer(add.view(-1, columns))),
+        (height, width),
+        buffer(source),
+        channels,
+        columns,
+        weight,
+        bias,
+        buffer(out),
+        buffer(add.view(-1, columns)),
         tile=tile,
         upscale=upscale,
     )
@@ -213,7 +232,13 @@ def test_conv_gathers_stride_and_upsampling(isa, threads, channels, columns, str
     source, out = nhwc(x), wide(truth.shape[:-1].numel(), columns)
     weight, bias = pack.pack_taps(w), pack.pack_vector(b)
     row = ops.conv_row(
-        *(size, buffer(source), channels, columns, weight, bias, buffer(out)),
+        size,
+        buffer(source),
+        channels,
+        columns,
+        weight,
+        bias,
+        buffer(out),
         stride=stride,
         upscale=upscale,
     )
@@ -231,7 +256,13 @@ def test_group_norm_takes_the_embedding_and_silu(isa, threads, mode, channels, p
     table = torch.randn(n, 8 + 2 * channels)
     out = wide(n * pixels, channels)
     row = ops.group_norm_row(
-        *(pixels, buffer(x), channels, 32, weight, bias, buffer(out)),
+        pixels,
+        buffer(x),
+        channels,
+        32,
+        weight,
+        bias,
+        buffer(out),
         eps=1e-5,
         silu=silu,
         embedding=-1 if mode == "plain" else 8,

@@ -81,7 +81,7 @@ def test_a_name_that_cannot_be_printed_does_not_end_a_verb_after_its_work(tmp_pa
     name = os.fsencode(tmp_path) + b"/\xff.png"
     command = [sys.executable, "-m", "iddpm_ext", "sample", "--n", "1", "--steps", "2", "--out"]
     done = subprocess.run(
-        [*map(os.fsencode, command), name], capture_output=True, timeout=120,
+        [*map(os.fsencode, command), name], capture_output=True, timeout=300,
         env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr.decode()

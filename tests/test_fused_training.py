@@ -6,8 +6,7 @@ import copy
 
 import pytest
 import torch
-from test_cpu_engine import CONFIGS, inputs, make
-from test_cuda_engine import MORE_CONFIGS
+from engine_networks import CONFIGS, MORE_CONFIGS, inputs, make
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from iddpm_ext.training.fused import FusedTraining

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from iddpm_ext import ops
-from iddpm_ext.gaussian import (
+from iddpm_ext.ops.gaussian import (
     approx_standard_normal_cdf,
     discretized_gaussian_log_likelihood,
     normal_kl,

@@ -27,8 +27,13 @@ pytestmark = pytest.mark.skipif(REASON is not None, reason=f"no emulator: {REASO
 
 # Clusters of all sizes; no clusters, so that what does not fit one block is read twice; narrow slices.
 SETTINGS = (
-    *("", "TILE=4096", "TILE=4096,CLUSTER=1", "TILE=2048,ROWS=8", "TILE=1024,ROWS=32"),
-    *("BLOCKS=100000", "LINE=256"),
+    "",
+    "TILE=4096",
+    "TILE=4096,CLUSTER=1",
+    "TILE=2048,ROWS=8",
+    "TILE=1024,ROWS=32",
+    "BLOCKS=100000",
+    "LINE=256",
 )
 # Widths of a group that divide a thread's channels, are divided by them, and neither; odd sizes; a
 # sample that does not fit one block.

@@ -11,7 +11,7 @@ from golden.make_guided import CASES, GOLDEN, SMALL
 from golden.make_unet import fill_by_formula, inputs_of, summary
 
 import iddpm_ext
-from iddpm_ext.engines.cpu.engine import CPUEngine, why_not_served
+from iddpm_ext.engines.cpu.engine import CPUEngine, why_not_supported
 from iddpm_ext.networks.classifier import Classifier, ClassifierConfig
 from iddpm_ext.networks.unet import UNet, UNetConfig
 
@@ -134,7 +134,7 @@ def test_networks_that_the_engine_cannot_run_are_sampled_as_modules(option, says
     model = UNet(config).eval()
     fill_by_formula(model)
     model.diffusion = iddpm_ext.Diffusion("linear", 50)
-    assert says in (why_not_served(model) or "")
+    assert says in (why_not_supported(model) or "")
     drawn = {}
     for engine in (True, False):
         drawn[engine] = iddpm_ext.sample(model, steps=2, n=2, engine=engine, progress=False)
@@ -147,8 +147,8 @@ def test_engine_runs_heads_of_a_given_width_and_fractional_levels():
         attention_resolutions=(8,), num_head_channels=32,
     )  # fmt: skip
     model = UNet(config).eval()
-    if why_not_served(model) is not None:
-        pytest.skip(why_not_served(model))
+    if why_not_supported(model) is not None:
+        pytest.skip(why_not_supported(model))
     fill_by_formula(model)
     x, t = torch.randn(2, 3, 16, 16), torch.tensor([3.0, 3.0])
     engine = CPUEngine(model, 2)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_openai_load import FLAGS, OWN
+from openai_files import FLAGS, OWN
 
 from iddpm_ext import Diffusion, UNet, load, load_classifier, save
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from iddpm_ext import _native, info
+from iddpm_ext import _native
+from iddpm_ext.cli import _environment as info
 from iddpm_ext.ops.spec import REGISTRY
 
 NO_CUDA = {"built": False, "reason": "IDDPM_CUDA=0", "archs": ""}

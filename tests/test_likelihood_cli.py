@@ -87,7 +87,7 @@ def test_a_killed_run_goes_on_where_it_was(files, tmp_path, capsys):
     flags = command(files, out, "--full", "--batch-size", "1")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen([sys.executable, "-m", "iddpm_ext", *flags], env=environment)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline and process.poll() is None:
         found = list((out / "state").glob("*.rows")) if (out / "state").exists() else []
         if found and found[0].stat().st_size > 20 * 36:

@@ -4,16 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from normal_data import exact_eps
 
 from iddpm_ext import Diffusion
 from iddpm_ext.diffusion import multistep_update
-
-
-def exact_eps(chain: Diffusion, x: torch.Tensor, i: int, std: float) -> torch.Tensor:
-    """eps of the best predictor where x_0 is normal with deviation `std`: linear in x_t."""
-    alpha_bar = chain.alphas_cumprod[i]
-    variance = alpha_bar * std**2 + (1 - alpha_bar)
-    return (1 - alpha_bar).sqrt() * x / variance
 
 
 def solve(chain: Diffusion, x: torch.Tensor, std: float, *, second_order: bool) -> torch.Tensor:

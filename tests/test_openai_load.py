@@ -12,9 +12,8 @@ import pytest
 import torch
 from golden import make_guided
 from golden.make_unet import fill_by_formula
+from openai_files import FLAGS, MARCH, OWN, config_of_flags
 from safetensors.torch import save_file
-from test_openai_keys import RELEASED as MARCH
-from test_openai_keys import config_of_flags
 
 import iddpm_ext
 from iddpm_ext import Classifier, Diffusion, UNet, UNetConfig, load, load_classifier, save
@@ -26,23 +25,6 @@ from iddpm_ext.checkpoint.shapes import Structure, infer
 from iddpm_ext.cli import main
 
 JULY = json.loads(make_guided.GOLDEN.read_text())["released"]
-OWN = UNetConfig(
-    image_size=16,
-    in_channels=3,
-    model_channels=32,
-    out_channels=6,
-    num_res_blocks=1,
-    channel_mult=(1, 2),
-    attention_resolutions=(8,),
-    num_heads=2,
-)
-FLAGS = {
-    "image_size": 16,
-    "num_heads": 2,
-    "noise_schedule": "linear",
-    "diffusion_steps": 200,
-    "rescale_timesteps": False,
-}
 
 
 def shapes_of(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:

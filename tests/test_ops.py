@@ -285,8 +285,10 @@ def test_bad_input_is_refused_before_any_work(spec: OpSpec, case: BadCase):
     assert str(caught.value).startswith(f"{spec.name}: ")
 
 
-def test_an_explicit_backend_that_cannot_serve_says_why_and_which_can():
-    with pytest.raises(RuntimeError, match=r"'cuda' cannot serve this call: .*; can: .*reference"):
+def test_an_explicit_backend_that_does_not_support_a_call_says_why_and_which_can():
+    with pytest.raises(
+        RuntimeError, match=r"'cuda' does not support this call: .*; can: .*reference"
+    ):
         ops.resolve_backend("reverse_step", "cuda", torch.device("cpu"), torch.float32)
 
 

@@ -6,33 +6,24 @@ with `iddpm_ext.ops.random_calls`. IDDPM_SOAK=1 runs many more examples, other o
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
-from itertools import product
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
+from op_accuracy import assert_call_is_as_good_as_pytorchs, gradients_of
 from op_calls import (
-    ERROR_RATIO,
     FLOATS,
     KERNELS,
-    ROUNDINGS,
     cloned,
-    differentiable,
-    error,
     floating_arguments,
-    gradients,
     in_dtypes,
     run,
     tensors,
-    to_double,
 )
-from rounding_noise import RoundingNoise
 from torch import Tensor
 
 from iddpm_ext.ops import synthetic
@@ -41,10 +32,6 @@ from iddpm_ext.ops.spec import REGISTRY, OpSpec, unavailable
 SOAK = bool(os.environ.get("IDDPM_SOAK"))
 # Of each op, over all of its backends and dtypes.
 EXAMPLES = 500 if SOAK else 24
-# Where a single run of PyTorch's was closer than half as far, its error is the root mean square of this many
-# noisy ones: nobody is lucky eight times.
-NOISY_RUNS = 8
-
 # An op's five hundred examples take minutes, on a busy machine many.
 pytestmark = [pytest.mark.timeout(3600)] if SOAK else []
 
@@ -84,65 +71,6 @@ def kernels(spec: OpSpec) -> Iterator[tuple[str, torch.dtype]]:
                 yield backend, dtype
 
 
-def assert_as_good_as_pytorch(
-    result: Tensor,
-    exact: Tensor,
-    yardstick: Tensor,
-    noisy: Callable[[], list[Tensor]],
-    roundings: float,
-) -> None:
-    """Right where PyTorch is finite at the same dtype; never finite where it and the exact result are NaN."""
-    assert result.shape == exact.shape
-    if not exact.is_floating_point():
-        assert torch.equal(result, exact)
-        return
-    lost = exact.isnan() & yardstick.isnan() & ~result.isnan()
-    assert not bool(lost.any()), "a NaN was lost"
-    judged = exact.isfinite() & yardstick.isfinite()
-    overflown = exact.isinf() & yardstick.isinf()
-    assert bool((~result.isfinite() | ~overflown).all()), "an infinity was lost"
-    result, exact = result[judged], exact[judged]
-    assert bool(result.isfinite().all()), "a finite result became infinite or NaN"
-    scale = float(exact.abs().max()) if exact.numel() else 0.0
-    roundings = roundings if result.dtype == torch.float32 else ROUNDINGS
-    distance = error(result, exact)
-    if distance <= roundings * torch.finfo(result.dtype).eps * scale:
-        return
-    if distance <= ERROR_RATIO * error(yardstick[judged], exact):
-        return
-    runs = [y[judged] for y in noisy()]
-    squares = [error(torch.where(y.isfinite(), y, exact), exact) ** 2 for y in runs]
-    assert distance <= ERROR_RATIO * (sum(squares) / len(squares)) ** 0.5
-
-
-def assert_call_is_as_good_as_pytorchs(
-    spec: OpSpec, backend: str, call: dict[str, Any], compute: Callable[..., list[Tensor]]
-) -> None:
-    """`compute` is `run`, or `gradients_of`."""
-    exact = compute(spec, "reference", to_double(cloned(call)))
-    yardsticks = compute(spec, "reference", cloned(call))
-    results = compute(spec, backend, cloned(call))
-
-    fused = spec.in_pytorch()
-    pytorchs = [spec] if fused is None else [spec, replace(spec, public=fused)]
-
-    @functools.cache
-    def noisy_runs() -> list[list[Tensor]]:
-        runs = []
-        for seed, own in product(range(NOISY_RUNS), pytorchs):
-            with RoundingNoise(seed):
-                runs.append(compute(own, "reference", cloned(call)))
-        return runs
-
-    def noisy(i: int) -> list[Tensor]:
-        return [results_of_run[i] for results_of_run in noisy_runs()]
-
-    for i, (result, target, yardstick) in enumerate(zip(results, exact, yardsticks, strict=True)):
-        assert result.dtype == yardstick.dtype
-        spread = functools.partial(noisy, i)
-        assert_as_good_as_pytorch(result, target, yardstick, spread, spec.roundings)
-
-
 def mixed(draw: Hypothesis, call: dict[str, Any]) -> dict[str, Any]:
     """The call, every second time with one of its floating arguments in another dtype."""
     names = floating_arguments(call)
@@ -161,12 +89,7 @@ def is_taken(spec: OpSpec, backend: str, call: dict[str, Any]) -> bool:
     return True
 
 
-def gradients_of(spec: OpSpec, backend: str, call: dict[str, Any]) -> list[Tensor]:
-    return gradients(spec, backend, differentiable(spec, call))
-
-
-@pytest.mark.parametrize("spec", REGISTRY.values(), ids=REGISTRY)
-def test_random_calls_are_as_good_as_pytorchs(spec: OpSpec):
+def check_random_calls(spec: OpSpec, compute: Callable[..., list[Tensor]]) -> None:
     able = list(kernels(spec))
     if not able:
         pytest.skip("no kernels here")
@@ -178,31 +101,24 @@ def test_random_calls_are_as_good_as_pytorchs(spec: OpSpec):
         backend, dtype = draw.choice(able)
         call = mixed(draw, spec.property_inputs(draw, "cpu", dtype))
         assume(is_taken(spec, backend, call))
-        assert_call_is_as_good_as_pytorchs(spec, backend, call, run)
+        if compute is gradients_of:
+            # Autograd makes NaN of an infinity in a branch that torch.where did not take.
+            assume(all(bool(x.isfinite().all()) for x in tensors(list(call.values()))))
+        assert_call_is_as_good_as_pytorchs(spec, backend, call, compute)
 
     check()
+
+
+@pytest.mark.parametrize("spec", REGISTRY.values(), ids=REGISTRY)
+def test_random_calls_are_as_good_as_pytorchs(spec: OpSpec):
+    check_random_calls(spec, run)
 
 
 @pytest.mark.parametrize(
     "spec", [s for s in REGISTRY.values() if s.differentiable], ids=lambda s: s.name
 )
 def test_gradients_of_random_calls_are_as_good_as_pytorchs(spec: OpSpec):
-    able = list(kernels(spec))
-    if not able:
-        pytest.skip("no kernels here")
-
-    @profile
-    @given(st.data())
-    def check(data: st.DataObject) -> None:
-        draw = Hypothesis(data)
-        backend, dtype = draw.choice(able)
-        call = mixed(draw, spec.property_inputs(draw, "cpu", dtype))
-        assume(is_taken(spec, backend, call))
-        # Autograd makes NaN of an infinity in a branch that torch.where did not take.
-        assume(all(bool(x.isfinite().all()) for x in tensors(list(call.values()))))
-        assert_call_is_as_good_as_pytorchs(spec, backend, call, gradients_of)
-
-    check()
+    check_random_calls(spec, gradients_of)
 
 
 def found(dtype: torch.dtype) -> dict[str, tuple[str, dict[str, Any], Callable[..., list[Tensor]]]]:

@@ -14,26 +14,24 @@ import iddpm_ext
 
 PACKAGE = Path(iddpm_ext.__file__).parent
 
-# From the ground up; a part not named here belongs to MIDDLE. A part imports its own floor and
-# those below it.
+# Every part, from the ground up. A part imports its own floor and those below it.
 FLOORS = [
-    {"_C", "_native", "random", "gaussian", "foreign", "process_group", "files", "text"},
-    {"ops"},
+    {"_C"},
+    {"_native", "random", "files", "text", "process_group"},
+    {"images", "data", "metrics", "ops"},
     {"diffusion"},
     {"networks"},
     {"engines"},
-    {"..."},
-    {"training"},
-    {"cli", "info"},
+    {"interop"},
+    {"checkpoint"},
+    {"sampling"},
+    {"likelihood", "evaluation", "training"},
+    {"cli"},
     {"__main__"},
 ]
-MIDDLE = FLOORS.index({"..."})
+FLOOR = {part: number for number, parts in enumerate(FLOORS) for part in parts}
 _TYPE_ONLY = ("TYPE_CHECKING", "typing.TYPE_CHECKING")
 OPTIONAL = "matplotlib tyro diffusers tensorboard datasets webdataset torch_fidelity torchvision"
-
-
-def floor(part: str) -> int:
-    return next((i for i, parts in enumerate(FLOORS) if part in parts), MIDDLE)
 
 
 def sources() -> Iterator[tuple[str, Path]]:
@@ -55,8 +53,9 @@ def type_only(tree: ast.Module) -> set[ast.AST]:
 
 
 def imports(path: Path) -> Iterator[str]:
-    """Dotted names under iddpm_ext that ``path`` imports when it runs, at its top or later."""
-    package = ["iddpm_ext", *path.relative_to(PACKAGE).parent.parts]
+    """Dotted names that ``path`` imports when it runs, at its top or later."""
+    inside = path.is_relative_to(PACKAGE)
+    package = ["iddpm_ext", *path.relative_to(PACKAGE).parent.parts] if inside else []
     tree = ast.parse(path.read_text())
     ignored = type_only(tree)
     for node in ast.walk(tree):
@@ -87,12 +86,16 @@ def edges() -> dict[str, set[str]]:
     return graph
 
 
+def test_every_part_has_a_floor():
+    assert {part for part, _ in sources()} == FLOOR.keys() - {"_C"}
+
+
 def test_imports_point_down_only():
     upward = [
         f"{part} imports {target}"
         for part, targets in edges().items()
         for target in targets
-        if floor(target) > floor(part)
+        if FLOOR[target] > FLOOR[part]
     ]
     assert upward == []
 
@@ -133,6 +136,17 @@ def test_the_package_never_imports_the_programs_beside_it():
     programs = {"python", "benchmarks", "tests", "tools"}
     found = {name for _, path in sources() for name in imports(path)}
     assert not {name for name in found if name.partition(".")[0] in programs}
+
+
+def test_no_test_file_imports_another():
+    """What several need has a module of its own."""
+    found = [
+        f"{path.name} imports {name}"
+        for path in sorted(Path(__file__).parent.rglob("*.py"))
+        for name in imports(path)
+        if name.startswith("test_")
+    ]
+    assert found == []
 
 
 def test_importing_the_package_imports_no_optional_library():
@@ -203,3 +217,18 @@ def test_modules_are_there_as_the_documentation_names_them():
 def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="no attribute 'smaple'"):
         iddpm_ext.smaple  # noqa: B018
+
+
+def test_the_old_name_of_a_refusal_is_the_new_one_and_warns():
+    from iddpm_ext.engines import base
+    from iddpm_ext.engines.cpu import engine as cpu
+    from iddpm_ext.engines.cuda import engine as cuda
+
+    for module in (base, cpu, cuda):
+        with pytest.warns(DeprecationWarning, match="NotSupported"):
+            assert module.__getattr__("NotServed") is base.NotSupported  # old_names
+    for module in (cpu, cuda):
+        with pytest.warns(DeprecationWarning, match="why_not_supported"):
+            assert module.__getattr__("why_not_served") is module.why_not_supported  # old_names
+        with pytest.raises(AttributeError, match="no attribute 'why_so'"):
+            module.why_so  # noqa: B018

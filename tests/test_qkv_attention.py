@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from op_accuracy import assert_call_is_as_good_as_pytorchs
 from op_calls import assert_close
 from torch import Tensor
 
 from iddpm_ext.ops import qkv_attention, unavailable
-from iddpm_ext.ops.qkv_attention import library, native, reference
+from iddpm_ext.ops.qkv_attention import compiled, pytorch, reference
 from iddpm_ext.ops.qkv_attention.layout import split_heads
-from iddpm_ext.ops.spec import REGISTRY
+from iddpm_ext.ops.spec import REGISTRY, OpSpec
 
 pytestmark = pytest.mark.skipif(
     unavailable("qkv_attention", "cpu", "cpu", torch.float32) is not None, reason="no C++ kernels"
@@ -63,7 +66,7 @@ def test_threads_change_no_bit(n, heads):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_kernels_read_both_layouts_where_they_lie(layout):
     x = draw(2, 24, 10, layout)
-    assert native._readable(x) is x
+    assert compiled._readable(x) is x
     for order in ("legacy", "new"):
         storage = {v.untyped_storage().data_ptr() for v in split_heads(x, 2, order)}
         assert storage == {x.untyped_storage().data_ptr()}
@@ -129,7 +132,7 @@ def test_library_attention_computes_the_same(layout, tokens):
     """The CUDA backend is PyTorch's attention on views: here on a CPU."""
     qkv = draw(2, 3 * 48, tokens, layout)
     for order in ("legacy", "new"):
-        got = library.qkv_attention(qkv, 3, order)
+        got = pytorch.qkv_attention(qkv, 3, order)
         expected = qkv_attention(qkv, 3, order=order)
         assert got.stride() == expected.stride()
         torch.testing.assert_close(got, expected, rtol=0, atol=2e-6)
@@ -154,7 +157,7 @@ def test_gradient_compiles_into_one_graph(layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_backward_operator_passes_opcheck(layout):
     qkv, dout = draw(2, 3 * 16, 20, layout), draw(2, 16, 20, seed=1)
-    statistics = native.cpu(qkv, 2, "legacy")[1]
+    statistics = compiled.cpu(qkv, 2, "legacy")[1]
     torch.library.opcheck(
         torch.ops.iddpm_ext.qkv_attention_bwd.default,
         (dout, qkv, statistics, 2, "legacy", "cpu"),
@@ -174,19 +177,24 @@ def test_backward_operator_passes_opcheck(layout):
     size=st.sampled_from([1e-3, 1.0, 30.0]),
     seed=st.integers(0, 2**16),
 )
+# PyTorch's own run is right to the last place on this one, by luck.
+@example(
+    n=1, heads=3, width=2, tokens=2, layout="by channel", order="legacy", dtype=torch.float32, size=30.0,
+    seed=298,
+)  # fmt: skip
 def test_any_shape_is_as_exact_as_pytorch(
     n, heads, width, tokens, layout, order, dtype, size, seed
 ):
     qkv = size * draw(n, 3 * heads * width, tokens, layout, seed)
     qkv, dout = qkv.to(dtype), draw(n, heads * width, tokens, seed=seed + 1).to(dtype)
-    got = result_and_gradient(qkv, heads, dout, order=order)
-    exact = result_and_gradient(qkv.double(), heads, dout.double(), order=order)
-    yardstick = result_and_gradient(qkv, heads, dout, order=order, backend="reference")
-    for result, target, measure in zip(got, exact, yardstick, strict=True):
-        allowed = max(
-            2 * (measure - target).norm(), 4 * torch.finfo(dtype).eps * target.norm(), 1e-30
-        )
-        assert (result - target).norm() <= allowed
+
+    def compute(spec: OpSpec, backend: str, call: dict[str, Any]) -> list[Tensor]:
+        x = call["qkv"].detach().requires_grad_()
+        out = spec.public(**{**call, "qkv": x}, backend=backend)
+        return [out.detach(), torch.autograd.grad(out, x, dout.to(out.dtype))[0]]
+
+    call = {"qkv": qkv, "num_heads": heads, "order": order}
+    assert_call_is_as_good_as_pytorchs(REGISTRY["qkv_attention"], "cpu", call, compute)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -204,7 +212,7 @@ def test_pytorchs_fused_kernels_get_aligned_rows(dtype, monkeypatch):
         seen.clear()
         qkv, heads = case.kwargs["qkv"], case.kwargs["num_heads"]
         order = case.kwargs.get("order", "legacy")
-        found = library.qkv_attention(qkv.flatten(2), heads, order)
+        found = pytorch.qkv_attention(qkv.flatten(2), heads, order)
         expected = reference.qkv_attention(qkv.flatten(2), heads, order)
         exact = reference.qkv_attention(qkv.flatten(2).double(), heads, order)
         assert_close(found, exact, expected, dtype, spec.roundings)

@@ -28,9 +28,9 @@ def data(tmp_path):
 
 def arguments(data: Path, out: Path) -> list[str]:
     return [
-        *("cifar10.py", "--data", str(data), "--out", str(out), "--minutes", "0.05", "--batch-size", "2"),
-        *("--width", "32", "--res-blocks", "1", "--channel-mult", "1", "--attention", "8"),
-        *("--dtype", "float32", "--workers", "0", "--samples", "2", "--device", "cpu"),
+        "cifar10.py", "--data", str(data), "--out", str(out), "--minutes", "0.05", "--batch-size", "2",
+        "--width", "32", "--res-blocks", "1", "--channel-mult", "1", "--attention", "8",
+        "--dtype", "float32", "--workers", "0", "--samples", "2", "--device", "cpu",
     ]  # fmt: skip
 
 

@@ -87,7 +87,7 @@ class _Server:
     def close(self) -> None:
         assert self.process.stdin is not None
         self.process.stdin.close()
-        self.process.wait(30)
+        self.process.wait(120)
 
 
 @pytest.fixture(scope="module")
@@ -187,6 +187,6 @@ def _kill(process: int) -> None:
 
 
 def _wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not condition():
         time.sleep(0.001)

@@ -326,7 +326,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"image_shape": (1, 8)}, ValueError, "image_shape must be three positive ints"),
     ({"batch_size": 0}, ValueError, "batch_size must be an int above 0"),
     ({"backend": "vulkan"}, ValueError, "backend must be one of"),
-    ({"backend": "cuda"}, RuntimeError, "backend 'cuda' cannot serve"),
+    ({"backend": "cuda"}, RuntimeError, "backend 'cuda' does not support"),
     ({"dtype": torch.int8}, ValueError, "dtype must be float32, bfloat16 or float16"),
     ({"diffusion": Diffusion("linear", 100)}, ValueError, "diffusion must be the model's own"),
     ({"diffusion": "cosine"}, TypeError, "diffusion must be an iddpm_ext.Diffusion"),

@@ -139,7 +139,7 @@ def test_subnormal_half_precision_is_read_alike_with_flushing(isa, flush):
     previous = native.set_isa(isa)
     try:
         adamw_ema(
-            *([state[0]], [grad], [first], [state[1]], [[state[2]]]),
+            [state[0]], [grad], [first], [state[1]], [[state[2]]],
             step=1, lr=1e-3, betas=(0.0, 0.999), eps=1e-8, weight_decay=0.0, decays=[0.9],
             backend="cpu",
         )  # fmt: skip

@@ -26,7 +26,7 @@ def device(request, monkeypatch) -> str:
     graphs = Counted if request.param == "cuda" else FakeGraphs
     graphs.reset()
     monkeypatch.setattr(training_step, "Graphs", graphs)
-    monkeypatch.setattr(captured, "serves_device", lambda device: device.type == request.param)
+    monkeypatch.setattr(captured, "supports_device", lambda device: device.type == request.param)
     if request.param == "cpu":  # these look at values where the host need not wait for them
         monkeypatch.setattr("iddpm_ext.ops.checks.timesteps", lambda *_: None)
         monkeypatch.setattr("iddpm_ext.networks.unet._require_labels", lambda *_: None)
@@ -44,10 +44,9 @@ def batches(config: TrainConfig) -> Iterator[Batch]:
 def trained(device: str, **changes) -> tuple[TrainState, list[torch.Tensor]]:
     """The state and the measures after some steps."""
     config = TrainConfig(
-        **{"batch_size": 3, "model_channels": 32, "num_res_blocks": 1, "channel_mult": (1, 2)},
-        **{"attention_resolutions": (4,), "diffusion_steps": 50, "lr": 1e-3, "device": device},
-        **changes,
-    )
+        batch_size=3, model_channels=32, num_res_blocks=1, channel_mult=(1, 2), attention_resolutions=(4,),
+        diffusion_steps=50, lr=1e-3, device=device, **changes,
+    )  # fmt: skip
     parallel = Parallel(device)
     names = ("a", "b", "c") if config.class_cond else None
     state = new_state(config, (3, SIDE, SIDE), names, parallel)
@@ -112,7 +111,7 @@ def test_settings_that_a_graph_does_not_serve_say_so(changes, reason):
 def test_parts_of_a_batch_are_accumulated_as_the_module_does(device, monkeypatch):
     state, found = trained(device, accumulate=3)
     assert state.captured is None and state.fused is not None
-    monkeypatch.setattr(captured, "serves_device", lambda _: False)
+    monkeypatch.setattr(captured, "supports_device", lambda _: False)
     plain, expected = trained(device, accumulate=3)
     assert plain.fused is None
     for a, b in zip(found, expected, strict=True):

@@ -33,14 +33,29 @@ def run(*command: str | Path, cwd: Path, **environment: str) -> str:
 def build_wheel(folder: Path, **environment: str) -> Path:
     """A wheel built from the source distribution alone, with the build tools of this environment."""
     run(
-        *(sys.executable, "setup.py", "-q", "egg_info", "--egg-base", folder),
-        *("sdist", "--dist-dir", folder / "sdist"),
+        sys.executable,
+        "setup.py",
+        "-q",
+        "egg_info",
+        "--egg-base",
+        folder,
+        "sdist",
+        "--dist-dir",
+        folder / "sdist",
         cwd=ROOT,
     )
     (sdist,) = (folder / "sdist").glob("*.tar.gz")
     run(
-        *(sys.executable, "-m", "pip", "wheel", "--no-index", "--no-deps"),
-        *("--no-build-isolation", "--wheel-dir", folder / "wheel", sdist),
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-index",
+        "--no-deps",
+        "--no-build-isolation",
+        "--wheel-dir",
+        folder / "wheel",
+        sdist,
         cwd=folder,
         IDDPM_CUDA_ARCHS=ARCHS,
         **environment,
@@ -54,7 +69,14 @@ def empty_environment(folder: Path, wheel: Path) -> Path:
     run(sys.executable, "-m", "venv", "--without-pip", folder / "venv", cwd=folder)
     python = folder / "venv" / "bin" / "python"
     run(
-        *(sys.executable, "-m", "pip", "--python", python, "install", "--no-index", "--no-deps"),
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        python,
+        "install",
+        "--no-index",
+        "--no-deps",
         wheel,
         cwd=folder,
     )

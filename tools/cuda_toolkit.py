@@ -107,8 +107,8 @@ def _archs_of_torch(toolkit: Toolkit, text: str) -> tuple[str, str]:
         names, ptx = word.removesuffix("+PTX"), "+PTX" * word.endswith("+PTX")
         for arch in _TORCH_NAMES.get(names, names).split(";"):
             number = _number(arch)
-            served = number in supported and int(number) >= LOWEST_ARCH
-            (kept if served else left).append(arch + ptx)
+            known = number in supported and int(number) >= LOWEST_ARCH
+            (kept if known else left).append(arch + ptx)
     if not kept:
         raise CudaUnavailable(
             f"TORCH_CUDA_ARCH_LIST must name an architecture from {LOWEST_ARCH} on that nvcc "

@@ -83,8 +83,14 @@ def plan(out: Path, data: Path | None = None, train_s: int = 240) -> dict[str, l
 
 # A single batch: each of its searches takes minutes.
 MAX_AUTOTUNE = (
-    *("--configs", "cifar", "--batches", "128", "--training-batches", ""),
-    *("--variants", "ours,compile max-autotune"),
+    "--configs",
+    "cifar",
+    "--batches",
+    "128",
+    "--training-batches",
+    "",
+    "--variants",
+    "ours,compile max-autotune",
 )
 
 

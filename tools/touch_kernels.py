@@ -16,7 +16,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def main() -> None:
-    """Runs the cases and prints how many calls each op took; a backend that can serve none raises."""
+    """Runs the cases and prints how many calls each op took; a backend that supports none raises."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--backend", choices=BACKENDS, default="cuda")
     backend = parser.parse_args().backend

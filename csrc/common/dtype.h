@@ -1,4 +1,4 @@
-// Element types as they cross from Python (iddpm_ext/ops/native.py) and image batches of any
+// Element types as they cross from Python (iddpm_ext/ops/arguments.py) and image batches of any
 // strides.
 #pragma once
 

@@ -1,6 +1,6 @@
 // One term of the variational bound in nats, with its derivatives: the KL divergence of two
 // Gaussians, or at the last step the negative log-likelihood that a Gaussian gives to 8-bit values.
-// Sixteen elements at a time. iddpm_ext/gaussian.py is the same in PyTorch.
+// Sixteen elements at a time. iddpm_ext/ops/gaussian.py is the same in PyTorch.
 #pragma once
 
 #include "common/simd_math.h"

@@ -10,8 +10,8 @@
 namespace iddpm {
 
 // Consecutive elements of a sample from `at` on; `channel` counts past C for the variance head. One
-// division serves them all, and every plane that starts at the same element. Channels and pixels of
-// one sample fit 32 bits, which spares registers; offsets do not.
+// division is enough for them all, and every plane that starts at the same element. Channels and
+// pixels of one sample fit 32 bits, which spares registers; offsets do not.
 class Walk {
  public:
   IDDPM_DEVICE Walk(const Plane& plane, int64_t hw, int64_t sample, int64_t at)

@@ -3,9 +3,9 @@
 // A vector is `vf`, sixteen lanes everywhere, or `nv`, one register of the instruction set in use,
 // for kernels that count registers; with AVX-512 they are the same type. Functions take either. GCC
 // and clang lower sixteen lanes to one zmm, two ymm or four xmm registers (or NEON's), so that one
-// source serves all builds and sums run in the same order everywhere; only fused multiply-adds
-// differ. Everything is inlined and lives in the namespace of its build, so no copy can leak into
-// another.
+// source is enough for all builds and sums run in the same order everywhere; only fused
+// multiply-adds differ. Everything is inlined and lives in the namespace of its build, so no copy
+// can leak into another.
 #pragma once
 
 #include <cstdint>

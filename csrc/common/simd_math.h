@@ -139,8 +139,13 @@ IDDPM_INLINE nv quotient(nv x, nv d) {
 #endif
 }
 
-// 1 + e^-x, bounded where the sigmoid and SiLU are 0 or 1 times x within 1e-37 anyway.
-IDDPM_INLINE nv sigmoid_divisor(nv x) { return exp_bounded(clamp(-x, -87.0f, 87.0f)) + 1.0f; }
+// Where the sigmoid is 0 or 1 within 1e-37.
+constexpr float kSigmoidReach = 87.0f;
+
+// 1 + e^-x, bounded.
+IDDPM_INLINE nv sigmoid_divisor(nv x) {
+  return exp_bounded(clamp(-x, -kSigmoidReach, kSigmoidReach)) + 1.0f;
+}
 
 // 1 / (1 + e^-x); NaN stays NaN.
 template <class V>
@@ -148,10 +153,13 @@ IDDPM_INLINE V sigmoid(V x) {
   return by_register(x, [](nv v) { return quotient(splat<nv>(1.0f), sigmoid_divisor(v)); });
 }
 
-// x / (1 + e^-x); NaN stays NaN.
+// x / (1 + e^-x), and 0 where the bound above would make it grow with x; NaN stays NaN.
 template <class V>
 IDDPM_INLINE V silu(V x) {
-  return by_register(x, [](nv v) { return quotient(v, sigmoid_divisor(v)); });
+  return by_register(x, [](nv v) {
+    const nv kept = select(v < -kSigmoidReach, splat<nv>(0.0f), v);
+    return quotient(kept, sigmoid_divisor(v));
+  });
 }
 
 }  // namespace IDDPM_ISA

@@ -3,7 +3,7 @@
 // A block owns whole groups of one sample, so nothing has to be exchanged between blocks and no
 // result depends on the batch. Two ways to walk them:
 //   rows     a team of threads per channel; vectors along the pixels (NCHW). With vectors of one
-//            element it serves any strides.
+//            element it takes any strides.
 //   columns  channels_last: a thread keeps its V channels and walks the pixels; a block takes a
 //            slice of channels that is a multiple of both V and the group.
 // Where the slice fits into shared memory it is read from global memory once (kStaged); the order

@@ -6,7 +6,7 @@ namespace iddpm {
 namespace IDDPM_ISA {
 namespace {
 
-// Elements whose mean is taken before their deviations from it: they stay in the first cache.
+// Elements whose mean is taken before their deviations from it: they stay in L1.
 constexpr int64_t kRunChunk = 4096;
 constexpr int64_t kPixelChunk = 32;
 

@@ -66,7 +66,7 @@ static constexpr int64_t winograd_scratch(int64_t tile, int64_t tiles, int64_t c
   return winograd_elements(tile) * larger(few * kPanel, whole);
 }
 
-// And for run_winograd_bf16, whose products stay in the first cache level.
+// And for run_winograd_bf16, whose products stay in L1.
 static constexpr int64_t winograd_bf16_shared(int64_t tiles, int64_t channels, int64_t threads) {
   if (threads == 1) return 0;
   return divide_up(

@@ -2,7 +2,7 @@
 // sums are float32.
 //
 // v is [groups][16][tiles of the group][C]. A panel's products of one group, u [16][tiles][32],
-// stay in the first cache level until they are transformed back: so the weights, half the size of
+// stay in L1 until they are transformed back: so the weights, half the size of
 // float32's, are what streams. F(4x4) is not supported: its error would be three times this one's.
 #if defined(__AVX512BF16__)
 #include "nhwc/panel.h"

@@ -1,7 +1,7 @@
 // The forward kernel, for the operator and for the sampling engine.
 //
 // A head at a time: keys in panels [ceil(T / 32)][d][32], values in rows padded to 16, and a tile
-// of query rows at a time, whose scores stay in the first cache level. 1 / sum is applied to the
+// of query rows at a time, whose scores stay in L1. 1 / sum is applied to the
 // output row.
 #pragma once
 
@@ -100,7 +100,7 @@ static inline void attend(const HeadRows& head, int64_t tokens, int64_t d, const
       multiply_panel(count, smaller(kPanel, padded_tokens - t), d, head.q + row * head.q_stride,
                      head.q_stride, keys + t * d, kPanel, scores + t, pitch, Addends{});
     RowStatistics row_statistics[kTileRows];
-    // Memory is asked for here, where all else is in the first cache level.
+    // Memory is asked for here, where all else is in L1.
     for (int64_t i = 0; i < count; ++i) {
       fetch(head.written, row + i, head.rows);
       fetch(head.next, row + i, head.rows);

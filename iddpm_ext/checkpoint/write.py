@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import save as to_bytes
 
 from iddpm_ext.files import write_whole
-from iddpm_ext.foreign import unwrapped
 from iddpm_ext.networks.classifier import Classifier
+from iddpm_ext.networks.foreign import unwrapped
 from iddpm_ext.networks.unet import UNet
 
 FORMAT_VERSION = 1

@@ -14,7 +14,7 @@ def run(checkpoint: Annotated[str | None, tyro.conf.Positional] = None) -> None:
         checkpoint: a bundled name or a file: what network and process it holds, instead.
     """
     if checkpoint is None:
-        from iddpm_ext.info import report
+        from iddpm_ext.cli._environment import report
 
         print(report())
         return

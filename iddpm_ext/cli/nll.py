@@ -59,7 +59,7 @@ def run(
         plot: draw the terms against the step into plot.png (needs matplotlib).
         batch_size: most evaluations at once.
         dtype: precision of the network.
-        engine: use an engine where one serves the network.
+        engine: use an engine where one supports the network.
         backend: of the ops: auto, reference, cpu, cuda or triton.
         device: auto, cpu, cuda or cuda:1.
     """

@@ -66,7 +66,7 @@ def run(
         batch_size: most images at once.
         clip: clamp every predicted image to [-1, 1].
         dtype: precision of the network.
-        engine: use an engine where one serves the network.
+        engine: use an engine where one supports the network.
         exact: engines take only algorithms that round like direct convolution.
         backend: of the op reverse_step: auto, reference, cpu, cuda or triton.
         device: auto, cpu, cuda or cuda:1.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from iddpm_ext.gaussian import (
+from iddpm_ext.ops.gaussian import (
     approx_standard_normal_cdf,
     discretized_gaussian_log_likelihood,
     normal_kl,

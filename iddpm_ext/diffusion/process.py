@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from iddpm_ext import ops
-from iddpm_ext.foreign import output_tensor
+from iddpm_ext.diffusion.output import output_tensor
 from iddpm_ext.ops import ReverseStep, checks
 from iddpm_ext.ops.columns import Column
 from iddpm_ext.ops.rows import Rows, compute_dtype

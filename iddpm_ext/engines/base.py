@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +15,25 @@ from torch import Tensor
 from iddpm_ext.ops.rows import no_autocast
 
 
-class NotServed(ValueError):
+class NotSupported(ValueError):
     """The engine cannot run this network here; the message says why."""
+
+
+def old_names(module: str, **names: str) -> Callable[[str], Any]:
+    """A module's `__getattr__` for names that it had before (old=new): they warn, and are the new ones."""
+
+    def get(name: str) -> Any:
+        if name not in names:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        new = names[name]
+        warnings.warn(f"{module}.{name} is called {new} now", DeprecationWarning, stacklevel=2)
+        return getattr(sys.modules[module], new)
+
+    return get
+
+
+if not TYPE_CHECKING:  # to a checker it would say that every name exists
+    __getattr__ = old_names(__name__, NotServed="NotSupported")
 
 
 @contextlib.contextmanager

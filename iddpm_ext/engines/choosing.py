@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from iddpm_ext.engines.base import NotServed, undisturbed
+from iddpm_ext.engines.base import NotSupported, undisturbed
 from iddpm_ext.engines.kept import kept_of
 from iddpm_ext.engines.locks import Lock
 from iddpm_ext.engines.spec import NetworkSpec, describing
@@ -34,7 +34,7 @@ class Network(Protocol):
     def begin(
         self, timesteps: Tensor, labels: Tensor | None = None, low_res: Tensor | None = None
     ) -> None:
-        """For the calls to come: timesteps float32 [T], labels int64 [n], low_res [n, C, h, w]."""
+        """For the calls that follow: timesteps float32 [T], labels int64 [n], low_res [n, C, h, w]."""
 
     def __call__(self, x: Tensor, step: int, /) -> Tensor:
         """The output for x [n, C, H, W] at `timesteps[step]`."""
@@ -50,7 +50,7 @@ class Network(Protocol):
 
 
 def choose_network(spec: NetworkSpec, batch_size: int) -> Network:
-    """The fastest network that serves the call, on batches of up to `batch_size` images."""
+    """The fastest network that supports the call, on batches of up to `batch_size` images."""
     if spec.engine:
         for build in (_spliced_network, _cuda_network, _cpu_network):
             network = build(spec, batch_size)
@@ -143,10 +143,10 @@ def _cpu_network(spec: NetworkSpec, batch_size: int) -> Network | None:
     ours = describing(spec.model)
     if spec.device.type != "cpu" or not isinstance(ours, UNet) or spec.state != torch.float32:
         return None
-    from iddpm_ext.engines.cpu.program import CPUProgram, why_not_served
+    from iddpm_ext.engines.cpu.program import CPUProgram, why_not_supported
 
     dtype = spec.dtype or torch.float32
-    structure = _structure(spec, lambda: why_not_served(ours, dtype))
+    structure = _structure(spec, lambda: why_not_supported(ours, dtype))
     if structure is None:
         return None
     if spec.dtype is None and any(p.dtype != torch.float32 for p in structure.parameters):
@@ -161,7 +161,7 @@ def _cpu_network(spec: NetworkSpec, batch_size: int) -> Network | None:
     try:
         kind = ("cpu", batch_size, size, dtype, spec.exact, threads)
         return kept_of(ours).engine(ours, kind, lambda: content_of(structure.parameters), build)
-    except NotServed as reason:
+    except NotSupported as reason:
         if dtype == torch.bfloat16:
             # Autocast costs more than it brings on most CPUs.
             kept_of(ours).say(
@@ -175,14 +175,14 @@ def _cuda_network(spec: NetworkSpec, batch_size: int) -> Network | None:
 
     ours = describing(spec.model)
     if (
-        not cuda.serves_device(spec.device)
+        not cuda.supports_device(spec.device)
         or not isinstance(ours, UNet)
         or spec.state != torch.float32
         or torch.float64 in (ours.dtype, spec.dtype)
     ):
         return None
     dtype = spec.dtype or ours.dtype
-    structure = _structure(spec, lambda: cuda.why_not_served(ours, dtype))
+    structure = _structure(spec, lambda: cuda.why_not_supported(ours, dtype))
     if structure is None:
         return None
 
@@ -192,12 +192,12 @@ def _cuda_network(spec: NetworkSpec, batch_size: int) -> Network | None:
     try:
         kind = ("cuda", dtype, spec.exact, spec.device)
         return kept_of(ours).engine(ours, kind, lambda: content_of(structure.parameters), build)
-    except NotServed as reason:
+    except NotSupported as reason:
         kept_of(ours).say(f"{spec.who}: the module runs without the engine: {reason}")
         return None
 
 
-def _structure(spec: NetworkSpec, why_not_served: Callable[[], str | None]) -> Structure | None:
+def _structure(spec: NetworkSpec, why_not_supported: Callable[[], str | None]) -> Structure | None:
     """The model's, if it is a network and no more; otherwise says why no engine runs it, once a model."""
     assert isinstance(spec.model, nn.Module)
     kept = kept_of(spec.model)
@@ -209,7 +209,7 @@ def _structure(spec: NetworkSpec, why_not_served: Callable[[], str | None]) -> S
         # Weights on two devices have no one checksum, and no engine.
         together = all(p.device == spec.device for p in found.parameters)
         return found if together else None
-    if why_not_served() is None:
+    if why_not_supported() is None:
         kept.say(f"{spec.who}: the module itself runs, without the engine: {found}")
     return None
 

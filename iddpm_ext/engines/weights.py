@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from iddpm_ext import _native
-from iddpm_ext.ops.native import check_launch, stream
+from iddpm_ext.ops.arguments import check_launch, stream
 
 # As in csrc/checksum/checksum.h.
 _RANGE_KEY = 0xD6E8FEB86659FD93

@@ -8,7 +8,7 @@ import torch
 
 from iddpm_ext.diffusion import Diffusion
 from iddpm_ext.interop import mapping
-from iddpm_ext.interop.library import UNet2DModel
+from iddpm_ext.interop.diffusers_api import UNet2DModel
 from iddpm_ext.interop.tensors import tensors_from_diffusers, tensors_to_diffusers
 from iddpm_ext.interop.unet2d import IDDPMUNet2DModel
 from iddpm_ext.networks.unet import UNet

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from iddpm_ext.interop.library import (
+from iddpm_ext.interop.diffusers_api import (
     Attention,
     AttnProcessor,
     AttnProcessor2_0,
@@ -57,7 +57,7 @@ class FusedResnetBlock2D(ResnetBlock2D):
 class QKVAttentionProcessor:
     """Self-attention over a feature map by `ops.qkv_attention`; q, k and v in one product.
 
-    before: the processor that serves what this one does not, a mask or another sequence.
+    before: the processor for what this one does not take, a mask or another sequence.
     """
 
     def __init__(self, before: Any) -> None:

@@ -67,7 +67,7 @@ def write_folder(model: UNet, path: str | os.PathLike[str], *, stock: bool | Non
         ValueError, OSError: the network has no such form, or the folder cannot be written.
     """
     from iddpm_ext.interop.convert import to_diffusers
-    from iddpm_ext.interop.library import DDPMPipeline, UNet2DModel
+    from iddpm_ext.interop.diffusers_api import DDPMPipeline, UNet2DModel
     from iddpm_ext.interop.pipeline import IDDPMPipeline
     from iddpm_ext.interop.scheduler import IDDPMScheduler
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from iddpm_ext.interop.library import (
+from iddpm_ext.interop.diffusers_api import (
     DDPMPipeline,
     ImagePipelineOutput,
     randn_tensor,

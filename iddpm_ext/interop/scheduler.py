@@ -12,7 +12,7 @@ from torch import Tensor
 
 from iddpm_ext import ops
 from iddpm_ext.diffusion import Diffusion, multistep_update
-from iddpm_ext.interop.library import (
+from iddpm_ext.interop.diffusers_api import (
     ConfigMixin,
     DDPMSchedulerOutput,
     KarrasDiffusionSchedulers,
@@ -124,7 +124,7 @@ class IDDPMScheduler(SchedulerMixin, ConfigMixin):
         device: torch.device | str | None = None,
         timesteps: Sequence[int] | None = None,
     ) -> None:
-        """Chooses the steps of the chain to come.
+        """Chooses the steps of the next chain.
 
         Args:
             num_inference_steps: what `Diffusion.respace` takes: 50, "ddim50", "10,15,20".

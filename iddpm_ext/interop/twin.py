@@ -58,8 +58,8 @@ def _converted(unet: Any) -> UNet | None:
 
 def _is_changed(unet: nn.Module) -> bool:
     """Whether the network computes something else than its configuration and tensors say."""
+    from iddpm_ext.interop.diffusers_api import AttnProcessor, AttnProcessor2_0, UNet2DModel
     from iddpm_ext.interop.diffusers_blocks import QKVAttentionProcessor
-    from iddpm_ext.interop.library import AttnProcessor, AttnProcessor2_0, UNet2DModel
     from iddpm_ext.interop.unet2d import IDDPMUNet2DModel
 
     if type(unet) not in (UNet2DModel, IDDPMUNet2DModel):

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from iddpm_ext.interop.library import Attention, UNet2DModel, UNet2DOutput, register_to_config
+from iddpm_ext.interop.diffusers_api import Attention, UNet2DModel, UNet2DOutput, register_to_config
 
 
 def _with_arguments_of(parent: type) -> Callable[[Any], Any]:

@@ -102,7 +102,7 @@ def _onnx_runner(target: Path) -> Callable[[dict[str, Tensor]], Tensor]:
 
 
 def _diffusers_runner(target: Path) -> Callable[[dict[str, Tensor]], Tensor]:
-    from iddpm_ext.interop.library import UNet2DModel
+    from iddpm_ext.interop.diffusers_api import UNet2DModel
     from iddpm_ext.interop.unet2d import IDDPMUNet2DModel
 
     folder = target / "unet" if (target / "unet").is_dir() else target

@@ -86,7 +86,7 @@ def nll(
 
     Raises:
         ValueError, TypeError: for an argument of a wrong value, shape or dtype.
-        OSError: if `state` cannot be written. RuntimeError: if an explicit backend cannot serve.
+        OSError: if `state` cannot be written. RuntimeError: if an explicit backend does not support the call.
 
     Not differentiable. Source: Nichol & Dhariwal 2021; the estimator is this project's.
     """

@@ -102,7 +102,7 @@ class GroupNormSiLU(nn.GroupNorm):
 
 
 def trains_on_cpu(x: Tensor, weight: Tensor, backend: str) -> bool:
-    """Whether the project's own convolutions serve: on the CPU, and where gradients are recorded.
+    """Whether the project's own convolutions are used: on the CPU, and where gradients are recorded.
 
     Without gradients the module keeps PyTorch's convolutions: the sampling engine is the fast way there.
     """
@@ -116,7 +116,7 @@ def trains_on_cpu(x: Tensor, weight: Tensor, backend: str) -> bool:
 
 
 class Conv3x3(nn.Conv2d):
-    """A 3x3 convolution with padding 1, if asked of the image doubled by repetition."""
+    """A 3x3 convolution with padding 1; before it the image is doubled by nearest neighbour if `upscale`."""
 
     def __init__(self, channels: int, out_channels: int):
         super().__init__(channels, out_channels, 3, padding=1)
@@ -142,7 +142,7 @@ def _doubled(x: Tensor) -> Tensor:
 
 
 def upscaled(conv: nn.Module, h: Tensor) -> Tensor:
-    """The convolution of the image doubled by repetition, whatever stands in the convolution's place."""
+    """`conv`, the project's own or another, of the image doubled by nearest neighbour."""
     return conv(h, upscale=True) if isinstance(conv, Conv3x3) else conv(_doubled(h))
 
 

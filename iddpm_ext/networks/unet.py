@@ -149,8 +149,8 @@ class UNet(nn.Module):
             if isinstance(module, (GroupNormSiLU, Conv3x3)):
                 module.backend = value
             elif isinstance(module, AttentionBlock):
-                served = value in ("plain", *REGISTRY["qkv_attention"].kernels)
-                module.backend = value if served else "auto"
+                supported = value in ("plain", *REGISTRY["qkv_attention"].kernels)
+                module.backend = value if supported else "auto"
 
     def forward(
         self, x: Tensor, timesteps: Tensor, y: Tensor | None = None, low_res: Tensor | None = None

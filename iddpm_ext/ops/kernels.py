@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from iddpm_ext import _native
-from iddpm_ext.ops.native import check_launch, stream
+from iddpm_ext.ops.arguments import check_launch, stream
 
 #: Results to fill, the compiled launcher's arguments, and what must outlive the launch.
 Prepared = tuple[Any, tuple[object, ...], object]

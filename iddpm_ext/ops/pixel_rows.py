@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from iddpm_ext import _native
-from iddpm_ext.ops.library import define
-from iddpm_ext.ops.native import DTYPE_CODES, check_launch, stream
+from iddpm_ext.ops.arguments import DTYPE_CODES, check_launch, stream
+from iddpm_ext.ops.operators import define
 
 
 def rows_of(x: Tensor) -> Tensor:
@@ -71,8 +71,8 @@ class _Settle(torch.autograd.Function):
 def choose(backend: str, x: Tensor) -> str:
     """ "cuda" or "reference": what `backend` means for x."""
     if backend == "auto":
-        served = x.device.type == "cuda" and x.dtype in DTYPE_CODES
-        return "cuda" if served and _native.cuda_absence() is None else "reference"
+        supported = x.device.type == "cuda" and x.dtype in DTYPE_CODES
+        return "cuda" if supported and _native.cuda_absence() is None else "reference"
     return backend if backend == "cuda" else "reference"
 
 

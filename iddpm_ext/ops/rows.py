@@ -7,9 +7,9 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from iddpm_ext.ops.arguments import empty_images
 from iddpm_ext.ops.columns import Column
 from iddpm_ext.ops.modes import transformed
-from iddpm_ext.ops.native import empty_images
 from iddpm_ext.random import NoiseKey, normal
 
 

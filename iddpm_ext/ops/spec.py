@@ -1,4 +1,4 @@
-"""What an op is, where it is listed, and which of its backends serves a call."""
+"""What an op is, where it is listed, and which of its backends takes a call."""
 
 from __future__ import annotations
 
@@ -125,12 +125,12 @@ def _triton_missing() -> bool:
 
 
 def triton_interpreted() -> bool:
-    """Whether Triton kernels run in Triton's interpreter (TRITON_INTERPRET=1), which serves CPU tensors."""
+    """Whether Triton kernels run in Triton's interpreter (TRITON_INTERPRET=1), which takes CPU tensors."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def unavailable(name: str, backend: str, device_type: str, dtype: torch.dtype) -> str | None:
-    """Why `backend` cannot serve op `name` there, or None if it can."""
+    """Why `backend` does not support op `name` there, or None if it does."""
     spec = REGISTRY[name]
     if backend not in spec.kernels:
         return "this op has no such kernel"
@@ -170,7 +170,7 @@ def resolve_backend(
     dtype: torch.dtype,
     fixed: Mapping[str, Any] = types.MappingProxyType({}),
 ) -> str:
-    """The backend that serves a call of op `name` on `device` with a first tensor of `dtype`.
+    """The backend that takes a call of op `name` on `device` with a first tensor of `dtype`.
 
     `fixed` are the arguments, by name, in which only the reference is differentiable. "auto" takes the first
     of `PREFERENCE` that can; an explicit backend that cannot raises RuntimeError with the reason and
@@ -192,5 +192,5 @@ def resolve_backend(
         return backend
     able = [b for b in BACKENDS if obstacle(b) is None]
     raise RuntimeError(
-        f"{name}: backend {backend!r} cannot serve this call: {reason}; can: {', '.join(able)}"
+        f"{name}: backend {backend!r} does not support this call: {reason}; can: {', '.join(able)}"
     )

@@ -15,14 +15,14 @@ from torch import Tensor
 from iddpm_ext import _native
 from iddpm_ext.engines.choosing import Network
 from iddpm_ext.engines.cpu.engine import CPUEngine
-from iddpm_ext.ops.native import NO_PLANE, noise_key, plane
+from iddpm_ext.ops.arguments import NO_PLANE, noise_key, plane
 from iddpm_ext.ops.spec import resolve_backend
 from iddpm_ext.random import STREAM_REVERSE
 from iddpm_ext.sampling.predict import Predictor, all_steps
 from iddpm_ext.sampling.request import Request
 
 
-def serves(request: Request, network: Network) -> bool:
+def supports(request: Request, network: Network) -> bool:
     """Whether `prepare` takes this request: nothing but the network and the noise enters a step."""
     spec = request.spec
     return (
@@ -62,10 +62,19 @@ def prepare(
     def step(i: int) -> None:
         evaluate(i)
         reverse_step_cpu(
-            *(size, planes[0].view, planes[1].view, planes[1].dtype_code, learned),
-            *(t[i].data_ptr(), table.data_ptr(), NO_PLANE),
+            size,
+            planes[0].view,
+            planes[1].view,
+            planes[1].dtype_code,
+            learned,
+            t[i].data_ptr(),
+            table.data_ptr(),
+            NO_PLANE,
             noise_key(samples, timesteps[i] if noisy else None, request.seed, STREAM_REVERSE),
-            *(request.clip, planes[0].view, planes[2].view, threads),
+            request.clip,
+            planes[0].view,
+            planes[2].view,
+            threads,
         )
 
     return step

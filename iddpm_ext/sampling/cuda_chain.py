@@ -17,8 +17,8 @@ from iddpm_ext.engines.base import upsampled
 from iddpm_ext.engines.choosing import Network
 from iddpm_ext.engines.cuda.engine import CUDAEngine
 from iddpm_ext.engines.embedding import Schedule
+from iddpm_ext.ops.arguments import NO_PLANE, check_launch, plane, stream
 from iddpm_ext.ops.columns import NUM_COLUMNS
-from iddpm_ext.ops.native import NO_PLANE, check_launch, plane, stream
 from iddpm_ext.ops.spec import resolve_backend
 from iddpm_ext.random import STREAM_REVERSE
 from iddpm_ext.sampling.predict import Predictor
@@ -28,7 +28,7 @@ _WINDOW_BYTES = 64 << 20  # of embeddings that lie ready for the graph
 _LEAST_STEPS = 64  # that a graph has room for, so that most chains share one
 
 
-def serves(request: Request, network: Network) -> bool:
+def supports(request: Request, network: Network) -> bool:
     """Whether `prepare` takes this request: nothing of the caller's enters a step."""
     spec = request.spec
     return (
@@ -102,7 +102,7 @@ class _ChainTask:
         clip: bool,
         low_res: Tensor | None,
     ):
-        # Not the engine, which is of one call: the task is kept for the calls to come.
+        # Not the engine, which lives for one call: later calls use the task again.
         self._network, self._guided, self._noisy, self._clip = engine.network, guided, noisy, clip
         device, n = engine.device, len(x)
         self._evaluated = 2 * n if guided else n

@@ -14,10 +14,10 @@ from iddpm_ext.engines.choosing import Network, choose_network
 from iddpm_ext.engines.spec import NetworkSpec, Steps
 from iddpm_ext.random import STREAM_INITIAL, STREAM_REVERSE, NoiseKey, normal
 from iddpm_ext.sampling import cpu_chain, cuda_chain
-from iddpm_ext.sampling.chain_step import ChainStep
 from iddpm_ext.sampling.classifier_guidance import CondFn
 from iddpm_ext.sampling.predict import Predictor
 from iddpm_ext.sampling.request import Request, make_request
+from iddpm_ext.sampling.sampler_step import SamplerStep
 
 
 class SampleStep(NamedTuple):
@@ -96,7 +96,7 @@ def sample(
         image_shape: (C, H, W), where the model or x_T does not say it.
         dtype: bfloat16 or float16 to evaluate the network at that precision, the chain stays float32.
             On a GPU float16 is as fast and closer to float32; its narrower range is checked at the end.
-        engine: run a `UNet` by an engine where one can serve it; False for the module itself.
+        engine: run a `UNet` by an engine where one supports it; False for the module itself.
         exact: engines take only algorithms that round like direct convolution.
         backend: of the op `reverse_step`; "reference" also takes the network's plain formulation.
         progress: show a bar where stderr is a terminal.
@@ -107,7 +107,7 @@ def sample(
 
     Raises:
         ValueError, TypeError: for an argument of a wrong value, shape, dtype or device.
-        RuntimeError: if an explicit backend cannot serve; if the network overflows float16.
+        RuntimeError: if an explicit backend does not support the call; if the network overflows float16.
 
     Not differentiable. Source: Ho et al. 2020, algorithm 2.
     """
@@ -214,7 +214,7 @@ _Prepare = Callable[[Request, Network, Tensor, Tensor], Callable[[int], None]]
 
 def _whole_chains(request: Request, network: Network) -> _Prepare | None:
     """What takes this request's chains whole, if anything does."""
-    return next((c.prepare for c in (cpu_chain, cuda_chain) if c.serves(request, network)), None)
+    return next((c.prepare for c in (cpu_chain, cuda_chain) if c.supports(request, network)), None)
 
 
 def _run_prepared(
@@ -264,7 +264,7 @@ def _walk_batch(request: Request, network: Network, images: range) -> Iterator[S
     chain, samples = spec.diffusion, numbers(images, spec.device)
     x = _initial(request, samples)
     predict = Predictor(spec, network, samples, request.guidance_scale)
-    step = ChainStep(request, predict, x.dtype)
+    step = SamplerStep(request, predict, x.dtype)
     for i in reversed(range(chain.num_timesteps)):
         with undisturbed(spec.device.type):
             timestep = int(chain.timesteps[i])

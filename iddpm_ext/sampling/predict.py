@@ -33,7 +33,7 @@ class Predictor:
         self.timesteps = spec.diffusion.model_timesteps(all_steps(spec)).to(spec.device)
 
     def begin(self) -> None:
-        """Tells the network what belongs to the calls to come."""
+        """Gives the network the timesteps, labels and low-resolution images of the calls that follow."""
         self._network.begin(self.timesteps, self._network_labels, self._network_low_res)
 
     def __call__(self, x: Tensor, step: int) -> Tensor:

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from iddpm_ext import foreign
 from iddpm_ext.checkpoint.unlabelled import warn_if_never_unlabelled
 from iddpm_ext.diffusion import SAMPLERS as ONE_STEP_SAMPLERS
 from iddpm_ext.diffusion import Diffusion
@@ -26,6 +25,7 @@ from iddpm_ext.engines.spec import (
 )
 from iddpm_ext.interop.process import diffusion_of
 from iddpm_ext.interop.twin import twin
+from iddpm_ext.networks import foreign
 from iddpm_ext.networks.unet import UNet
 from iddpm_ext.random import STREAM_CHOICE, NoiseKey, integers
 

@@ -13,14 +13,14 @@ from iddpm_ext.engines.cuda.graphs import CaptureFailed, Graphs
 from .config import TrainConfig
 
 
-def serves_device(device: torch.device) -> bool:
+def supports_device(device: torch.device) -> bool:
     """Whether graphs and the fused network are of use on this kind of device."""
     return device.type == "cuda"
 
 
 def why_not_fused(config: TrainConfig, device: torch.device) -> str | None:
     """None if the run trains by `fused.FusedTraining`, else the reason."""
-    if not serves_device(device):
+    if not supports_device(device):
         return f"the device is {device}"
     for name in ("compile", "fsdp", "gradient_checkpointing"):
         if getattr(config, name):

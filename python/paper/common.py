@@ -159,10 +159,8 @@ def bits(model: iddpm_ext.UNet, flags: Any, **options: Any) -> Likelihood:
     """The bits/dim of --images test images with --budget evaluations each, classes given if wanted."""
     images, labels = images_of(flags.data, flags.images)
     wanted = model.config.num_classes is not None
-    return iddpm_ext.nll(
-        model, images, labels=labels if wanted else None,
-        **{"budget": flags.budget, "progress": False, **options},
-    )  # fmt: skip
+    options = {"budget": flags.budget, "progress": False, **options}
+    return iddpm_ext.nll(model, images, labels=labels if wanted else None, **options)
 
 
 def trained(flags: Any, name: str, **settings: Any) -> tuple[iddpm_ext.UNet, list[dict[str, Any]]]:

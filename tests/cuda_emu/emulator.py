@@ -2,7 +2,7 @@
 
 `IDDPM_CUDA=emulate` makes setup.py compile every `csrc/*/*.cu` with the C++ compiler and
 `cuda_emu.h`. Inside `emulated_cuda()` an op called with `backend="cuda"` on CPU tensors runs those
-kernels, through the same Python code that serves a GPU.
+kernels, through the same Python code as on a GPU.
 """
 
 from __future__ import annotations

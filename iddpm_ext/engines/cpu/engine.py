@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from iddpm_ext import _native
-from iddpm_ext.engines.base import NotServed, require_labels, with_low_res
+from iddpm_ext.engines.base import NotSupported, old_names, require_labels, with_low_res
 from iddpm_ext.engines.cpu.algorithms import Algorithm
-from iddpm_ext.engines.cpu.program import CPUProgram, why_not_served
+from iddpm_ext.engines.cpu.program import CPUProgram, why_not_supported
 from iddpm_ext.engines.embedding import Schedule
 from iddpm_ext.networks.unet import UNet
 
-__all__ = ["CPUEngine", "NotServed", "why_not_served"]
+__all__ = ["CPUEngine", "NotSupported", "why_not_supported"]
+
+if not TYPE_CHECKING:  # to a checker it would say that every name exists
+    __getattr__ = old_names(__name__, NotServed="NotSupported", why_not_served="why_not_supported")
 
 
 class CPUEngine:
@@ -35,7 +39,7 @@ class CPUEngine:
     size: height and width of the images; None takes `model.config.image_size` for both.
     algorithm: of every 3x3 convolution, instead of the tables' choice; the tuner measures by it.
 
-    Raises NotServed, saying why, where it cannot run the network. One call at a time; engines of one
+    Raises NotSupported, saying why, where it cannot run the network. One call at a time; engines of one
     program (`CPUEngine.of`) share the weights and may run at once.
     """
 
@@ -86,8 +90,8 @@ class CPUEngine:
         """Prepare for calls by step index: every embedding projection is computed once, here.
 
         timesteps: [S], what the network is told at each step. labels: int64 [N] of the images of
-        the calls to come, -1 for unlabelled; None for an unconditional network. low_res: float32
-        [N, C, h, w] of the calls to come, or None where x holds the upsampled image already.
+        the calls that follow, -1 for unlabelled; None for an unconditional network. low_res: float32
+        [N, C, h, w] of the calls that follow, or None where x holds the upsampled image already.
         """
         if timesteps.dim() != 1:
             raise ValueError(f"CPUEngine.begin: timesteps must be [S], got {list(timesteps.shape)}")
@@ -190,10 +194,18 @@ class CPUEngine:
     ) -> None:
         memory = self._memory
         code = _native.native().unet_engine(
-            *(memory.rows[first].data_ptr(), count, len(x), self.program.num_threads),
-            *(x.data_ptr(), out.data_ptr(), table.data_ptr(), offsets.data_ptr()),
-            *(memory.shared.data_ptr(), memory.shared.numel()),
-            *(memory.scratch.data_ptr(), memory.scratch.shape[1]),
+            memory.rows[first].data_ptr(),
+            count,
+            len(x),
+            self.program.num_threads,
+            x.data_ptr(),
+            out.data_ptr(),
+            table.data_ptr(),
+            offsets.data_ptr(),
+            memory.shared.data_ptr(),
+            memory.shared.numel(),
+            memory.scratch.data_ptr(),
+            memory.scratch.shape[1],
         )
         if code < 0:
             raise RuntimeError("CPUEngine: the instruction set in use has no engine any more")

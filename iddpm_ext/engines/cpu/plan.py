@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from iddpm_ext import _native
-from iddpm_ext.engines.base import NotServed
+from iddpm_ext.engines.base import NotSupported
 from iddpm_ext.engines.cpu import pack
 from iddpm_ext.engines.cpu import rows as ops
 from iddpm_ext.engines.cpu.algorithms import Algorithm, ConvShape
@@ -277,7 +277,9 @@ class Planner:
     def _attention(self, layer: Any, source: Map, out: Map) -> None:
         width = source.channels // layer.num_heads
         if width % 8:
-            raise NotServed(f"attention heads must be a multiple of 8 channels wide, got {width}")
+            raise NotSupported(
+                f"attention heads must be a multiple of 8 channels wide, got {width}"
+            )
         qkv = self._new(3 * source.channels, source.size)
         shape = (source.pixels, layer.num_heads, width, qkv.buffer)
         if self.tiles:

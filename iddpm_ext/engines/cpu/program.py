@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from iddpm_ext import _native
-from iddpm_ext.engines.base import NotServed, undisturbed
+from iddpm_ext.engines.base import NotSupported, undisturbed
 from iddpm_ext.engines.cpu.algorithms import Algorithm, ConvShape, load_chooser
 from iddpm_ext.engines.cpu.plan import Plan, Planner
 from iddpm_ext.engines.embedding import Projections, Schedule
@@ -29,7 +29,7 @@ _KEPT_MEMORIES = 4
 _CACHE_LINE = 64
 
 
-def why_not_served(model: object, dtype: torch.dtype = torch.float32) -> str | None:
+def why_not_supported(model: object, dtype: torch.dtype = torch.float32) -> str | None:
     """None if the engine can run `model` on this machine, else the reason."""
     absence = _native.cpu_absence()
     if absence is not None:
@@ -81,9 +81,9 @@ class CPUProgram:
         size: tuple[int, int] | None = None,
         algorithm: Algorithm | None = None,
     ):
-        reason = why_not_served(model, dtype)
+        reason = why_not_supported(model, dtype)
         if reason is not None:
-            raise NotServed(f"CPUEngine: {reason}")
+            raise NotSupported(f"CPUEngine: {reason}")
         if batch_size < 1:
             raise ValueError(f"CPUEngine: batch_size must be at least 1, got {batch_size}")
         side, multiple = model.config.image_size, model.config.size_multiple

@@ -1,4 +1,4 @@
-"""Measures which convolution algorithm is fastest where, and stores it for the engines to come.
+"""Measures which convolution algorithm is fastest where, and stores it for later engines.
 
 In place: a whole network runs operation by operation, so that every convolution meets the caches as
 it will find them, its weights cold.
@@ -26,7 +26,7 @@ from iddpm_ext.engines.cpu.algorithms import (
     load_table,
     user_table_path,
 )
-from iddpm_ext.engines.cpu.engine import CPUEngine, why_not_served
+from iddpm_ext.engines.cpu.engine import CPUEngine, why_not_supported
 from iddpm_ext.files import write_whole
 from iddpm_ext.networks.unet import UNet
 
@@ -46,7 +46,7 @@ def tune(
     the table; what it lacks stays as it was. One thread, process CPU time.
 
     Args:
-        model: a `UNet` that the CPU engine serves.
+        model: a `UNet` that the CPU engine supports.
         batch_sizes: numbers of images a call; other numbers follow the nearest of them.
         rounds: how often each operation is timed; the median counts.
         path: the JSON file to update; the user's own, in the cache directory, if None.
@@ -56,7 +56,7 @@ def tune(
 
     Raises:
         ValueError: for bad arguments, or where the file holds something else.
-        NotServed: where the engine cannot run the network.
+        NotSupported: where the engine cannot run the network.
     """
     if not batch_sizes or any(b < 1 for b in batch_sizes):
         raise ValueError(f"tune: batch_sizes must be at least 1, got {list(batch_sizes)}")
@@ -80,14 +80,14 @@ def tune(
 def measure(model: UNet, batch: int, rounds: int) -> Table:
     """The fastest algorithm of every convolution of `model` at one batch size."""
     chooser = load_chooser(tiles=_native.native().has_tiles())
-    served = why_not_served(model, torch.bfloat16) is None and chooser.rounding_pays
+    supported = why_not_supported(model, torch.bfloat16) is None and chooser.rounding_pays
     candidates = {
         precision: [
             name
             for name in CANDIDATES[precision]
             if (chooser.tiles if name == "AMX" else chooser.fast_products or "bf16" not in name)
         ]
-        for precision in (("float32", "bfloat16") if served else ("float32",))
+        for precision in (("float32", "bfloat16") if supported else ("float32",))
     }
     names = dict.fromkeys(name for some in candidates.values() for name in some)
     runs = {name: _Run(model, batch, ALGORITHMS[name]) for name in names}

@@ -11,12 +11,18 @@ import contextlib
 import warnings
 import weakref
 from collections.abc import Callable, Hashable, Iterator
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from iddpm_ext.engines.base import NotServed, require_labels, undisturbed, with_low_res
+from iddpm_ext.engines.base import (
+    NotSupported,
+    old_names,
+    require_labels,
+    undisturbed,
+    with_low_res,
+)
 from iddpm_ext.engines.cuda import graphs
 from iddpm_ext.engines.cuda.network import FusedNetwork
 from iddpm_ext.engines.embedding import Projections, Schedule
@@ -24,7 +30,10 @@ from iddpm_ext.engines.locks import Lock
 from iddpm_ext.networks.unet import UNet
 from iddpm_ext.ops.spec import BACKENDS
 
-__all__ = ["CUDAEngine", "NotServed", "why_not_served"]
+__all__ = ["CUDAEngine", "NotSupported", "why_not_supported"]
+
+if not TYPE_CHECKING:  # to a checker it would say that every name exists
+    __getattr__ = old_names(__name__, NotServed="NotSupported", why_not_served="why_not_supported")
 
 _KEPT_SCHEDULES = 4
 _KEPT_GRAPHS = 4
@@ -42,19 +51,19 @@ class Task(Protocol):
 AnyTask = TypeVar("AnyTask", bound=Task)
 
 
-def serves_device(device: torch.device) -> bool:
+def supports_device(device: torch.device) -> bool:
     """Whether the engine runs on this kind of device."""
     return device.type == "cuda"
 
 
-def why_not_served(model: object, dtype: torch.dtype = torch.float32) -> str | None:
+def why_not_supported(model: object, dtype: torch.dtype = torch.float32) -> str | None:
     """None if the engine can run `model`, else the reason."""
     if not isinstance(model, UNet):
         return f"the CUDA engine runs an iddpm_ext.UNet, got {type(model).__name__}"
     if dtype not in _DTYPES:
         return f"the CUDA engine computes in float32, bfloat16 or float16, got {dtype}"
     device = next(model.parameters()).device
-    if not serves_device(device):
+    if not supports_device(device):
         return f"the CUDA engine needs weights on a CUDA device, got {device}"
     for name, parameter in model.named_parameters():
         if parameter.device != device:
@@ -69,9 +78,9 @@ class CUDAProgram:
     """
 
     def __init__(self, model: UNet, *, dtype: torch.dtype = torch.float32, exact: bool = False):
-        reason = why_not_served(model, dtype)
+        reason = why_not_supported(model, dtype)
         if reason is not None:
-            raise NotServed(f"CUDAEngine: {reason}")
+            raise NotSupported(f"CUDAEngine: {reason}")
         self.dtype, self.exact, self.config = dtype, exact, model.config
         self.device = next(model.parameters()).device
         self._lock, self._used, self._idle = Lock(), 0, [Memory(self.device)]
@@ -139,7 +148,7 @@ class CUDAEngine:
         on from the start, in products `torch.set_float32_matmul_precision`.
     exact: never TensorFloat32.
 
-    Raises NotServed, saying why, where it cannot run the network. One call at a time, on the stream
+    Raises NotSupported, saying why, where it cannot run the network. One call at a time, on the stream
     that is current; engines of one program (`CUDAEngine.of`) share the weights and may run at once.
     Nothing waits for the device but the first call with new timesteps or labels.
     """
@@ -212,8 +221,8 @@ class CUDAEngine:
         """Prepare for calls by step index.
 
         timesteps: [S], what the network is told at each step. labels: int64 [N] of the images of
-        the calls to come, -1 for unlabelled; None for an unconditional network. low_res: [N, C, h, w]
-        of the calls to come, or None where x holds the upsampled image already.
+        the calls that follow, -1 for unlabelled; None for an unconditional network. low_res: [N, C, h, w]
+        of the calls that follow, or None where x holds the upsampled image already.
         """
         memory, self._low_res = self._memory, low_res
         memory.graphs.follow()

@@ -51,8 +51,8 @@ class Graphs:
         """A function that does `work` again, on the stream that is current when it is called.
 
         work: launches kernels, always the same ones on the same memory. It runs on a side stream
-        first, so that whatever libraries load, choose and allocate happens then; its memory must
-        bear that.
+        first, so that whatever libraries load, choose and allocate happens then; that run must leave
+        nothing behind that matters.
         Raises CaptureFailed; errors of the work itself as they are.
         """
         with torch.cuda.device(self._device):

@@ -1,6 +1,6 @@
-"""What the network does outside normalisation, attention and the library's convolutions.
+"""What the network does outside normalisation, attention and the convolutions of PyTorch.
 
-Each by a kernel of ours on a GPU, where that serves, else in PyTorch's functions. `backend` is "auto",
+Each by a kernel of ours on a GPU, where it can, else in PyTorch's functions. `backend` is "auto",
 "reference" or "cuda", as of `ops.pixel_rows`.
 """
 
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from iddpm_ext import _native
-from iddpm_ext.ops.native import DTYPE_CODES, check_launch, plane, stream
+from iddpm_ext.ops.arguments import DTYPE_CODES, check_launch, plane, stream
 from iddpm_ext.ops.pixel_rows import choose
 
 _LAST = torch.channels_last
@@ -30,8 +30,8 @@ def first_convolution(
     """
     n, c, height, width = x.shape
     k = len(weight)
-    served = c <= _MOST_IMAGE_CHANNELS and k % 4 == 0 and columns_last(weight) is weight
-    if choose(backend, x) == "reference" or not served or not len(x):
+    supported = c <= _MOST_IMAGE_CHANNELS and k % 4 == 0 and columns_last(weight) is weight
+    if choose(backend, x) == "reference" or not supported or not len(x):
         h = F.conv2d(x.contiguous(memory_format=_LAST), weight, None, padding=1)
         # Images of one channel are of either format: the convolution's result may be of the other.
         return h.to(dtype, memory_format=_LAST)
@@ -54,8 +54,8 @@ def last_convolution(x: Tensor, weight: Tensor, bias: Tensor, backend: str = "au
     """
     n, c, height, width = x.shape
     k = len(weight)
-    served = c % _SLICE == 0 and k in _LAST_CHANNELS and columns_last(weight) is weight
-    if choose(backend, x) == "reference" or not served or not len(x):
+    supported = c % _SLICE == 0 and k in _LAST_CHANNELS and columns_last(weight) is weight
+    if choose(backend, x) == "reference" or not supported or not len(x):
         return F.conv2d(x.float(), weight, bias, padding=1)
     x = x.contiguous(memory_format=_LAST)
     y = torch.empty((n, k, height, width), dtype=torch.float32, device=x.device)
@@ -92,7 +92,7 @@ def doubling_weight(weight: Tensor) -> Tensor:
 
 
 def doubled_convolution(x: Tensor, weight: Tensor, backend: str = "auto") -> Tensor:
-    """A 3x3 convolution with padding 1 of images doubled by repetition, in 4/9 of its multiplications.
+    """A 3x3 convolution with padding 1 of images doubled by nearest neighbour, in 4/9 of its multiplications.
 
     x: [N, C, H, W], channels_last. weight: [4K, C, 2, 2] of `doubling_weight`.
     Returns [N, K, 2H, 2W], channels_last.

@@ -297,11 +297,11 @@ class FusedNetwork:
         inner = scale is not None or (bias is not None and bias.dim() == 2)
         if inner or (bias is None and residual is None):
             return group_norm_silu(
-                *(features.h, norm.groups, norm.weight, norm.bias),
+                features.h, norm.groups, norm.weight, norm.bias,
                 scale=scale, shift=shift, channel_bias=bias, **common,
             )  # fmt: skip
         y, features.h = group_norm_silu(
-            *(features.h, norm.groups, norm.weight, norm.bias),
+            features.h, norm.groups, norm.weight, norm.bias,
             residual=residual, channel_bias=bias, return_sum=True, **common,
         )  # fmt: skip
         features.residual = features.bias = None

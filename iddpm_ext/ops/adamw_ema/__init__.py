@@ -13,8 +13,8 @@ from iddpm_ext import _native
 from iddpm_ext.ops import checks
 from iddpm_ext.ops.adamw_ema import reference
 from iddpm_ext.ops.adamw_ema.layout import Packed
-from iddpm_ext.ops.library import define
-from iddpm_ext.ops.native import DTYPE_CODES, check_launch, stream
+from iddpm_ext.ops.arguments import DTYPE_CODES, check_launch, stream
+from iddpm_ext.ops.operators import define
 from iddpm_ext.ops.spec import OpSpec, register, resolve_backend
 
 #: As many averages as a kernel keeps the decays of.
@@ -69,7 +69,7 @@ def adamw_ema(
 
     Raises:
         TypeError, ValueError: for an argument of a wrong type, shape, device or value.
-        RuntimeError: if an explicit backend cannot serve the call.
+        RuntimeError: if an explicit backend does not support the call.
 
     Not differentiable. Results do not depend on the number of threads, nor on how tensors are grouped.
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from iddpm_ext.ops import checks
-from iddpm_ext.ops.conv3x3 import native, reference
+from iddpm_ext.ops.conv3x3 import compiled, reference
 from iddpm_ext.ops.group_norm_silu.layout import empty_like_images, memory_format
-from iddpm_ext.ops.library import define, differentiate, vector_jacobian
+from iddpm_ext.ops.operators import define, differentiate, vector_jacobian
 from iddpm_ext.ops.rows import compute_dtype
 from iddpm_ext.ops.spec import OpSpec, register, resolve_backend
 
@@ -38,7 +38,7 @@ def conv3x3(
     4/9 of them at its error. Which one is a function of the image's size alone, so a sample's result
     depends on neither batch nor threads. Unless `exact`, bfloat16 images are convolved directly where the
     CPU has AMX, by weights that are rounded too. Channel counts that are no multiple of 16, and CPUs without
-    AVX2, are served by PyTorch's library. On CUDA the reference, which is cuDNN's, serves.
+    AVX2, are computed by PyTorch. On CUDA the reference, which is cuDNN's, is taken.
 
     Args:
         x: [N, C, H, W], any strides; channels_last of any pitch is read in place. float32 or bfloat16;
@@ -54,7 +54,7 @@ def conv3x3(
 
     Raises:
         TypeError, ValueError: for an argument of a wrong type, shape, device or value.
-        RuntimeError: if an explicit backend cannot serve the call.
+        RuntimeError: if an explicit backend does not support the call.
 
     Differentiable in x, weight and bias any number of times.
     """
@@ -100,7 +100,7 @@ SPEC = register(
         name=NAME,
         summary="3x3 convolution for training on the CPU, optionally after doubling the image",
         public=conv3x3,
-        kernels={"reference": reference.conv3x3, "cpu": native.cpu},
+        kernels={"reference": reference.conv3x3, "cpu": compiled.cpu},
         dtypes={"cpu": frozenset({torch.float32, torch.bfloat16})},
         differentiable=("x", "weight", "bias"),
         # F(4x4, 3x3) rounds intermediate values larger than its result: about twice the error of the direct
@@ -112,14 +112,14 @@ SPEC = register(
 
 _op = define(
     "conv3x3(Tensor x, Tensor weight, Tensor? bias, bool upscale, bool exact, str backend) -> Tensor",
-    {"cpu": native.cpu},
+    {"cpu": compiled.cpu},
     _fake,
 )
 
 _op_bwd = define(
     "conv3x3_bwd(Tensor dy, Tensor x, Tensor weight, bool upscale, bool exact, bool wants_x, "
     "bool wants_weight, bool wants_bias, str backend) -> (Tensor, Tensor, Tensor)",
-    {"cpu": native.cpu_bwd},
+    {"cpu": compiled.cpu_bwd},
     _fake_bwd,
 )
 

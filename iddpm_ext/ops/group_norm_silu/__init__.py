@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from iddpm_ext.ops import checks
-from iddpm_ext.ops.group_norm_silu import native, reference
+from iddpm_ext.ops.group_norm_silu import compiled, reference
 from iddpm_ext.ops.group_norm_silu.layout import empty_like_images, is_channels_last, optional
 from iddpm_ext.ops.kernels import kernels
-from iddpm_ext.ops.library import define, differentiate, vector_jacobian
+from iddpm_ext.ops.operators import define, differentiate, vector_jacobian
 from iddpm_ext.ops.pixel_rows import channel_sums, rows_of
 from iddpm_ext.ops.rows import compute_dtype
 from iddpm_ext.ops.spec import FLOAT32_AND_HALVES, OpSpec, register, resolve_backend, unavailable
@@ -113,7 +113,7 @@ def group_norm_silu(
 
     Raises:
         TypeError, ValueError: for an argument of a wrong type, shape, device or value.
-        RuntimeError: if an explicit backend cannot serve the call.
+        RuntimeError: if an explicit backend does not support the call.
 
     Differentiable in every tensor any number of times.
     """
@@ -246,8 +246,8 @@ def _fake_bwd(
 
 
 # A sum over no elements is 0.
-_KERNELS = kernels(NAME, native.prepare, of_nothing=0.0)
-_KERNELS_BWD = kernels(NAME, native.prepare_bwd, launcher="group_norm_silu_bwd", of_nothing=0.0)
+_KERNELS = kernels(NAME, compiled.prepare, of_nothing=0.0)
+_KERNELS_BWD = kernels(NAME, compiled.prepare_bwd, launcher="group_norm_silu_bwd", of_nothing=0.0)
 
 SPEC = register(
     OpSpec(

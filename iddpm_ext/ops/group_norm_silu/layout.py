@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from iddpm_ext.ops.arguments import Plane, plane
 from iddpm_ext.ops.modes import transformed
-from iddpm_ext.ops.native import Plane, plane
 
 
 def is_channels_last(x: Tensor) -> bool:

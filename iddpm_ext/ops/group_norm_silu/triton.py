@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from iddpm_ext.ops.arguments import Plane, plane
 from iddpm_ext.ops.group_norm_silu.layout import empty_like_images, optional
-from iddpm_ext.ops.native import Plane, plane
 
 #: Elements of a tile.
 TILE = 1024

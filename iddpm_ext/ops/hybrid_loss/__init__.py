@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 from iddpm_ext.ops import checks
-from iddpm_ext.ops.hybrid_loss import reference
-from iddpm_ext.ops.kernels import kernels
-from iddpm_ext.ops.library import define, differentiate, vector_jacobian
-from iddpm_ext.ops.native import (
+from iddpm_ext.ops.arguments import (
     NO_PLANE,
     empty_images,
     noise_key,
     plane,
 )
+from iddpm_ext.ops.hybrid_loss import reference
+from iddpm_ext.ops.kernels import kernels
+from iddpm_ext.ops.operators import define, differentiate, vector_jacobian
 from iddpm_ext.ops.rows import compute_dtype, with_room_for_gradients
 from iddpm_ext.ops.spec import FLOAT32_AND_HALVES, OpSpec, register, resolve_backend
 from iddpm_ext.random import NoiseKey
@@ -73,7 +73,7 @@ def hybrid_loss(
 
     Raises:
         TypeError, ValueError: for an argument of a wrong type, shape, device or value.
-        RuntimeError: if an explicit backend cannot serve the call.
+        RuntimeError: if an explicit backend does not support the call.
 
     Differentiable in model_output any number of times: mse in its first half, vlb in its second. The
     reference is differentiable in x_0, x_t, noise and table as well.

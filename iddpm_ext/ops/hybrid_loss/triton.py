@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from iddpm_ext.ops.arguments import plane
 from iddpm_ext.ops.columns_triton import (
     LOG_VARIANCE_BIAS,
     LOG_VARIANCE_SCALE,
@@ -21,7 +22,6 @@ from iddpm_ext.ops.columns_triton import (
 )
 from iddpm_ext.ops.gaussian_triton import decoder_term, kl_term
 from iddpm_ext.ops.hybrid_loss import empty_results
-from iddpm_ext.ops.native import plane
 from iddpm_ext.ops.noise_triton import normals
 from iddpm_ext.ops.plane_triton import offset
 

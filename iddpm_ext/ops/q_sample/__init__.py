@@ -7,15 +7,15 @@ from typing import Any
 from torch import Tensor
 
 from iddpm_ext.ops import checks
-from iddpm_ext.ops.columns import Column
-from iddpm_ext.ops.kernels import kernels
-from iddpm_ext.ops.library import define, differentiate
-from iddpm_ext.ops.native import (
+from iddpm_ext.ops.arguments import (
     NO_PLANE,
     empty_images,
     noise_key,
     plane,
 )
+from iddpm_ext.ops.columns import Column
+from iddpm_ext.ops.kernels import kernels
+from iddpm_ext.ops.operators import define, differentiate
 from iddpm_ext.ops.q_sample import reference
 from iddpm_ext.ops.spec import OpSpec, register, resolve_backend
 from iddpm_ext.random import NoiseKey
@@ -40,7 +40,7 @@ def q_sample(
 
     Raises:
         TypeError, ValueError: for an argument of a wrong type, shape, device or value.
-        RuntimeError: if an explicit backend cannot serve the call.
+        RuntimeError: if an explicit backend does not support the call.
 
     Differentiable in x_0 any number of times; the reference also in table and noise.
     """

@@ -6,12 +6,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from iddpm_ext.ops.arguments import empty_images, plane
 from iddpm_ext.ops.columns_triton import (
     NUM_COLUMNS,
     SQRT_ALPHA_BAR,
     SQRT_ONE_MINUS_ALPHA_BAR,
 )
-from iddpm_ext.ops.native import empty_images, plane
 from iddpm_ext.ops.noise_triton import normals
 from iddpm_ext.ops.plane_triton import offset
 

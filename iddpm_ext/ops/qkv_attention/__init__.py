@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from iddpm_ext.ops import checks
-from iddpm_ext.ops.library import define, differentiate, vector_jacobian
-from iddpm_ext.ops.qkv_attention import library, native, reference
+from iddpm_ext.ops.operators import define, differentiate, vector_jacobian
+from iddpm_ext.ops.qkv_attention import compiled, pytorch, reference
 from iddpm_ext.ops.qkv_attention.layout import empty_like_rows
 from iddpm_ext.ops.spec import FLOAT32_AND_HALVES, OpSpec, register, resolve_backend
 
@@ -42,7 +42,7 @@ def qkv_attention(
 
     Raises:
         TypeError, ValueError: for an argument of a wrong type, shape or value.
-        RuntimeError: if an explicit backend cannot serve the call.
+        RuntimeError: if an explicit backend does not support the call.
 
     Differentiable in qkv any number of times. The backward pass keeps two numbers a position and head,
     and computes the probabilities again.
@@ -77,7 +77,7 @@ def _check(qkv: Tensor, num_heads: int, order: str) -> None:
 
 
 def _fake(qkv: Tensor, num_heads: int, order: str, backend: str) -> tuple[Tensor, Tensor]:
-    return empty_like_rows(qkv, qkv.shape[1] // 3), native.empty_statistics(qkv, num_heads)
+    return empty_like_rows(qkv, qkv.shape[1] // 3), compiled.empty_statistics(qkv, num_heads)
 
 
 def _fake_bwd(dout: Tensor, qkv: Tensor, *rest: Any) -> Tensor:
@@ -91,8 +91,8 @@ SPEC = register(
         public=qkv_attention,
         kernels={
             "reference": reference.qkv_attention,
-            "cpu": native.cpu,
-            "cuda": library.qkv_attention,
+            "cpu": compiled.cpu,
+            "cuda": pytorch.qkv_attention,
         },
         dtypes=dict.fromkeys(("cpu", "cuda"), FLOAT32_AND_HALVES),
         differentiable=("qkv",),
@@ -105,14 +105,14 @@ SPEC = register(
 
 _op = define(
     "qkv_attention(Tensor qkv, int num_heads, str order, str backend) -> (Tensor, Tensor)",
-    {"cpu": native.cpu},
+    {"cpu": compiled.cpu},
     _fake,
 )
 
 _op_bwd = define(
     "qkv_attention_bwd(Tensor dout, Tensor qkv, Tensor statistics, int num_heads, "
     "str order, str backend) -> Tensor",
-    {"cpu": native.cpu_bwd},
+    {"cpu": compiled.cpu_bwd},
     _fake_bwd,
 )
 

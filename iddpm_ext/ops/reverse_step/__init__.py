@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from iddpm_ext.ops import checks
+from iddpm_ext.ops.arguments import NO_PLANE, empty_images, noise_key, plane
 from iddpm_ext.ops.kernels import kernels
-from iddpm_ext.ops.library import define
-from iddpm_ext.ops.native import NO_PLANE, empty_images, noise_key, plane
+from iddpm_ext.ops.operators import define
 from iddpm_ext.ops.reverse_step import reference
 from iddpm_ext.ops.rows import compute_dtype
 from iddpm_ext.ops.spec import OpSpec, register, resolve_backend
@@ -41,7 +41,7 @@ def reverse_step(
 
     with the coefficients of row t of `table` (`iddpm_ext.ops.columns`). With `Diffusion.table(device)`
     this is ancestral sampling, equations (11) and (15) of Improved DDPM; with `sampler="ddim"` it is
-    equation (12) of DDIM: both are affine in (x_0, x_t), so one kernel serves them.
+    equation (12) of DDIM: both are affine in (x_0, x_t), so one kernel computes both.
 
     Args:
         x_t: [N, C, H, W], any strides. float32 for the kernels; any floating dtype for the reference.
@@ -59,7 +59,7 @@ def reverse_step(
 
     Raises:
         TypeError, ValueError: for an argument of a wrong type, shape, device or value.
-        RuntimeError: if an explicit backend cannot serve the call.
+        RuntimeError: if an explicit backend does not support the call.
 
     Not differentiable. A step outside the table gives NaN where it cannot be checked without a
     synchronisation (CUDA tensors, compiled graphs).

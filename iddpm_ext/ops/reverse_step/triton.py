@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from iddpm_ext.ops.arguments import empty_images, plane
 from iddpm_ext.ops.columns_triton import (
     LOG_VARIANCE_BIAS,
     LOG_VARIANCE_SCALE,
@@ -16,7 +17,6 @@ from iddpm_ext.ops.columns_triton import (
     X0_FROM_OUT,
     X0_FROM_XT,
 )
-from iddpm_ext.ops.native import empty_images, plane
 from iddpm_ext.ops.noise_triton import normals
 from iddpm_ext.ops.plane_triton import offset
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from iddpm_ext.ops import checks
+from iddpm_ext.ops.arguments import NO_PLANE, empty_images, plane
 from iddpm_ext.ops.kernels import kernels
-from iddpm_ext.ops.library import define, differentiate, vector_jacobian
-from iddpm_ext.ops.native import NO_PLANE, empty_images, plane
+from iddpm_ext.ops.operators import define, differentiate, vector_jacobian
 from iddpm_ext.ops.rows import compute_dtype, with_room_for_gradients
 from iddpm_ext.ops.spec import FLOAT32_AND_HALVES, OpSpec, register, resolve_backend
 from iddpm_ext.ops.vlb_terms import reference
@@ -52,7 +52,7 @@ def vlb_terms(
 
     Raises:
         TypeError, ValueError: for an argument of a wrong type, shape, device or value.
-        RuntimeError: if an explicit backend cannot serve the call.
+        RuntimeError: if an explicit backend does not support the call.
 
     Differentiable in model_output any number of times; the kernels compute value and gradient in one
     pass. The reference is differentiable in x_0, x_t and table as well.

@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from iddpm_ext.gaussian import discretized_gaussian_log_likelihood, normal_kl
 from iddpm_ext.ops.columns import Column
+from iddpm_ext.ops.gaussian import discretized_gaussian_log_likelihood, normal_kl
 from iddpm_ext.ops.rows import Rows, compute_dtype
 
 

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from iddpm_ext.ops.arguments import empty_images, plane
 from iddpm_ext.ops.columns_triton import (
     LOG_VARIANCE_BIAS,
     LOG_VARIANCE_SCALE,
@@ -18,7 +19,6 @@ from iddpm_ext.ops.columns_triton import (
     X0_FROM_XT,
 )
 from iddpm_ext.ops.gaussian_triton import decoder_term, exact_decoder_term, kl_term
-from iddpm_ext.ops.native import empty_images, plane
 from iddpm_ext.ops.plane_triton import offset
 
 BLOCK = 1024

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from iddpm_ext.ops import checks
+from iddpm_ext.ops.arguments import plane
 from iddpm_ext.ops.kernels import kernels
-from iddpm_ext.ops.library import define
-from iddpm_ext.ops.native import plane
+from iddpm_ext.ops.operators import define
 from iddpm_ext.ops.rows import compute_dtype
 from iddpm_ext.ops.spec import FLOAT32_AND_HALVES, OpSpec, register, resolve_backend
 from iddpm_ext.ops.vlb_to_all import reference
@@ -65,7 +65,7 @@ def vlb_to_all(
 
     Raises:
         TypeError, ValueError: for an argument of a wrong type, shape, device or value.
-        RuntimeError: if an explicit backend cannot serve the call.
+        RuntimeError: if an explicit backend does not support the call.
 
     Not differentiable.
 

@@ -1,4 +1,4 @@
-"""Calls of the compiled kernels, and of PyTorch's library where they do not serve."""
+"""Calls of the compiled kernels, and of PyTorch where they do not support the call."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from iddpm_ext import _native
+from iddpm_ext.ops.arguments import DTYPE_CODES
 from iddpm_ext.ops.conv3x3 import reference
 from iddpm_ext.ops.group_norm_silu.layout import laid_out, memory_format
-from iddpm_ext.ops.native import DTYPE_CODES
 
 LANES = 16
 MAX_CHANNELS = 4096

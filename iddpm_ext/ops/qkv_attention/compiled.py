@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from iddpm_ext import _native
-from iddpm_ext.ops.native import DTYPE_CODES
+from iddpm_ext.ops.arguments import DTYPE_CODES
 from iddpm_ext.ops.qkv_attention.layout import empty_like_rows
 
 View = tuple[int, int, int, int]

@@ -1,4 +1,4 @@
-"""What this package asks of a network that is not its own, met by networks of diffusers too.
+"""Networks that are not this package's own: what they are, what is inside them, how they are called.
 
 Nothing here imports diffusers: a network is known by what it has.
 """
@@ -10,19 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-
-def output_tensor(owner: str, output: Any) -> Tensor:
-    """What a network returned as a tensor: itself, or the `sample` of an output of diffusers.
-
-    Raises TypeError for anything else, with the function `owner` in its text.
-    """
-    tensor = getattr(output, "sample", output)
-    if not isinstance(tensor, Tensor):
-        raise TypeError(
-            f"{owner}: model must return a tensor or an output with .sample, "
-            f"got {type(output).__name__}"
-        )
-    return tensor
+from iddpm_ext.diffusion.output import output_tensor
 
 
 def is_unet2d(model: object) -> bool:

@@ -13,7 +13,7 @@ from iddpm_ext.sampling.predict import Predictor
 from iddpm_ext.sampling.request import Request
 
 
-class ChainStep:
+class SamplerStep:
     """x_{t-1} and x_0 from x_t and the network's output, for one walk down the chain.
 
     Every sampler is one call of `reverse_step` with its table; DPM-Solver++ adds a term to DDIM's.

@@ -83,7 +83,7 @@ def differentiate(
 
     `setup(ctx, inputs, output)` saves, `backward(ctx, *gradients)` computes, and so does
     `formula(ctx, *gradients)`, in PyTorch's functions, where a graph of the gradient is asked for.
-    One registration serves every backend and compiled code; both return one value an argument of the
+    One registration holds for every backend and compiled code; both return one value an argument of the
     schema, the backend included.
     """
 

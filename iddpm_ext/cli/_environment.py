@@ -93,7 +93,7 @@ def _backends() -> Iterator[str]:
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     width = max(map(len, REGISTRY), default=2)
     for device in devices:
-        yield f"{device} tensors (float32) are served by"
+        yield f"{device} tensors (float32) are computed by"
         for name in REGISTRY:
             yield f"  {name:<{width}}  {_choice(name, device)}"
     if "cuda" not in devices:
@@ -101,7 +101,7 @@ def _backends() -> Iterator[str]:
 
 
 def _choice(name: str, device: str) -> str:
-    """The backend that "auto" takes, and why those it would rather take cannot serve."""
+    """The backend that "auto" takes, and why those it would rather take do not support it."""
     chosen = resolve_backend(name, "auto", torch.device(device), torch.float32)
     preferred = PREFERENCE[device][: PREFERENCE[device].index(chosen)]
     passed = [f"{b}: {unavailable(name, b, device, torch.float32)}" for b in preferred]

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from iddpm_ext.ops.arguments import DTYPE_CODES, NO_PLANE
 from iddpm_ext.ops.group_norm_silu.layout import (
     empty_like_images,
     is_channels_last,
     laid_out,
     optional,
 )
-from iddpm_ext.ops.native import DTYPE_CODES, NO_PLANE
 
 #: Pixels of a partial result: kGroupNormSlab of csrc/group_norm_silu/group_norm_silu.h.
 SLAB = 256
