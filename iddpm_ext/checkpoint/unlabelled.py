@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 
-from iddpm_ext.foreign import unwrapped
+from iddpm_ext.networks.foreign import unwrapped
 from iddpm_ext.networks.unet import UNet
 
 

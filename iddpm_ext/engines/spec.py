@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from iddpm_ext.diffusion import Diffusion
 from iddpm_ext.engines.forked import go_on_after_fork
-from iddpm_ext.foreign import unwrapped
+from iddpm_ext.networks.foreign import unwrapped
 from iddpm_ext.networks.splice import Splice
 from iddpm_ext.networks.unet import UNet
 from iddpm_ext.ops.spec import resolve_backend

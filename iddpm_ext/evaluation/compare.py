@@ -28,7 +28,6 @@ from iddpm_ext.evaluation.images import (
     open_source,
 )
 from iddpm_ext.files import cache_folder
-from iddpm_ext.foreign import unwrapped
 from iddpm_ext.metrics import (
     Interval,
     Neighbourhoods,
@@ -37,6 +36,7 @@ from iddpm_ext.metrics import (
     inception_score,
     kernel_distance,
 )
+from iddpm_ext.networks.foreign import unwrapped
 from iddpm_ext.networks.unet import UNet
 
 METRICS = ("fid", "sfid", "kid", "inception_score", "precision_recall")

@@ -21,7 +21,7 @@ from iddpm_ext.data import ImageData, match_classes, open_data
 from iddpm_ext.data.classes import shown
 from iddpm_ext.data.containers import Folder
 from iddpm_ext.data.names import printable
-from iddpm_ext.foreign import unwrapped
+from iddpm_ext.networks.foreign import unwrapped
 from iddpm_ext.networks.unet import UNet
 from iddpm_ext.sampling.loop import batches, network_of, run
 from iddpm_ext.sampling.request import make_request
