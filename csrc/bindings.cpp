@@ -520,7 +520,8 @@ int64_t run_plan(intptr_t ops, int64_t count, int64_t n, int64_t threads, intptr
 // What iddpm_ext/engines/cpu needs to lay out a plan.
 void bind_plan(py::module_& m) {
   using iddpm::Kind;
-  py::enum_<Kind>(m, "RowKind", py::module_local(), "The kernel of a plan's row.")
+  // Local: the tests load a second build of this module into one process.
+  py::enum_<Kind>(m, "RowKind", "The kernel of a plan's row.", py::module_local())
       .value("INPUT", Kind::kInput)
       .value("OUTPUT", Kind::kOutput)
       .value("GEMM", Kind::kGemm)
