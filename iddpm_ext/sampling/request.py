@@ -97,6 +97,11 @@ def make_request(
         exact=exact, backend=backend, labels=labels, low_res=low_res, images=("x_T", x_T),
         labels_for_guidance=cond_fn is not None,
     )  # fmt: skip
+    if cond_fn is not None and sampler != "ddpm" and float(spec.diffusion.alphas_cumprod[-1]) == 0:
+        raise ValueError(
+            f"{who}: cond_fn must be left out with ddim and dpm++ for a chain that begins in pure noise, "
+            "whose eps moves x_0 without bound, got one"
+        )
     count = count_of(who, n, _DEFAULT_N, labels=spec.labels, low_res=low_res, x_T=x_T)
     ours = describing(spec.model)
     if spec.labels is None and ours is not None and ours.config.num_classes is not None:

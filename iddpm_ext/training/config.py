@@ -21,9 +21,9 @@ _CHOICES = {
     "bad_images": ("skip", "stop"),
     "split": ("train", "test", "all"),
     "alpha": ("refuse", "drop", "black", "white"),
-    "schedule": ("cosine", "linear"),
+    "schedule": ("cosine", "linear", "sigmoid"),
     "variance": ("learned_range", "learned", "fixed_large", "fixed_small"),
-    "prediction": ("epsilon", "x_0", "x_prev"),
+    "prediction": ("epsilon", "x_0", "x_prev", "velocity"),
     "attention_order": ("legacy", "new"),
     "pool": ("attention", "adaptive", "spatial", "spatial_v2"),
 }
@@ -72,10 +72,12 @@ class TrainConfig:
         schedule: noise schedule.
         diffusion_steps: T.
         variance: of the reverse process.
-        prediction: what the network predicts.
+        prediction: what the network predicts; velocity is also called v.
         rescale_timesteps: tell the network t * 1000/T.
+        zero_terminal_snr: rescale the schedule so that the chain ends in pure noise; not with epsilon.
         objective: simple, hybrid (simple + vlb_weight T vlb) or vlb.
         vlb_weight: see objective.
+        min_snr: gamma of min-SNR weights of the squared error, 5 as a rule; None for none. Not with vlb.
         timestep_sampler: uniform, or loss-second-moment, the importance sampler.
         lr: peak learning rate.
         lr_warmup: steps over which it rises linearly.
@@ -141,13 +143,15 @@ class TrainConfig:
     pool: Literal["attention", "adaptive", "spatial", "spatial_v2"] = "attention"
     dropout: float = 0.0
     scale_shift: bool = True
-    schedule: Literal["cosine", "linear"] = "cosine"
+    schedule: Literal["cosine", "linear", "sigmoid"] = "cosine"
     diffusion_steps: int = 4000
     variance: Literal["learned_range", "learned", "fixed_large", "fixed_small"] = "learned_range"
-    prediction: Literal["epsilon", "x_0", "x_prev"] = "epsilon"
+    prediction: Literal["epsilon", "x_0", "x_prev", "velocity"] = "epsilon"
     rescale_timesteps: bool = True
+    zero_terminal_snr: bool = False
     objective: Literal["simple", "hybrid", "vlb"] = "hybrid"
     vlb_weight: float = 1e-3
+    min_snr: float | None = None
     timestep_sampler: Literal["uniform", "loss-second-moment"] = "uniform"
     lr: float = 1e-4
     lr_warmup: int = 0
@@ -227,6 +231,15 @@ class TrainConfig:
         if self.init_ema and len(self.init_ema) != len(self.ema):
             raise ValueError(
                 f"train: init_ema must have a file for each decay {self.ema}, got {self.init_ema}"
+            )
+        if self.zero_terminal_snr and self.prediction == "epsilon" and not self.init_from:
+            raise ValueError(
+                "train: prediction must be x_0, x_prev or velocity with zero_terminal_snr, got 'epsilon'"
+            )
+        if self.min_snr is not None and (self.objective == "vlb" or not self.min_snr > 0):
+            raise ValueError(
+                "train: min_snr must be above 0, and left out for objective vlb, "
+                f"got {self.min_snr} for {self.objective}"
             )
         if self.super_resolution is not None and self.super_resolution < 1:
             raise ValueError(

@@ -43,6 +43,7 @@ _PROCESS = {
     "variance": "variance",
     "prediction": "prediction",
     "rescale_timesteps": "rescale_timesteps",
+    "zero_terminal_snr": "zero_terminal_snr",
 }
 LABELS = "label_emb.weight"
 
@@ -176,6 +177,7 @@ def read_start(config: TrainConfig, name: str, image_shape: ImageShape, *, avera
         # What a variance is, the tensors tell, unless it is said.
         if key != "variance" or config.variance != default.variance:
             flags[argument] = getattr(config, key)
+    del flags["zero_terminal_snr"]  # which no file of OpenAI's has
     return read_network(name, average=average, otherwise=flags)
 
 

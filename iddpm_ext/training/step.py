@@ -193,6 +193,7 @@ def _losses(config: TrainConfig, state: TrainState, inputs: Inputs) -> dict[str,
         key,
         objective=config.objective,
         vlb_weight=config.vlb_weight,
+        min_snr=config.min_snr,
         model_kwargs={name: value for name, value in named.items() if value is not None},
     )
 
