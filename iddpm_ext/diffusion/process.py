@@ -100,15 +100,10 @@ class Diffusion:
                     f"got {num_timesteps}"
                 )
         _check_name("variance", variance, VARIANCES)
-        _check_name("prediction", prediction, PREDICTIONS)
         if zero_terminal_snr:
             given = torch.tensor(train_betas, dtype=torch.float64, device="cpu")
             train_betas = check_betas(rescale_zero_terminal_snr(given))
-        if prediction == "epsilon" and train_betas[-1] == 1:
-            raise ValueError(
-                "Diffusion: prediction must be x_0, x_prev or velocity for a chain that ends in pure "
-                "noise, got 'epsilon'"
-            )
+        _check_prediction(prediction, train_betas)
         alpha_bars = fixed_point_alpha_bars(train_betas)
         self._set(
             schedule=schedule,
@@ -158,6 +153,13 @@ class Diffusion:
         shorter._set(**self.__dict__)
         shorter._visit(steps)
         return shorter
+
+    def predicting(self, prediction: str) -> Diffusion:
+        """The same chain, of a network that predicts something else."""
+        _check_prediction(prediction, self._train_betas)
+        other = object.__new__(Diffusion)
+        other._set(**{**self.__dict__, "prediction": prediction, "_tables": {}})
+        return other
 
     def table(
         self,
@@ -482,6 +484,15 @@ class Diffusion:
         checks.timesteps(method, t, len(x), self.num_timesteps, x.device)
         dtype = compute_dtype(x)
         return Rows(self.table(x.device, dtype=dtype), t, dtype)
+
+
+def _check_prediction(prediction: str, train_betas: Sequence[float]) -> None:
+    _check_name("prediction", prediction, PREDICTIONS)
+    if prediction == "epsilon" and train_betas[-1] == 1:
+        raise ValueError(
+            "Diffusion: prediction must be x_0, x_prev or velocity for a chain that ends in pure "
+            "noise, got 'epsilon'"
+        )
 
 
 def _check_name(argument: str, name: str, names: Sequence[str]) -> None:
