@@ -80,12 +80,15 @@ def test_max_beta_caps_the_cosine_schedule():
         (lambda: linear_beta_schedule(19), "num_timesteps must be at least 20.*got 19"),
         (
             lambda: Diffusion("linear", 20),
-            "every beta must be above 0 and below 1, got 1.0 at t=19",
+            "prediction must be x_0, x_prev or velocity for a chain that ends in pure noise",
         ),
         (lambda: Diffusion("cosine", 1), "at least 2, got 1"),
         (lambda: Diffusion("cosine", 0), "at least 1, got 0"),
         (lambda: Diffusion("cosine", 10.0), "must be an int, got 10.0"),
-        (lambda: Diffusion("quadratic"), "schedule must be one of cosine, linear, got 'quadratic'"),
+        (
+            lambda: Diffusion("quadratic"),
+            "schedule must be one of cosine, linear, sigmoid, got 'quadratic'",
+        ),
         (lambda: Diffusion(variance="big"), "variance must be one of .* got 'big'"),
         (lambda: Diffusion(prediction="v"), "prediction must be one of .* got 'v'"),
         (lambda: Diffusion(betas=[0.1, 0.0]), "above 0 and below 1, got 0.0 at t=1"),

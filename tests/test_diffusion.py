@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from iddpm_ext.diffusion import PREDICTIONS, VARIANCES, Diffusion
+from iddpm_ext.diffusion import VARIANCES, Diffusion
 from iddpm_ext.random import NoiseKey, normal
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "diffusion.json").read_text())
@@ -20,6 +20,7 @@ CHAINS = {
     "linear-1000-ddim25": ("linear", 1000, "ddim25"),
     "linear-1000-10,15,20": ("linear", 1000, "10,15,20"),
 }
+PREDICTIONS = ("epsilon", "x_0", "x_prev")  # the original's
 CONFIGURATIONS = [(c, v, p) for c in CHAINS for v in VARIANCES for p in PREDICTIONS]
 LEARNED = ("learned_range", "learned")
 

@@ -7,8 +7,10 @@ import copy
 import pytest
 import torch
 from engine_networks import CONFIGS, MORE_CONFIGS, inputs, make
+from golden.make_unet import fill_by_formula
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from iddpm_ext import UNet, UNetConfig
 from iddpm_ext.training.fused import FusedTraining
 
 NAMES = ("bundled", "one head, shift only", "resampling blocks, new heads", "concatenated identity")
@@ -108,3 +110,23 @@ def test_dropout_draws_from_the_global_generator_in_training_alone():
     model.eval()
     assert torch.equal(dropped, again)
     assert (dropped - FusedTraining(model, torch.float32)(x, t, y)).abs().max() > 1e-3
+
+
+def test_an_upsampler_has_the_modules_output_and_gradients():
+    config = UNetConfig(
+        image_size=8, model_channels=32, num_res_blocks=1, channel_mult=(1, 2),
+        attention_resolutions=(4,), super_resolution=True,
+    )  # fmt: skip
+    model = UNet(config).train()
+    fill_by_formula(model)
+    x, low_res, t = torch.randn(2, 3, 8, 8), torch.randn(2, 3, 4, 4), torch.tensor([3.0, 700.0])
+
+    def parts(call):
+        out = call(x, t, low_res=low_res)
+        return [out, *torch.autograd.grad(out.square().mean(), list(model.parameters()))]
+
+    found, wanted = (
+        torch.cat([part.detach().flatten() for part in parts(call)])
+        for call in (FusedTraining(model, torch.float32), model)
+    )
+    assert (found - wanted).norm() < 1e-5 * wanted.norm()

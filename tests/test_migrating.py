@@ -102,3 +102,9 @@ def test_defaults_that_the_page_tells_are_the_defaults():
     assert config.variance == "learned_range" and config.diffusion_steps == 4000
     assert config.grad_clip is None and not config.flip and config.ema_warmup
     assert config.lr_warmup == 0 and not config.lr_decay and config.weight_decay == 0
+
+
+def test_no_cell_is_empty():
+    for line in PAGE.splitlines():
+        if line.startswith("|"):
+            assert all(cell.strip() for cell in line.strip("|").split("|")), line

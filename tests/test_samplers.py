@@ -130,9 +130,10 @@ def test_the_guided_mixture_is_the_class_by_ddim():
     assert bool((guided.mean((1, 2, 3)).sign() == 2 * y - 1).all())
 
 
-def test_ancestral_guidance_moves_the_mean_by_the_variance_times_the_gradient():
-    """The original's p_sample with condition_mean, a learned variance included."""
-    diffusion = Diffusion("cosine", 400)
+@pytest.mark.parametrize("variance", ["learned_range", "fixed_small", "fixed_large"])
+def test_ancestral_guidance_moves_the_mean_by_the_variance_times_the_gradient(variance):
+    """The original's p_sample with condition_mean: by beta~_0 = 0, not by its clipped logarithm."""
+    diffusion = Diffusion("cosine", 400, variance)
     chain = diffusion.respace(10)
     cond_fn = lambda x, t, **_: 0.3 * torch.sin(x) + t.double().view(-1, 1, 1, 1) / 1e4  # noqa: E731
     x = x_T()
@@ -140,7 +141,8 @@ def test_ancestral_guidance_moves_the_mean_by_the_variance_times_the_gradient():
         t, step = torch.full((3,), i), int(chain.timesteps[i])
         timesteps = torch.full((3,), step * 1000 / 400)
         mean, log_variance, _ = chain.p_mean_variance(two_heads(x, timesteps), x, t)
-        mean = mean + log_variance.exp() * cond_fn(x, timesteps)
+        moved = 0.0 if variance == "fixed_small" and i == 0 else log_variance.exp()
+        mean = mean + moved * cond_fn(x, timesteps)
         z = normal(NoiseKey(9, STREAM_REVERSE, torch.arange(3), step), x.shape).double()
         x = mean + (i > 0) * (0.5 * log_variance).exp() * z
     *_, last = iddpm_ext.sample_progressive(
@@ -288,3 +290,74 @@ def test_interpolation_keeps_the_length_of_noise_and_ends_at_both():
 def test_bad_input_is_refused(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++"])
+def test_denoised_fn_stands_before_the_clamp_in_every_sampler(sampler):
+    """The original's process_xstart; the chain is that of a network that predicts the changed x_0."""
+    diffusion = Diffusion("cosine", 400)
+    seen = []
+
+    def thresholded(x_0: Tensor) -> Tensor:
+        """Dynamic thresholding of Imagen: scaled back where a quantile is outside of [-1, 1]."""
+        seen.append(x_0)
+        limit = x_0.flatten(1).abs().quantile(0.9, dim=1).clamp(min=1).view(-1, 1, 1, 1)
+        return x_0.clamp(-limit, limit) / limit
+
+    def changed(x: Tensor, timesteps: Tensor) -> Tensor:
+        t = (timesteps.double() * 400 / 1000).round().long()
+        out = two_heads(x, timesteps)
+        found = diffusion.p_mean_variance(out, x, t, clip=False)
+        return torch.cat([thresholded(found.x_0), out[:, 1:]], dim=1)
+
+    options = {"sampler": sampler, "x_T": 3 * x_T(), "seed": 9, "progress": False}
+    got = sample(two_heads, 10, denoised_fn=thresholded, diffusion=diffusion, **options)
+    assert max(float(x_0.abs().max()) for x_0 in seen) > 1
+    wanted = sample(changed, 10, diffusion=diffusion.predicting("x_0"), **options)
+    torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-6)
+    plain = sample(two_heads, 10, diffusion=diffusion, **options)
+    assert (plain - got).abs().max() > 0.01
+    with pytest.raises(ValueError, match=r"sample: denoised_fn must return \[3, 1, 4, 4\], got"):
+        sample(two_heads, 10, denoised_fn=lambda x: x[:1], diffusion=diffusion, **options)
+    with pytest.raises(TypeError, match="sample: denoised_fn must be callable, got int"):
+        sample(two_heads, 10, denoised_fn=3, diffusion=diffusion, **options)
+
+
+def test_a_callback_of_sample_may_write_into_x_and_the_chain_goes_on_from_it():
+    """Inpainting: what is known is put, with the noise of the step, where a mask says so."""
+
+    def mixing(x: Tensor, timesteps: Tensor) -> Tensor:
+        return two_heads(x + 0.2 * x.mean((1, 2, 3), keepdim=True), timesteps)
+
+    diffusion = Diffusion("cosine", 400)
+    chain = diffusion.respace(10)
+    known, mask = torch.full((3, 1, 4, 4), 0.5), torch.zeros(4, 4, dtype=torch.bool)
+    mask[:2] = True
+
+    def put(step) -> None:
+        noisy = known
+        if step.t > 0:
+            t = torch.full((3,), step.t - 1)
+            noisy = chain.q_sample(known, t, NoiseKey(5, 0, torch.arange(3), step.t))
+        step.x[..., mask] = noisy[..., mask].to(step.x.dtype)
+
+    options = {
+        "seed": 9,
+        "diffusion": diffusion,
+        "progress": False,
+        "image_shape": (1, 4, 4),
+        "n": 3,
+    }
+    got = sample(mixing, 10, callback=put, **options)
+    assert torch.equal(got[..., mask], known[..., mask])
+    free = sample(mixing, 10, **options)
+    assert (got - free)[..., ~mask].abs().max() > 1e-3
+    # One batch or several, the same images.
+    parts = sample(mixing, 10, batch_size=3, callback=lambda step: put(step), **options)
+    assert torch.equal(parts, got)
+    # The images of sample_progressive are copies.
+    walk = iddpm_ext.sample_progressive(mixing, 10, **options)
+    for step in walk:
+        last = step.x.clone()
+        step.x.zero_()
+    assert torch.equal(last, free)

@@ -627,3 +627,14 @@ def test_checkpoint_files_are_readable_as_the_umask_says(tmp_path):
     finally:
         os.umask(previous)
     assert (path / "a.safetensors").stat().st_mode & 0o777 == 0o644
+
+
+def test_processes_that_do_not_speak_want_no_line_and_write_nothing(tmp_path):
+    from iddpm_ext.training.log import RunLog
+
+    with RunLog(tmp_path, 0, 3, main=False, tensorboard=False, progress=True) as log:
+        log.step()
+        assert not log.due(1) and not log.due(3)
+        log.record({"step": 1})
+        log.say("nothing")
+    assert list(tmp_path.iterdir()) == []

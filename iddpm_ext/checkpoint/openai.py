@@ -42,11 +42,14 @@ class Described(NamedTuple):
     stated_by: str
 
 
-def describe(path: Path, shapes: Shapes, flags: Flags | None) -> Described:
+def describe(
+    path: Path, shapes: Shapes, flags: Flags | None, otherwise: Flags | None = None
+) -> Described:
     """The configuration of the U-Net with these tensors.
 
     path: its name says whether the file is one that OpenAI released, or of someone's run.
     flags: go before those of a released file; None for none.
+    otherwise: take the place of flags that are missing, in a file that is none of the released ones.
     Raises ValueError where flags contradict the tensors or one another, or are missing.
     """
     given = {} if flags is None else read_flags(flags)
@@ -69,8 +72,10 @@ def describe(path: Path, shapes: Shapes, flags: Flags | None) -> Described:
         warnings.warn(
             f"load: {path} has the tensors of OpenAI's {' and '.join(names)}: flags that are not "
             f"given are taken from there. A network of another run needs its own flags",
-            stacklevel=3,
+            stacklevel=4,
         )
+    if not names and otherwise is not None:
+        given = {**read_flags(otherwise), **given}
     return _described(path, structure, names, given)
 
 

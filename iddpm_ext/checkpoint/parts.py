@@ -65,7 +65,7 @@ def weights_of(
         more = f" and {len(left) - _SHOWN} more" if len(left) > _SHOWN else ""
         shown = ", ".join(printable(name) for name in left[:_SHOWN])
         warnings.warn(f"load: {path} has tensors outside of the network, left: {shown}{more}",
-                      stacklevel=4)  # fmt: skip
+                      stacklevel=5)  # fmt: skip
     return tensors_of(path, own)
 
 
@@ -86,7 +86,7 @@ def _choose(path: Path, names: list[str], part: str | None, average: bool) -> st
             warnings.warn(
                 f"load: {path} holds weights several times, {shown}: {printable(wanted[0])!r} is "
                 "taken, part= takes another",
-                stacklevel=5,
+                stacklevel=6,
             )
             return wanted[0]
     raise ValueError(

@@ -6,8 +6,10 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from iddpm_ext.diffusion import Diffusion
 from iddpm_ext.networks.config import UNetConfig
@@ -61,21 +63,7 @@ def load(
     Warns where a file of another name has the tensors of a released one. No code in a file is ever run.
     """
     dtype = require_dtype(dtype)
-    path = _locate(name_or_path)
-    if path.is_dir():
-        if is_run(path):
-            path = weights_of_run(path)
-        else:
-            return _read_folder(path, flags, part).to(device, dtype)
-    metadata, tensors = read_file(path, part)
-    if "unet" not in metadata and (flags is not None or is_torch_file(path)):
-        shapes = {name: tuple(value.shape) for name, value in tensors.items()}
-        described = describe(path, shapes, flags)
-    elif flags is not None:
-        raise ValueError(f"load: flags must be None for {path}, which has its own, got {flags!r}")
-    else:
-        described = _parse_metadata(path, metadata)
-    config, diffusion, extra, stated_by = described
+    path, (config, diffusion, extra, stated_by), tensors = read_network(name_or_path, flags, part)
     model = _empty_unet(path, config, len(tensors), stated_by)
     fill(path, model, tensors, stated_by, device, dtype)
     try:
@@ -84,6 +72,42 @@ def load(
         raise ValueError(f"load: {path} contradicts itself: {error}") from error
     model.extra = extra
     return model.eval()
+
+
+class Read(NamedTuple):
+    """A network as it is stored. path: of its file, or of a folder of diffusers."""
+
+    path: Path
+    described: Described
+    tensors: dict[str, Tensor]
+
+
+def read_network(
+    name_or_path: str | os.PathLike[str],
+    flags: Flags | None = None,
+    part: str | None = None,
+    *,
+    average: bool = True,
+    otherwise: Flags | None = None,
+) -> Read:
+    """What `load` makes a network of; its tensors have not been compared with its configuration.
+
+    average: False for the weights in training instead of their average, where there are both.
+    otherwise: flags of an OpenAI file that hold where nothing else tells.
+    Arguments and errors else as of `load`.
+    """
+    path = _locate(name_or_path)
+    if path.is_dir():
+        if not is_run(path):
+            return _read_folder(path, flags, part)
+        path = weights_of_run(path, average=average)
+    metadata, tensors = read_file(path, part, average=average)
+    if "unet" not in metadata and (flags is not None or is_torch_file(path)):
+        shapes = {name: tuple(value.shape) for name, value in tensors.items()}
+        return Read(path, describe(path, shapes, flags, otherwise), tensors)
+    if flags is not None:
+        raise ValueError(f"load: flags must be None for {path}, which has its own, got {flags!r}")
+    return Read(path, parse_metadata(path, metadata), tensors)
 
 
 def _locate(name_or_path: str | os.PathLike[str]) -> Path:
@@ -107,7 +131,7 @@ def is_model_folder(folder: Path) -> bool:
     return is_run(folder) or any((folder / name).is_file() for name in _OF_DIFFUSERS)
 
 
-def _read_folder(folder: Path, flags: Flags | None, part: str | None) -> UNet:
+def _read_folder(folder: Path, flags: Flags | None, part: str | None) -> Read:
     """The network of a folder of diffusers."""
     if not is_model_folder(folder):
         raise ValueError(
@@ -119,10 +143,13 @@ def _read_folder(folder: Path, flags: Flags | None, part: str | None) -> UNet:
             raise ValueError(f"load: {name} must be None for a folder of diffusers, got {given!r}")
     from iddpm_ext.interop.folder import read_folder
 
-    return read_folder(folder)
+    model = read_folder(folder)
+    described = Described(model.config, model.diffusion, model.extra, "its configuration")
+    return Read(folder, described, model.state_dict())
 
 
-def _parse_metadata(path: Path, metadata: Mapping[str, str]) -> Described:
+def parse_metadata(path: Path, metadata: Mapping[str, str]) -> Described:
+    """What one of our files says of its network, a `UNet`. Raises ValueError."""
     if "unet" not in metadata:
         raise ValueError(
             f"load: {path} must carry the configuration of its network in the metadata, "

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
+from iddpm_ext.diffusion import Diffusion
 from iddpm_ext.networks.classifier import Classifier, ClassifierConfig
 
 from .flags import Flags, read_flags
 from .released import CHANNEL_MULT, RELEASED_CLASSIFIERS, flags_of
+from .runs import is_run, weights_of_run
 from .shapes import Shapes
 from .tensors import fill, read_file, require_dtype
 from .torch_file import is_torch_file
@@ -35,31 +39,17 @@ def load_classifier(
     flags: Flags | None = None,
     part: str | None = None,
 ) -> Classifier:
-    """The classifier of a checkpoint, in evaluation mode, with its `extra` set.
+    """The classifier of a checkpoint, in evaluation mode, with its `diffusion` and `extra` set.
 
-    path: a .safetensors file that `save` wrote, or a .pt of guided-diffusion; the four that OpenAI
-        released ("64x64_classifier.pt") need nothing else.
+    path: a .safetensors file that `save` wrote, the folder of a run of `iddpm train --classifier`, or a
+        .pt of guided-diffusion; the four that OpenAI released ("64x64_classifier.pt") need nothing else.
     device, dtype: as in `load`.
     part: as in `load`.
     flags: of another .pt, as in `load`: image_size, classifier_depth and the other classifier_ flags.
     Raises as `load`. No code in a file is ever run.
     """
     dtype = require_dtype(dtype)
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"load_classifier: path must be an existing file, got {str(path)!r}"
-        )
-    metadata, tensors = read_file(path, part)
-    if is_torch_file(path):
-        shapes = {name: tuple(value.shape) for name, value in tensors.items()}
-        config, stated_by = _describe(path, shapes, flags), "its flags"
-        extra: dict[str, Any] = {"openai": {"file": path.name}}
-    elif flags is not None:
-        raise ValueError(f"load_classifier: flags must be None for {path}, got {flags!r}")
-    else:
-        config, extra = _parse_metadata(path, metadata)
-        stated_by = "its configuration"
+    path, (config, diffusion, extra, stated_by), tensors = read_classifier(path, flags, part)
     # A network has several tensors a block; this keeps a wild configuration from being built.
     if config.num_res_blocks * len(config.channel_mult) > len(tensors):
         raise ValueError(
@@ -68,8 +58,54 @@ def load_classifier(
     with torch.device("meta"):
         model = Classifier(config)
     fill(path, model, tensors, stated_by, device, dtype)
-    model.extra = extra
+    model.diffusion, model.extra = diffusion, extra
     return model.eval()
+
+
+class DescribedClassifier(NamedTuple):
+    """What `load_classifier` needs to know besides the tensors, as `openai.Described`."""
+
+    config: ClassifierConfig
+    diffusion: Diffusion | None
+    extra: dict[str, Any]
+    stated_by: str
+
+
+class ReadClassifier(NamedTuple):
+    """A classifier as it is stored. path: of its file."""
+
+    path: Path
+    described: DescribedClassifier
+    tensors: dict[str, Tensor]
+
+
+def read_classifier(
+    path: str | os.PathLike[str],
+    flags: Flags | None = None,
+    part: str | None = None,
+    *,
+    average: bool = True,
+    otherwise: Flags | None = None,
+) -> ReadClassifier:
+    """What `load_classifier` makes a classifier of, as `read.read_network`."""
+    path = Path(path)
+    if path.is_dir() and is_run(path):
+        path = weights_of_run(path, average=average)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"load_classifier: path must be an existing file or the folder of a run, got {str(path)!r}"
+        )
+    metadata, tensors = read_file(path, part, average=average)
+    if is_torch_file(path):
+        shapes = {name: tuple(value.shape) for name, value in tensors.items()}
+        config = _describe(path, shapes, flags, otherwise)
+        extra: dict[str, Any] = {"openai": {"file": path.name}}
+        described = DescribedClassifier(config, None, extra, "its flags")
+    elif flags is not None:
+        raise ValueError(f"load_classifier: flags must be None for {path}, got {flags!r}")
+    else:
+        described = parse_classifier(path, metadata)
+    return ReadClassifier(path, described, tensors)
 
 
 def released_classifier(name: str) -> ClassifierConfig:
@@ -77,7 +113,9 @@ def released_classifier(name: str) -> ClassifierConfig:
     return ClassifierConfig(**flags_of(name))
 
 
-def _describe(path: Path, shapes: Shapes, flags: Flags | None) -> ClassifierConfig:
+def _describe(
+    path: Path, shapes: Shapes, flags: Flags | None, otherwise: Flags | None
+) -> ClassifierConfig:
     if flags is not None:
         return _config_of_flags(path, shapes, read_flags(flags))
     named = [path.name] if path.name in RELEASED_CLASSIFIERS else list(RELEASED_CLASSIFIERS)
@@ -88,6 +126,8 @@ def _describe(path: Path, shapes: Shapes, flags: Flags | None) -> ClassifierConf
         # Under its own name a file is compared in full by the caller, who tells the difference.
         if named == [name] or {k: tuple(v.shape) for k, v in expected.items()} == shapes:
             return config
+    if otherwise is not None:
+        return _config_of_flags(path, shapes, read_flags(otherwise))
     raise ValueError(
         f"load_classifier: flags must be given for {path}, which is none of "
         f"{', '.join(RELEASED_CLASSIFIERS)}: {', '.join(_NEEDED.values())}"
@@ -114,9 +154,8 @@ def _config_of_flags(path: Path, shapes: Shapes, values: dict[str, Any]) -> Clas
         raise ValueError(f"load_classifier: flags must fit {path}, got: {error}") from error
 
 
-def _parse_metadata(
-    path: Path, metadata: dict[str, str]
-) -> tuple[ClassifierConfig, dict[str, Any]]:
+def parse_classifier(path: Path, metadata: Mapping[str, str]) -> DescribedClassifier:
+    """What one of our files says of its classifier. Raises ValueError."""
     if "classifier" not in metadata:
         raise ValueError(
             f"load_classifier: {path} must carry the configuration of a classifier in the metadata, "
@@ -124,9 +163,12 @@ def _parse_metadata(
         )
     try:
         config = ClassifierConfig.from_dict(json.loads(metadata["classifier"]))
+        described = json.loads(metadata.get("diffusion", "null"))
+        diffusion = None if described is None else Diffusion.from_dict(described)
         extra = json.loads(metadata.get("extra", "{}"))
-    except (ValueError, TypeError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"load_classifier: {path} must hold valid metadata, got: {error}"
         ) from error
-    return config, extra if isinstance(extra, dict) else {}
+    extra = extra if isinstance(extra, dict) else {}
+    return DescribedClassifier(config, diffusion, extra, "its configuration")

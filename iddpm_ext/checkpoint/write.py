@@ -31,7 +31,7 @@ def save(
     The file appears under its name when it is whole and on disk; until then, and after any failure,
     a file that was there before stays as it was.
 
-    model: a UNet, whose `diffusion`, where set, travels along; or a Classifier. Either may be wrapped by
+    model: a UNet or a Classifier, whose `diffusion`, where set, travels along. Either may be wrapped by
         `torch.compile`, DataParallel or DistributedDataParallel: the network inside is saved.
     path: in an existing folder, of any name: `load` goes by the content.
     extra: JSON-ready facts (None: `model.extra`).
@@ -63,7 +63,7 @@ def metadata_of(model: UNet | Classifier, extra: Mapping[str, Any] | None = None
         "format_version": str(FORMAT_VERSION),
         kind: json.dumps(model.config.to_dict()),
     }
-    if isinstance(model, UNet) and model.diffusion is not None:
+    if model.diffusion is not None:
         metadata["diffusion"] = json.dumps(model.diffusion.to_dict())
     try:
         metadata["extra"] = json.dumps(dict(extra), allow_nan=False)

@@ -25,6 +25,9 @@ def run(
     sampler: Literal["ddpm", "ddim", "dpm++"] = "ddpm",
     eta: float = 0.0,
     guidance_scale: float = 1.0,
+    classifier: Path | None = None,
+    classifier_scale: float = 1.0,
+    classifier_flags: str | None = None,
     seed: int = 0,
     out: Path = Path("samples.png"),
     animate: Path | None = None,
@@ -54,6 +57,10 @@ def run(
         sampler: ancestral (ddpm), DDIM, or DPM-Solver++ (dpm++) for few steps.
         eta: the noise of DDIM, from 0 to 1.
         guidance_scale: of classifier-free guidance; 1 is without.
+        classifier: a classifier of noisy images that guides the samples to their labels: a .safetensors file,
+            the folder of a run, or a .pt of guided-diffusion.
+        classifier_scale: what its gradient is multiplied by.
+        classifier_flags: of a .pt that needs them, "image_size=64 classifier_depth=2 ...".
         seed: names all noise.
         out: a .png for a grid, an .npz for arrays, no suffix for a folder of PNGs.
         animate: a .webp or .gif file for the chain.
@@ -74,6 +81,7 @@ def run(
     import iddpm_ext
     from iddpm_ext.images import check_writable, save_animation, save_images
     from iddpm_ext.sampling import distributed, loop
+    from iddpm_ext.sampling.classifier_guidance import CondFn, require_same_noise
     from iddpm_ext.sampling.request import Request, make_request
     from iddpm_ext.sampling.two_stage import rounded_to_levels, upsampler_request
 
@@ -88,11 +96,23 @@ def run(
             f"a first command as low_res to a second one, got {upsampler!r}"
         )
     model = iddpm_ext.load(checkpoint, flags=flags).to(pick_device(device))
-    class_names = model.extra.get("class_names")
+    class_names, num_classes = model.extra.get("class_names"), model.config.num_classes
+    cond_fn: CondFn | None = None
+    if classifier is not None:
+        guide = iddpm_ext.load_classifier(classifier, flags=classifier_flags)
+        require_same_noise(guide, model)
+        cond_fn = iddpm_ext.classifier_gradient(guide.to(pick_device(device)), classifier_scale)
+        if num_classes is None:
+            class_names, num_classes = guide.extra.get("class_names"), guide.config.num_classes
+            if labels is None:
+                raise ValueError(
+                    "labels must be given with classifier to a network without classes, got None"
+                )
     request = make_request(
         "sample", model, read_steps(steps), n=n, sampler=sampler, eta=eta,
-        labels=_labels(labels, n, model.config.num_classes, class_names),
-        guidance_scale=guidance_scale, low_res=_read_low_res(low_res, pick_device(device)), seed=seed,
+        labels=_labels(labels, n, num_classes, class_names),
+        guidance_scale=guidance_scale, cond_fn=cond_fn,
+        low_res=_read_low_res(low_res, pick_device(device)), seed=seed,
         clip=clip, batch_size=batch_size,
         dtype=None if dtype is None else getattr(torch, dtype), engine=engine, exact=exact,
         backend=backend, progress=distributed.rank() == 0,
@@ -127,6 +147,8 @@ def run(
         "checkpoint": checkpoint, "seed": seed, "steps": steps, "sampler": sampler, "eta": eta,
         "guidance_scale": guidance_scale,
     }  # fmt: skip
+    if classifier is not None:
+        recipe.update(classifier=str(classifier), classifier_scale=classifier_scale)
     if upsampler is not None:
         recipe.update(upsampler=upsampler, upsampler_steps=upsampler_steps or steps)
     written = save_images(

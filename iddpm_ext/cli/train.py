@@ -30,8 +30,17 @@ def run(
     path = train(config)
     if os.environ.get("RANK", "0") == "0":
         print(path)
-        labels = " --labels all" if config.class_cond else ""
-        print(f"iddpm sample {shlex.quote(config.out)}{labels} --out samples.png")
+        print(next_command(config))
+
+
+def next_command(config: TrainConfig) -> str:
+    """What to type to see what the run has made."""
+    out = shlex.quote(config.out)
+    if config.classifier:
+        return f"iddpm sample NETWORK --labels all --classifier {out} --out samples.png"
+    labels = " --labels all" if config.class_cond else ""
+    small = " --low-res SMALL.npz" if config.super_resolution is not None else ""
+    return f"iddpm sample {out}{labels}{small} --out samples.png"
 
 
 def bind(arguments: Sequence[str]) -> Callable[..., None]:

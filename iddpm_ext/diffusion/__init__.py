@@ -11,7 +11,14 @@ from iddpm_ext.ops.gaussian import (
 from .multistep import multistep_update
 from .process import OBJECTIVES, Diffusion, MeanVariance
 from .respace import space_timesteps
-from .schedule import SCHEDULES, betas_for_alpha_bar, cosine_beta_schedule, linear_beta_schedule
+from .schedule import (
+    SCHEDULES,
+    betas_for_alpha_bar,
+    cosine_beta_schedule,
+    linear_beta_schedule,
+    rescale_zero_terminal_snr,
+    sigmoid_beta_schedule,
+)
 from .table import PREDICTIONS, SAMPLERS, VARIANCES
 from .timestep_samplers import (
     TIMESTEP_SAMPLERS,
@@ -43,5 +50,7 @@ __all__ = [
     "make_timestep_sampler",
     "multistep_update",
     "normal_kl",
+    "rescale_zero_terminal_snr",
+    "sigmoid_beta_schedule",
     "space_timesteps",
 ]

@@ -18,7 +18,7 @@ from iddpm_ext.random import NoiseKey, normal
 
 from .multistep import multistep_weights
 from .respace import space_timesteps
-from .schedule import check_betas, named_betas
+from .schedule import check_betas, named_betas, rescale_zero_terminal_snr
 from .table import (
     PREDICTIONS,
     SAMPLERS,
@@ -47,13 +47,16 @@ class Diffusion:
     others in float32.
 
     Args:
-        schedule: ``"cosine"`` or ``"linear"``; ignored where betas are given.
+        schedule: ``"cosine"``, ``"linear"`` or ``"sigmoid"``; ignored where betas are given.
         num_timesteps: T, at least 2.
         variance: ``"learned_range"`` (equation 15), ``"learned"`` (the output is the
             log-variance), ``"fixed_large"`` (beta_t) or ``"fixed_small"`` (beta~_t).
-        prediction: what the network predicts: ``"epsilon"``, ``"x_0"`` or ``"x_prev"``.
+        prediction: what the network predicts: ``"epsilon"``, ``"x_0"``, ``"x_prev"``, or
+            ``"velocity"``, sqrt(alpha_bar) epsilon - sqrt(1 - alpha_bar) x_0, also called v.
         rescale_timesteps: tell the network t * 1000/T instead of t.
         betas: a schedule of one's own, [T] in (0, 1), in place of a named one.
+        zero_terminal_snr: rescale the schedule so that the chain ends in pure noise, alpha_bar = 0
+            (Lin et al. 2024); there epsilon tells nothing of x_0 and may not be the prediction.
 
     Attributes:
         betas, alphas_cumprod: float64 [T] on the CPU.
@@ -68,6 +71,7 @@ class Diffusion:
     variance: str
     prediction: str
     rescale_timesteps: bool
+    zero_terminal_snr: bool
     betas: Tensor
     alphas_cumprod: Tensor
     timesteps: Tensor
@@ -84,6 +88,7 @@ class Diffusion:
         prediction: str = "epsilon",
         rescale_timesteps: bool = True,
         betas: Tensor | Sequence[float] | None = None,
+        zero_terminal_snr: bool = False,
     ) -> None:
         if betas is None:
             train_betas = check_betas(named_betas(schedule, num_timesteps))
@@ -95,7 +100,10 @@ class Diffusion:
                     f"got {num_timesteps}"
                 )
         _check_name("variance", variance, VARIANCES)
-        _check_name("prediction", prediction, PREDICTIONS)
+        if zero_terminal_snr:
+            given = torch.tensor(train_betas, dtype=torch.float64, device="cpu")
+            train_betas = check_betas(rescale_zero_terminal_snr(given))
+        _check_prediction(prediction, train_betas)
         alpha_bars = fixed_point_alpha_bars(train_betas)
         self._set(
             schedule=schedule,
@@ -103,6 +111,8 @@ class Diffusion:
             variance=variance,
             prediction=prediction,
             rescale_timesteps=bool(rescale_timesteps),
+            # Betas of one's own are kept as they are now.
+            zero_terminal_snr=bool(zero_terminal_snr) and schedule != "custom",
             _train_betas=train_betas,
             _train_alpha_bars=alpha_bars,
         )
@@ -143,6 +153,13 @@ class Diffusion:
         shorter._set(**self.__dict__)
         shorter._visit(steps)
         return shorter
+
+    def predicting(self, prediction: str) -> Diffusion:
+        """The same chain, of a network that predicts something else."""
+        _check_prediction(prediction, self._train_betas)
+        other = object.__new__(Diffusion)
+        other._set(**{**self.__dict__, "prediction": prediction, "_tables": {}})
+        return other
 
     def table(
         self,
@@ -330,6 +347,7 @@ class Diffusion:
         objective: str = "hybrid",
         vlb_weight: float = 1e-3,
         model_kwargs: dict[str, Any] | None = None,
+        min_snr: float | None = None,
     ) -> dict[str, Tensor]:
         """The training objective for one step t of each example.
 
@@ -346,6 +364,9 @@ class Diffusion:
             objective: ``"hybrid"`` (needs a learned variance), ``"simple"`` or ``"vlb"``.
             vlb_weight: weight of T vlb in ``"hybrid"``; 1/T weighs the one step's bits by 1.
             model_kwargs: further arguments of the model.
+            min_snr: gamma of the weights min(SNR, gamma) of the squared error in x_0, which multiply
+                mse in the loss (Hang et al. 2023); at the end of a chain of pure noise they are 0.
+                None for mse as it is. SNR = alpha_bar / (1 - alpha_bar).
 
         Returns:
             ``loss``, ``mse`` and ``vlb`` (bits per dimension of the one step), each [N]. Of the
@@ -357,6 +378,11 @@ class Diffusion:
                 "training_losses: objective must be 'simple' or 'vlb' where the variance is "
                 f"{self.variance}, got 'hybrid'"
             )
+        if min_snr is not None and (objective == "vlb" or not min_snr > 0):
+            raise ValueError(
+                "training_losses: min_snr must be above 0, and None for objective vlb, "
+                f"got {min_snr} for {objective}"
+            )
         checks.image_batch("training_losses", "x_0", x_0)
         checks.noise_arguments("training_losses", noise, x_0)
         x_t = self.q_sample(x_0, t, noise)
@@ -366,15 +392,30 @@ class Diffusion:
         table = self.table(x_0.device, dtype=compute_dtype(model_output, x_0))
         if self.learns_variance and objective != "vlb":
             parts = ops.hybrid_loss(model_output, x_0, x_t, noise, t, table, vlb_weight=vlb_weight)
+            weighted = parts.mse * self._min_snr_weight(min_snr, x_0, t)
             if objective == "hybrid":
-                return {"loss": parts.loss, "mse": parts.mse, "vlb": parts.vlb}
-            return {"loss": parts.mse, "mse": parts.mse, "vlb": parts.vlb.detach()}
+                loss = parts.loss
+                if min_snr is not None:
+                    loss = weighted + vlb_weight * self.num_timesteps * parts.vlb
+                return {"loss": loss, "mse": parts.mse, "vlb": parts.vlb}
+            return {"loss": weighted, "mse": parts.mse, "vlb": parts.vlb.detach()}
         mse = self._mean_squared_error(model_output[:, : x_0.shape[1]], x_0, x_t, noise, t)
         if objective == "simple":
             vlb = self.vlb_terms_bpd(model_output.detach(), x_0, x_t, t, clip=False)
-            return {"loss": mse, "mse": mse, "vlb": vlb}
+            return {"loss": mse * self._min_snr_weight(min_snr, x_0, t), "mse": mse, "vlb": vlb}
         vlb = self.vlb_terms_bpd(model_output, x_0, x_t, t, clip=False)
         return {"loss": self.num_timesteps * vlb, "mse": mse.detach(), "vlb": vlb}
+
+    def _min_snr_weight(self, gamma: float | None, x_0: Tensor, t: Tensor) -> Tensor | float:
+        """What multiplies each example's mse, [N]; 1 without gamma.
+
+        An error of the output is X0_FROM_OUT times as large in x_0.
+        """
+        if gamma is None:
+            return 1.0
+        rows = self.table(x_0.device, dtype=compute_dtype(x_0))[t]
+        snr = (rows[:, Column.SQRT_ALPHA_BAR] / rows[:, Column.SQRT_ONE_MINUS_ALPHA_BAR]).square()
+        return snr.clamp(max=gamma) * rows[:, Column.X0_FROM_OUT].square()
 
     def _mean_squared_error(
         self, out: Tensor, x_0: Tensor, x_t: Tensor, noise: Tensor | NoiseKey, t: Tensor
@@ -390,7 +431,9 @@ class Diffusion:
     def to_dict(self) -> dict[str, Any]:
         """What ``from_dict`` rebuilds this process from, in JSON's types."""
         whole = self.num_timesteps == self.num_train_timesteps
+        terminal = {"zero_terminal_snr": True} if self.zero_terminal_snr else {}
         return {
+            **terminal,
             "schedule": self.schedule,
             "num_timesteps": self.num_train_timesteps,
             "variance": self.variance,
@@ -405,7 +448,7 @@ class Diffusion:
         """The process that ``to_dict`` described; ValueError names keys missing or unknown."""
         keys = {"schedule", "num_timesteps", "variance", "prediction", "rescale_timesteps"}
         keys |= {"betas", "timesteps"}
-        if set(config) != keys:
+        if set(config) - {"zero_terminal_snr"} != keys:
             raise ValueError(
                 f"Diffusion.from_dict: config must have the keys {sorted(keys)}, "
                 f"got {sorted(config)}"
@@ -425,7 +468,8 @@ class Diffusion:
         steps = f"{self.num_timesteps}"
         if self.num_timesteps != self.num_train_timesteps:
             steps += f" of {self.num_train_timesteps}"
-        return f"Diffusion({self.schedule}, {steps} steps, {self.variance}, {self.prediction})"
+        terminal = ", zero terminal SNR" if self.zero_terminal_snr else ""
+        return f"Diffusion({self.schedule}, {steps} steps, {self.variance}, {self.prediction}{terminal})"
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(f"Diffusion is frozen: {name} cannot be set")
@@ -440,6 +484,15 @@ class Diffusion:
         checks.timesteps(method, t, len(x), self.num_timesteps, x.device)
         dtype = compute_dtype(x)
         return Rows(self.table(x.device, dtype=dtype), t, dtype)
+
+
+def _check_prediction(prediction: str, train_betas: Sequence[float]) -> None:
+    _check_name("prediction", prediction, PREDICTIONS)
+    if prediction == "epsilon" and train_betas[-1] == 1:
+        raise ValueError(
+            "Diffusion: prediction must be x_0, x_prev or velocity for a chain that ends in pure "
+            "noise, got 'epsilon'"
+        )
 
 
 def _check_name(argument: str, name: str, names: Sequence[str]) -> None:

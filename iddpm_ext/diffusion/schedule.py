@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-SCHEDULES = ("cosine", "linear")
+SCHEDULES = ("cosine", "linear", "sigmoid")
 
 
 def cosine_beta_schedule(num_timesteps: int, s: float = 0.008, max_beta: float = 0.999) -> Tensor:
@@ -68,6 +68,64 @@ def linear_beta_schedule(num_timesteps: int) -> Tensor:
     )
 
 
+def sigmoid_beta_schedule(
+    num_timesteps: int, start: float = -3.0, end: float = 3.0, max_beta: float = 0.999
+) -> Tensor:
+    """Betas of the sigmoid schedule.
+
+    alpha_bar(t) = (sigmoid(end) - sigmoid(start + t/T (end - start))) / (sigmoid(end) - sigmoid(start)),
+    beta_t = min(1 - alpha_bar(t) / alpha_bar(t - 1), max_beta).
+
+    Args:
+        num_timesteps: T, at least 1.
+        start, end: the stretch of the sigmoid, start below end.
+        max_beta: largest beta, in (0, 1).
+
+    Returns:
+        float64 [T] on the CPU.
+
+    Raises:
+        ValueError: an argument is out of range.
+
+    Source: Jabri, Fleet & Chen 2022, "Scalable Adaptive Computation for Iterative Generation",
+    appendix B, with temperature 1.
+    """
+    if not start < end:
+        raise ValueError(f"sigmoid_beta_schedule: start must be below end {end}, got {start}")
+    _check_num_timesteps("sigmoid_beta_schedule", num_timesteps)
+    _check_max_beta("sigmoid_beta_schedule", max_beta)
+
+    def sigmoid(x: float) -> float:
+        return 1 / (1 + math.exp(-x))
+
+    first, last = sigmoid(start), sigmoid(end)
+    return betas_for_alpha_bar(
+        num_timesteps,
+        lambda u: (last - sigmoid(start + u * (end - start))) / (last - first),
+        max_beta,
+    )
+
+
+def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
+    """Betas whose chain ends in pure noise, alpha_bar_{T-1} = 0, and begins as before.
+
+    sqrt(alpha_bar_t) is shifted by its last value and scaled to keep its first one.
+
+    Args:
+        betas: float64 [T], T at least 2, in (0, 1), the last one also 1.
+
+    Returns:
+        float64 [T] on the CPU, the last one 1.
+
+    Source: Lin et al. 2024, "Common Diffusion Noise Schedules and Sample Steps are Flawed", algorithm 1.
+    """
+    betas = betas.to("cpu", torch.float64)
+    signal = torch.log1p(-betas).cumsum(0).div(2).exp()
+    signal = (signal - signal[-1]) * (signal[0] / (signal[0] - signal[-1]))
+    ratio = (signal[1:] / signal[:-1]).square()
+    return torch.cat([betas[:1], 1 - ratio])
+
+
 def betas_for_alpha_bar(
     num_timesteps: int, alpha_bar: Callable[[float], float], max_beta: float = 0.999
 ) -> Tensor:
@@ -103,32 +161,39 @@ def betas_for_alpha_bar(
 
 
 def named_betas(schedule: str, num_timesteps: int) -> Tensor:
-    """Betas float64 [T] of the schedule called ``"cosine"`` or ``"linear"``."""
+    """Betas float64 [T] of the schedule of this name."""
     if schedule == "cosine":
         return cosine_beta_schedule(num_timesteps)
     if schedule == "linear":
         return linear_beta_schedule(num_timesteps)
+    if schedule == "sigmoid":
+        return sigmoid_beta_schedule(num_timesteps)
     raise ValueError(f"Diffusion: schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
 
 
 def check_betas(betas: Tensor | Sequence[float]) -> list[float]:
-    """Betas [T] fit for a chain: T >= 2, all in (0, 1), alpha_bar large enough for float32."""
+    """Betas [T] fit for a chain: T >= 2, all in (0, 1), alpha_bar large enough for float32.
+
+    The last one may be 1: then the chain ends in pure noise.
+    """
     values = torch.as_tensor(betas, dtype=torch.float64, device="cpu")
     if values.dim() != 1:
         raise ValueError(f"Diffusion: betas must be [T], got {tuple(values.shape)}")
     if len(values) < 2:
         raise ValueError(f"Diffusion: num_timesteps must be at least 2, got {len(values)}")
     outside = ~((values > 0) & (values < 1))
+    outside[-1] &= values[-1] != 1
     if outside.any():
         t = int(outside.nonzero()[0])
         raise ValueError(
-            f"Diffusion: every beta must be above 0 and below 1, got {values[t]} at t={t}"
+            f"Diffusion: every beta must be above 0 and below 1, got {values[t]} at t={t} "
+            "(the last one alone may be 1)"
         )
-    log_alpha_bar = float(torch.log1p(-values).sum())
+    log_alpha_bar = float(torch.log1p(-values[values < 1]).sum())
     if log_alpha_bar < math.log(1e-75):
         raise ValueError(
             f"Diffusion: betas must keep alpha_bar above 1e-75, got exp({log_alpha_bar:.1f}) "
-            "at the last step"
+            "at the last step that is not pure noise"
         )
     return values.tolist()
 

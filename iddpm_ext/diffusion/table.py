@@ -17,7 +17,7 @@ from torch import Tensor
 from iddpm_ext.ops.columns import NUM_COLUMNS, Column
 
 VARIANCES = ("learned_range", "learned", "fixed_large", "fixed_small")
-PREDICTIONS = ("epsilon", "x_0", "x_prev")
+PREDICTIONS = ("epsilon", "x_0", "x_prev", "velocity")
 SAMPLERS = ("ddpm", "ddim")
 
 _ONE = 1 << 512
@@ -125,6 +125,13 @@ def build_table(
     elif prediction == "x_0":
         table[:, Column.X0_FROM_OUT] = 1
         table[:, Column.TARGET_X0] = 1
+    elif prediction == "velocity":
+        # sqrt(ab) noise - sqrt(1 - ab) x_0 (Salimans & Ho 2022, appendix D), which x_t determines x_0 with.
+        signal, noise = chain.alpha_bar.sqrt(), chain.one_minus_alpha_bar.sqrt()
+        table[:, Column.X0_FROM_XT] = signal
+        table[:, Column.X0_FROM_OUT] = -noise
+        table[:, Column.TARGET_NOISE] = signal
+        table[:, Column.TARGET_X0] = -noise
     else:
         table[:, Column.X0_FROM_XT] = -posterior_c2 / posterior_c1
         table[:, Column.X0_FROM_OUT] = 1 / posterior_c1
@@ -153,7 +160,8 @@ def build_table(
     table[:, Column.SQRT_ALPHA_BAR] = chain.alpha_bar.sqrt()
     table[:, Column.SQRT_ONE_MINUS_ALPHA_BAR] = chain.one_minus_alpha_bar.sqrt()
     table[:, Column.LOG_ALPHA_BAR_HIGH] = high
-    table[:, Column.LOG_ALPHA_BAR_LOW] = log_alpha_bar - high
+    # -inf, where the chain ends in pure noise, leaves nothing.
+    table[:, Column.LOG_ALPHA_BAR_LOW] = torch.where(high.isinf(), 0.0, log_alpha_bar - high)
     table[:, Column.STEP] = steps.double()
     return table
 

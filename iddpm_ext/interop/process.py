@@ -15,7 +15,7 @@ from torch import Tensor
 from iddpm_ext.diffusion import Diffusion, linear_beta_schedule
 
 _COSINE = ("squaredcos_cap_v2", "cosine")
-_SCHEDULES = (*_COSINE, "linear", "scaled_linear")
+_SCHEDULES = (*_COSINE, "linear", "scaled_linear", "sigmoid")
 # The head of "learned" is a variance in diffusers and a log-variance in the paper's code, so a
 # configuration of diffusers' own with that value means another network.
 _VARIANCES = {
@@ -25,7 +25,9 @@ _VARIANCES = {
     "fixed_small": "fixed_small",
     "fixed_small_log": "fixed_small",
 }
-_PREDICTIONS = {"epsilon": "epsilon", "sample": "x_0", "x_prev": "x_prev"}
+_PREDICTIONS = {
+    "epsilon": "epsilon", "sample": "x_0", "x_prev": "x_prev", "v_prediction": "velocity",
+}  # fmt: skip
 
 
 def diffusion_of(config: Mapping[str, Any]) -> Diffusion:
@@ -41,6 +43,7 @@ def diffusion_of(config: Mapping[str, Any]) -> Diffusion:
         "variance": variance,
         "prediction": prediction,
         "rescale_timesteps": bool(config.get("rescale_timesteps", False)),
+        "zero_terminal_snr": bool(config.get("rescale_betas_zero_snr", False)),
     }
     if betas is not None:
         return Diffusion(betas=torch.as_tensor(betas, dtype=torch.float64, device="cpu"), **common)
@@ -58,6 +61,10 @@ def diffusion_of(config: Mapping[str, Any]) -> Diffusion:
             first**0.5, last**0.5, steps, dtype=torch.float64, device="cpu"
         )
         return Diffusion(betas=root.square(), **common)
+    if schedule == "sigmoid":
+        # Of the betas, in diffusers, where the process of that name has one of alpha_bar.
+        slope = torch.linspace(-6, 6, steps, dtype=torch.float64, device="cpu").sigmoid()
+        return Diffusion(betas=first + slope * (last - first), **common)
     raise ValueError(
         f"IDDPMScheduler: beta_schedule must be one of {', '.join(_SCHEDULES)}, got {schedule!r}"
     )
@@ -76,14 +83,17 @@ def config_of(diffusion: Diffusion) -> dict[str, Any]:
         )
     steps = diffusion.num_train_timesteps
     schedule = {"cosine": "squaredcos_cap_v2"}.get(diffusion.schedule, diffusion.schedule)
+    names = {ours: theirs for theirs, ours in _PREDICTIONS.items()}
     config: dict[str, Any] = {
         "num_train_timesteps": steps,
         "beta_schedule": schedule,
         "variance_type": diffusion.variance,
-        "prediction_type": {"x_0": "sample"}.get(diffusion.prediction, diffusion.prediction),
+        "prediction_type": names[diffusion.prediction],
         "rescale_timesteps": diffusion.rescale_timesteps,
+        "rescale_betas_zero_snr": diffusion.zero_terminal_snr,
     }
-    if schedule == "custom":
+    if schedule in ("custom", "sigmoid"):
+        config["rescale_betas_zero_snr"] = False
         config.update(beta_schedule="linear", trained_betas=diffusion.betas.tolist())
     return config
 

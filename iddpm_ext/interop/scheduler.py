@@ -35,14 +35,16 @@ class IDDPMScheduler(SchedulerMixin, ConfigMixin):
 
     Args:
         num_train_timesteps: T.
-        beta_schedule: "squaredcos_cap_v2" (the paper's cosine), "linear" or "scaled_linear".
-        beta_start, beta_end: of the last two; None for 1e-4 and 0.02, times 1000 / T.
+        beta_schedule: "squaredcos_cap_v2" (the paper's cosine), "linear", "scaled_linear" or diffusers'
+            "sigmoid".
+        beta_start, beta_end: of the last three; None for 1e-4 and 0.02, times 1000 / T.
         trained_betas: a schedule of one's own, [T] in (0, 1), in place of a named one.
         variance_type: "learned_range", "learned" (the head is the log-variance), "fixed_large" or
             "fixed_small".
-        prediction_type: "epsilon", "sample" (x_0) or "x_prev".
+        prediction_type: "epsilon", "sample" (x_0), "x_prev" or "v_prediction" (the velocity).
         clip_sample: clamp every predicted x_0 to [-1, 1].
         rescale_timesteps: the network is told index * 1000 / T instead of the index.
+        rescale_betas_zero_snr: the chain ends in pure noise; not with "epsilon".
         sampler: "ddpm" (ancestral), "ddim", or "dpm++" (DPM-Solver++ 2M); the last two leave the
             variance head unused.
         eta: noise of DDIM, from 0 to 1.
@@ -70,6 +72,7 @@ class IDDPMScheduler(SchedulerMixin, ConfigMixin):
         prediction_type: str = "epsilon",
         clip_sample: bool = True,
         rescale_timesteps: bool = True,
+        rescale_betas_zero_snr: bool = False,
         sampler: str = "ddpm",
         eta: float = 0.0,
         extrapolation_limit: float | None = 0.5,

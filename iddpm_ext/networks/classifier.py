@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from iddpm_ext.networks import plain
 from iddpm_ext.networks.config import NUM_GROUPS, UNetConfig
 from iddpm_ext.networks.unet import GroupNormSiLU, encoder_of, time_embed_of, timestep_embedding
+
+if TYPE_CHECKING:
+    from iddpm_ext.diffusion import Diffusion
 
 POOLS = ("attention", "adaptive", "spatial", "spatial_v2")
 _SPATIAL_WIDTH = 2048
@@ -105,6 +108,7 @@ class Classifier(nn.Module):
     """Class logits of noisy images, p(y | x_t) before the softmax.
 
     config: a `ClassifierConfig`. The state dict has the keys and shapes of openai/guided-diffusion.
+    `diffusion` is the process whose noisy images it was trained on, None where that is not known;
     `extra` holds JSON-ready facts that travel in the checkpoint.
     Source: Dhariwal & Nichol 2021, section 4.
     """
@@ -116,6 +120,7 @@ class Classifier(nn.Module):
                 f"Classifier: config must be a ClassifierConfig, got {type(config).__name__}"
             )
         self.config = config
+        self.diffusion: Diffusion | None = None
         self.extra: dict[str, Any] = {}
         encoder = config.encoder()
         self.time_embed = time_embed_of(encoder)

@@ -53,6 +53,7 @@ __all__ = [
     "res_block_of",
     "time_embed_of",
     "timestep_embedding",
+    "upsample_to",
 ]
 
 BACKENDS = ("auto", "plain", *spec.BACKENDS)
@@ -167,7 +168,7 @@ class UNet(nn.Module):
         """
         self._require_inputs(x, timesteps, y, low_res)
         emb = self.embed(timesteps, y)
-        h = x if low_res is None else torch.cat([x, _upsample_to(low_res, x)], dim=1)
+        h = x if low_res is None else torch.cat([x, upsample_to(low_res, x)], dim=1)
         h, emb = h.to(self.dtype), emb.to(self.dtype)
         trains = trains_on_cpu(h, self._first_weight(), backend_of(self._backend))
         if trains:
@@ -273,7 +274,7 @@ def _require_labels(y: Tensor, n: int, num_classes: int) -> None:
             raise ValueError(f"UNet: y must lie in [-1, {num_classes - 1}], got {low} .. {high}")
 
 
-def _upsample_to(low_res: Tensor, x: Tensor) -> Tensor:
+def upsample_to(low_res: Tensor, x: Tensor) -> Tensor:
     """low_res [N, C, h, w] -> [N, C, H, W] bilinearly, in the dtype of x [N, C, H, W]."""
     return F.interpolate(low_res.to(x.dtype), x.shape[2:], mode="bilinear")
 

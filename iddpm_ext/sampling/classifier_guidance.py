@@ -7,6 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from iddpm_ext.diffusion import Diffusion
+from iddpm_ext.networks.classifier import Classifier
+from iddpm_ext.networks.unet import UNet
 from iddpm_ext.ops.columns import Column
 
 #: (x_t [N, C, H, W], timesteps float32 [N], y=, low_res= where there are) -> like x_t
@@ -37,6 +40,30 @@ def classifier_gradient(classifier: Callable[..., Tensor], scale: float = 1.0) -
         return scale * grad
 
     return gradient
+
+
+def require_same_noise(classifier: Classifier, model: UNet) -> None:
+    """Refuses a classifier of other noisy images than the network's, where it is known what it saw.
+
+    Raises ValueError: the schedules differ, or what the networks are told of the same step.
+    """
+    if classifier.diffusion is None or model.diffusion is None:
+        return
+    if _noise(classifier.diffusion) != _noise(model.diffusion):
+        raise ValueError(
+            f"classifier must be one for the network's noise, {model.diffusion!r}, got one for "
+            f"{classifier.diffusion!r}, or one that is told rescaled timesteps and the other is not"
+        )
+
+
+def _noise(diffusion: Diffusion) -> dict[str, object]:
+    """What a training process makes of an image at a step, and what the step is called."""
+    described = diffusion.to_dict()
+    steps = described["num_timesteps"]
+    return {
+        **{name: described[name] for name in ("schedule", "num_timesteps", "betas")},
+        "told": 1000 if diffusion.rescale_timesteps else steps,
+    }
 
 
 def condition_mean(x_prev: Tensor, gradient: Tensor, model_output: Tensor, row: Tensor) -> Tensor:

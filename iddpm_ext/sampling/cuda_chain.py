@@ -35,6 +35,7 @@ def supports(request: Request, network: Network) -> bool:
         isinstance(network, CUDAEngine)
         and request.sampler in ("ddpm", "ddim")
         and request.cond_fn is None
+        and request.denoised_fn is None
         and resolve_backend("reverse_step", spec.backend, spec.device, torch.float32) == "cuda"
     )
 

@@ -46,6 +46,7 @@ def sample(
     labels: Sequence[int] | Tensor | None = None,
     guidance_scale: float = 1.0,
     cond_fn: CondFn | None = None,
+    denoised_fn: Callable[[Tensor], Tensor] | None = None,
     low_res: Tensor | None = None,
     seed: int = 0,
     x_T: Tensor | None = None,
@@ -86,6 +87,8 @@ def sample(
             `low_res` where there are, it returns the gradient of log p(y | x_t), scale included,
             like x_t (`classifier_gradient` makes one). An ancestral mean moves by variance * gradient,
             DDIM's eps by -sqrt(1 - alpha_bar) * gradient. Labels of an unconditional network are its alone.
+        denoised_fn: takes every predicted x_0 [N, C, H, W], before it is clamped, and returns what stands
+            in its place, such as one that is thresholded, or known where a mask says so.
         low_res: [n, C, h, w] in [-1, 1], for a super-resolution model.
         seed: 0 <= seed < 2^64, names all noise and the drawn labels.
         x_T: [n, C, H, W] to start from, instead of noise from the seed; float64 makes the whole
@@ -100,7 +103,8 @@ def sample(
         exact: engines take only algorithms that round like direct convolution.
         backend: of the op `reverse_step`; "reference" also takes the network's plain formulation.
         progress: show a bar where stderr is a terminal.
-        callback: called with a `SampleStep` after every step of every batch.
+        callback: called with a `SampleStep` after every step of every batch. What it writes into `x`, in
+            place, the chain goes on from; writing into `x_0` changes nothing but what dpm++ remembers.
 
     Returns:
         float32 [n, C, H, W] on the model's device, in [-1, 1] where clip is set.
@@ -113,8 +117,9 @@ def sample(
     """
     request = make_request(
         "sample", model, steps, n=n, sampler=sampler, eta=eta, labels=labels,
-        guidance_scale=guidance_scale, cond_fn=cond_fn, low_res=low_res, seed=seed, x_T=x_T,
-        clip=clip, batch_size=batch_size, diffusion=diffusion, image_shape=image_shape, dtype=dtype,
+        guidance_scale=guidance_scale, cond_fn=cond_fn, denoised_fn=denoised_fn, low_res=low_res,
+        seed=seed, x_T=x_T, clip=clip, batch_size=batch_size, diffusion=diffusion,
+        image_shape=image_shape, dtype=dtype,
         engine=engine, exact=exact, backend=backend, progress=progress,
     )  # fmt: skip
     return run(request, batches(request.n, request.batch_size), callback)
@@ -130,6 +135,7 @@ def sample_progressive(
     labels: Sequence[int] | Tensor | None = None,
     guidance_scale: float = 1.0,
     cond_fn: CondFn | None = None,
+    denoised_fn: Callable[[Tensor], Tensor] | None = None,
     low_res: Tensor | None = None,
     seed: int = 0,
     x_T: Tensor | None = None,
@@ -146,12 +152,15 @@ def sample_progressive(
 ) -> Iterator[SampleStep]:
     """Yields all n images after every step: the last `x` is what `sample` returns.
 
+    The chain goes on from its own images: what is written into those that are yielded has no effect on it.
+
     Arguments, and errors (raised by this call, not by the first `next`), as of `sample`.
     """
     request = make_request(
         "sample_progressive", model, steps, n=n, sampler=sampler, eta=eta, labels=labels,
-        guidance_scale=guidance_scale, cond_fn=cond_fn, low_res=low_res, seed=seed, x_T=x_T,
-        clip=clip, batch_size=batch_size, diffusion=diffusion, image_shape=image_shape, dtype=dtype,
+        guidance_scale=guidance_scale, cond_fn=cond_fn, denoised_fn=denoised_fn, low_res=low_res,
+        seed=seed, x_T=x_T, clip=clip, batch_size=batch_size, diffusion=diffusion,
+        image_shape=image_shape, dtype=dtype,
         engine=engine, exact=exact, backend=backend, progress=progress,
     )  # fmt: skip
     return walk(request, callback)

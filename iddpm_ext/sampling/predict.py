@@ -48,7 +48,7 @@ class Predictor:
 def _guide(out: Tensor, channels: int, scale: float) -> Tensor:
     """Outputs of the labelled, then of the unlabelled images -> the guided output; v is the labelled.
 
-    x_0 and x_prev are affine in eps, so what holds for eps holds for each of them.
+    x_0, x_prev and the velocity are affine in eps, so what holds for eps holds for each of them.
     """
     labelled, unlabelled = out.chunk(2)
     predicted = unlabelled[:, :channels].lerp(labelled[:, :channels], scale)

@@ -48,6 +48,7 @@ class Request:
     eta: float = 0.0
     guidance_scale: float = 1.0
     cond_fn: Callable[..., Tensor] | None = None
+    denoised_fn: Callable[[Tensor], Tensor] | None = None
     seed: int = 0
     clip: bool = True
     progress: bool = True
@@ -80,6 +81,7 @@ def make_request(
     backend: str = "auto",
     progress: bool = True,
     cond_fn: Callable[..., Tensor] | None = None,
+    denoised_fn: Callable[[Tensor], Tensor] | None = None,
 ) -> Request:
     """Checks the arguments of `sample` and fills in what they leave open.
 
@@ -88,8 +90,9 @@ def make_request(
     Raises ValueError, TypeError or RuntimeError as `sample` documents.
     """
     check_flags(who, clip=clip, progress=progress)
-    if cond_fn is not None and not callable(cond_fn):
-        raise TypeError(f"{who}: cond_fn must be callable, got {type(cond_fn).__name__}")
+    for name, function in (("cond_fn", cond_fn), ("denoised_fn", denoised_fn)):
+        if function is not None and not callable(function):
+            raise TypeError(f"{who}: {name} must be callable, got {type(function).__name__}")
     _check_sampler(who, sampler, eta)
     check_seed(who, seed)
     spec = network_spec(
@@ -97,6 +100,11 @@ def make_request(
         exact=exact, backend=backend, labels=labels, low_res=low_res, images=("x_T", x_T),
         labels_for_guidance=cond_fn is not None,
     )  # fmt: skip
+    if cond_fn is not None and sampler != "ddpm" and float(spec.diffusion.alphas_cumprod[-1]) == 0:
+        raise ValueError(
+            f"{who}: cond_fn must be left out with ddim and dpm++ for a chain that begins in pure noise, "
+            "whose eps moves x_0 without bound, got one"
+        )
     count = count_of(who, n, _DEFAULT_N, labels=spec.labels, low_res=low_res, x_T=x_T)
     ours = describing(spec.model)
     if spec.labels is None and ours is not None and ours.config.num_classes is not None:
@@ -113,6 +121,7 @@ def make_request(
         eta=float(eta),
         guidance_scale=checked_scale(spec, guidance_scale),
         cond_fn=cond_fn,
+        denoised_fn=denoised_fn,
         seed=seed,
         clip=clip,
         progress=progress,

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from iddpm_ext.diffusion import multistep_update
 from iddpm_ext.ops import reverse_step
+from iddpm_ext.ops.columns import Column
 from iddpm_ext.random import NoiseKey
 from iddpm_ext.sampling.classifier_guidance import condition_mean, condition_score
 from iddpm_ext.sampling.predict import Predictor
@@ -25,6 +26,13 @@ class SamplerStep:
         affine = "ddpm" if request.sampler == "ddpm" else "ddim"
         self._noisy = request.sampler == "ddpm" or request.eta > 0
         self._table = chain.table(device, sampler=affine, eta=request.eta, dtype=dtype)
+        self._own_table = self._table
+        if request.denoised_fn is not None:
+            # What is made of x_0 goes on as the output of a network that predicts it.
+            chain = chain.predicting("x_0")
+            self._table = chain.table(device, sampler=affine, eta=request.eta, dtype=dtype)
+        # beta~_0 is 0 and its logarithm clipped: the original's guidance moves by the former.
+        self._last_is_fixed = request.sampler == "ddpm" and chain.variance == "fixed_small"
         self._weights: list[float] | None = None
         if request.sampler == "dpm++":
             self._weights = chain.multistep_weights(limit=0.5).tolist()
@@ -35,6 +43,8 @@ class SamplerStep:
     ) -> tuple[Tensor, Tensor]:
         """x_{t-1} and x_0, each [N, C, H, W], of step i of the chain; noise is drawn where needed."""
         request = self._request
+        if request.denoised_fn is not None:
+            model_output = self._with_denoised(x_t, model_output, i)
         t = torch.full((len(x_t),), i, dtype=torch.int64, device=x_t.device)
         x_prev, x_0 = reverse_step(
             x_t,
@@ -45,7 +55,7 @@ class SamplerStep:
             clip=request.clip,
             backend=request.spec.backend,
         )
-        if request.cond_fn is not None:
+        if request.cond_fn is not None and not (i == 0 and self._last_is_fixed):
             gradient = self._gradient(x_t, i)
             if request.sampler == "ddpm":
                 x_prev = condition_mean(x_prev, gradient, model_output, self._table[i])
@@ -55,6 +65,21 @@ class SamplerStep:
             x_prev = multistep_update(x_prev, x_0, self._previous_x_0, self._weights[i])
             self._previous_x_0 = x_0
         return x_prev, x_0
+
+    def _with_denoised(self, x_t: Tensor, model_output: Tensor, i: int) -> Tensor:
+        """`denoised_fn` of the predicted x_0 in the place of the output, before it is clamped."""
+        denoised_fn = self._request.denoised_fn
+        assert denoised_fn is not None
+        channels, row = x_t.shape[1], self._own_table[i]
+        out = model_output.to(x_t.dtype)
+        x_0 = row[Column.X0_FROM_XT] * x_t + row[Column.X0_FROM_OUT] * out[:, :channels]
+        changed = denoised_fn(x_0)
+        if not isinstance(changed, Tensor) or changed.shape != x_t.shape:
+            got = getattr(changed, "shape", type(changed).__name__)
+            raise ValueError(
+                f"{self._request.spec.who}: denoised_fn must return {list(x_t.shape)}, got {got}"
+            )
+        return torch.cat([changed.to(x_t.dtype), out[:, channels:]], dim=1)
 
     def _gradient(self, x_t: Tensor, i: int) -> Tensor:
         cond_fn = self._request.cond_fn

@@ -22,7 +22,7 @@ def why_not_fused(config: TrainConfig, device: torch.device) -> str | None:
     """None if the run trains by `fused.FusedTraining`, else the reason."""
     if not supports_device(device):
         return f"the device is {device}"
-    for name in ("compile", "fsdp", "gradient_checkpointing"):
+    for name in ("compile", "fsdp", "gradient_checkpointing", "plain", "classifier"):
         if getattr(config, name):
             return f"{name} is on"
     return None
@@ -39,13 +39,15 @@ def why_not_captured(config: TrainConfig, device: torch.device) -> str | None:
 
 
 class Inputs(NamedTuple):
-    """What a step computes with: x_0 [N, C, H, W]; positions, t and labels int64 [N]; weight [N]."""
+    """What a step computes with: x_0 [N, C, H, W]; positions, t and labels int64 [N]; weight [N];
+    low_res [N, C, h, w] of a super-resolution network."""
 
     x_0: Tensor
     positions: Tensor
     t: Tensor
     weight: Tensor
     labels: Tensor | None
+    low_res: Tensor | None = None
 
 
 Pass = Callable[[Inputs], dict[str, Tensor]]

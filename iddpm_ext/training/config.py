@@ -21,9 +21,11 @@ _CHOICES = {
     "bad_images": ("skip", "stop"),
     "split": ("train", "test", "all"),
     "alpha": ("refuse", "drop", "black", "white"),
-    "schedule": ("cosine", "linear"),
+    "schedule": ("cosine", "linear", "sigmoid"),
     "variance": ("learned_range", "learned", "fixed_large", "fixed_small"),
-    "prediction": ("epsilon", "x_0", "x_prev"),
+    "prediction": ("epsilon", "x_0", "x_prev", "velocity"),
+    "attention_order": ("legacy", "new"),
+    "pool": ("attention", "adaptive", "spatial", "spatial_v2"),
 }
 
 
@@ -50,21 +52,32 @@ class TrainConfig:
         alpha: what becomes of transparent pixels: refuse; drop (the colours below show); black or white.
         class_cond: give the network the class.
         label_dropout: chance that an image's class is withheld, for guidance.
+        super_resolution: train a network that enlarges images of this side to image_size; it is given the
+            data's, reduced by averaging.
+        classifier: train a classifier of noisy images, which guides the samples of another network.
         model_channels: width of the first level; at 32 every channel is a group of its own in GroupNorm,
             and samples are tinted.
         num_res_blocks: residual blocks a level.
         channel_mult: width of each level, in model_channels.
         attention_resolutions: feature-map sides with attention.
         num_heads: attention heads.
+        num_heads_upsample: those on the way up; None for as many.
+        num_head_channels: width of an attention head, in place of the numbers of heads.
+        attention_order: legacy, or new, in which guided-diffusion can order queries, keys and values.
+        resblock_updown: let residual blocks resample between the levels, as guided-diffusion can.
+        pool: how a classifier's features become logits: attention (needs num_head_channels), adaptive,
+            spatial or spatial_v2.
         dropout: chance of dropping a feature.
         scale_shift: let the time embedding scale and shift, not only shift.
         schedule: noise schedule.
         diffusion_steps: T.
         variance: of the reverse process.
-        prediction: what the network predicts.
+        prediction: what the network predicts; velocity is also called v.
         rescale_timesteps: tell the network t * 1000/T.
+        zero_terminal_snr: rescale the schedule so that the chain ends in pure noise; not with epsilon.
         objective: simple, hybrid (simple + vlb_weight T vlb) or vlb.
         vlb_weight: see objective.
+        min_snr: gamma of min-SNR weights of the squared error, 5 as a rule; None for none. Not with vlb.
         timestep_sampler: uniform, or loss-second-moment, the importance sampler.
         lr: peak learning rate.
         lr_warmup: steps over which it rises linearly.
@@ -77,6 +90,7 @@ class TrainConfig:
         gradient_checkpointing: trade computation for memory.
         channels_last: keep features in that memory format on the CPU too; on a CUDA device they always are.
         compile: run the network through torch.compile.
+        plain: compute the network by PyTorch's own functions alone, without this package's kernels.
         cuda_graph: on a CUDA device, replay forward and backward pass as a graph; not with accumulate above
             1, compile, fsdp or gradient_checkpointing, which a note then says.
         fsdp: split weights and optimiser over the processes of torchrun.
@@ -92,7 +106,8 @@ class TrainConfig:
         seed: of everything random.
         device: auto, cpu or cuda.
         resume: auto continues from the newest sound checkpoint in out; never refuses a folder with any.
-        init_from: weights to start from, any file that load reads, of a network as these settings describe.
+        init_from: weights to start from, whatever load reads: a bundled name, a file, a run's folder. What is
+            left at its default of network and process is taken from there; the others must agree.
         init_ema: files of averaged weights, one for each decay of ema in order; else they start at init_from.
         init_optimizer: an optNNNNNN.pt of improved-diffusion; the run goes on at its step.
     """
@@ -114,20 +129,29 @@ class TrainConfig:
     alpha: Literal["refuse", "drop", "black", "white"] = "refuse"
     class_cond: bool = False
     label_dropout: float = 0.0
+    super_resolution: int | None = None
+    classifier: bool = False
     model_channels: int = 64
     num_res_blocks: int = 2
-    channel_mult: tuple[int, ...] = (1, 2, 2)
+    channel_mult: tuple[float, ...] = (1, 2, 2)
     attention_resolutions: tuple[int, ...] = (8,)
     num_heads: int = 4
+    num_heads_upsample: int | None = None
+    num_head_channels: int | None = None
+    attention_order: Literal["legacy", "new"] = "legacy"
+    resblock_updown: bool = False
+    pool: Literal["attention", "adaptive", "spatial", "spatial_v2"] = "attention"
     dropout: float = 0.0
     scale_shift: bool = True
-    schedule: Literal["cosine", "linear"] = "cosine"
+    schedule: Literal["cosine", "linear", "sigmoid"] = "cosine"
     diffusion_steps: int = 4000
     variance: Literal["learned_range", "learned", "fixed_large", "fixed_small"] = "learned_range"
-    prediction: Literal["epsilon", "x_0", "x_prev"] = "epsilon"
+    prediction: Literal["epsilon", "x_0", "x_prev", "velocity"] = "epsilon"
     rescale_timesteps: bool = True
+    zero_terminal_snr: bool = False
     objective: Literal["simple", "hybrid", "vlb"] = "hybrid"
     vlb_weight: float = 1e-3
+    min_snr: float | None = None
     timestep_sampler: Literal["uniform", "loss-second-moment"] = "uniform"
     lr: float = 1e-4
     lr_warmup: int = 0
@@ -140,6 +164,7 @@ class TrainConfig:
     gradient_checkpointing: bool = False
     channels_last: bool = False
     compile: bool = False
+    plain: bool = False
     cuda_graph: bool = True
     fsdp: bool = False
     noise_scale: bool = False
@@ -161,6 +186,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("channel_mult", "attention_resolutions", "ema", "init_ema"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
+        whole = tuple(int(m) if m == int(m) else m for m in self.channel_mult)
+        object.__setattr__(self, "channel_mult", whole)
         if self.value_range is not None:
             object.__setattr__(self, "value_range", tuple(self.value_range))
         for name in _POSITIVE:
@@ -189,7 +216,11 @@ class TrainConfig:
             raise ValueError(
                 "train: noise_scale must be off with fsdp, which keeps no gradient of a part, got on"
             )
-        if self.objective == "hybrid" and not self.variance.startswith("learned"):
+        if (
+            self.objective == "hybrid"
+            and not self.classifier
+            and not self.variance.startswith("learned")
+        ):
             raise ValueError(
                 f"train: objective must be simple or vlb for variance {self.variance}, got hybrid"
             )
@@ -201,6 +232,35 @@ class TrainConfig:
             raise ValueError(
                 f"train: init_ema must have a file for each decay {self.ema}, got {self.init_ema}"
             )
+        if self.zero_terminal_snr and self.prediction == "epsilon" and not self.init_from:
+            raise ValueError(
+                "train: prediction must be x_0, x_prev or velocity with zero_terminal_snr, got 'epsilon'"
+            )
+        if self.min_snr is not None and (self.objective == "vlb" or not self.min_snr > 0):
+            raise ValueError(
+                "train: min_snr must be above 0, and left out for objective vlb, "
+                f"got {self.min_snr} for {self.objective}"
+            )
+        if self.super_resolution is not None and self.super_resolution < 1:
+            raise ValueError(
+                f"train: super_resolution must be at least 1, got {self.super_resolution}"
+            )
+        if self.classifier:
+            for name in (
+                "super_resolution",
+                "class_cond",
+                "gradient_checkpointing",
+                "init_optimizer",
+            ):
+                if getattr(self, name):
+                    raise ValueError(
+                        f"train: {name} must be left out with classifier, got {getattr(self, name)}"
+                    )
+            if self.pool == "attention" and not self.num_head_channels and not self.init_from:
+                raise ValueError(
+                    "train: num_head_channels must be given for a classifier with pool attention, "
+                    "got None"
+                )
         if self.label_dropout and not self.class_cond:
             raise ValueError(
                 f"train: label_dropout must be 0 without class_cond, got {self.label_dropout}"

@@ -23,6 +23,7 @@ from iddpm_ext.networks.unet import (
     ResBlock,
     UNet,
     Upsample,
+    upsample_to,
 )
 from iddpm_ext.ops import group_norm_silu, qkv_attention
 from iddpm_ext.ops.adamw_ema.layout import leaves_no_gaps
@@ -89,12 +90,20 @@ class FusedTraining:
         if more[0]:
             torch._foreach_add_(*more)
 
-    def __call__(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
+    def __call__(
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        y: Tensor | None = None,
+        low_res: Tensor | None = None,
+    ) -> Tensor:
         """As `UNet.forward`: x float32 [N, C, H, W] -> float32 [N, C_out, H, W]."""
         model: Any = self.model
         with no_autocast(x.device.type):
             embeddings = self._embeddings(model.embed(timesteps, y))
             first, head = model.input_blocks[0][0], model.out
+            if low_res is not None:
+                x = torch.cat([x, upsample_to(low_res, x)], dim=1)
             h = F.conv2d(x.contiguous(memory_format=_LAST), first.weight, None, padding=1)
             # Images of one channel are of either format: the convolution's result may be of the other.
             features = _Features(h.to(self.dtype, memory_format=_LAST), None, first.bias)

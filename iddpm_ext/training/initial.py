@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -12,36 +11,37 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from iddpm_ext.checkpoint.runs import is_run, weights_of_run
-from iddpm_ext.checkpoint.tensors import differences, read_file
-from iddpm_ext.checkpoint.torch_file import (
-    is_torch_file,
-    read_plain,
-    require_dense,
-)
+from iddpm_ext.checkpoint.tensors import differences
+from iddpm_ext.checkpoint.torch_file import read_plain, require_dense
 from iddpm_ext.data.classes import difference
-from iddpm_ext.diffusion import Diffusion
-from iddpm_ext.networks.config import UNetConfig
 
 from .config import TrainConfig
+from .design import LABELS, Start, labels_kept, read_start
 from .optimizer import MOMENTS
 from .parallel import copy_whole
 from .state import TrainState
 
-_LABELS = "label_emb.weight"
 _EMA_FILE = re.compile(r"ema_([0-9.]+)_\d+\.pt")
-# What may change from run to run over the same weights.
-_FREE = ("dropout", "image_size", "attention_resolutions")
 
 
-def start_from(state: TrainState, config: TrainConfig) -> list[str]:
-    """Takes what `config.init_from`, `init_ema` and `init_optimizer` name; returns notes for the user.
+def start_from(state: TrainState, config: TrainConfig, start: Start) -> list[str]:
+    """Takes the weights of `start` and what `config.init_ema` and `init_optimizer` name; returns notes.
 
-    Weights may be any file that `iddpm_ext.load` reads. With an optimiser the run goes on at its step.
-    Raises ValueError where a file does not fit the run's network, saying how.
+    With an optimiser the run goes on at its step. Raises ValueError where a file does not fit the run's
+    network, saying how.
     """
-    weights, notes = _read_weights(Path(config.init_from), state, average=False)
-    averages = [_read_weights(Path(path), state, average=True)[0] for path in config.init_ema]
+    notes = []
+    # OpenAI's code never withholds a label.
+    state.trained_before(0.0 if start.of_openai else start.extra.get("label_dropout"))
+    names, before = state.class_names, start.extra.get("class_names")
+    if state.model.config.num_classes and names and before and list(names) != before:
+        notes.append(
+            f"{start.name} has other classes ({difference(names, before)}): "
+            "each begins as the one of its number"
+        )
+    weights, lines = _fitting(start, state)
+    notes += lines
+    averages = []
     for path, decay in zip(config.init_ema, config.ema, strict=False):
         named = _EMA_FILE.fullmatch(Path(path).name)
         if named is not None and float(named[1]) != decay:
@@ -49,6 +49,9 @@ def start_from(state: TrainState, config: TrainConfig) -> list[str]:
                 f"train: init_ema must have the decays of ema in their order, "
                 f"got {path} where ema has {decay}"
             )
+        _, described, tensors = read_start(config, path, state.image_shape, average=True)
+        averaged = Start(path, tensors, described.extra, start.of_openai)
+        averages.append(_fitting(averaged, state)[0])
     moments = None
     if config.init_optimizer:
         moments, step, lines = _read_optimizer(Path(config.init_optimizer), state, config)
@@ -71,56 +74,14 @@ def start_from(state: TrainState, config: TrainConfig) -> list[str]:
     return [f"started from {config.init_from}{at}", *notes]
 
 
-def _read_weights(
-    path: Path, state: TrainState, *, average: bool
-) -> tuple[dict[str, Tensor], list[str]]:
-    """The tensors at `path`: of a run or file with both, the averaged ones or those being trained."""
-    if path.is_dir() and is_run(path):
-        path = weights_of_run(path, average=average)
-    if not path.is_file():
-        raise FileNotFoundError(f"train: init files must exist, got {str(path)!r}")
-    metadata, tensors = read_file(path, average=average)
-    notes = _compare(path, metadata, state)
-    # OpenAI's code never withholds a label.
-    state.trained_before(_extra(metadata).get("label_dropout") if "unet" in metadata else 0.0)
+def _fitting(start: Start, state: TrainState) -> tuple[dict[str, Tensor], list[str]]:
+    """The weights of a file, for as many classes as the network has, and a note on those left out."""
     expected = state.model.state_dict()
-    rows = expected[_LABELS].shape[0] if _LABELS in expected else 0
-    if is_torch_file(path) and _LABELS in tensors and len(tensors[_LABELS]) > rows > 0:
-        notes.append(f"{path} has {len(tensors[_LABELS])} classes, of which the run keeps {rows}")
-        tensors[_LABELS] = tensors[_LABELS][:rows]
+    tensors, notes = labels_kept(start, len(expected[LABELS]) if LABELS in expected else 0)
     found = differences(expected, tensors)
     if found:
-        raise ValueError(
-            f"train: {path} must fit the network that the run's settings describe, "
-            f"got {'; '.join(found)}"
-        )
+        raise ValueError(f"train: {start.name} must fit the run's network, got {'; '.join(found)}")
     return tensors, notes
-
-
-def _compare(path: Path, metadata: Mapping[str, str], state: TrainState) -> list[str]:
-    """Refuses another network than the run's; notes on another process and other classes."""
-    if "unet" not in metadata:
-        return []
-    theirs = UNetConfig.from_dict(json.loads(metadata["unet"])).to_dict()
-    ours = state.model.config.to_dict()
-    broken = [f"{n}={ours[n]!r} (there {theirs[n]!r})" for n in ours if ours[n] != theirs[n]]
-    broken = [line for line in broken if line.split("=")[0] not in _FREE]
-    if broken:
-        raise ValueError(f"train: settings must be those of {path}, got {', '.join(broken)}")
-    described = json.loads(metadata.get("diffusion", "null"))
-    notes = []
-    if described is not None and Diffusion.from_dict(described) != state.model.diffusion:
-        notes.append(f"{path} was trained for {Diffusion.from_dict(described)!r}")
-    names, before = state.class_names, _extra(metadata).get("class_names")
-    if ours["num_classes"] and names and before and list(names) != before:
-        notes.append(
-            f"{path} has other classes ({difference(names, before)}): each begins as the one of its number"
-        )
-    return notes
-
-
-def _extra(metadata: Mapping[str, str]) -> dict[str, Any]:
-    return json.loads(metadata.get("extra", "{}"))
 
 
 def _read_optimizer(
@@ -170,13 +131,13 @@ def _by_name(path: Path, values: list[Tensor], state: TrainState) -> dict[str, T
         named = dict(zip(shapes, values, strict=True))
     else:
         named = _unflattened(path, values, shapes)
-    rows = shapes.get(_LABELS, torch.Size([0]))[0]
-    if rows and named[_LABELS].dim() == 2 and len(named[_LABELS]) > rows:
-        named[_LABELS] = named[_LABELS][:rows]
+    rows = shapes.get(LABELS, torch.Size([0]))[0]
+    if rows and named[LABELS].dim() == 2 and len(named[LABELS]) > rows:
+        named[LABELS] = named[LABELS][:rows]
     for name, value in named.items():
         if value.shape != shapes[name]:
             raise ValueError(
-                f"train: {path} must fit the network that the run's settings describe, "
+                f"train: {path} must fit the run's network, "
                 f"got {list(value.shape)} instead of {list(shapes[name])} for {name}"
             )
     return named
@@ -198,7 +159,7 @@ def _unflattened(
         sizes = [math.prod(shapes[name]) for name in group]
         if len(values) > 2 or flat.numel() != sum(sizes):
             raise ValueError(
-                f"train: {path} must fit the network that the run's settings describe, got "
+                f"train: {path} must fit the run's network, got "
                 f"{len(values)} tensors, one of {flat.numel()} numbers, for {len(shapes)} parameters"
             )
         pieces = flat.reshape(-1).split(sizes)

@@ -53,6 +53,7 @@ class RunLog:
         self._main, self._steps = main, steps
         self._progress = progress and main
         self._writer: Any = None
+        self._last_line = -math.inf
         if not main:
             return
         self._path = out / "metrics.jsonl"
@@ -69,7 +70,6 @@ class RunLog:
             self._writer = module.SummaryWriter(str(out / "tensorboard"), purge_step=first_step + 1)
         terminal = self._progress and sys.stderr.isatty()
         self._bar = tqdm(initial=first_step, total=steps, unit="step", disable=not terminal)
-        self._last_line = -math.inf
 
     def __enter__(self) -> RunLog:
         return self

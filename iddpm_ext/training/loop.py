@@ -19,6 +19,7 @@ from iddpm_ext.networks.config import NUM_GROUPS
 
 from .captured import why_not_captured
 from .config import TrainConfig
+from .design import Design, design_of_checkpoint, design_of_file, design_of_settings
 from .initial import start_from
 from .log import RunLog, say
 from .memory import keep_freed_memory
@@ -26,7 +27,7 @@ from .parallel import Parallel
 from .resume import find_resume, require_same_data
 from .signals import StopSignals
 from .state import TrainState, new_state
-from .step import positions_of, summarise, train_step
+from .step import positions_of, reduced, summarise, train_step
 
 # Steps in a row without a finite gradient that end a run; float16 needs a few to find its scale.
 _MAX_SKIPPED = 20
@@ -69,12 +70,15 @@ def train(config: TrainConfig) -> Path:
         newest, notes = find_resume(folder, config, parallel.size)
         if newest is not None:
             notes += require_same_data(newest, config, data)
-        state = new_state(config, data.image_shape, data.class_names, parallel)
+        design = _design(config, data, newest)
+        notes += design.notes
+        state = new_state(config, data.image_shape, data.class_names, parallel, design)
         state.data_images = len(data)
         if newest is not None:
             notes += state.restore(newest)
-        elif config.init_from:
-            notes += start_from(state, config)
+        elif design.start is not None:
+            notes += start_from(state, config, design.start)
+        del design  # with the file's tensors
         if parallel.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
             _write_json(out / "config.json", config)
@@ -84,7 +88,7 @@ def train(config: TrainConfig) -> Path:
             main=parallel.rank == 0, tensorboard=config.tensorboard, progress=config.progress,
         )  # fmt: skip
         with log, _own_generator():
-            notes += [*_notes_on(data, config), *_notes_on_device(config, parallel)]
+            notes += [*_notes_on(data, config, state), *_notes_on_device(config, parallel)]
             for note in (*notes, _announcement(state, parallel)):
                 log.say(note)
             if newest is not None and state.step >= config.steps:
@@ -135,9 +139,10 @@ def _run(
             log.record({**meter.record(), "bad_images": int(skipped)})
         if save:
             path = state.save(folder, config, parallel)
-        if config.sample_every and (done or state.step % config.sample_every == 0):
+        drawn = config.sample_every and not config.classifier
+        if drawn and (done or state.step % config.sample_every == 0):
             with meter.paused():
-                _draw_samples(config, state, parallel, stop)
+                _draw_samples(config, state, data, parallel, stop)
         if stopping and not done:
             log.say(f"stopped by {stop.received or 'another process'}; saved {path}")
         if done or stopping:
@@ -224,9 +229,11 @@ def _require_finite(state: TrainState, folder: Path) -> None:
 
 
 def _draw_samples(
-    config: TrainConfig, state: TrainState, parallel: Parallel, stop: StopSignals
+    config: TrainConfig, state: TrainState, data: ImageData, parallel: Parallel, stop: StopSignals
 ) -> None:
     """A grid of samples with the averaged weights in out/samples, always from the same noise.
+
+    Those of a super-resolution network enlarge the first images of the data, which are reduced for it.
 
     None once the run is asked to stop, also where that happens half way: who asks may not wait so long.
     """
@@ -237,11 +244,19 @@ def _draw_samples(
         if classes is not None:
             counted = torch.arange(config.sample_count, dtype=torch.int64, device="cpu")
             labels = counted % classes
+        low_res, count = None, config.sample_count
+        if state.low_res is not None:
+            first = torch.arange(min(count, len(data)), dtype=torch.int64, device="cpu")
+            images, used, _ = data.images(first)
+            low_res, count = reduced(images.to(parallel.device), state.low_res), len(images)
+            labels = None if labels is None else data.labels(used)
+        assert model.diffusion is not None
         chain = iddpm_ext.sample_progressive(
             model,
-            steps=min(config.sample_steps, config.diffusion_steps),
-            n=config.sample_count,
+            steps=min(config.sample_steps, model.diffusion.num_timesteps),
+            n=count,
             labels=labels,
+            low_res=low_res,
             seed=config.seed,
             progress=False,
         )
@@ -262,6 +277,15 @@ def _draw_samples(
     parallel.barrier()
 
 
+def _design(config: TrainConfig, data: ImageData, newest: Path | None) -> Design:
+    """Of the run's checkpoint, where it is resumed, of the file that it begins with, or of the settings."""
+    if newest is not None:
+        return design_of_checkpoint(config, newest)
+    if config.init_from:
+        return design_of_file(config, data.image_shape, data.class_names)
+    return design_of_settings(config, data.image_shape, data.class_names)
+
+
 def _open(config: TrainConfig) -> ImageData:
     data = open_data(
         config.data,
@@ -273,9 +297,10 @@ def _open(config: TrainConfig) -> ImageData:
         value_range=config.value_range,
         alpha=config.alpha,
     )
-    if config.class_cond and data.class_names is None:
+    if (config.class_cond or config.classifier) and data.class_names is None:
+        setting = "classifier" if config.classifier else "class_cond"
         raise ValueError(
-            "train: class_cond must be off for data without classes (every image in a folder of its "
+            f"train: {setting} must be off for data without classes (every image in a folder of its "
             "class, or names that begin with it and '_'; two images a class on average), "
             f"got on for {'; '.join([config.data, *data.notes])}"
         )
@@ -284,10 +309,15 @@ def _open(config: TrainConfig) -> ImageData:
         raise ValueError(
             f"train: image_size must be given for images that are not square, got {width}x{height}"
         )
+    if config.super_resolution is not None and config.super_resolution >= height:
+        raise ValueError(
+            f"train: super_resolution must be below the side of the images, {height}, "
+            f"got {config.super_resolution}"
+        )
     return data
 
 
-def _notes_on(data: ImageData, config: TrainConfig) -> list[str]:
+def _notes_on(data: ImageData, config: TrainConfig, state: TrainState) -> list[str]:
     channels, height, width = data.image_shape
     classes = f", {len(data.class_names)} classes" if data.class_names else ""
     notes = [
@@ -298,17 +328,18 @@ def _notes_on(data: ImageData, config: TrainConfig) -> list[str]:
         notes.append(
             f"there are fewer images than the {config.batch_size} of a batch: batches repeat them"
         )
-    if config.class_cond and data.class_names:
+    network = state.model.config
+    if network.num_classes is not None and data.class_names:
         empty = empty_classes(data)
         notes += [f"classes without images: {shown(empty)}"] if empty else []
-    sides = [width >> level for level in range(len(config.channel_mult))]
-    unused = [side for side in config.attention_resolutions if side not in sides]
+    sides = [width >> level for level in range(len(network.channel_mult))]
+    unused = [side for side in network.attention_resolutions if side not in sides]
     if unused:
         notes.append(
             f"attention_resolutions names {', '.join(map(str, unused))}, but the features are "
             f"{', '.join(map(str, sides))} wide: no attention there"
         )
-    if config.model_channels * config.channel_mult[0] == NUM_GROUPS:
+    if network.model_channels * network.channel_mult[0] == NUM_GROUPS and not config.classifier:
         notes.append(
             f"the {NUM_GROUPS} channels of the first level are normalised one by one, which hides "
             "brightness and colour from the output: samples will be tinted, 64 channels are far better"

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from iddpm_ext import process_group
 from iddpm_ext.files import locked
+from iddpm_ext.networks.classifier import Classifier
 from iddpm_ext.networks.unet import UNet
 
 # A rank whose peer has died must not wait for ever.
@@ -56,7 +57,7 @@ class Parallel:
         if self._owns_group:
             process_group.end()
 
-    def wrap(self, model: UNet) -> nn.Module:
+    def wrap(self, model: UNet | Classifier) -> nn.Module:
         """The module to call in training: `model` itself, or with gradients averaged over the processes."""
         if self.size == 1 and not self.sharded:
             return model
@@ -68,13 +69,14 @@ class Parallel:
         devices = [self.device] if self.device.type == "cuda" else None
         return nn.parallel.DistributedDataParallel(model, device_ids=devices)
 
-    def shard(self, model: UNet) -> None:
+    def shard(self, model: UNet | Classifier) -> None:
         """Splits the parameters of `model` over the processes, in place, if this run is sharded."""
         if not self.sharded:
             return
         from torch.distributed.fsdp import fully_shard
 
-        for block in (*model.input_blocks, model.middle_block, *model.output_blocks):
+        decoder = model.output_blocks if isinstance(model, UNet) else ()
+        for block in (*model.input_blocks, model.middle_block, *decoder):
             fully_shard(block)
         fully_shard(model)
 

@@ -12,12 +12,15 @@ from iddpm_ext.data import ImageData
 from iddpm_ext.data.classes import difference
 
 from .config import TrainConfig
+from .design import network_of_metadata
 
 # What the weights, the meaning of the optimiser's state or the order of the data depend on.
 _FIXED = (
-    "channels", "image_size", "class_cond", "model_channels", "num_res_blocks", "channel_mult",
-    "attention_resolutions", "num_heads", "scale_shift", "schedule", "diffusion_steps", "variance",
-    "prediction", "rescale_timesteps", "seed",
+    "channels", "image_size", "class_cond", "classifier", "pool", "super_resolution",
+    "model_channels", "num_res_blocks", "channel_mult", "attention_resolutions", "num_heads",
+    "num_heads_upsample", "num_head_channels", "attention_order", "resblock_updown", "scale_shift",
+    "schedule", "diffusion_steps", "variance", "prediction", "rescale_timesteps",
+    "zero_terminal_snr", "seed",
 )  # fmt: skip
 _FREE = (
     "out", "resume", "progress", "device", "workers", "cache", "log_every", "tensorboard",
@@ -59,7 +62,7 @@ def require_same_data(newest: Path, config: TrainConfig, data: ImageData) -> lis
     """
     with safe_open(newest / "model.safetensors", framework="pt", device="cpu") as file:
         metadata = file.metadata()
-    network, extra = json.loads(metadata["unet"]), json.loads(metadata.get("extra", "{}"))
+    network, extra = network_of_metadata(metadata), json.loads(metadata.get("extra", "{}"))
     channels, height, width = data.image_shape
     found = []
     if max(height, width) != network["image_size"]:
@@ -68,8 +71,8 @@ def require_same_data(newest: Path, config: TrainConfig, data: ImageData) -> lis
     if channels != network["in_channels"]:
         found.append(f"{channels} channels, which were {network['in_channels']}")
     names, before = data.class_names, extra.get("class_names")
-    if config.class_cond and names is not None and before is not None and list(names) != before:
-        found.append(f"other classes ({difference(names, before)})")
+    if before is not None and list(names or ()) != before:
+        found.append(f"other classes ({difference(names or (), before)})")
     if found:
         raise ValueError(
             f"train: data must be that of the run in {newest}, got {'; '.join(found)}: {config.data}"

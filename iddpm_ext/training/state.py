@@ -11,14 +11,15 @@ from torch import Tensor, nn
 
 from iddpm_ext.checkpoint import metadata_of
 from iddpm_ext.checkpoint.runs import WEIGHTS, ema_file, read_state, read_tensors
-from iddpm_ext.diffusion import Diffusion
 from iddpm_ext.diffusion.timestep_samplers import TimestepSampler, make_timestep_sampler
+from iddpm_ext.networks.classifier import Classifier
 from iddpm_ext.networks.config import UNetConfig
 from iddpm_ext.networks.unet import UNet
 
 from .captured import CapturedPass, why_not_fused
 from .checkpoints import write_checkpoint
 from .config import TrainConfig
+from .design import Design, ImageShape, design_of_settings
 from .fused import FusedTraining
 from .optimizer import MOMENTS, AdamWEMA
 from .parallel import Parallel, copy_whole, whole
@@ -38,9 +39,10 @@ class TrainState:
     captured: forward and backward pass as a CUDA graph, once there is one.
     label_dropout: the largest that the weights were trained with, None where that is not known.
     data_images: how many images the data has.
+    low_res: side of the images that a super-resolution network is given, None of another network.
     """
 
-    model: UNet
+    model: UNet | Classifier
     module: nn.Module
     optimizer: AdamWEMA
     scaler: torch.amp.GradScaler
@@ -55,6 +57,13 @@ class TrainState:
     captured: CapturedPass | None = None
     label_dropout: float | None = 0.0
     data_images: int | None = None
+    low_res: int | None = None
+
+    @property
+    def image_shape(self) -> ImageShape:
+        """(C, H, W) of the images."""
+        c = self.model.config
+        return c.in_channels, c.image_size, c.image_size
 
     def decays(self, warmup: bool) -> list[float]:
         """The decay of each average in the next update; `step` counts the updates before."""
@@ -142,6 +151,8 @@ class TrainState:
             extra["class_names"] = list(self.class_names)
         if self.model.config.num_classes is not None and self.label_dropout is not None:
             extra["label_dropout"] = self.label_dropout
+        if self.low_res is not None:
+            extra["low_res_size"] = self.low_res
         return metadata_of(self.model, extra)
 
     def averaged_model(self, parallel: Parallel) -> UNet | None:
@@ -149,6 +160,7 @@ class TrainState:
         values = {k: whole(v) for k, v in next(iter(self.emas.values())).items()}
         if parallel.rank != 0:
             return None
+        assert isinstance(self.model, UNet)
         model = UNet(self.model.config).to(parallel.device)
         model.load_state_dict(values)
         model.diffusion = self.model.diffusion
@@ -156,37 +168,27 @@ class TrainState:
 
 
 def new_state(
-    config: TrainConfig, image_shape: tuple[int, int, int], class_names: tuple[str, ...] | None,
-    parallel: Parallel,
+    config: TrainConfig, image_shape: ImageShape, class_names: tuple[str, ...] | None,
+    parallel: Parallel, design: Design | None = None,
 ) -> TrainState:  # fmt: skip
-    """The state before the first step, initialised from the seed, alike on every process."""
-    channels, height, width = image_shape
-    learned = config.variance.startswith("learned")
+    """The state before the first step, initialised from the seed, alike on every process.
+
+    design: of the network; None for that of the settings.
+    """
+    if design is None:
+        design = design_of_settings(config, image_shape, class_names)
+    network = design.network
+    model: UNet | Classifier
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        model = UNet(
-            UNetConfig(
-                image_size=max(height, width),
-                in_channels=channels,
-                model_channels=config.model_channels,
-                out_channels=2 * channels if learned else channels,
-                num_res_blocks=config.num_res_blocks,
-                channel_mult=config.channel_mult,
-                attention_resolutions=config.attention_resolutions,
-                num_heads=config.num_heads,
-                dropout=config.dropout,
-                num_classes=len(class_names) if config.class_cond and class_names else None,
-                use_scale_shift_norm=config.scale_shift,
-            )
-        )
-    model.diffusion = Diffusion(
-        config.schedule,
-        config.diffusion_steps,
-        config.variance,
-        config.prediction,
-        config.rescale_timesteps,
-    )
-    model.gradient_checkpointing = config.gradient_checkpointing
+        model = UNet(network) if isinstance(network, UNetConfig) else Classifier(network)
+    model.diffusion = design.diffusion
+    if isinstance(model, UNet):
+        model.gradient_checkpointing = config.gradient_checkpointing
+    if config.plain:
+        for module in model.modules():
+            if hasattr(module, "backend"):
+                setattr(module, "backend", "plain")  # noqa: B010
     fused = why_not_fused(config, parallel.device) is None
     last = config.channels_last or parallel.device.type == "cuda" or fused
     memory_format = torch.channels_last if last else torch.contiguous_format
@@ -203,7 +205,7 @@ def new_state(
         scaler=torch.amp.GradScaler(parallel.device.type, enabled=config.dtype == "float16"),
         timestep_sampler=make_timestep_sampler(
             config.timestep_sampler,
-            config.diffusion_steps,
+            design.diffusion.num_timesteps,
             seed=config.seed,
             device=parallel.device,
         ),
@@ -211,6 +213,7 @@ def new_state(
         class_names=class_names,
         skipped=torch.zeros((), dtype=torch.float32, device=parallel.device),
         label_dropout=config.label_dropout,
+        low_res=design.low_res,
     )
 
 

@@ -6,10 +6,12 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from iddpm_ext.data import Batch
 from iddpm_ext.engines.cuda.graphs import Graphs
+from iddpm_ext.networks.unet import UNet
 from iddpm_ext.random import STREAM_CHOICE, STREAM_FORWARD, NoiseKey, uniform
 
 from .captured import CapturedPass, Inputs, why_not_captured, why_not_fused
@@ -23,8 +25,14 @@ _CHOICE_DRAW = 2
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _QUARTILES = 4
 
-# What a step returns, in this order, after which come the sums and weights of the loss by quartile of t.
-MEASURES = ("loss", "mse", "vlb_bpd", "grad_norm", "noise_small", "noise_big")
+# Name in the log -> in the losses of a step.
+_LOSSES = {"loss": "loss", "mse": "mse", "vlb_bpd": "vlb"}
+_CLASSIFIER_LOSSES = {"loss": "loss", "accuracy": "accuracy"}
+_BY_T = ("loss", "accuracy")
+_OF_GRADIENT = ("grad_norm", "noise_small", "noise_big")
+# What a step returns, in this order (a classifier's has the other losses), after which come, by quartile
+# of t, the sums of what is split by t and the weights.
+MEASURES = (*_LOSSES, *_OF_GRADIENT)
 
 
 def positions_of(config: TrainConfig, images: int, rank: int, size: int) -> Iterator[list[int]]:
@@ -104,6 +112,7 @@ def _forward_backward(config: TrainConfig, state: TrainState, inputs: Inputs) ->
     """loss, mse and vlb of each image, [N]; the parameters have the gradient of the mean."""
     device = inputs.x_0.device
     if state.fused is None and why_not_fused(config, device) is None:
+        assert isinstance(state.model, UNet)
         state.fused = FusedTraining(state.model, _DTYPES[config.dtype])
         state.optimizer.copies = state.fused.copies
     if why_not_captured(config, device) is not None:
@@ -138,11 +147,19 @@ def _inputs(config: TrainConfig, state: TrainState, batch: Batch, device: torch.
     if config.channels_last or device.type == "cuda":
         x_0 = x_0.contiguous(memory_format=torch.channels_last)
     labels = None
-    if config.class_cond:
+    if state.model.config.num_classes is not None:
         assert batch.labels is not None
-        withheld = choice[:, 1] < config.label_dropout
-        labels = _moved(torch.where(withheld, -1, batch.labels), device)
-    return Inputs(x_0, positions, t, weight, labels)
+        chosen = batch.labels
+        if config.label_dropout:
+            chosen = torch.where(choice[:, 1] < config.label_dropout, -1, chosen)
+        labels = _moved(chosen, device)
+    low_res = None if state.low_res is None else reduced(x_0, state.low_res)
+    return Inputs(x_0, positions, t, weight, labels, low_res)
+
+
+def reduced(images: Tensor, side: int) -> Tensor:
+    """[N, C, H, W] -> [N, C, side, side], each pixel the mean of those that it covers."""
+    return F.interpolate(images, (side, side), mode="area")
 
 
 def _moved(values: Tensor, device: torch.device) -> Tensor:
@@ -163,14 +180,25 @@ def _losses(config: TrainConfig, state: TrainState, inputs: Inputs) -> dict[str,
         with torch.autocast(x_t.device.type, dtype, enabled=dtype != torch.float32):
             return state.module(x_t, timesteps, **kwargs)
 
+    key = NoiseKey(config.seed, STREAM_FORWARD, inputs.positions, inputs.t)
+    if config.classifier:
+        assert inputs.labels is not None
+        x_t = diffusion.q_sample(inputs.x_0, inputs.t, key)
+        logits = network(x_t, diffusion.model_timesteps(inputs.t)).float()
+        return {
+            "loss": F.cross_entropy(logits, inputs.labels, reduction="none"),
+            "accuracy": (logits.argmax(dim=1) == inputs.labels).float(),
+        }
+    named = {"y": inputs.labels, "low_res": inputs.low_res}
     return diffusion.training_losses(
         network,
         inputs.x_0,
         inputs.t,
-        NoiseKey(config.seed, STREAM_FORWARD, inputs.positions, inputs.t),
+        key,
         objective=config.objective,
         vlb_weight=config.vlb_weight,
-        model_kwargs={} if inputs.labels is None else {"y": inputs.labels},
+        min_snr=config.min_snr,
+        model_kwargs={name: value for name, value in named.items() if value is not None},
     )
 
 
@@ -190,12 +218,22 @@ def _measures(
 ) -> Tensor:
     # Weighted, as importance-sampled steps are drawn more often the more they lose.
     weight = losses["weight"].float()
-    quartile = losses["t"] * _QUARTILES // config.diffusion_steps
+    assert state.model.diffusion is not None
+    quartile = losses["t"] * _QUARTILES // state.model.diffusion.num_timesteps
     zeros = torch.zeros(_QUARTILES, dtype=torch.float32, device=norm.device)
-    sums = zeros.index_add(0, quartile, losses["loss"].float() * weight)
+    logged = _logged(config)
+    sums = [
+        zeros.index_add(0, quartile, losses[logged[name]].float() * weight)
+        for name in _BY_T
+        if name in logged
+    ]
     counts = zeros.index_add(0, quartile, weight)
-    means = [(losses[name].float() * weight).mean() for name in ("loss", "mse", "vlb")]
-    return torch.cat([torch.stack([*means, norm, small, norm**2]), sums, counts])
+    means = [(losses[name].float() * weight).mean() for name in logged.values()]
+    return torch.cat([torch.stack([*means, norm, small, norm**2]), *sums, counts])
+
+
+def _logged(config: TrainConfig) -> dict[str, str]:
+    return _CLASSIFIER_LOSSES if config.classifier else _LOSSES
 
 
 def summarise(config: TrainConfig, measures: Tensor, size: int) -> dict[str, float]:
@@ -203,16 +241,21 @@ def summarise(config: TrainConfig, measures: Tensor, size: int) -> dict[str, flo
 
     All are of t drawn evenly, whatever drew it: the importance sampler's weights are in them.
 
-    `loss_q0` .. `loss_q3` are the mean losses in the quarters of the chain, `grad_noise_scale` the
+    `loss_q0` .. `loss_q3` are the mean losses in the quarters of the chain, `accuracy_q0` .. a classifier's
+    share of images whose class it names, `grad_noise_scale` the
     simple noise scale tr(S) / |G|^2 in images (McCandlish et al. 2018, appendix A.1).
     """
     values = measures.tolist()
-    named = dict(zip(MEASURES, values, strict=False))
+    logged = _logged(config)
+    names = (*logged, *_OF_GRADIENT)
+    named = dict(zip(names, values, strict=False))
     small, big = named.pop("noise_small"), named.pop("noise_big")
-    sums, counts = values[len(MEASURES) : -_QUARTILES], values[-_QUARTILES:]
-    for i, (total, count) in enumerate(zip(sums, counts, strict=True)):
-        if count:
-            named[f"loss_q{i}"] = total / count
+    begin, counts = len(names), values[-_QUARTILES:]
+    for name in (name for name in _BY_T if name in logged):
+        for i, (total, count) in enumerate(zip(values[begin:], counts, strict=False)):
+            if count:
+                named[f"{name}_q{i}"] = total / count
+        begin += _QUARTILES
     if config.noise_scale:
         n_big, n_small = config.batch_size, config.batch_size // (config.accumulate * size)
         signal = (n_big * big - n_small * small) / (n_big - n_small)

@@ -9,43 +9,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import SMALL, arguments, axes, distance, images_of, progress, trained, write
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from common import arguments, axes, distance, images_of, trained, write
 
 import iddpm_ext
-from iddpm_ext import Diffusion, UNet, UNetConfig
-from iddpm_ext.random import STREAM_FORWARD, NoiseKey
 
 
 def halved(images: torch.Tensor) -> torch.Tensor:
     """Images of half the size, by averaging."""
     return torch.nn.functional.avg_pool2d(images, 2)
-
-
-def upsampler(images: torch.Tensor, steps: int, width: int, total: int) -> UNet:
-    """A super-resolution network of these images, trained by L_hybrid, with averaged weights."""
-    model = UNet(UNetConfig(
-        image_size=images.shape[-1], in_channels=images.shape[1], out_channels=2 * images.shape[1],
-        model_channels=width, num_res_blocks=1, channel_mult=(1, 1, 1), attention_resolutions=(7,),
-        super_resolution=True,
-    ))  # fmt: skip
-    process = Diffusion("cosine", total)
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(SMALL["ema"][0]))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=SMALL["lr"], weight_decay=0.0)
-    batch = min(SMALL["batch_size"], len(images) // 8)
-    generator = torch.Generator().manual_seed(0)
-    for step in progress(range(steps), "upsampler"):
-        chosen = torch.randint(len(images), (batch,), generator=generator)
-        x_0, t = images[chosen], torch.randint(total, (batch,), generator=generator)
-        key = NoiseKey(0, STREAM_FORWARD, torch.arange(step * batch, (step + 1) * batch), 0)
-        losses = process.training_losses(model, x_0, t, key, model_kwargs={"low_res": halved(x_0)})
-        optimizer.zero_grad()
-        losses["loss"].mean().backward()
-        optimizer.step()
-        average.update_parameters(model)
-    averaged: UNet = average.module
-    averaged.diffusion = process
-    return averaged.eval()
 
 
 def main() -> None:
@@ -71,7 +42,10 @@ def main() -> None:
     single, _ = trained(
         flags, "table5 single", data=flags.data, steps=2 * flags.train_steps, **options
     )
-    enlarging = upsampler(images, flags.train_steps, flags.width, flags.diffusion_steps)
+    enlarging, _ = trained(
+        flags, "table5 upsampler", data=flags.data, steps=flags.train_steps,
+        super_resolution=images.shape[-1] // 2, **options,
+    )  # fmt: skip
     two = iddpm_ext.sample_two_stage(
         base, enlarging, flags.sample_steps, n=flags.samples, progress=False
     ).images
