@@ -33,6 +33,7 @@ def run(
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     engine: bool = True,
     backend: str = "auto",
+    variance: Literal["fixed_small", "fixed_large", "analytic"] | None = None,
     device: str = "auto",
 ) -> None:
     """Computes the bound and writes nll.json, per_step.csv and per_image.csv.
@@ -51,7 +52,7 @@ def run(
         budget: network evaluations an image, at least 1.
         full: every step of every image, whatever the budget.
         steps: a shorter chain: 50; ddim50; 10,15,20 for sections; dense-50 with every early step too;
-            optimal-50 for a schedule of the checkpoint.
+            optimal-50 or analytic-50 for a schedule of the checkpoint.
         seed: names the noise and the drawn steps.
         clip: clamp every predicted image to [-1, 1].
         exact: the decoder's likelihood without the original's approximation.
@@ -61,6 +62,8 @@ def run(
         dtype: precision of the network.
         engine: use an engine where one serves the network.
         backend: of the ops: auto, reference, cpu, cuda or triton.
+        variance: analytic, of the moments that `iddpm steps` stores, fixed_small or fixed_large; the
+            network's own if not given.
         device: auto, cpu, cuda or cuda:1.
     """
     import iddpm_ext
@@ -84,7 +87,7 @@ def run(
         steps=read_steps(steps), clip=clip, exact=exact, batch_size=batch_size, seed=seed,
         split=split, limit=n, diffusion=None,
         dtype=None if dtype is None else getattr(torch, dtype), engine=engine, backend=backend,
-        progress=processes.rank == 0,
+        progress=processes.rank == 0, variance=variance,
     )  # fmt: skip
     began = time.perf_counter()
     with processes:

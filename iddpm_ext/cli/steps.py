@@ -31,6 +31,8 @@ def run(
 ) -> None:
     """Finds the schedules of 2 to `most` steps with the best bound; `--steps optimal-25` takes them then.
 
+    The moments that the same evaluations give are stored too: `--variance analytic` takes those.
+
     After an interruption, the same call goes on where it was. Under torchrun, the steps are shared out
     among the processes; the first one writes.
 
@@ -52,6 +54,7 @@ def run(
     import iddpm_ext
     from iddpm_ext.checkpoint import bundled
     from iddpm_ext.data import open_data
+    from iddpm_ext.engines.spec import weights_fingerprint
     from iddpm_ext.files import beside
     from iddpm_ext.likelihood.request import make_likelihood_request
     from iddpm_ext.likelihood.schedules import check_counts, search
@@ -82,7 +85,11 @@ def run(
         seconds = time.perf_counter() - began
         if processes.rank > 0:
             return
-    model.extra = {**model.extra, "step_schedules": found.to_extra()}
+    model.extra = {
+        **model.extra,
+        "step_schedules": found.to_extra(),
+        "moments": found.moments.to_extra(weights_fingerprint(model)),
+    }
     iddpm_ext.save(model, target)
     print(f"{len(found.timesteps)} candidates, {len(request.x_0)} images, {seconds:.0f} s")
     for count in sorted({*_SHOWN, max(found.steps)} & set(found.steps)):

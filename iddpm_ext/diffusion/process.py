@@ -139,7 +139,7 @@ class Diffusion:
         steps = [int(self.timesteps[i]) for i in space_timesteps(self.num_timesteps, spec)]
         if len(steps) < 2:
             raise ValueError(f"respace: spec must leave at least 2 steps, got {spec!r}")
-        shorter = object.__new__(Diffusion)
+        shorter = object.__new__(type(self))
         shorter._set(**self.__dict__)
         shorter._visit(steps)
         return shorter

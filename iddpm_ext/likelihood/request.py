@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from iddpm_ext.engines.spec import (
 from iddpm_ext.likelihood.images import Data, Images, read_images
 from iddpm_ext.networks.config import UNetConfig
 from iddpm_ext.sampling.request import network_spec
+from iddpm_ext.sampling.variance import with_variance
 
 _FORMAT = 1
 
@@ -109,6 +110,7 @@ def make_likelihood_request(
     progress: bool,
     who: str = "nll",
     shuffle: bool = False,
+    variance: str | None = None,
 ) -> LikelihoodRequest:
     """Checks the arguments of `nll` and reads the images.
 
@@ -145,6 +147,7 @@ def make_likelihood_request(
         who, model, steps, diffusion=diffusion, image_shape=shape, dtype=dtype, engine=engine,
         exact=False, backend=backend, labels=labels, low_res=low_res,
     )  # fmt: skip
+    spec = replace(spec, diffusion=with_variance(spec, variance, sampling=False))
     n = len(images.x_0)
     count_of(who, n, n, labels=spec.labels, low_res=low_res)
     if batch_size is None:  # more than there are images, as a call evaluates an image many times

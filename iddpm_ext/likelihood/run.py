@@ -47,6 +47,7 @@ def nll(
     dtype: torch.dtype | None = None,
     engine: bool = True,
     backend: str = "auto",
+    variance: str | None = None,
     state: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> Likelihood:
@@ -70,13 +71,14 @@ def nll(
             sum, which evaluates every step once and those at jumps in the terms (64 of 4000) twice, to know
             its error.
         steps: a shorter chain, as in `sample`; "dense-K" also visits every one of the first T/K steps,
-            "optimal-K" is a schedule of the checkpoint; None for the whole chain.
+            "optimal-K" and "analytic-K" are schedules of the checkpoint; None for the whole chain.
         clip: clamp every predicted x_0 to [-1, 1].
         exact: take the decoder's likelihood as it is, not the original's approximation.
         batch_size: most evaluations at once; chosen by device and image size if None.
         seed: 0 <= seed < 2^64, names the noise and the drawn steps.
         split: "train" or "test", of a path that has both. limit: only the first images.
         diffusion, dtype, engine, backend: as in `sample`; backend is that of `q_sample` and `vlb_terms`.
+        variance: of p(x_{t-1} | x_t), as in `sample`; None for the chain's own, learned where it is.
         state: a folder that keeps every evaluation until the run is done, so that the same call after an
             interruption goes on where it was.
         progress: show a bar where stderr is a terminal.
@@ -94,6 +96,7 @@ def nll(
         model, data, labels=labels, low_res=low_res, budget=budget, steps=steps, clip=clip,
         exact=exact, batch_size=batch_size, seed=seed, split=split, limit=limit,
         diffusion=diffusion, dtype=dtype, engine=engine, backend=backend, progress=progress,
+        variance=variance,
     )  # fmt: skip
     return compute(request, Path(state) if state is not None else None, Processes())
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from iddpm_ext.diffusion import multistep_update
+from iddpm_ext.diffusion.solvers import SolverWalk
 from iddpm_ext.ops import reverse_step
 from iddpm_ext.random import NoiseKey
 from iddpm_ext.sampling.classifier_guidance import condition_mean, condition_score
@@ -16,19 +16,14 @@ from iddpm_ext.sampling.request import Request
 class ChainStep:
     """x_{t-1} and x_0 from x_t and the network's output, for one walk down the chain.
 
-    Every sampler is one call of `reverse_step` with its table; DPM-Solver++ adds a term to DDIM's.
+    Every sampler is one call of `reverse_step` with its table; solvers add terms to DDIM's.
     """
 
     def __init__(self, request: Request, predict: Predictor, dtype: torch.dtype) -> None:
-        chain, device = request.spec.diffusion, request.spec.device
         self._request, self._predict = request, predict
-        affine = "ddpm" if request.sampler == "ddpm" else "ddim"
-        self._noisy = request.sampler == "ddpm" or request.eta > 0
-        self._table = chain.table(device, sampler=affine, eta=request.eta, dtype=dtype)
-        self._weights: list[float] | None = None
-        if request.sampler == "dpm++":
-            self._weights = chain.multistep_weights(limit=0.5).tolist()
-        self._previous_x_0: Tensor | None = None
+        self._table = request.table(dtype)
+        solver = request.solver
+        self._solver = None if solver is None else SolverWalk(request.spec.diffusion, solver)
 
     def __call__(
         self, x_t: Tensor, model_output: Tensor, i: int, noise: NoiseKey
@@ -41,7 +36,7 @@ class ChainStep:
             model_output,
             t,
             self._table,
-            noise if self._noisy else None,
+            noise if request.noisy else None,
             clip=request.clip,
             backend=request.spec.backend,
         )
@@ -51,9 +46,8 @@ class ChainStep:
                 x_prev = condition_mean(x_prev, gradient, model_output, self._table[i])
             else:
                 x_prev, x_0 = condition_score(x_prev, x_0, gradient, self._table[i])
-        if self._weights is not None:
-            x_prev = multistep_update(x_prev, x_0, self._previous_x_0, self._weights[i])
-            self._previous_x_0 = x_0
+        if self._solver is not None:
+            x_prev = self._solver(i, x_t, x_prev, x_0)
         return x_prev, x_0
 
     def _gradient(self, x_t: Tensor, i: int) -> Tensor:

@@ -14,6 +14,7 @@ from iddpm_ext import foreign
 from iddpm_ext.checkpoint.unlabelled import warn_if_never_unlabelled
 from iddpm_ext.diffusion import SAMPLERS as ONE_STEP_SAMPLERS
 from iddpm_ext.diffusion import Diffusion
+from iddpm_ext.diffusion.solvers import SOLVERS, Solver
 from iddpm_ext.engines.spec import (
     NetworkSpec,
     Steps,
@@ -28,8 +29,9 @@ from iddpm_ext.interop.process import diffusion_of
 from iddpm_ext.interop.twin import twin
 from iddpm_ext.networks.unet import UNet
 from iddpm_ext.random import STREAM_CHOICE, NoiseKey, integers
+from iddpm_ext.sampling.variance import FIXED, with_variance
 
-SAMPLERS = (*ONE_STEP_SAMPLERS, "dpm++")
+SAMPLERS = (*ONE_STEP_SAMPLERS, *SOLVERS)
 _DEFAULT_N = 16
 
 
@@ -51,6 +53,26 @@ class Request:
     seed: int = 0
     clip: bool = True
     progress: bool = True
+    variance: str | None = None
+
+    @property
+    def solver(self) -> Solver | None:
+        """The multistep solver that the sampler is, if it is one."""
+        return SOLVERS.get(self.sampler)
+
+    @property
+    def noisy(self) -> bool:
+        """Whether the steps add noise."""
+        stochastic = self.solver is not None and self.solver.eta > 0
+        return self.sampler == "ddpm" or self.eta > 0 or stochastic or self.variance == "analytic"
+
+    def table(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The coefficients of the sampler's `reverse_step`, [T, 16] on the device."""
+        chain, solver = self.spec.diffusion, self.solver
+        if self.sampler == "ddpm":
+            return chain.table(self.spec.device, dtype=dtype)
+        eta = self.eta if solver is None else solver.eta
+        return chain.table(self.spec.device, sampler="ddim", eta=eta, dtype=dtype)
 
     def with_low_res(self, low_res: Tensor) -> Request:
         """The same request with other low-resolution images [n, C, h, w]."""
@@ -80,6 +102,7 @@ def make_request(
     backend: str = "auto",
     progress: bool = True,
     cond_fn: Callable[..., Tensor] | None = None,
+    variance: str | None = None,
 ) -> Request:
     """Checks the arguments of `sample` and fills in what they leave open.
 
@@ -90,13 +113,14 @@ def make_request(
     check_flags(who, clip=clip, progress=progress)
     if cond_fn is not None and not callable(cond_fn):
         raise TypeError(f"{who}: cond_fn must be callable, got {type(cond_fn).__name__}")
-    _check_sampler(who, sampler, eta)
+    _check_sampler(who, sampler, eta, variance)
     check_seed(who, seed)
     spec = network_spec(
         who, model, steps, diffusion=diffusion, image_shape=image_shape, dtype=dtype, engine=engine,
         exact=exact, backend=backend, labels=labels, low_res=low_res, images=("x_T", x_T),
         labels_for_guidance=cond_fn is not None,
     )  # fmt: skip
+    spec = replace(spec, diffusion=with_variance(spec, variance, sampling=True))
     count = count_of(who, n, _DEFAULT_N, labels=spec.labels, low_res=low_res, x_T=x_T)
     ours = describing(spec.model)
     if spec.labels is None and ours is not None and ours.config.num_classes is not None:
@@ -116,6 +140,7 @@ def make_request(
         seed=seed,
         clip=clip,
         progress=progress,
+        variance=variance,
     )
 
 
@@ -147,13 +172,22 @@ def network_spec(
     )
 
 
-def _check_sampler(who: str, sampler: str, eta: float) -> None:
+def _check_sampler(who: str, sampler: str, eta: float, variance: str | None) -> None:
     if sampler not in SAMPLERS:
         raise ValueError(f"{who}: sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}")
     if isinstance(eta, bool) or not isinstance(eta, (int, float)) or not 0 <= eta <= 1:
         raise ValueError(f"{who}: eta must be a number from 0 to 1, got {eta!r}")
     if eta and sampler != "ddim":
         raise ValueError(f"{who}: eta must be 0 with sampler {sampler!r} (it is DDIM's), got {eta}")
+    if variance in FIXED and sampler != "ddpm":
+        raise ValueError(
+            f"{who}: variance must be None or 'analytic' with sampler {sampler!r}, got {variance!r}"
+        )
+    if variance == "analytic" and sampler in SOLVERS:
+        raise ValueError(
+            f"{who}: variance must be None with sampler {sampler!r}, which solves an equation, "
+            f"got {variance!r}"
+        )
 
 
 def checked_scale(spec: NetworkSpec, scale: float) -> float:
