@@ -214,7 +214,7 @@ def _run_prepared(
 ) -> Tensor:
     """The last x of `_walk_batch`, faster, as nobody looks at the steps."""
     samples = numbers(images, request.spec.device)
-    x = _initial(request, samples).contiguous()
+    x = initial(request, samples).contiguous()
     with undisturbed(request.spec.device.type):
         step = prepare(request, network, samples, x)
         for i in reversed(range(request.spec.diffusion.num_timesteps)):
@@ -252,7 +252,7 @@ def _walk_batch(request: Request, network: Network, images: range) -> Iterator[S
     """The chain of one batch. Walks that share a network may be advanced in turn."""
     spec = request.spec
     chain, samples = spec.diffusion, numbers(images, spec.device)
-    x = _initial(request, samples)
+    x = initial(request, samples)
     predict = Predictor(spec, network, samples, request.guidance_scale)
     step = ChainStep(request, predict, x.dtype)
     for i in reversed(range(chain.num_timesteps)):
@@ -268,7 +268,8 @@ def numbers(images: range, device: torch.device) -> Tensor:
     return torch.arange(images.start, images.stop, dtype=torch.int64, device=device)
 
 
-def _initial(request: Request, samples: Tensor) -> Tensor:
+def initial(request: Request, samples: Tensor) -> Tensor:
+    """x_T of some images of a request, [n, C, H, W]."""
     if request.x_T is not None:
         return request.x_T[samples]
     key = NoiseKey(request.seed, STREAM_INITIAL, samples, 0)
