@@ -1,11 +1,11 @@
 """Few steps, by every sampler, variance and schedule: python -m benchmarks.few_steps --model NAME --data DIR
 
 For each number of steps K: the Fréchet distance of samples to the training images, with its interval, the
-seconds of sampling, and bits/dim of test images for the chains that have a bound. Every result is written to
---output as soon as it is there, and what the file already has is not computed again: a run may be interrupted,
-and made in pieces by --methods, --steps and --n. The model is first given moments and picture schedules, where
-it has none, kept beside the output. --table prints what the file holds, with the best of each K; --picture draws a
-row of the same images for each method and K.
+seconds of sampling, and bits/dim of test images for the chains that have a bound. Every result is written
+to --output as soon as it is there, and what the file already has is not computed again: a run may be
+interrupted, and made in pieces by --methods, --steps and --n. The model is first given moments and picture
+schedules, where it has none, kept beside the output. --table prints what the file holds, with the best of
+each K; --picture draws a row of the same images for each method and K.
 
     python -m benchmarks.few_steps --model fashion-mnist --data /usr/share/datasets/fashion-mnist \\
         --n 5000 --output benchmarks/results/few_steps_fashion-mnist.json

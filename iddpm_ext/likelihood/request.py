@@ -26,6 +26,7 @@ from iddpm_ext.networks.config import UNetConfig
 from iddpm_ext.sampling.request import network_spec
 from iddpm_ext.sampling.variance import with_variance
 
+METHODS = ("bound", "full", "information", "ode")
 _FORMAT = 1
 
 
@@ -35,7 +36,7 @@ class LikelihoodRequest:
 
     spec: the network, its chain and its inputs. x_0: float32 [N, C, H, W] on the CPU. batch_size: most
     evaluations at once. budget: evaluations an image, or None. exact: the decoder's likelihood without
-    approximation. clip: clamp every predicted x_0.
+    approximation. clip: clamp every predicted x_0. method, tolerance: as in `nll`.
     """
 
     spec: NetworkSpec
@@ -46,6 +47,8 @@ class LikelihoodRequest:
     clip: bool
     seed: int
     progress: bool
+    method: str = "bound"
+    tolerance: float = 1e-4
 
     def fingerprint(self, more: str = "") -> str:
         """sha256 of everything that the result depends on, batches and processes not among it.
@@ -58,6 +61,7 @@ class LikelihoodRequest:
             "diffusion": spec.diffusion.to_dict(),
             "budget": self.budget,
             "more": more,
+            "method": [self.method, self.tolerance],
             "exact": self.exact,
             "clip": self.clip,
             "seed": self.seed,
@@ -111,6 +115,8 @@ def make_likelihood_request(
     who: str = "nll",
     shuffle: bool = False,
     variance: str | None = None,
+    method: str = "bound",
+    tolerance: float = 1e-4,
 ) -> LikelihoodRequest:
     """Checks the arguments of `nll` and reads the images.
 
@@ -118,6 +124,7 @@ def make_likelihood_request(
 
     Raises ValueError, TypeError or RuntimeError as `nll` documents.
     """
+    _check_method(who, method, tolerance, budget)
     number = isinstance(budget, (int, float)) and not isinstance(budget, bool)
     if budget is not None and not (number and budget >= 1 and budget < float("inf")):
         raise ValueError(
@@ -163,7 +170,19 @@ def make_likelihood_request(
         clip=clip,
         seed=seed,
         progress=progress,
+        method=method,
+        tolerance=float(tolerance),
     )
+
+
+def _check_method(who: str, method: str, tolerance: float, budget: float | None) -> None:
+    if method not in METHODS:
+        raise ValueError(f"{who}: method must be one of {', '.join(METHODS)}, got {method!r}")
+    if method == "full" and budget is not None:
+        raise ValueError(f"{who}: budget must be None with method 'full', got {budget!r}")
+    number = isinstance(tolerance, (int, float)) and not isinstance(tolerance, bool)
+    if not number or not 0 < tolerance < 1:
+        raise ValueError(f"{who}: tolerance must be above 0 and below 1, got {tolerance!r}")
 
 
 def _labels(
