@@ -81,7 +81,8 @@ def compute_ode(request: LikelihoodRequest, state: Path | None, processes: Proce
         journal.remove()
     none = torch.zeros(images, dtype=torch.float64, device="cpu")
     ends = torch.zeros(images, _DRAWS, dtype=torch.int64, device="cpu")
-    design = Design(ends, torch.full((images, _DRAWS), 1 / _DRAWS, dtype=torch.float64), ends)
+    half = torch.full_like(ends, 1, dtype=torch.float64) / _DRAWS
+    design = Design(ends, half, ends)
     mean, ci95, population, per_image = estimate(design, values, none)
     no_steps = Design(*(column[:, :0] for column in (design.t, design.scale, design.draw)))
     nothing = torch.empty(images, 0, 4, dtype=torch.float64, device="cpu")
