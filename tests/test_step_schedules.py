@@ -12,10 +12,10 @@ from likelihood_model import STEPS, images, trained, untrained
 import iddpm_ext
 from iddpm_ext import nll, sample
 from iddpm_ext.cli import main
+from iddpm_ext.diffusion.shortest import JumpTerms, shortest_paths
 from iddpm_ext.likelihood import find_schedules
 from iddpm_ext.likelihood.request import make_likelihood_request
 from iddpm_ext.likelihood.schedules import candidate_steps, jump_terms
-from iddpm_ext.likelihood.shortest import JumpTerms, shortest_paths
 from iddpm_ext.random import STREAM_FORWARD, NoiseKey
 from iddpm_ext.sampling.distributed import Processes
 
@@ -50,7 +50,7 @@ def request_of(x_0, **changes):
 def test_a_schedules_terms_add_up_to_the_bound_of_its_chain(path):
     model, x_0 = trained(), images(6, 0)
     steps = torch.tensor([0, 1, 2, 5, 11, 30, 70, 150, 199])
-    terms = jump_terms(request_of(x_0), steps, None, Processes())
+    terms, _ = jump_terms(request_of(x_0), steps, None, Processes())
     chain = model.diffusion.respace(steps[path].tolist())
     index, total = torch.arange(6), chain.prior_bpd(x_0)
     for i, step in enumerate(chain.timesteps.tolist()):

@@ -24,7 +24,7 @@ def run(
     value_range: tuple[float, ...] | None = None,
     alpha: Literal["refuse", "drop", "black", "white"] = "refuse",
     steps: str = "50",
-    sampler: Literal["ddpm", "ddim", "dpm++"] = "ddpm",
+    sampler: Literal["ddpm", "ddim", "dpm++", "dpm++3", "dpm++sde", "unipc", "unipc3"] = "ddpm",
     eta: float = 0.0,
     guidance_scale: float = 1.0,
     seed: int = 0,
@@ -53,7 +53,7 @@ def run(
         value_range: the values of black and white, 0,1 or 0,4095 or =-1,1, where their type does not tell.
         alpha: what becomes of transparent pixels: refuse; drop (the colours below show); black or white.
         steps: of a checkpoint's sampling, as of `iddpm sample`.
-        sampler: ancestral (ddpm), DDIM, or DPM-Solver++ (dpm++).
+        sampler: ancestral (ddpm), DDIM, DPM-Solver++ (dpm++, dpm++3, dpm++sde) or UniPC (unipc, unipc3).
         eta: the noise of DDIM, from 0 to 1.
         guidance_scale: of classifier-free guidance; 1 is without.
         seed: names all noise.

@@ -21,7 +21,7 @@ def run(
     alpha: Literal["refuse", "drop", "black", "white"] = "refuse",
     split: Literal["train", "test", "all"] = "test",
     n: MaybeCount = None,
-    budget: float | None = 64,
+    budget: float | None = None,
     full: bool = False,
     steps: str | None = None,
     seed: int = 0,
@@ -33,6 +33,9 @@ def run(
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     engine: bool = True,
     backend: str = "auto",
+    method: Literal["bound", "full", "information", "ode"] = "bound",
+    tolerance: float = 1e-4,
+    variance: Literal["fixed_small", "fixed_large", "analytic"] | None = None,
     device: str = "auto",
 ) -> None:
     """Computes the bound and writes nll.json, per_step.csv and per_image.csv.
@@ -48,10 +51,10 @@ def run(
         alpha: what becomes of transparent pixels: refuse; drop (the colours below show); black or white.
         split: of data that has both.
         n: only the first so many images.
-        budget: network evaluations an image, at least 1.
+        budget: network evaluations an image, at least 1: 64 of the bound, 1000 points of information.
         full: every step of every image, whatever the budget.
         steps: a shorter chain: 50; ddim50; 10,15,20 for sections; dense-50 with every early step too;
-            optimal-50 for a schedule of the checkpoint.
+            optimal-50 or analytic-50 for a schedule of the checkpoint.
         seed: names the noise and the drawn steps.
         clip: clamp every predicted image to [-1, 1].
         exact: the decoder's likelihood without the original's approximation.
@@ -61,6 +64,10 @@ def run(
         dtype: precision of the network.
         engine: use an engine where one supports the network.
         backend: of the ops: auto, reference, cpu, cuda or triton.
+        method: the bound, its full sum, the information-theoretic estimator, or the probability flow (ode).
+        tolerance: of ode.
+        variance: analytic, of the moments that `iddpm steps` stores, fixed_small or fixed_large; the
+            network's own if not given.
         device: auto, cpu, cuda or cuda:1.
     """
     import iddpm_ext
@@ -70,6 +77,8 @@ def run(
     from iddpm_ext.sampling.distributed import Processes
 
     processes = Processes.of_torchrun()
+    if budget is None and method == "bound" and not full:
+        budget = 64
     if plot:
         from iddpm_ext.likelihood.plot import require_matplotlib
 
@@ -84,7 +93,7 @@ def run(
         steps=read_steps(steps), clip=clip, exact=exact, batch_size=batch_size, seed=seed,
         split=split, limit=n, diffusion=None,
         dtype=None if dtype is None else getattr(torch, dtype), engine=engine, backend=backend,
-        progress=processes.rank == 0,
+        progress=processes.rank == 0, variance=variance, method=method, tolerance=tolerance,
     )  # fmt: skip
     began = time.perf_counter()
     with processes:

@@ -22,8 +22,9 @@ def run(
     n: MaybeCount = None,
     steps: str = "50",
     labels: tuple[str, ...] | None = None,
-    sampler: Literal["ddpm", "ddim", "dpm++"] = "ddpm",
+    sampler: Literal["ddpm", "ddim", "dpm++", "dpm++3", "dpm++sde", "unipc", "unipc3"] = "ddpm",
     eta: float = 0.0,
+    variance: Literal["fixed_small", "fixed_large", "analytic"] | None = None,
     guidance_scale: float = 1.0,
     classifier: Path | None = None,
     classifier_scale: float = 1.0,
@@ -52,10 +53,14 @@ def run(
     Args:
         checkpoint: a bundled name, one of our .safetensors files or an OpenAI .pt.
         n: how many images; 16, or one a label.
-        steps: 50; ddim50; 10,15,20 for sections; optimal-8 for a schedule of the checkpoint.
+        steps: 50; ddim50; 10,15,20 for sections; optimal-8, analytic-8
+            or pictures-8 for a schedule of the checkpoint.
         labels: class numbers or names, 0,1,boot; -1 for none; "all" for every class, n images in all.
-        sampler: ancestral (ddpm), DDIM, or DPM-Solver++ (dpm++) for few steps.
+        sampler: ancestral (ddpm), DDIM, or a solver for few steps: DPM-Solver++ (dpm++, dpm++3, with noise
+            dpm++sde) or UniPC (unipc, unipc3).
         eta: the noise of DDIM, from 0 to 1.
+        variance: of ddpm and ddim: analytic, of the moments that `iddpm steps` stores; of ddpm: fixed_small
+            or fixed_large; the network's own if not given.
         guidance_scale: of classifier-free guidance; 1 is without.
         classifier: a classifier of noisy images that guides the samples to their labels: a .safetensors file,
             the folder of a run, or a .pt of guided-diffusion.
@@ -115,7 +120,7 @@ def run(
         low_res=_read_low_res(low_res, pick_device(device)), seed=seed,
         clip=clip, batch_size=batch_size,
         dtype=None if dtype is None else getattr(torch, dtype), engine=engine, exact=exact,
-        backend=backend, progress=distributed.rank() == 0,
+        backend=backend, progress=distributed.rank() == 0, variance=variance,
     )  # fmt: skip
 
     second: Request | None = None
@@ -146,6 +151,7 @@ def run(
     recipe: dict[str, Any] = {
         "checkpoint": checkpoint, "seed": seed, "steps": steps, "sampler": sampler, "eta": eta,
         "guidance_scale": guidance_scale,
+        **({} if variance is None else {"variance": variance}),
     }  # fmt: skip
     if classifier is not None:
         recipe.update(classifier=str(classifier), classifier_scale=classifier_scale)

@@ -20,7 +20,7 @@ from torch import Tensor
 from .table import Chain
 
 
-def multistep_weights(chain: Chain, limit: float = math.inf) -> Tensor:
+def multistep_weights(chain: Chain, limit: float = math.inf, eta: float = 0.0) -> Tensor:
     """weight_t of every step of a chain, float64 [T].
 
     limit: the largest h_t / (2 h_{t+1}). Steps that are even in t are uneven in lambda: the next to
@@ -28,12 +28,14 @@ def multistep_weights(chain: Chain, limit: float = math.inf) -> Tensor:
     the second order gains. 1/2 extrapolates as if the step before had been at least as long; it
     changes nothing where the steps are even in lambda.
 
+    eta: 1 for the stochastic equation, SDE-DPM-Solver++(2M): the same term with the ancestral c1.
+
     The first step taken, t = T - 1, has no prediction before it, and the last one, t = 0, ends at
     lambda = infinity, where only the first order is defined: there the weight is 0.
     """
     log_snr = (chain.log_alpha_bar - chain.one_minus_alpha_bar.log()) / 2
     step = log_snr[:-1] - log_snr[1:]  # of t = 1 .. T-1
-    data_coefficient, _ = chain.mean_coefficients(0.0)
+    data_coefficient, _ = chain.mean_coefficients(eta)
     weights = torch.zeros_like(log_snr)
     ratio = (step[:-1] / (2 * step[1:])).clamp(max=limit)
     weights[1:-1] = data_coefficient[1:-1] * ratio

@@ -149,7 +149,7 @@ class Diffusion:
         steps = [int(self.timesteps[i]) for i in space_timesteps(self.num_timesteps, spec)]
         if len(steps) < 2:
             raise ValueError(f"respace: spec must leave at least 2 steps, got {spec!r}")
-        shorter = object.__new__(Diffusion)
+        shorter = object.__new__(type(self))
         shorter._set(**self.__dict__)
         shorter._visit(steps)
         return shorter
@@ -157,7 +157,7 @@ class Diffusion:
     def predicting(self, prediction: str) -> Diffusion:
         """The same chain, of a network that predicts something else."""
         _check_prediction(prediction, self._train_betas)
-        other = object.__new__(Diffusion)
+        other = object.__new__(type(self))
         other._set(**{**self.__dict__, "prediction": prediction, "_tables": {}})
         return other
 

@@ -92,7 +92,7 @@ class PlainNetwork:
         with contextlib.ExitStack() as stack:
             stack.enter_context(undisturbed(spec.device.type))
             if isinstance(spec.model, nn.Module):
-                stack.enter_context(_EVALUATING.of(spec.model))
+                stack.enter_context(EVALUATING.of(spec.model))
             if spec.backend == "reference":
                 stack.enter_context(plain_backend())
             if half:
@@ -136,7 +136,7 @@ class _Evaluating:
                         module.training = True
 
 
-_EVALUATING = _Evaluating()
+EVALUATING = _Evaluating()
 
 
 def _cpu_network(spec: NetworkSpec, batch_size: int) -> Network | None:

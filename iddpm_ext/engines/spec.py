@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from iddpm_ext.diffusion import Diffusion
+from iddpm_ext.diffusion.moments import Moments
 from iddpm_ext.engines.forked import go_on_after_fork
 from iddpm_ext.networks.foreign import unwrapped
 from iddpm_ext.networks.splice import Splice
@@ -18,6 +20,8 @@ from iddpm_ext.networks.unet import UNet
 from iddpm_ext.ops.spec import resolve_backend
 
 Steps = int | str | Sequence[int] | None
+#: How schedules are asked for -> where a checkpoint's `extra` holds them.
+_STORED = {"optimal": "step_schedules", "pictures": "picture_schedules"}
 _NETWORK_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -192,8 +196,11 @@ def _respaced(who: str, diffusion: Diffusion, steps: Steps, ours: object) -> Dif
     total = diffusion.num_timesteps
     if steps is None:
         return diffusion
-    if isinstance(steps, str) and steps.startswith("optimal-"):
-        return diffusion.respace(_optimal(who, diffusion, steps, ours))
+    kind = steps.partition("-")[0] if isinstance(steps, str) and "-" in steps else ""
+    if kind in _STORED:
+        return diffusion.respace(_stored(who, diffusion, str(steps), ours))
+    if kind == "analytic":
+        return diffusion.respace(_analytic(who, diffusion, str(steps), ours))
     if isinstance(steps, int) and not isinstance(steps, bool) and not 2 <= steps <= total:
         raise ValueError(f"{who}: steps must be from 2 to {total}, got {steps}")
     try:
@@ -204,10 +211,11 @@ def _respaced(who: str, diffusion: Diffusion, steps: Steps, ours: object) -> Dif
         raise type(error)(text) from None
 
 
-def _optimal(who: str, diffusion: Diffusion, steps: str, ours: object) -> list[int]:
-    """What the checkpoint's `extra["step_schedules"]` says, K -> K indices in the training chain."""
-    schedules = (getattr(ours, "extra", None) or {}).get("step_schedules", {})
-    found = {f"optimal-{count}": indices for count, indices in schedules.items()}
+def _stored(who: str, diffusion: Diffusion, steps: str, ours: object) -> list[int]:
+    """A schedule that the checkpoint's `extra` holds, K -> K indices in the training chain."""
+    kind = steps.partition("-")[0]
+    schedules = (getattr(ours, "extra", None) or {}).get(_STORED[kind], {})
+    found = {f"{kind}-{count}": indices for count, indices in schedules.items()}
     if steps not in found:
         names = list(found)
         have = ", ".join(names) if len(names) < 5 else f"{names[0]} .. {names[-1]}"
@@ -215,14 +223,54 @@ def _optimal(who: str, diffusion: Diffusion, steps: str, ours: object) -> list[i
         raise ValueError(
             f"{who}: steps must be a schedule of the checkpoint ({have}), got {steps!r}"
         )
+    return _positions(who, diffusion, steps, found[steps])
+
+
+def _analytic(who: str, diffusion: Diffusion, steps: str, ours: object) -> list[int]:
+    """The steps with the best bound of analytic variances, by the moments of the checkpoint."""
+    count = steps.partition("-")[2]
+    if not count.isdigit() or int(count) < 2:
+        raise ValueError(f"{who}: steps must be analytic-K with K of at least 2, got {steps!r}")
+    found = moments_of(who, ours, diffusion)
+    if int(count) > len(found.timesteps):
+        raise ValueError(
+            f"{who}: steps must be analytic-K with K of at most the {len(found.timesteps)} moments of "
+            f"the checkpoint, got {steps!r}"
+        )
+    return _positions(who, diffusion, steps, found.best_steps(diffusion, int(count)))
+
+
+def _positions(who: str, diffusion: Diffusion, steps: str, wanted: Sequence[int]) -> list[int]:
+    """Where steps of the training chain are in this one."""
     position = {int(step): i for i, step in enumerate(diffusion.timesteps)}
-    missing = [step for step in found[steps] if int(step) not in position]
+    missing = [step for step in wanted if int(step) not in position]
     if missing:
         raise ValueError(
             f"{who}: diffusion must visit every step of the schedule {steps!r}, got {diffusion!r} "
             f"without step {missing[0]}"
         )
-    return [position[int(step)] for step in found[steps]]
+    return [position[int(step)] for step in wanted]
+
+
+def moments_of(who: str, model: object, diffusion: Diffusion) -> Moments:
+    """The moments that the checkpoint holds, of its own weights; ValueError where there are none."""
+    ours = describing(model)
+    if not isinstance(ours, nn.Module):
+        raise ValueError(
+            f"{who}: variance must go with a network that has a checkpoint's moments, "
+            f"got 'analytic' for {type(model).__name__}"
+        )
+    return Moments.from_extra(who, ours.extra, weights_fingerprint(ours), diffusion)
+
+
+def weights_fingerprint(model: nn.Module) -> str:
+    """Which weights these are, to bfloat16, so that a checkpoint stored in it keeps what it has."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        rounded = value.detach().to("cpu", torch.bfloat16).contiguous()
+        digest.update(rounded.view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
 
 
 def _device(model: object, *tensors: Tensor | None) -> torch.device:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from iddpm_ext import ops
-from iddpm_ext.diffusion import Diffusion, multistep_update
+from iddpm_ext.diffusion import Diffusion
+from iddpm_ext.diffusion.solvers import SOLVERS, SolverWalk
 from iddpm_ext.interop.diffusers_api import (
     ConfigMixin,
     DDPMSchedulerOutput,
@@ -22,7 +23,7 @@ from iddpm_ext.interop.diffusers_api import (
 )
 from iddpm_ext.interop.process import config_of, diffusion_of
 
-_SAMPLERS = ("ddpm", "ddim", "dpm++")
+_SAMPLERS = ("ddpm", "ddim", *SOLVERS)
 
 
 class IDDPMScheduler(SchedulerMixin, ConfigMixin):
@@ -45,8 +46,8 @@ class IDDPMScheduler(SchedulerMixin, ConfigMixin):
         clip_sample: clamp every predicted x_0 to [-1, 1].
         rescale_timesteps: the network is told index * 1000 / T instead of the index.
         rescale_betas_zero_snr: the chain ends in pure noise; not with "epsilon".
-        sampler: "ddpm" (ancestral), "ddim", or "dpm++" (DPM-Solver++ 2M); the last two leave the
-            variance head unused.
+        sampler: "ddpm" (ancestral), "ddim", or one of the solvers of `iddpm_ext.sample`: "dpm++",
+            "dpm++3", "dpm++sde", "unipc", "unipc3"; all but "ddpm" leave the variance head unused.
         eta: noise of DDIM, from 0 to 1.
         extrapolation_limit: of DPM-Solver++, see `Diffusion.multistep_weights`; None for none, as in
             diffusers' own solver.
@@ -161,8 +162,11 @@ class IDDPMScheduler(SchedulerMixin, ConfigMixin):
         self._by_told = {float(value): i for i, value in enumerate(told)}
         self._by_index = {int(value): i for i, value in enumerate(chain.timesteps)}
         limit = self.config.extrapolation_limit
-        self._weights = chain.multistep_weights(math.inf if limit is None else limit)
-        self._before: tuple[int, Tensor] | None = None
+        solver = SOLVERS.get(self.config.sampler)
+        # After a jump in the timesteps it starts anew.
+        self._solver = None
+        if solver is not None:
+            self._solver = SolverWalk(chain, solver, math.inf if limit is None else limit)
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
         """The sample itself: the paper's networks see x_t."""
@@ -199,6 +203,8 @@ class IDDPMScheduler(SchedulerMixin, ConfigMixin):
         _require_eta(sampler, eta)
         i = self._position(timestep)
         state = sample if sample.dtype == torch.float64 else sample.float()
+        if sampler in SOLVERS:
+            eta = SOLVERS[sampler].eta
         table = self.chain.table(
             sample.device,
             sampler="ddpm" if sampler == "ddpm" else "ddim",
@@ -216,14 +222,8 @@ class IDDPMScheduler(SchedulerMixin, ConfigMixin):
         x_prev, x_0 = ops.reverse_step(
             state, model_output, t, table, noise, clip=self.config.clip_sample
         )
-        if sampler == "dpm++":
-            before = self._before
-            # Only the step before gives the slope: after a jump, the solver starts anew.
-            known = before is not None and before[0] == i + 1
-            x_prev = multistep_update(
-                x_prev, x_0, before[1] if known and before else None, float(self._weights[i])
-            )
-            self._before = (i, x_0)
+        if self._solver is not None:
+            x_prev = self._solver(i, state, x_prev, x_0)
         x_prev, x_0 = x_prev.to(sample.dtype), x_0.to(sample.dtype)
         return DDPMSchedulerOutput(x_prev, x_0) if return_dict else (x_prev, x_0)
 

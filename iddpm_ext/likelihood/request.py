@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,9 @@ from iddpm_ext.networks.config import UNetConfig
 from iddpm_ext.networks.splice import Splice
 from iddpm_ext.networks.unet import UNet
 from iddpm_ext.sampling.request import network_spec
+from iddpm_ext.sampling.variance import with_variance
 
+METHODS = ("bound", "full", "information", "ode")
 _FORMAT = 1
 
 
@@ -37,7 +39,7 @@ class LikelihoodRequest:
 
     spec: the network, its chain and its inputs. x_0: float32 [N, C, H, W] on the CPU. batch_size: most
     evaluations at once. budget: evaluations an image, or None. exact: the decoder's likelihood without
-    approximation. clip: clamp every predicted x_0.
+    approximation. clip: clamp every predicted x_0. method, tolerance: as in `nll`.
     """
 
     spec: NetworkSpec
@@ -48,6 +50,8 @@ class LikelihoodRequest:
     clip: bool
     seed: int
     progress: bool
+    method: str = "bound"
+    tolerance: float = 1e-4
 
     def fingerprint(self, more: str = "") -> str:
         """sha256 of everything that the result depends on, batches and processes not among it.
@@ -60,6 +64,7 @@ class LikelihoodRequest:
             "diffusion": spec.diffusion.to_dict(),
             "budget": self.budget,
             "more": more,
+            "method": [self.method, self.tolerance],
             "exact": self.exact,
             "clip": self.clip,
             "seed": self.seed,
@@ -112,6 +117,9 @@ def make_likelihood_request(
     progress: bool,
     who: str = "nll",
     shuffle: bool = False,
+    variance: str | None = None,
+    method: str = "bound",
+    tolerance: float = 1e-4,
 ) -> LikelihoodRequest:
     """Checks the arguments of `nll` and reads the images.
 
@@ -119,6 +127,7 @@ def make_likelihood_request(
 
     Raises ValueError, TypeError or RuntimeError as `nll` documents.
     """
+    _check_method(who, method, tolerance, budget)
     number = isinstance(budget, (int, float)) and not isinstance(budget, bool)
     if budget is not None and not (number and budget >= 1 and budget < float("inf")):
         raise ValueError(
@@ -148,6 +157,7 @@ def make_likelihood_request(
         who, model, steps, diffusion=diffusion, image_shape=shape, dtype=dtype, engine=engine,
         exact=False, backend=backend, labels=labels, low_res=low_res,
     )  # fmt: skip
+    spec = replace(spec, diffusion=with_variance(spec, variance, sampling=False))
     n = len(images.x_0)
     count_of(who, n, n, labels=spec.labels, low_res=low_res)
     if batch_size is None:  # more than there are images, as a call evaluates an image many times
@@ -163,7 +173,19 @@ def make_likelihood_request(
         clip=clip,
         seed=seed,
         progress=progress,
+        method=method,
+        tolerance=float(tolerance),
     )
+
+
+def _check_method(who: str, method: str, tolerance: float, budget: float | None) -> None:
+    if method not in METHODS:
+        raise ValueError(f"{who}: method must be one of {', '.join(METHODS)}, got {method!r}")
+    if method == "full" and budget is not None:
+        raise ValueError(f"{who}: budget must be None with method 'full', got {budget!r}")
+    number = isinstance(tolerance, (int, float)) and not isinstance(tolerance, bool)
+    if not number or not 0 < tolerance < 1:
+        raise ValueError(f"{who}: tolerance must be above 0 and below 1, got {tolerance!r}")
 
 
 def _labels(

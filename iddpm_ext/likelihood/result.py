@@ -17,6 +17,7 @@ from torch import Tensor
 from iddpm_ext.files import write_whole
 from iddpm_ext.likelihood.design import Design
 from iddpm_ext.likelihood.evaluate import MEASURED
+from iddpm_ext.likelihood.request import LikelihoodRequest
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,13 +51,13 @@ class PerStep:
 
 @dataclass(frozen=True, eq=False)
 class Likelihood:
-    """Bits per dimension of images, as the variational bound.
+    """Bits per dimension of images, by the method that `facts` names.
 
     bpd: the mean over the images. ci95: (low, high) over steps and noise, for these images.
     population_ci95: (low, high) with the images as a sample of many; NaN for one image.
     prior_bpd: the mean of L_T, which is part of bpd. per_image_bpd: float64 [N]. per_step: see `PerStep`;
     `per_step_bpd` and `per_step_count` [T] are its columns. evaluations: of the network, the pilot's
-    included. facts: how it was computed, JSON-ready.
+    included. By "ode" there are no steps, and prior_bpd is NaN. facts: how it was computed, JSON-ready.
     """
 
     bpd: float
@@ -112,6 +113,21 @@ class Likelihood:
             f"{_range(self.population_ci95)} over images ({len(self.per_image_bpd)} images, "
             f"{self.evaluations / len(self.per_image_bpd):.1f} evaluations an image)"
         )
+
+
+def facts_of(request: LikelihoodRequest, network: str, **more: Any) -> dict[str, Any]:
+    """How a likelihood was computed, JSON-ready."""
+    return {
+        "images": len(request.x_0),
+        "budget": request.budget,
+        "seed": request.seed,
+        "clip": request.clip,
+        "exact": request.exact,
+        "diffusion": repr(request.spec.diffusion),
+        "network": network,
+        "device": str(request.spec.device),
+        **more,
+    }
 
 
 def summarize_steps(design: Design, measured: Tensor, timesteps: Tensor) -> PerStep:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,9 +22,11 @@ from iddpm_ext.likelihood.design import (
 from iddpm_ext.likelihood.estimate import estimate
 from iddpm_ext.likelihood.evaluate import MEASURED, Evaluator, Rows, progress_bar
 from iddpm_ext.likelihood.images import Data
+from iddpm_ext.likelihood.information import compute_information
 from iddpm_ext.likelihood.journal import Journal
+from iddpm_ext.likelihood.ode import compute_ode
 from iddpm_ext.likelihood.request import LikelihoodRequest, make_likelihood_request
-from iddpm_ext.likelihood.result import Likelihood, summarize_steps
+from iddpm_ext.likelihood.result import Likelihood, facts_of, summarize_steps
 from iddpm_ext.sampling.distributed import Processes
 
 
@@ -47,6 +48,9 @@ def nll(
     dtype: torch.dtype | None = None,
     engine: bool = True,
     backend: str = "auto",
+    variance: str | None = None,
+    method: str = "bound",
+    tolerance: float = 1e-4,
     state: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> Likelihood:
@@ -70,13 +74,18 @@ def nll(
             sum, which evaluates every step once and those at jumps in the terms (64 of 4000) twice, to know
             its error.
         steps: a shorter chain, as in `sample`; "dense-K" also visits every one of the first T/K steps,
-            "optimal-K" is a schedule of the checkpoint; None for the whole chain.
+            "optimal-K" and "analytic-K" are schedules of the checkpoint; None for the whole chain.
         clip: clamp every predicted x_0 to [-1, 1].
         exact: take the decoder's likelihood as it is, not the original's approximation.
         batch_size: most evaluations at once; chosen by device and image size if None.
         seed: 0 <= seed < 2^64, names the noise and the drawn steps.
         split: "train" or "test", of a path that has both. limit: only the first images.
         diffusion, dtype, engine, backend: as in `sample`; backend is that of `q_sample` and `vlb_terms`.
+        variance: of p(x_{t-1} | x_t), as in `sample`; None for the chain's own, learned where it is.
+        method: "bound", with a budget or without; "full", the bound's full sum; "information" (Kong et al.
+            2023), with `budget` points an image, 1,000 where that is None; or "ode", the probability flow's
+            density (Song et al. 2021). `docs/likelihood.md` says which numbers may be compared.
+        tolerance: of "ode", relative and absolute, of every step.
         state: a folder that keeps every evaluation until the run is done, so that the same call after an
             interruption goes on where it was.
         progress: show a bar where stderr is a terminal.
@@ -86,7 +95,8 @@ def nll(
 
     Raises:
         ValueError, TypeError: for an argument of a wrong value, shape or dtype.
-        OSError: if `state` cannot be written. RuntimeError: if an explicit backend does not support the call.
+        OSError: if `state` cannot be written. RuntimeError: if an explicit backend does not support the call,
+            or the tolerance is not met.
 
     Not differentiable. Source: Nichol & Dhariwal 2021; the estimator is this project's.
     """
@@ -94,12 +104,17 @@ def nll(
         model, data, labels=labels, low_res=low_res, budget=budget, steps=steps, clip=clip,
         exact=exact, batch_size=batch_size, seed=seed, split=split, limit=limit,
         diffusion=diffusion, dtype=dtype, engine=engine, backend=backend, progress=progress,
+        variance=variance, method=method, tolerance=tolerance,
     )  # fmt: skip
     return compute(request, Path(state) if state is not None else None, Processes())
 
 
 def compute(request: LikelihoodRequest, state: Path | None, processes: Processes) -> Likelihood:
     """The likelihood of a request, shared out among `processes` by image, the same in all of them."""
+    if request.method == "information":
+        return compute_information(request, state, processes)
+    if request.method == "ode":
+        return compute_ode(request, state, processes)
     spec, images = request.spec, len(request.x_0)
     chain = spec.diffusion
     plan = make_plan(images, chain.timesteps, request.budget)
@@ -195,17 +210,6 @@ def _result(
     chain = request.spec.diffusion
     prior = torch.cat([chain.prior_bpd(part) for part in request.x_0.split(256)])
     mean, ci95, population, per_image = estimate(design, measured[:, :, 0], prior)
-    facts: dict[str, Any] = {
-        "images": len(request.x_0),
-        "budget": request.budget,
-        "pilot_evaluations": pilot,
-        "seed": request.seed,
-        "clip": request.clip,
-        "exact": request.exact,
-        "diffusion": repr(chain),
-        "network": work.network_name,
-        "device": str(request.spec.device),
-    }
     return Likelihood(
         bpd=mean,
         ci95=ci95,
@@ -214,5 +218,5 @@ def _result(
         per_image_bpd=per_image,
         per_step=summarize_steps(design, measured, chain.timesteps),
         evaluations=pilot + design.t.numel(),
-        facts=facts,
+        facts=facts_of(request, work.network_name, method=request.method, pilot_evaluations=pilot),
     )

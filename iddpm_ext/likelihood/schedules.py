@@ -18,11 +18,13 @@ from torch import Tensor
 
 from iddpm_ext import ops
 from iddpm_ext.diffusion import Diffusion
-from iddpm_ext.likelihood.evaluate import Evaluator, Rows, progress_bar
+from iddpm_ext.diffusion.moments import Moments
+from iddpm_ext.diffusion.shortest import JumpTerms, shortest_paths
+from iddpm_ext.likelihood.evaluate import Evaluator, Outputs, Rows, progress_bar
 from iddpm_ext.likelihood.images import Data
 from iddpm_ext.likelihood.journal import Journal
+from iddpm_ext.likelihood.moments import eps_squares
 from iddpm_ext.likelihood.request import LikelihoodRequest, make_likelihood_request
-from iddpm_ext.likelihood.shortest import JumpTerms, shortest_paths
 from iddpm_ext.sampling.distributed import Processes
 
 #: All of the first steps are candidates: the terms change fastest there.
@@ -34,12 +36,14 @@ class StepSchedules:
     """What `find_schedules` found.
 
     steps: K -> its K indices in the training chain, ascending. bpd: K -> the mean bound of the images that
-    it was found on. timesteps: the candidates, indices in the training chain.
+    it was found on. timesteps: the candidates, indices in the training chain. moments: of the candidates,
+    for `variance="analytic"`.
     """
 
     steps: dict[int, list[int]]
     bpd: dict[int, float]
     timesteps: list[int]
+    moments: Moments
 
     def to_extra(self) -> dict[str, list[int]]:
         """What a checkpoint's `extra["step_schedules"]` holds."""
@@ -107,13 +111,14 @@ def search(
     """`find_schedules` of a request, shared out among `processes` by candidate, the same in all."""
     chain = request.spec.diffusion
     steps = candidate_steps(chain.num_timesteps, candidates)
-    terms = jump_terms(request, steps, state, processes)
+    terms, eps_square = jump_terms(request, steps, state, processes)
     paths = shortest_paths(terms, most)
     timesteps = chain.timesteps[steps].tolist()
     return StepSchedules(
         steps={count: [timesteps[i] for i in path] for count, path in paths.items()},
         bpd={count: terms.bound(path) for count, path in paths.items()},
         timesteps=timesteps,
+        moments=Moments(chain.timesteps[steps], eps_square),
     )
 
 
@@ -137,13 +142,13 @@ def candidate_steps(num_timesteps: int, count: int) -> Tensor:
 
 def jump_terms(
     request: LikelihoodRequest, steps: Tensor, state: Path | None, processes: Processes
-) -> JumpTerms:
-    """The mean terms of all jumps between these steps of the chain, over the request's images."""
+) -> tuple[JumpTerms, Tensor]:
+    """The mean terms of all jumps between these steps of the chain, and E|eps_theta|^2 / d of each step."""
     chain, images, count = request.spec.diffusion, len(request.x_0), len(steps)
     evaluator = Evaluator(request, request.batch_size)
-    means = torch.full((count, count), torch.nan, dtype=torch.float32, device="cpu")
+    means = torch.full((count, count + 1), torch.nan, dtype=torch.float32, device="cpu")
     run = request.fingerprint(str(steps.tolist())) if state is not None else ""
-    with Journal(state, run, processes.rank, count) as journal:
+    with Journal(state, run, processes.rank, count + 1) as journal:
         means[journal.ids] = journal.values
         todo = means.isnan().all(1).nonzero()[:, 0]
         mine = todo[todo % processes.size == processes.rank]
@@ -162,17 +167,16 @@ def jump_terms(
     priors = [torch.inf]  # no chain ends at the first candidate
     for last in steps[1:].tolist():
         priors.append(float(chain.respace([0, last]).prior_bpd(request.x_0).double().mean()))
-    return JumpTerms(
-        torch.where(later.T, means.double(), zero),
-        torch.where(later, means.double(), zero),
-        torch.tensor(priors, dtype=torch.float64, device="cpu"),
-    )
+    terms, eps_square = means[:, :count].double(), means[:, count].double()
+    prior = torch.tensor(priors, dtype=torch.float64, device="cpu")
+    jumps, decoders = torch.where(later.T, terms, zero), torch.where(later, terms, zero)
+    return JumpTerms(jumps, decoders, prior), eps_square
 
 
 def _from_step(request: LikelihoodRequest, evaluator: Evaluator, steps: Tensor, i: int) -> Tensor:
     """Means over the images of the jumps to the steps before steps[i] and the decoders before those after.
 
-    float32 [G]; 0 at i itself.
+    float32 [G + 1]; 0 at i itself, and E|eps_theta|^2 / d at the end.
     """
     spec = request.spec
     chain, device = spec.diffusion, spec.device
@@ -180,6 +184,7 @@ def _from_step(request: LikelihoodRequest, evaluator: Evaluator, steps: Tensor, 
     targets = torch.cat([steps[:i], -1 - steps[i + 1 :]]).to(device)
     total = torch.zeros(len(steps), dtype=torch.float64, device="cpu")
     kept = torch.arange(len(steps), dtype=torch.int64, device="cpu") != i
+    eps_square = 0.0
     for image in torch.arange(len(request.x_0), dtype=torch.int64, device="cpu").split(
         request.batch_size
     ):
@@ -190,4 +195,6 @@ def _from_step(request: LikelihoodRequest, evaluator: Evaluator, steps: Tensor, 
             exact=request.exact, backend=spec.backend,
         )  # fmt: skip
         total[kept] += terms.double().sum(0).cpu()
-    return (total / len(request.x_0)).float()
+        eps_square += float(eps_squares(chain, Outputs(x_0, x_t, out, at)).sum())
+    whole = torch.cat([total, total.new_tensor([eps_square])])
+    return (whole / len(request.x_0)).float()

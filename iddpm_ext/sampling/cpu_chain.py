@@ -27,7 +27,7 @@ def supports(request: Request, network: Network) -> bool:
     spec = request.spec
     return (
         isinstance(network, CPUEngine)
-        and request.sampler in ("ddpm", "ddim")
+        and request.solver is None
         and request.guidance_scale == 1.0
         and request.cond_fn is None
         and request.denoised_fn is None
@@ -50,8 +50,7 @@ def prepare(
     shape = (n, network.out_channels, *network.size)
     out = torch.empty(shape, dtype=torch.float32, device="cpu")
     evaluate = network.prepare(x, out)
-    table = chain.table(spec.device, sampler=request.sampler, eta=request.eta)
-    noisy = request.sampler == "ddpm" or request.eta > 0
+    table, noisy = request.table(), request.noisy
     t = steps[:, None].expand(-1, n).contiguous()
     timesteps = chain.timesteps[:, None].expand(-1, n).contiguous()
     x_0 = torch.empty_like(x)

@@ -33,7 +33,7 @@ def supports(request: Request, network: Network) -> bool:
     spec = request.spec
     return (
         isinstance(network, CUDAEngine)
-        and request.sampler in ("ddpm", "ddim")
+        and request.solver is None
         and request.cond_fn is None
         and request.denoised_fn is None
         and resolve_backend("reverse_step", spec.backend, spec.device, torch.float32) == "cuda"
@@ -52,7 +52,7 @@ def prepare(
     predict = Predictor(request.spec, network, samples, request.guidance_scale)
     predict.begin()
     schedule, steps = engine.schedule, chain.num_timesteps
-    noisy = request.sampler == "ddpm" or request.eta > 0
+    noisy = request.noisy
     room = max(_LEAST_STEPS, 1 << (steps - 1).bit_length())
     guided, shared = request.guidance_scale != 1.0, schedule.labels is None
     low_res = None if predict.low_res is None else upsampled(predict.low_res, x)
@@ -64,7 +64,7 @@ def prepare(
             guided=guided, shared=shared, noisy=noisy, clip=request.clip, low_res=low_res,
         ),
     )  # fmt: skip
-    table = chain.table(engine.device, sampler=request.sampler, eta=request.eta)
+    table = request.table()
     with engine.computing():
         task.x.copy_(x)
         if low_res is not None and task.low_res is not None:

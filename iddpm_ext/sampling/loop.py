@@ -43,6 +43,7 @@ def sample(
     n: int | None = None,
     sampler: str = "ddpm",
     eta: float = 0.0,
+    variance: str | None = None,
     labels: Sequence[int] | Tensor | None = None,
     guidance_scale: float = 1.0,
     cond_fn: CondFn | None = None,
@@ -66,7 +67,8 @@ def sample(
         x_{t-1} = mean(x_t, x_0) + exp(log_variance / 2) z,  x_0 from the network's output
 
     ancestrally (equations 11 and 15 of Improved DDPM), by DDIM (equation 12 of Song et al. 2021)
-    or by DPM-Solver++ (2M; Lu et al. 2022). The last two leave a learned variance unused. Image i
+    or by a solver of several steps (Lu et al. 2022; Zhao et al. 2023). All but the first leave a
+    learned variance unused. Image i
     depends on the seed and i, not on the batches, up to the network's rounding.
 
     Args:
@@ -74,11 +76,15 @@ def sample(
             [N, C, H, W], or [N, 2C, H, W] with the variance. It gets `y` where there are labels and
             `low_res` where that is given. Modules run in evaluation mode.
         steps: what `Diffusion.respace` takes (50, [0, 100, 3999], "ddim50", "10,15,20"), counted
-            in the steps of `diffusion`; "optimal-K" for a schedule of the checkpoint; None for every step.
+            in the steps of `diffusion`; "optimal-K" (best bound), "analytic-K" (best bound of analytic
+            variances) or "pictures-K" for a schedule of the checkpoint; None for every step.
         n: how many images; 16, or the length of labels, low_res or x_T, which must agree.
-        sampler: "ddpm" (ancestral), "ddim", or "dpm++" (DDIM's second-order sibling, for few
-            steps; it never extrapolates further than the step before was long).
+        sampler: "ddpm" (ancestral), "ddim", or, for few steps, a solver: "dpm++" (DPM-Solver++(2M)) and
+            "dpm++3" of second and third order, "unipc" and "unipc3" with a corrector that costs no
+            evaluation, "dpm++sde" with noise. None extrapolates further than the step before was long.
         eta: the noise of DDIM, from 0 (none) to 1.
+        variance: None for the chain's own; "analytic" (of "ddpm" and "ddim"; the checkpoint needs the
+            moments that `iddpm steps` stores); "fixed_small" or "fixed_large" (of "ddpm").
         labels: integers [n], -1 for an unlabelled image. A class-conditional `UNet` draws those
             that are not given.
         guidance_scale: s of classifier-free guidance, eps = eps_none + s (eps_label - eps_none);
@@ -120,7 +126,7 @@ def sample(
         guidance_scale=guidance_scale, cond_fn=cond_fn, denoised_fn=denoised_fn, low_res=low_res,
         seed=seed, x_T=x_T, clip=clip, batch_size=batch_size, diffusion=diffusion,
         image_shape=image_shape, dtype=dtype,
-        engine=engine, exact=exact, backend=backend, progress=progress,
+        engine=engine, exact=exact, backend=backend, progress=progress, variance=variance,
     )  # fmt: skip
     return run(request, batches(request.n, request.batch_size), callback)
 
@@ -132,6 +138,7 @@ def sample_progressive(
     n: int | None = None,
     sampler: str = "ddpm",
     eta: float = 0.0,
+    variance: str | None = None,
     labels: Sequence[int] | Tensor | None = None,
     guidance_scale: float = 1.0,
     cond_fn: CondFn | None = None,
@@ -161,7 +168,7 @@ def sample_progressive(
         guidance_scale=guidance_scale, cond_fn=cond_fn, denoised_fn=denoised_fn, low_res=low_res,
         seed=seed, x_T=x_T, clip=clip, batch_size=batch_size, diffusion=diffusion,
         image_shape=image_shape, dtype=dtype,
-        engine=engine, exact=exact, backend=backend, progress=progress,
+        engine=engine, exact=exact, backend=backend, progress=progress, variance=variance,
     )  # fmt: skip
     return walk(request, callback)
 
@@ -231,7 +238,7 @@ def _run_prepared(
 ) -> Tensor:
     """The last x of `_walk_batch`, faster, as nobody looks at the steps."""
     samples = numbers(images, request.spec.device)
-    x = _initial(request, samples).contiguous()
+    x = initial(request, samples).contiguous()
     with undisturbed(request.spec.device.type):
         step = prepare(request, network, samples, x)
         for i in reversed(range(request.spec.diffusion.num_timesteps)):
@@ -271,7 +278,7 @@ def _walk_batch(request: Request, network: Network, images: range) -> Iterator[S
     """The chain of one batch. Walks that share a network may be advanced in turn."""
     spec = request.spec
     chain, samples = spec.diffusion, numbers(images, spec.device)
-    x = _initial(request, samples)
+    x = initial(request, samples)
     predict = Predictor(spec, network, samples, request.guidance_scale)
     step = SamplerStep(request, predict, x.dtype)
     for i in reversed(range(chain.num_timesteps)):
@@ -287,7 +294,8 @@ def numbers(images: range, device: torch.device) -> Tensor:
     return torch.arange(images.start, images.stop, dtype=torch.int64, device=device)
 
 
-def _initial(request: Request, samples: Tensor) -> Tensor:
+def initial(request: Request, samples: Tensor) -> Tensor:
+    """x_T of some images of a request, [n, C, H, W]."""
     if request.x_T is not None:
         return request.x_T[samples]
     key = NoiseKey(request.seed, STREAM_INITIAL, samples, 0)

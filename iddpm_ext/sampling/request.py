@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from iddpm_ext.checkpoint.unlabelled import warn_if_never_unlabelled
 from iddpm_ext.diffusion import SAMPLERS as ONE_STEP_SAMPLERS
 from iddpm_ext.diffusion import Diffusion
+from iddpm_ext.diffusion.solvers import SOLVERS, Solver
 from iddpm_ext.engines.spec import (
     NetworkSpec,
     Steps,
@@ -28,8 +29,9 @@ from iddpm_ext.interop.twin import twin
 from iddpm_ext.networks import foreign
 from iddpm_ext.networks.unet import UNet
 from iddpm_ext.random import STREAM_CHOICE, NoiseKey, integers
+from iddpm_ext.sampling.variance import FIXED, with_variance
 
-SAMPLERS = (*ONE_STEP_SAMPLERS, "dpm++")
+SAMPLERS = (*ONE_STEP_SAMPLERS, *SOLVERS)
 _DEFAULT_N = 16
 
 
@@ -52,6 +54,29 @@ class Request:
     seed: int = 0
     clip: bool = True
     progress: bool = True
+    variance: str | None = None
+
+    @property
+    def solver(self) -> Solver | None:
+        """The multistep solver that the sampler is, if it is one."""
+        return SOLVERS.get(self.sampler)
+
+    @property
+    def noisy(self) -> bool:
+        """Whether the steps add noise."""
+        stochastic = self.solver is not None and self.solver.eta > 0
+        return self.sampler == "ddpm" or self.eta > 0 or stochastic or self.variance == "analytic"
+
+    def table(self, chain: Diffusion | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The coefficients of the sampler's `reverse_step`, [T, 16] on the device.
+
+        chain: the request's own, or None for it, or the same of another prediction.
+        """
+        chain, solver = chain or self.spec.diffusion, self.solver
+        if self.sampler == "ddpm":
+            return chain.table(self.spec.device, dtype=dtype)
+        eta = self.eta if solver is None else solver.eta
+        return chain.table(self.spec.device, sampler="ddim", eta=eta, dtype=dtype)
 
     def with_low_res(self, low_res: Tensor) -> Request:
         """The same request with other low-resolution images [n, C, h, w]."""
@@ -82,6 +107,7 @@ def make_request(
     progress: bool = True,
     cond_fn: Callable[..., Tensor] | None = None,
     denoised_fn: Callable[[Tensor], Tensor] | None = None,
+    variance: str | None = None,
 ) -> Request:
     """Checks the arguments of `sample` and fills in what they leave open.
 
@@ -93,17 +119,18 @@ def make_request(
     for name, function in (("cond_fn", cond_fn), ("denoised_fn", denoised_fn)):
         if function is not None and not callable(function):
             raise TypeError(f"{who}: {name} must be callable, got {type(function).__name__}")
-    _check_sampler(who, sampler, eta)
+    _check_sampler(who, sampler, eta, variance)
     check_seed(who, seed)
     spec = network_spec(
         who, model, steps, diffusion=diffusion, image_shape=image_shape, dtype=dtype, engine=engine,
         exact=exact, backend=backend, labels=labels, low_res=low_res, images=("x_T", x_T),
         labels_for_guidance=cond_fn is not None,
     )  # fmt: skip
+    spec = replace(spec, diffusion=with_variance(spec, variance, sampling=True))
     if cond_fn is not None and sampler != "ddpm" and float(spec.diffusion.alphas_cumprod[-1]) == 0:
         raise ValueError(
-            f"{who}: cond_fn must be left out with ddim and dpm++ for a chain that begins in pure noise, "
-            "whose eps moves x_0 without bound, got one"
+            f"{who}: cond_fn must be left out with ddim and the solvers for a chain that begins in pure "
+            "noise, whose eps moves x_0 without bound, got one"
         )
     count = count_of(who, n, _DEFAULT_N, labels=spec.labels, low_res=low_res, x_T=x_T)
     ours = describing(spec.model)
@@ -125,6 +152,7 @@ def make_request(
         seed=seed,
         clip=clip,
         progress=progress,
+        variance=variance,
     )
 
 
@@ -156,13 +184,22 @@ def network_spec(
     )
 
 
-def _check_sampler(who: str, sampler: str, eta: float) -> None:
+def _check_sampler(who: str, sampler: str, eta: float, variance: str | None) -> None:
     if sampler not in SAMPLERS:
         raise ValueError(f"{who}: sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}")
     if isinstance(eta, bool) or not isinstance(eta, (int, float)) or not 0 <= eta <= 1:
         raise ValueError(f"{who}: eta must be a number from 0 to 1, got {eta!r}")
     if eta and sampler != "ddim":
         raise ValueError(f"{who}: eta must be 0 with sampler {sampler!r} (it is DDIM's), got {eta}")
+    if variance in FIXED and sampler != "ddpm":
+        raise ValueError(
+            f"{who}: variance must be None or 'analytic' with sampler {sampler!r}, got {variance!r}"
+        )
+    if variance == "analytic" and sampler in SOLVERS:
+        raise ValueError(
+            f"{who}: variance must be None with sampler {sampler!r}, which solves an equation, "
+            f"got {variance!r}"
+        )
 
 
 def checked_scale(spec: NetworkSpec, scale: float) -> float:

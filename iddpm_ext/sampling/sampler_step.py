@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from iddpm_ext.diffusion import multistep_update
+from iddpm_ext.diffusion.solvers import SolverWalk
 from iddpm_ext.ops import reverse_step
 from iddpm_ext.ops.columns import Column
 from iddpm_ext.random import NoiseKey
@@ -17,26 +17,21 @@ from iddpm_ext.sampling.request import Request
 class SamplerStep:
     """x_{t-1} and x_0 from x_t and the network's output, for one walk down the chain.
 
-    Every sampler is one call of `reverse_step` with its table; DPM-Solver++ adds a term to DDIM's.
+    Every sampler is one call of `reverse_step` with its table; solvers add terms to DDIM's.
     """
 
     def __init__(self, request: Request, predict: Predictor, dtype: torch.dtype) -> None:
-        chain, device = request.spec.diffusion, request.spec.device
         self._request, self._predict = request, predict
-        affine = "ddpm" if request.sampler == "ddpm" else "ddim"
-        self._noisy = request.sampler == "ddpm" or request.eta > 0
-        self._table = chain.table(device, sampler=affine, eta=request.eta, dtype=dtype)
-        self._own_table = self._table
+        self._own_table = request.table(request.spec.diffusion, dtype)
+        self._table = self._own_table
         if request.denoised_fn is not None:
             # What is made of x_0 goes on as the output of a network that predicts it.
-            chain = chain.predicting("x_0")
-            self._table = chain.table(device, sampler=affine, eta=request.eta, dtype=dtype)
+            self._table = request.table(request.spec.diffusion.predicting("x_0"), dtype)
         # beta~_0 is 0 and its logarithm clipped: the original's guidance moves by the former.
-        self._last_is_fixed = request.sampler == "ddpm" and chain.variance == "fixed_small"
-        self._weights: list[float] | None = None
-        if request.sampler == "dpm++":
-            self._weights = chain.multistep_weights(limit=0.5).tolist()
-        self._previous_x_0: Tensor | None = None
+        fixed = request.spec.diffusion.variance == "fixed_small"
+        self._last_is_fixed = request.sampler == "ddpm" and fixed
+        solver = request.solver
+        self._solver = None if solver is None else SolverWalk(request.spec.diffusion, solver)
 
     def __call__(
         self, x_t: Tensor, model_output: Tensor, i: int, noise: NoiseKey
@@ -51,7 +46,7 @@ class SamplerStep:
             model_output,
             t,
             self._table,
-            noise if self._noisy else None,
+            noise if request.noisy else None,
             clip=request.clip,
             backend=request.spec.backend,
         )
@@ -61,9 +56,8 @@ class SamplerStep:
                 x_prev = condition_mean(x_prev, gradient, model_output, self._table[i])
             else:
                 x_prev, x_0 = condition_score(x_prev, x_0, gradient, self._table[i])
-        if self._weights is not None:
-            x_prev = multistep_update(x_prev, x_0, self._previous_x_0, self._weights[i])
-            self._previous_x_0 = x_0
+        if self._solver is not None:
+            x_prev = self._solver(i, x_t, x_prev, x_0)
         return x_prev, x_0
 
     def _with_denoised(self, x_t: Tensor, model_output: Tensor, i: int) -> Tensor:

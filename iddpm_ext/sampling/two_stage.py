@@ -35,6 +35,7 @@ def sample_two_stage(
     n: int | None = None,
     sampler: str = "ddpm",
     eta: float = 0.0,
+    variance: str | None = None,
     labels: Sequence[int] | Tensor | None = None,
     guidance_scale: float = 1.0,
     seed: int = 0,
@@ -69,7 +70,7 @@ def sample_two_stage(
     request = make_request(
         "sample_two_stage", base, steps, n=n, sampler=sampler, eta=eta, labels=labels,
         guidance_scale=guidance_scale, seed=seed, clip=clip, batch_size=batch_size, dtype=dtype,
-        engine=engine, exact=exact, backend=backend, progress=progress,
+        engine=engine, exact=exact, backend=backend, progress=progress, variance=variance,
     )  # fmt: skip
     second = upsampler_request(
         request, upsampler, steps if upsampler_steps is None else upsampler_steps
@@ -102,6 +103,7 @@ def upsampler_request(base: Request, upsampler: Callable[..., Tensor], steps: St
         spec.who, upsampler, steps, n=base.n, sampler=base.sampler, eta=base.eta, labels=labels,
         low_res=none, seed=base.seed ^ _SEED_BIT, clip=base.clip, dtype=spec.dtype,
         engine=spec.engine, exact=spec.exact, backend=spec.backend, progress=base.progress,
+        variance=base.variance,
     )  # fmt: skip
 
 
