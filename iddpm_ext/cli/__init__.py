@@ -18,7 +18,19 @@ import iddpm_ext
 from iddpm_ext.text import printable
 
 _LONGEST_ERROR = 2000
-_ORDER = ("sample", "train", "nll", "evaluate", "steps", "convert", "plot", "data", "tune", "info")
+_ORDER = (
+    "sample",
+    "train",
+    "nll",
+    "evaluate",
+    "report",
+    "steps",
+    "convert",
+    "plot",
+    "data",
+    "tune",
+    "info",
+)
 
 
 def verbs() -> list[str]:
