@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from iddpm_ext.cli._common import pick_device
+from iddpm_ext.cli._common import pick_device, quiet, result, starting
 
 
 def run(
@@ -38,10 +38,11 @@ def run(
         seed: names all noise.
         device: auto, cpu, cuda or cuda:1.
     """
+    starting("report", f"loading {', '.join(checkpoints)}")
     from iddpm_ext.report import write_report
 
     path = write_report(
         checkpoints, out, data=data, classes=classes, value_range=value_range, alpha=alpha,
-        quick=quick, seed=seed, device=pick_device(device),
+        quick=quick, seed=seed, device=pick_device(device), progress=not quiet(),
     )  # fmt: skip
-    print(path.resolve())
+    result(str(path.resolve()), {"file": str(path.resolve())})

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from iddpm_ext.cli._common import Count, pick_device
+from iddpm_ext.cli._common import Count, pick_device, quiet, result, starting
 
 _SHOWN = (2, 5, 10, 25, 50, 100, 250)
 
@@ -49,6 +49,7 @@ def run(
         batch_size: most evaluations at once.
         device: auto, cpu, cuda or cuda:1.
     """
+    starting("steps", f"loading {checkpoint}")
     import iddpm_ext
     from iddpm_ext.checkpoint import bundled
     from iddpm_ext.data import open_data
@@ -72,7 +73,7 @@ def run(
         request = make_likelihood_request(
             model, images, labels=None, low_res=None, budget=None, steps=None, clip=True, exact=False,
             batch_size=batch_size, seed=seed, split=split, limit=n, diffusion=None, dtype=None,
-            engine=True, backend="auto", progress=processes.rank == 0, who="find_schedules",
+            engine=True, backend="auto", progress=processes.rank == 0 and not quiet(), who="find_schedules",
             shuffle=True,
         )  # fmt: skip
         began = time.perf_counter()
@@ -84,7 +85,13 @@ def run(
             return
     model.extra = {**model.extra, "step_schedules": found.to_extra()}
     iddpm_ext.save(model, target)
-    print(f"{len(found.timesteps)} candidates, {len(request.x_0)} images, {seconds:.0f} s")
-    for count in sorted({*_SHOWN, max(found.steps)} & set(found.steps)):
-        print(f"optimal-{count:<4} {found.bpd[count]:.4f} bits/dim on these images")
-    print(target)
+    shown = sorted({*_SHOWN, max(found.steps)} & set(found.steps))
+    lines = [f"{len(found.timesteps)} candidates, {len(request.x_0)} images, {seconds:.0f} s"]
+    lines += [f"optimal-{k:<4} {found.bpd[k]:.4f} bits/dim on these images" for k in shown]
+    result(
+        "\n".join([*lines, str(target)]),
+        {
+            "file": str(target), "candidates": len(found.timesteps), "images": len(request.x_0),
+            "seconds": round(seconds, 3), "bpd": {k: found.bpd[k] for k in sorted(found.steps)},
+        },
+    )  # fmt: skip
