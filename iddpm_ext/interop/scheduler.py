@@ -15,7 +15,6 @@ from iddpm_ext.diffusion import Diffusion, multistep_update
 from iddpm_ext.interop.library import (
     ConfigMixin,
     DDPMSchedulerOutput,
-    KarrasDiffusionSchedulers,
     SchedulerMixin,
     randn_tensor,
     register_to_config,
@@ -29,9 +28,14 @@ class IDDPMScheduler(SchedulerMixin, ConfigMixin):
     """Samples networks with a learned variance inside the pipelines of diffusers.
 
     Tables are float64, rounded once; steps are spaced as in the original code, both ends included;
-    the last step adds no noise. `timesteps` are floats, index * 1000 / T where the network was
-    trained on rescaled timesteps, so that a pipeline feeds the network what it was trained on. In
-    `step` and `add_noise` a floating timestep is such a number, an integer one the index itself.
+    the last step adds no noise. `timesteps` are what a pipeline tells the network: the indices as
+    int64, or floats, index * 1000 / T, where it was trained on rescaled timesteps. In `step` and
+    `add_noise` a floating timestep is such a number, an integer one the index itself.
+
+    Training code of diffusers draws integer indices, which it gives to `add_noise` and to the network.
+    With `rescale_timesteps` the network is to be told `model_timesteps(t)` of them instead.
+
+    `betas`, `alphas` and `alphas_cumprod` are those of the whole training chain, float32 [T] on the CPU.
 
     Args:
         num_train_timesteps: T.
@@ -42,7 +46,8 @@ class IDDPMScheduler(SchedulerMixin, ConfigMixin):
             "fixed_small".
         prediction_type: "epsilon", "sample" (x_0) or "x_prev".
         clip_sample: clamp every predicted x_0 to [-1, 1].
-        rescale_timesteps: the network is told index * 1000 / T instead of the index.
+        rescale_timesteps: the network is told index * 1000 / T instead of the index, as OpenAI's are;
+            `from_diffusion` takes it from the process.
         sampler: "ddpm" (ancestral), "ddim", or "dpm++" (DPM-Solver++ 2M); the last two leave the
             variance head unused.
         eta: noise of DDIM, from 0 to 1.
@@ -55,7 +60,12 @@ class IDDPMScheduler(SchedulerMixin, ConfigMixin):
     """
 
     config: Any
-    _compatibles = [e.name for e in KarrasDiffusionSchedulers]  # noqa: RUF012
+    # Of diffusers, those that take a learned variance along.
+    _compatibles = [  # noqa: RUF012
+        "DDPMScheduler",
+        "DPMSolverMultistepScheduler",
+        "DPMSolverSinglestepScheduler",
+    ]
     order = 1
 
     @register_to_config
@@ -69,7 +79,7 @@ class IDDPMScheduler(SchedulerMixin, ConfigMixin):
         variance_type: str = "learned_range",
         prediction_type: str = "epsilon",
         clip_sample: bool = True,
-        rescale_timesteps: bool = True,
+        rescale_timesteps: bool = False,
         sampler: str = "ddpm",
         eta: float = 0.0,
         extrapolation_limit: float | None = 0.5,
@@ -78,12 +88,18 @@ class IDDPMScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(
                 f"IDDPMScheduler: sampler must be one of {', '.join(_SAMPLERS)}, got {sampler!r}"
             )
+        # Another class that is made from this configuration puts its own defaults in the place of
+        # values that are marked as defaults here.
+        self.register_to_config(_use_default_values=[])
         self.diffusion = diffusion_of(self.config)
         if trained_betas is None and beta_schedule == "linear":
             # Diffusers' own schedulers cannot read a None here.
             betas = self.diffusion.betas
             self.register_to_config(beta_start=float(betas[0]), beta_end=float(betas[-1]))
         _require_eta(sampler, eta)
+        self.betas = self.diffusion.betas.float()
+        self.alphas = (1 - self.diffusion.betas).float()
+        self.alphas_cumprod = self.diffusion.alphas_cumprod.float()
         self.init_noise_sigma = 1.0
         self.num_inference_steps: int | None = None
         self._take(self.diffusion, None)
@@ -118,6 +134,23 @@ class IDDPMScheduler(SchedulerMixin, ConfigMixin):
                 )
         return super().from_config(values, *args, **kwargs)
 
+    @property
+    def compatibles(self) -> list[type]:
+        """Classes of diffusers that walk this chain when they are made from this configuration.
+
+        None where they would misread it: they tell the network the index, know no x_{t-1} as a
+        prediction, and take "learned" for a variance.
+        """
+        config = self.config
+        told_otherwise = config.rescale_timesteps and len(self) != 1000
+        if (
+            told_otherwise
+            or config.prediction_type == "x_prev"
+            or config.variance_type == "learned"
+        ):
+            return []
+        return super().compatibles
+
     def set_timesteps(
         self,
         num_inference_steps: int | str | None = None,
@@ -150,9 +183,10 @@ class IDDPMScheduler(SchedulerMixin, ConfigMixin):
         self._take(chain, device)
 
     def _take(self, chain: Diffusion, device: torch.device | str | None) -> None:
-        told = chain.model_timesteps(
-            torch.arange(chain.num_timesteps, dtype=torch.int64, device="cpu")
-        )
+        steps = torch.arange(chain.num_timesteps, dtype=torch.int64, device="cpu")
+        told = chain.model_timesteps(steps)
+        if not self.config.rescale_timesteps:
+            told = told.long()
         self.chain = chain
         self.timesteps = told.flip(0).to(device)
         self._by_told = {float(value): i for i, value in enumerate(told)}
@@ -238,6 +272,17 @@ class IDDPMScheduler(SchedulerMixin, ConfigMixin):
         """
         t = self._training_index(timesteps, len(original_samples), original_samples.device)
         return self.diffusion.q_sample(original_samples, t, noise)
+
+    def previous_timestep(self, timestep: Tensor | float | int) -> Tensor:
+        """The timestep that a step from this one leads to, as `timesteps` has it; -1 after the last.
+
+        Args:
+            timestep: as of `step`.
+        """
+        i = self._position(timestep)
+        if i == 0:
+            return torch.full((), -1, dtype=self.timesteps.dtype, device=self.timesteps.device)
+        return self.timesteps[len(self.timesteps) - i]
 
     def model_timesteps(self, t: Tensor) -> Tensor:
         """What the network is told at training steps t, int64 [N] -> float32 [N]."""
