@@ -203,3 +203,16 @@ def test_modules_are_there_as_the_documentation_names_them():
 def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="no attribute 'smaple'"):
         iddpm_ext.smaple  # noqa: B018
+
+
+def test_hints_name_what_an_index_has():
+    """This package is not in one: an extra of it cannot be installed by name."""
+    hints = [path.name for _, path in sources() if "iddpm-ext[" in path.read_text()]
+    assert hints == []
+
+
+def test_every_place_says_the_same_version():
+    cited = (PACKAGE.parent / "CITATION.cff").read_text()
+    assert f"\nversion: {iddpm_ext.__version__}\n" in cited
+    newest = (PACKAGE.parent / "CHANGELOG.md").read_text().split("\n## ")[1]
+    assert newest.startswith(iddpm_ext.__version__)

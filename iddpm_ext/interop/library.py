@@ -13,7 +13,7 @@ try:
     from diffusers.utils.torch_utils import randn_tensor
 except ImportError as error:
     raise ImportError(
-        "iddpm_ext: this needs the library diffusers: pip install 'iddpm-ext[diffusers]'"
+        "iddpm_ext: this needs the library diffusers: pip install diffusers"
     ) from error
 
 __all__ = [
