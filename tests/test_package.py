@@ -205,6 +205,12 @@ def test_an_unknown_name_is_an_attribute_error():
         iddpm_ext.smaple  # noqa: B018
 
 
+def test_the_reference_has_every_public_name():
+    shown = set((PACKAGE.parent / "docs" / "api.md").read_text().split())
+    names = [name for name in iddpm_ext.__all__ if name != "__version__"]
+    assert [name for name in names if f"iddpm_ext.{name}" not in shown] == []
+
+
 def test_hints_name_what_an_index_has():
     """This package is not in one: an extra of it cannot be installed by name."""
     hints = [path.name for _, path in sources() if "iddpm-ext[" in path.read_text()]
