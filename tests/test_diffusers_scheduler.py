@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import diffusers
 import numpy as np
 import pytest
 import torch
 from diffusers.pipelines.ddpm import pipeline_ddpm
-from diffusers_networks import InjectedNoise, noise_of, small_network
+from diffusers_networks import SMALL, InjectedNoise, noise_of, small_network
 from test_multistep import exact_eps
 
 import iddpm_ext
@@ -352,3 +353,18 @@ def test_betas_of_ones_own_survive_the_folder(tmp_path):
     scheduler.save_pretrained(tmp_path)
     again = IDDPMScheduler.from_pretrained(tmp_path)
     assert again.betas.tolist() == scheduler.betas.tolist() == pytest.approx([0.1, 0.3])
+
+
+def test_diffusers_opens_a_conditional_pipeline_by_itself(tmp_path):
+    """As its stock pipeline, and with the file in the folder as ours, which takes labels."""
+    unet = to_diffusers(small_network(replace(SMALL, num_classes=3)))
+    IDDPMPipeline(unet, IDDPMScheduler()).save_pretrained(tmp_path)
+    stock = diffusers.DiffusionPipeline.from_pretrained(tmp_path)
+    assert type(stock) is diffusers.DDPMPipeline
+    assert type(stock.unet).__name__ == "IDDPMUNet2DModel"
+    custom = diffusers.DiffusionPipeline.from_pretrained(
+        tmp_path, custom_pipeline="pipeline", trust_remote_code=True
+    )
+    assert type(custom) is type(IDDPMPipeline.from_pretrained(tmp_path)) is IDDPMPipeline
+    images = quiet(custom)(class_labels=[0, 2], num_inference_steps=2, output_type="np").images
+    assert len(images) == 2
