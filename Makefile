@@ -19,7 +19,7 @@ CPP_FILES = $(shell find csrc tests benchmarks -name '*.cpp' -o -name '*.h' -o -
 BUILD_INPUTS = setup.py $(wildcard tools/*.py) $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help build sample test train bench paper check clang sanitize gpu-check soak clean
+.PHONY: help build sample test train bench paper check docs clang sanitize gpu-check soak clean
 
 help: ## print this list
 	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' Makefile | expand -t 14
@@ -36,6 +36,10 @@ check: $(VENV)/.dev $(VENV)/.built ## ruff, mypy, clang-format and what makes te
 	$(PY) -m mypy
 	$(PY) tools/check_tensors.py
 	$(VENV)/bin/clang-format --dry-run -Werror $(CPP_FILES)
+
+docs: $(VENV)/.ok ## the documentation as a site into build/site; a broken link or name fails
+	$(INSTALL_HERE) --quiet -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet --strict
 
 clang: $(VENV)/.ok ## compile the module with clang++ too, into build/clang, and import it
 	CXX=clang++ IDDPM_CUDA=0 $(PY) setup.py -q build_ext --build-lib build/clang

@@ -115,11 +115,11 @@ def chains() -> Iterator[str]:
     model = iddpm_ext.load("fashion-mnist")
     unet = iddpm_ext.to_diffusers(model)
     labels = torch.arange(8) % 10
-    reference = _chain(unet, IDDPMScheduler(), labels)
+    reference = _chain(unet, IDDPMScheduler(rescale_timesteps=True), labels)
     own = iddpm_ext.sample(
         model, 50, labels=labels, x_T=_noise(0, 8), engine=False, progress=False, sampler="ddim"
     )
-    ours = _chain(unet, IDDPMScheduler(sampler="ddim"), labels)
+    ours = _chain(unet, IDDPMScheduler(sampler="ddim", rescale_timesteps=True), labels)
     yield f"50 steps of DDIM, our scheduler and our sampler: {(own - ours).abs().max():.1e} apart"
     for name in ("linspace", "leading"):
         stock = diffusers.DDPMScheduler(**LEARNED, timestep_spacing=name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -204,3 +205,92 @@ def test_a_low_resolution_file_starts_super_resolution(model, tmp_path, monkeypa
     assert run("sample", "--steps", 2, "--low-res", tmp_path / "low.npz", "--no-engine",
                "--out", tmp_path / "x.png") == 0  # fmt: skip
     assert seen[0].flatten().tolist() == [-1, 1]
+
+
+def test_no_help_and_no_wrong_call_waits_for_torch():
+    """Seconds, on a machine that has not imported it lately."""
+    code = (
+        "import sys\n"
+        "from iddpm_ext.cli import main, verbs\n"
+        "for call in ['--help'], ['sampel'], *([verb, '--help'] for verb in verbs()), ['nll', '--nope']:\n"
+        "    main(call)\n"
+        "    if 'torch' in sys.modules: sys.exit(f'{call} imports torch')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_mistyped_verb_is_told_what_was_meant(capsys):
+    assert run("sampel") == 2
+    assert capsys.readouterr().err.endswith("got 'sampel'; did you mean sample?\n")
+    assert run("abacus") == 2
+    assert "did you mean" not in capsys.readouterr().err
+
+
+def test_json_is_one_line_with_the_numbers_of_the_result(model, tmp_path, capsys):
+    out = tmp_path / "x.npz"
+    assert run("--json", "sample", "m", "--steps", 3, "-n", 2, "--seed", 5, "--out", out) == 0
+    said = capsys.readouterr().out
+    found = json.loads(said)
+    assert said.count("\n") == 1 and found["files"] == [str(out)]
+    assert (found["images"], found["seed"], found["steps_taken"]) == (2, 5, 3)
+    assert run("info", "m", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["classes"] == "T-shirt/top, Bag, Boot"
+
+
+def test_a_drawn_seed_is_said_and_draws_the_same_again(model, tmp_path, capsys):
+    a, b = tmp_path / "a.npz", tmp_path / "b.npz"
+    assert run("sample", "--steps", 2, "-n", 2, "--seed", "random", "--out", a) == 0
+    seed = re.search(r", seed (\d+)\)", capsys.readouterr().out)
+    assert seed and run("sample", "--steps", 2, "-n", 2, "--seed", seed[1], "--out", b) == 0
+    assert (np.load(a)["arr_0"] == np.load(b)["arr_0"]).all()
+    assert read_recipe(_png(tmp_path))["seed"] < 2**32
+
+
+def _png(folder: Path) -> Path:
+    path = folder / "random.png"
+    assert run("sample", "--steps", 2, "-n", 1, "--seed", "random", "--out", path) == 0
+    return path
+
+
+def test_progress_is_shown_unless_quiet_is_asked_for(model, tmp_path, monkeypatch):
+    from iddpm_ext.sampling import request
+
+    shown: list[bool] = []
+    make = request.make_request
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        shown.append(kwargs["progress"])
+        return make(*args, **kwargs)
+
+    monkeypatch.setattr(request, "make_request", spy)
+    for words in ((), ("--quiet",)):
+        assert run("sample", "--steps", 2, "-n", 1, "--out", tmp_path / "x.png", *words) == 0
+    assert shown == [True, False]
+
+
+def test_a_terminal_hears_at_once_that_the_verb_began(model, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    said: list[str] = []
+    monkeypatch.setattr(
+        iddpm_ext, "load", lambda *_, **__: said.append(capsys.readouterr().err) or model
+    )
+    assert run("sample", "my.safetensors", "--steps", 2, "-n", 1, "--out", tmp_path / "x.png") == 0
+    assert said == ["iddpm sample: loading my.safetensors ...\n"]
+
+
+def test_an_interruption_is_status_130_and_one_line(model, tmp_path, monkeypatch, capsys):
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(iddpm_ext, "load", stop)
+    assert run("sample", "--out", tmp_path / "x.png") == 130
+    assert capsys.readouterr().err == "iddpm sample: interrupted\n"
+
+
+def test_completion_knows_the_verbs_and_their_flags(capsys):
+    assert run("completion", "bash") == 0
+    script = capsys.readouterr().out
+    assert "iddpm" in script and "guidance-scale" in script and "evaluate" in script
+    done = subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr

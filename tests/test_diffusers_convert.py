@@ -196,7 +196,7 @@ def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
     def fail(*_, **__):
         raise OSError("disk full")
 
-    monkeypatch.setattr("iddpm_ext.interop.folder._flush", fail)
+    monkeypatch.setattr("iddpm_ext.files.flush", fail)
     with pytest.raises(OSError, match="disk full"):
         write_folder(small_network(), tmp_path / "unet")
     assert list(tmp_path.iterdir()) == []

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from diffusers.pipelines.ddpm import pipeline_ddpm
-from diffusers_networks import InjectedNoise, noise_of, small_network
+from diffusers_networks import SMALL, InjectedNoise, noise_of, small_network
 from normal_data import exact_eps
 
 import iddpm_ext
@@ -133,11 +135,15 @@ def test_saved_pipelines_are_read_back_in_a_process_that_imports_only_iddpm_ext(
 
 def test_the_default_is_the_papers_process_and_steps():
     scheduler = IDDPMScheduler()
-    assert scheduler.diffusion == Diffusion("cosine", 4000, "learned_range")
+    process = Diffusion("cosine", 4000, "learned_range", rescale_timesteps=False)
+    assert scheduler.diffusion == process
     scheduler.set_timesteps(50)
-    assert scheduler.timesteps[0] == 999.75 and scheduler.timesteps[-1] == 0
+    assert torch.equal(scheduler.timesteps, process.respace(50).timesteps.flip(0))
+    rescaled = IDDPMScheduler.from_diffusion(Diffusion())
+    rescaled.set_timesteps(50)
+    assert rescaled.timesteps[0] == 999.75 and rescaled.timesteps[-1] == 0
     told = Diffusion().respace(50).model_timesteps(torch.arange(50))
-    assert torch.equal(scheduler.timesteps, told.flip(0))
+    assert torch.equal(rescaled.timesteps, told.flip(0))
     assert len(scheduler) == 4000 and scheduler.init_noise_sigma == 1.0 and scheduler.order == 1
 
 
@@ -208,7 +214,7 @@ def test_a_process_survives_the_scheduler(schedule, tmp_path):
 
 
 def test_add_noise_takes_indices_and_told_timesteps_and_keeps_its_digits_in_bfloat16():
-    scheduler = IDDPMScheduler()
+    scheduler = IDDPMScheduler.from_diffusion(Diffusion())
     x, noise = torch.randn(4, 3, 4, 4), torch.randn(4, 3, 4, 4)
     t = torch.tensor([0, 19, 2000, 3999])
     exact = Diffusion().q_sample(x, t, noise)
@@ -242,7 +248,7 @@ def test_add_noise_takes_indices_and_told_timesteps_and_keeps_its_digits_in_bflo
             "variance_type must not be 'learned'",
         ),
         (
-            lambda: IDDPMScheduler().step(torch.zeros(1, 6, 4, 4), 0.3, torch.zeros(1, 3, 4, 4)),
+            lambda: IDDPMScheduler().step(torch.zeros(1, 6, 4, 4), -7, torch.zeros(1, 3, 4, 4)),
             "timestep must be one of",
         ),
     ],
@@ -250,3 +256,115 @@ def test_add_noise_takes_indices_and_told_timesteps_and_keeps_its_digits_in_bflo
 def test_bad_arguments_are_refused(call, match):
     with pytest.raises(ValueError, match=match):
         call()
+
+
+def test_training_code_and_the_pipeline_tell_a_network_the_same_timesteps():
+    """At any T: a loop of diffusers gives the index both to `add_noise` and to the network."""
+    told: list[int] = []
+
+    class Network(torch.nn.Module):
+        def forward(self, sample, timestep):
+            told.append(timestep.item())
+            return sample.repeat(1, 2, 1, 1)
+
+    scheduler = IDDPMScheduler()
+    scheduler.set_timesteps(10)
+    x = torch.randn(2, 3, 4, 4)
+    for t in scheduler.timesteps:
+        x = scheduler.step(Network()(x, t), t, x).prev_sample
+    assert told[0] == 3999 and all(isinstance(t, int) for t in told)
+    noise = torch.randn_like(x)
+    t = torch.tensor([told[3], told[7]])
+    assert torch.equal(scheduler.add_noise(x, noise, t), scheduler.diffusion.q_sample(x, t, noise))
+
+
+def test_training_code_reads_the_tables():
+    from diffusers.training_utils import compute_snr
+
+    for diffusion in (Diffusion(), Diffusion("linear", 1000), Diffusion(betas=[0.1, 0.2, 0.4])):
+        scheduler, stock = IDDPMScheduler.from_diffusion(diffusion), diffusion.alphas_cumprod
+        assert scheduler.betas.dtype == scheduler.alphas_cumprod.dtype == torch.float32
+        assert torch.allclose(scheduler.betas.double(), diffusion.betas, rtol=1e-7, atol=0)
+        assert torch.allclose(scheduler.alphas.double(), 1 - diffusion.betas, rtol=1e-7, atol=0)
+        t = torch.tensor([0, 1, 2])
+        # Two roundings of float32 near 1, divided by what is left of it.
+        error = 2.0**-23 / (1 - stock[t])
+        snr = (stock / (1 - stock))[t]
+        assert (
+            (compute_snr(scheduler, t).double() - snr).abs() <= 2 * error * snr + 1e-6 * snr
+        ).all()
+
+
+@pytest.mark.parametrize("rescale", [False, True])
+def test_the_previous_timestep_is_the_next_of_the_chain_and_minus_one_at_its_end(rescale):
+    scheduler = IDDPMScheduler(rescale_timesteps=rescale)
+    for call in ({"timesteps": [100, 87, 50, 1, 0]}, {"num_inference_steps": 7}):
+        scheduler.set_timesteps(**call)
+        found = [scheduler.previous_timestep(t).item() for t in scheduler.timesteps]
+        assert found == [*scheduler.timesteps[1:].tolist(), -1]
+    with pytest.raises(ValueError, match="timestep must be one of"):
+        scheduler.previous_timestep(86)
+
+
+def test_timesteps_beyond_the_process_or_given_twice_are_refused():
+    scheduler = IDDPMScheduler(1000)
+    for call in (
+        {"timesteps": [1000]},
+        {"timesteps": [5, 6, 0]},
+        {"timesteps": [5], "num_inference_steps": 1},
+    ):
+        with pytest.raises(ValueError):
+            scheduler.set_timesteps(**call)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"num_train_timesteps": 100},
+        {"num_train_timesteps": 100, "beta_schedule": "linear", "variance_type": "fixed_small"},
+        {"num_train_timesteps": 1000, "rescale_timesteps": True},
+    ],
+)
+def test_compatibles_walk_the_chain_of_our_configuration(config):
+    scheduler = IDDPMScheduler(**config)
+    names = {cls.__name__ for cls in scheduler.compatibles}
+    assert "DDPMScheduler" in names and len(names) == 3
+    out = 2 if scheduler.config.variance_type == "learned_range" else 1
+    for cls in scheduler.compatibles:
+        other = cls.from_config(scheduler.config)
+        other.set_timesteps(10)
+        x = torch.randn(1, 3, 4, 4)
+        stepped = other.step(x.repeat(1, out, 1, 1), other.timesteps[0], x).prev_sample
+        assert stepped.shape == x.shape and bool(stepped.isfinite().all())
+        assert torch.allclose(other.alphas_cumprod, scheduler.alphas_cumprod, rtol=2e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{"rescale_timesteps": True}, {"variance_type": "learned"}, {"prediction_type": "x_prev"}],
+)
+def test_nothing_is_compatible_that_would_misread_the_configuration(config):
+    assert IDDPMScheduler(**config).compatibles == []
+
+
+def test_betas_of_ones_own_survive_the_folder(tmp_path):
+    scheduler = IDDPMScheduler(trained_betas=np.array([0.1, 0.3]), num_train_timesteps=2)
+    scheduler.save_pretrained(tmp_path)
+    again = IDDPMScheduler.from_pretrained(tmp_path)
+    assert again.betas.tolist() == scheduler.betas.tolist() == pytest.approx([0.1, 0.3])
+
+
+def test_diffusers_opens_a_conditional_pipeline_by_itself(tmp_path):
+    """As its stock pipeline, and with the file in the folder as ours, which takes labels."""
+    unet = to_diffusers(small_network(replace(SMALL, num_classes=3)))
+    IDDPMPipeline(unet, IDDPMScheduler()).save_pretrained(tmp_path)
+    stock = diffusers.DiffusionPipeline.from_pretrained(tmp_path)
+    assert type(stock) is diffusers.DDPMPipeline
+    assert type(stock.unet).__name__ == "IDDPMUNet2DModel"
+    custom = diffusers.DiffusionPipeline.from_pretrained(
+        tmp_path, custom_pipeline="pipeline", trust_remote_code=True
+    )
+    assert type(custom) is type(IDDPMPipeline.from_pretrained(tmp_path)) is IDDPMPipeline
+    images = quiet(custom)(class_labels=[0, 2], num_inference_steps=2, output_type="np").images
+    assert len(images) == 2

@@ -232,3 +232,22 @@ def test_the_old_name_of_a_refusal_is_the_new_one_and_warns():
             assert module.__getattr__("why_not_served") is module.why_not_supported  # old_names
         with pytest.raises(AttributeError, match="no attribute 'why_so'"):
             module.why_so  # noqa: B018
+
+
+def test_the_reference_has_every_public_name():
+    shown = set((PACKAGE.parent / "docs" / "api.md").read_text().split())
+    names = [name for name in iddpm_ext.__all__ if name != "__version__"]
+    assert [name for name in names if f"iddpm_ext.{name}" not in shown] == []
+
+
+def test_hints_name_what_an_index_has():
+    """This package is not in one: an extra of it cannot be installed by name."""
+    hints = [path.name for _, path in sources() if "iddpm-ext[" in path.read_text()]
+    assert hints == []
+
+
+def test_every_place_says_the_same_version():
+    cited = (PACKAGE.parent / "CITATION.cff").read_text()
+    assert f"\nversion: {iddpm_ext.__version__}\n" in cited
+    newest = (PACKAGE.parent / "CHANGELOG.md").read_text().split("\n## ")[1]
+    assert newest.startswith(iddpm_ext.__version__)

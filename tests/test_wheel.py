@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -95,10 +96,24 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.partition("/")[0] for name in names}
     assert tops == {"iddpm_ext", next(top for top in tops if top.endswith(".dist-info"))}
-    assert "iddpm_ext/py.typed" in names
+    assert {"iddpm_ext/py.typed", "iddpm_ext/report/page.html.jinja"} <= set(names)
     assert any(name.startswith("iddpm_ext/_C.") and name.endswith(".so") for name in names)
     weights = {f"iddpm_ext/weights/{path.name}" for path in (ROOT / "iddpm_ext/weights").glob("*")}
     assert weights <= set(names)
+
+
+def test_the_source_distribution_holds_all_that_is_tracked(tmp_path):
+    """So that its tests and its documentation's run where it is unpacked."""
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode or not listed.stdout:
+        pytest.skip("not a repository")
+    egg_info = (sys.executable, "setup.py", "-q", "egg_info", "--egg-base", tmp_path)
+    run(*egg_info, "sdist", "--dist-dir", tmp_path, cwd=ROOT)
+    (sdist,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        held = {name.partition("/")[2] for name in archive.getnames()}
+    ours = {".gitignore", ".ci/run", ".github/workflows/wheels.yml", "MANIFEST.in"}
+    assert {name for name in listed.stdout.split() if name not in held} <= ours
 
 
 def test_the_wheel_runs_in_an_empty_environment_and_another_directory(wheel, tmp_path):

@@ -7,6 +7,7 @@ the flags' defaults, its function `bind` gives `run` with them. Nothing is regis
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import io
 import pkgutil
@@ -15,10 +16,26 @@ from collections.abc import Sequence
 from types import ModuleType
 
 import iddpm_ext
+from iddpm_ext.cli._common import Manner, speaking
 from iddpm_ext.text import printable
 
 _LONGEST_ERROR = 2000
-_ORDER = ("sample", "train", "nll", "evaluate", "steps", "convert", "plot", "data", "tune", "info")
+# Flags that every verb takes, wherever they stand.
+_COMMON = ("--debug", "--json", "--quiet")
+_ORDER = (
+    "sample",
+    "train",
+    "nll",
+    "evaluate",
+    "report",
+    "steps",
+    "convert",
+    "plot",
+    "data",
+    "tune",
+    "info",
+    "completion",
+)
 
 
 def verbs() -> list[str]:
@@ -28,7 +45,7 @@ def verbs() -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one verb; returns the exit status: 0, 1 for an error, 2 for a wrong call.
+    """Runs one verb; returns the exit status: 0, 1 for an error, 2 for a wrong call, 130 interrupted.
 
     Errors are one line on stderr; with `--debug` they keep their traceback.
     """
@@ -37,8 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             # The name of a file may be of any bytes; to print it must not fail after the work.
             stream.reconfigure(errors="backslashreplace")
     given = list(sys.argv[1:] if arguments is None else arguments)
-    debug = "--debug" in given
-    given = [argument for argument in given if argument != "--debug"]
+    common = {flag: flag in given for flag in _COMMON}
+    given = [argument for argument in given if argument not in _COMMON]
     if not given or given[0] in ("-h", "--help", "help"):
         print(_usage())
         return 0 if given else 2
@@ -47,17 +64,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     verb, *rest = given
     if verb not in verbs():
-        print(f"iddpm: verb must be one of {', '.join(verbs())}, got {verb!r}", file=sys.stderr)
+        close = difflib.get_close_matches(verb, verbs(), n=1)
+        meant = f"; did you mean {close[0]}?" if close else ""
+        said = f"iddpm: verb must be one of {', '.join(verbs())}, got {verb!r}{meant}"
+        print(said, file=sys.stderr)
         return 2
     try:
-        status = _run(verb, rest)
+        with speaking(Manner(json=common["--json"], quiet=common["--quiet"])):
+            status = _run(verb, rest)
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 1
     except KeyboardInterrupt:
         print(f"iddpm {verb}: interrupted", file=sys.stderr)
         return 130
     except Exception as error:
-        if debug:
+        if common["--debug"]:
             raise
         words = printable(" ".join(str(error).split()), longest=_LONGEST_ERROR)
         text = words.removeprefix(f"{verb}: ") or type(error).__name__
@@ -74,6 +95,19 @@ def _run(verb: str, arguments: Sequence[str]) -> int | None:
     return parse_and_call(run, arguments, prog=f"iddpm {verb}", description=module.__doc__ or "")
 
 
+def print_completion(shell: str) -> None:
+    """Prints the completion script of `iddpm` for a shell."""
+    import tyro
+
+    functions = {verb: _module(verb).run for verb in verbs()}
+    arguments = ["--tyro-print-completion", shell]
+    try:
+        tyro.extras.subcommand_cli_from_dict(functions, prog="iddpm", args=arguments)
+    except SystemExit as stop:  # it has printed the script, and would end the program
+        if stop.code:
+            raise
+
+
 def _module(verb: str) -> ModuleType:
     return importlib.import_module(f"{__name__}.{verb}")
 
@@ -82,6 +116,13 @@ def _usage() -> str:
     lines = ["usage: iddpm VERB [flags]", "", iddpm_ext.__doc__ or "", ""]
     for verb in verbs():
         summary = (_module(verb).__doc__ or "").strip().splitlines()[0]
-        lines.append(f"  {verb:<10}{summary}")
-    lines += ["", "`iddpm VERB --help` lists a verb's flags; `--debug` shows where an error arose."]
+        lines.append(f"  {verb:<12}{summary}")
+    lines += [
+        "",
+        "example: iddpm sample fashion-mnist --labels all -n 20 --out garments.png",
+        "",
+        "`iddpm VERB --help` lists a verb's flags. Of every verb: --quiet shows no progress, --json prints",
+        "the result as a line of JSON, --debug shows where an error arose. `iddpm completion bash` prints",
+        "what makes the shell complete all of it.",
+    ]
     return "\n".join(lines)

@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+from iddpm_ext.cli._common import result, starting
+
 
 def run(
     source: Annotated[str, tyro.conf.Positional],
@@ -27,6 +29,7 @@ def run(
         dtype: of the weights written.
         stock: in a folder, the stock UNet2DModel; chosen by what the network needs if left out.
     """
+    starting("convert", f"loading {source}")
     import torch
 
     import iddpm_ext
@@ -48,10 +51,12 @@ def run(
     else:
         save(model, target)
     parameters = sum(p.numel() for p in model.parameters())
-    print(f"{target}: {parameters:,} parameters of {source}")
-    if verify:
-        for line in verification.compare(model, target):
-            print(line)
+    lines = [f"{target}: {parameters:,} parameters of {source}"]
+    verified = list(verification.compare(model, target)) if verify else []
+    result(
+        "\n".join([*lines, *verified]),
+        {"file": str(target), "source": source, "parameters": parameters, "verified": verified},
+    )
 
 
 def _kind(target: Path) -> str:

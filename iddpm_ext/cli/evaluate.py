@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from iddpm_ext.cli._common import MaybeCount, pick_device, read_steps
+from iddpm_ext.cli._common import MaybeCount, pick_device, read_steps, result, starting
 
 
 def run(
@@ -64,6 +64,9 @@ def run(
         cache: folder for the reference's statistics; "" for none.
         out: a .json file for the numbers.
     """
+    starting("evaluate", samples)
+    import json
+
     from iddpm_ext.evaluation import evaluate
     from iddpm_ext.files import write_whole
 
@@ -76,6 +79,6 @@ def run(
         neighbours=neighbours, resamples=resamples, batch_size=batch_size,
         device=pick_device(device), cache=cache,
     )  # fmt: skip
-    print(found)
+    result(str(found), json.loads(found.to_json()))
     if out is not None:
         write_whole(out, (found.to_json() + "\n").encode())

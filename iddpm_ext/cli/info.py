@@ -6,6 +6,8 @@ from typing import Annotated
 
 import tyro
 
+from iddpm_ext.cli._common import result
+
 
 def run(checkpoint: Annotated[str | None, tyro.conf.Positional] = None) -> None:
     """Prints the report.
@@ -16,7 +18,8 @@ def run(checkpoint: Annotated[str | None, tyro.conf.Positional] = None) -> None:
     if checkpoint is None:
         from iddpm_ext.cli._environment import report
 
-        print(report())
+        text = report()
+        result(text, {"report": text.splitlines()})
         return
     import iddpm_ext
 
@@ -30,4 +33,4 @@ def run(checkpoint: Annotated[str | None, tyro.conf.Positional] = None) -> None:
     names = model.extra.get("class_names")
     rows += [("classes", ", ".join(names))] if names else []
     width = max(len(name) for name, _ in rows)
-    print("\n".join(f"{name:<{width}}  {value}" for name, value in rows))
+    result("\n".join(f"{name:<{width}}  {value}" for name, value in rows), dict(rows))

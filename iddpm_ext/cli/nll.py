@@ -6,10 +6,9 @@ import time
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
 import tyro
 
-from iddpm_ext.cli._common import MaybeCount, pick_device, read_steps
+from iddpm_ext.cli._common import MaybeCount, pick_device, quiet, read_steps, result, starting
 
 
 def run(
@@ -70,6 +69,9 @@ def run(
             network's own if not given.
         device: auto, cpu, cuda or cuda:1.
     """
+    starting("nll", f"loading {checkpoint}")
+    import torch
+
     import iddpm_ext
     from iddpm_ext.data import open_data
     from iddpm_ext.likelihood.request import make_likelihood_request
@@ -93,22 +95,28 @@ def run(
         steps=read_steps(steps), clip=clip, exact=exact, batch_size=batch_size, seed=seed,
         split=split, limit=n, diffusion=None,
         dtype=None if dtype is None else getattr(torch, dtype), engine=engine, backend=backend,
-        progress=processes.rank == 0, variance=variance, method=method, tolerance=tolerance,
+        progress=processes.rank == 0 and not quiet(), variance=variance, method=method, tolerance=tolerance,
     )  # fmt: skip
     began = time.perf_counter()
     with processes:
-        result = compute(request, out / "state", processes)
+        found = compute(request, out / "state", processes)
     seconds = time.perf_counter() - began
     if processes.rank > 0:
         return
-    written = result.write(out)
+    written = found.write(out)
     if plot:
         from iddpm_ext.likelihood.plot import plot_steps
 
-        written.append(plot_steps(result.per_step, out / "plot.png"))
-    print(f"{checkpoint}: {result}")
-    print(
-        f"L_T {result.prior_bpd:.6f} bits/dim; {request.spec.diffusion}; "
-        f"{result.facts['network']}, {request.spec.device}, {seconds:.0f} s"
-    )
-    print(", ".join(str(path) for path in written))
+        written.append(plot_steps(found.per_step, out / "plot.png"))
+    files = [str(path) for path in written]
+    result(
+        f"{checkpoint}: {found}\n"
+        f"L_T {found.prior_bpd:.6f} bits/dim; {request.spec.diffusion}; "
+        f"{found.facts['network']}, {request.spec.device}, {seconds:.0f} s\n" + ", ".join(files),
+        {
+            "checkpoint": checkpoint, "bpd": found.bpd, "ci95": found.ci95,
+            "population_ci95": found.population_ci95, "prior_bpd": found.prior_bpd,
+            "evaluations": found.evaluations, "seconds": round(seconds, 3), **found.facts,
+            "files": files,
+        },
+    )  # fmt: skip

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import numpy as np
-import torch
 import tyro
-from torch import Tensor
 
-from iddpm_ext.cli._common import MaybeCount, pick_device, read_steps
-from iddpm_ext.data.formats import read_npz
+from iddpm_ext.cli._common import (
+    MaybeCount,
+    pick_device,
+    quiet,
+    read_steps,
+    result,
+    starting,
+)
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 def run(
@@ -29,7 +37,7 @@ def run(
     classifier: Path | None = None,
     classifier_scale: float = 1.0,
     classifier_flags: str | None = None,
-    seed: int = 0,
+    seed: int | Literal["random"] = 0,
     out: Path = Path("samples.png"),
     animate: Path | None = None,
     low_res: Path | None = None,
@@ -66,7 +74,7 @@ def run(
             the folder of a run, or a .pt of guided-diffusion.
         classifier_scale: what its gradient is multiplied by.
         classifier_flags: of a .pt that needs them, "image_size=64 classifier_depth=2 ...".
-        seed: names all noise.
+        seed: names all noise; random draws one and says which.
         out: a .png for a grid, an .npz for arrays, no suffix for a folder of PNGs.
         animate: a .webp or .gif file for the chain.
         low_res: an .npz of uint8 images [N, h, w, C] (arr_0), for a super-resolution checkpoint.
@@ -83,6 +91,9 @@ def run(
         backend: of the op reverse_step: auto, reference, cpu, cuda or triton.
         device: auto, cpu, cuda or cuda:1.
     """
+    starting("sample", f"loading {checkpoint}")
+    import torch
+
     import iddpm_ext
     from iddpm_ext.images import check_writable, save_animation, save_images
     from iddpm_ext.sampling import distributed, loop
@@ -90,6 +101,8 @@ def run(
     from iddpm_ext.sampling.request import Request, make_request
     from iddpm_ext.sampling.two_stage import rounded_to_levels, upsampler_request
 
+    drawn = seed == "random"
+    number = secrets.randbits(32) if isinstance(seed, str) else seed
     check_writable(out)
     if animate is not None:
         check_writable(animate, suffixes=(".webp", ".gif"))
@@ -117,10 +130,10 @@ def run(
         "sample", model, read_steps(steps), n=n, sampler=sampler, eta=eta,
         labels=_labels(labels, n, num_classes, class_names),
         guidance_scale=guidance_scale, cond_fn=cond_fn,
-        low_res=_read_low_res(low_res, pick_device(device)), seed=seed,
+        low_res=_read_low_res(low_res, pick_device(device)), seed=number,
         clip=clip, batch_size=batch_size,
         dtype=None if dtype is None else getattr(torch, dtype), engine=engine, exact=exact,
-        backend=backend, progress=distributed.rank() == 0, variance=variance,
+        backend=backend, progress=distributed.rank() == 0 and not quiet(), variance=variance,
     )  # fmt: skip
 
     second: Request | None = None
@@ -149,7 +162,7 @@ def run(
         return
 
     recipe: dict[str, Any] = {
-        "checkpoint": checkpoint, "seed": seed, "steps": steps, "sampler": sampler, "eta": eta,
+        "checkpoint": checkpoint, "seed": number, "steps": steps, "sampler": sampler, "eta": eta,
         "guidance_scale": guidance_scale,
         **({} if variance is None else {"variance": variance}),
     }  # fmt: skip
@@ -165,11 +178,17 @@ def run(
     if animate is not None:
         places += [save_animation(frames, animate, recipe=recipe, columns=columns, scale=scale)]
     engine_name = loop.network_of(request).name
-    print(
+    taken = request.spec.diffusion.num_timesteps
+    result(
         f"{', '.join(str(path.resolve()) for path in places)}: {len(x)} images of {checkpoint} in "
-        f"{seconds:.1f} s ({request.spec.diffusion.num_timesteps} steps, {engine_name}, "
-        f"{request.spec.device})"
-    )
+        f"{seconds:.1f} s ({taken} steps, {engine_name}, {request.spec.device}"
+        f"{f', seed {number}' if drawn else ''})",
+        {
+            "files": [str(path.resolve()) for path in places], "images": len(x),
+            "seconds": round(seconds, 3), "steps_taken": taken, "network": engine_name,
+            "device": str(request.spec.device), **recipe,
+        },
+    )  # fmt: skip
 
 
 def _labels(
@@ -206,6 +225,11 @@ def _read_low_res(path: Path | None, device: torch.device) -> Tensor | None:
     """uint8 [N, h, w, C] of an .npz -> float32 [N, C, h, w] in [-1, 1]."""
     if path is None:
         return None
+    import numpy as np
+    import torch
+
+    from iddpm_ext.data.formats import read_npz
+
     levels = read_npz(path).images
     if levels.dtype != np.uint8 or levels.ndim != 4:
         raise ValueError(

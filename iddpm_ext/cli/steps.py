@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from iddpm_ext.cli._common import MaybeCount, pick_device
+from iddpm_ext.cli._common import MaybeCount, pick_device, quiet, result, starting
 
 if TYPE_CHECKING:
     from iddpm_ext.networks.unet import UNet
@@ -59,6 +59,7 @@ def run(
         batch_size: most evaluations at once.
         device: auto, cpu, cuda or cuda:1.
     """
+    starting("steps", f"loading {checkpoint}")
     import iddpm_ext
     from iddpm_ext.checkpoint import bundled
     from iddpm_ext.data import open_data
@@ -89,7 +90,7 @@ def run(
         request = make_likelihood_request(
             model, images, labels=None, low_res=None, budget=None, steps=None, clip=True, exact=False,
             batch_size=batch_size, seed=seed, split=split, limit=n or 64, diffusion=None, dtype=None,
-            engine=True, backend="auto", progress=processes.rank == 0, who="find_schedules",
+            engine=True, backend="auto", progress=processes.rank == 0 and not quiet(), who="find_schedules",
             shuffle=True,
         )  # fmt: skip
         began = time.perf_counter()
@@ -105,10 +106,16 @@ def run(
         "moments": found.moments.to_extra(weights_fingerprint(model)),
     }
     iddpm_ext.save(model, target)
-    print(f"{len(found.timesteps)} candidates, {len(request.x_0)} images, {seconds:.0f} s")
-    for count in sorted({*_SHOWN, max(found.steps)} & set(found.steps)):
-        print(f"optimal-{count:<4} {found.bpd[count]:.4f} bits/dim on these images")
-    print(target)
+    shown = sorted({*_SHOWN, max(found.steps)} & set(found.steps))
+    lines = [f"{len(found.timesteps)} candidates, {len(request.x_0)} images, {seconds:.0f} s"]
+    lines += [f"optimal-{k:<4} {found.bpd[k]:.4f} bits/dim on these images" for k in shown]
+    result(
+        "\n".join([*lines, str(target)]),
+        {
+            "file": str(target), "candidates": len(found.timesteps), "images": len(request.x_0),
+            "seconds": round(seconds, 3), "bpd": {k: found.bpd[k] for k in sorted(found.steps)},
+        },
+    )  # fmt: skip
 
 
 def _for_pictures(
@@ -130,7 +137,14 @@ def _for_pictures(
     )
     model.extra = {**model.extra, "picture_schedules": found.to_extra()}
     save(model, target)
-    print(f"{n} images, {time.perf_counter() - began:.0f} s")
-    for count in sorted({*_SHOWN, max(found.steps)} & set(found.steps)):
-        print(f"pictures-{count:<4} {found.distance[count]:.4f} from the fine walk, at most")
-    print(target)
+    seconds = time.perf_counter() - began
+    shown = sorted({*_SHOWN, max(found.steps)} & set(found.steps))
+    lines = [f"{n} images, {seconds:.0f} s"]
+    lines += [f"pictures-{k:<4} {found.distance[k]:.4f} from the fine walk, at most" for k in shown]
+    result(
+        "\n".join([*lines, str(target)]),
+        {
+            "file": str(target), "images": n, "seconds": round(seconds, 3),
+            "distance": {k: found.distance[k] for k in sorted(found.steps)},
+        },
+    )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import os
 import shlex
@@ -12,6 +13,7 @@ from typing import Annotated
 
 import tyro
 
+from iddpm_ext.cli._common import quiet, result, starting
 from iddpm_ext.training.config import TrainConfig
 
 
@@ -25,12 +27,12 @@ def run(
         config_file: a JSON file of these settings, such as a run's config.json. Flags that are given go
             before it.
     """
+    starting("train", f"opening {config.data}")
     from iddpm_ext.training.loop import train
 
-    path = train(config)
+    path = train(dataclasses.replace(config, progress=config.progress and not quiet()))
     if os.environ.get("RANK", "0") == "0":
-        print(path)
-        print(next_command(config))
+        result(f"{path}\n{next_command(config)}", {"checkpoint": str(path), "run": config.out})
 
 
 def next_command(config: TrainConfig) -> str:

@@ -56,7 +56,7 @@ class HubData:
             import datasets
         except ImportError as error:
             raise ImportError(
-                "open_data: hf: sources need the library `datasets`: pip install iddpm-ext[data]"
+                "open_data: hf: sources need the library `datasets`: pip install datasets"
             ) from error
         if Path(name).is_dir():
             loaded: Any = datasets.load_from_disk(name)

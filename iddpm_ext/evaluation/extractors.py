@@ -143,8 +143,9 @@ class FidelityInception:
             from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
         except ImportError as error:
             raise RuntimeError(
-                f"open_extractor: {path.name} needs torch-fidelity (pip install torch-fidelity), "
-                f"got {error}"
+                f"open_extractor: {path.name} needs torch-fidelity, got {error}. It brings a torchvision, "
+                f"which must be the one for your torch {torch.__version__}: install that first, from "
+                "where torch came, then pip install torch-fidelity"
             ) from error
         if torch.get_default_dtype() != torch.float32:
             raise RuntimeError(

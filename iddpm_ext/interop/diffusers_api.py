@@ -9,11 +9,11 @@ try:
     from diffusers.models.resnet import ResnetBlock2D
     from diffusers.models.unets.unet_2d import UNet2DOutput
     from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
-    from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin
+    from diffusers.schedulers.scheduling_utils import SchedulerMixin
     from diffusers.utils.torch_utils import randn_tensor
 except ImportError as error:
     raise ImportError(
-        "iddpm_ext: this needs the library diffusers: pip install 'iddpm-ext[diffusers]'"
+        "iddpm_ext: this needs the library diffusers: pip install diffusers"
     ) from error
 
 __all__ = [
@@ -24,7 +24,6 @@ __all__ = [
     "DDPMPipeline",
     "DDPMSchedulerOutput",
     "ImagePipelineOutput",
-    "KarrasDiffusionSchedulers",
     "ResnetBlock2D",
     "SchedulerMixin",
     "UNet2DModel",

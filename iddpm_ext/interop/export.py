@@ -73,7 +73,7 @@ def export_onnx(
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise ImportError(
-            "export_onnx: this needs onnx and onnxscript: pip install 'iddpm-ext[onnx]'"
+            "export_onnx: this needs onnx and onnxscript: pip install onnx onnxscript"
         ) from error
     target = Path(path).resolve()
     if target.suffix != ".onnx" or target.is_dir():

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from iddpm_ext.files import write_whole
 from iddpm_ext.interop.diffusers_api import (
     DDPMPipeline,
     ImagePipelineOutput,
     randn_tensor,
 )
+
+# What `custom_pipeline="pipeline"` of diffusers runs in a saved folder.
+_CUSTOM = b"# For labels and guidance.\nfrom iddpm_ext import IDDPMPipeline\n"
 
 
 class IDDPMPipeline(DDPMPipeline):
@@ -21,10 +28,26 @@ class IDDPMPipeline(DDPMPipeline):
 
     The state stays float32 where the network is of half precision.
 
+    A saved one names the stock `DDPMPipeline`, which diffusers knows, as its class: `DiffusionPipeline.
+    from_pretrained` opens it, with `custom_pipeline="pipeline", trust_remote_code=True` as this class.
+
     Args:
         unet: a `UNet2DModel` or `IDDPMUNet2DModel`.
         scheduler: an `IDDPMScheduler` or another scheduler of diffusers.
     """
+
+    def to_json_string(self) -> str:
+        """The configuration as JSON, of a class that diffusers finds by its name."""
+        config = json.loads(super().to_json_string())
+        return json.dumps({**config, "_class_name": DDPMPipeline.__name__}, indent=2) + "\n"
+
+    def save_config(
+        self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
+        """Writes model_index.json, and pipeline.py, by which diffusers finds this class."""
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        write_whole(Path(save_directory) / "pipeline.py", _CUSTOM)
+        super().save_config(save_directory, push_to_hub, **kwargs)
 
     @torch.no_grad()
     def __call__(

@@ -16,7 +16,6 @@ from iddpm_ext.diffusion.solvers import SOLVERS, SolverWalk
 from iddpm_ext.interop.diffusers_api import (
     ConfigMixin,
     DDPMSchedulerOutput,
-    KarrasDiffusionSchedulers,
     SchedulerMixin,
     randn_tensor,
     register_to_config,
@@ -30,9 +29,14 @@ class IDDPMScheduler(SchedulerMixin, ConfigMixin):
     """Samples networks with a learned variance inside the pipelines of diffusers.
 
     Tables are float64, rounded once; steps are spaced as in the original code, both ends included;
-    the last step adds no noise. `timesteps` are floats, index * 1000 / T where the network was
-    trained on rescaled timesteps, so that a pipeline feeds the network what it was trained on. In
-    `step` and `add_noise` a floating timestep is such a number, an integer one the index itself.
+    the last step adds no noise. `timesteps` are what a pipeline tells the network: the indices as
+    int64, or floats, index * 1000 / T, where it was trained on rescaled timesteps. In `step` and
+    `add_noise` a floating timestep is such a number, an integer one the index itself.
+
+    Training code of diffusers draws integer indices, which it gives to `add_noise` and to the network.
+    With `rescale_timesteps` the network is to be told `model_timesteps(t)` of them instead.
+
+    `betas`, `alphas` and `alphas_cumprod` are those of the whole training chain, float32 [T] on the CPU.
 
     Args:
         num_train_timesteps: T.
@@ -44,7 +48,8 @@ class IDDPMScheduler(SchedulerMixin, ConfigMixin):
             "fixed_small".
         prediction_type: "epsilon", "sample" (x_0), "x_prev" or "v_prediction" (the velocity).
         clip_sample: clamp every predicted x_0 to [-1, 1].
-        rescale_timesteps: the network is told index * 1000 / T instead of the index.
+        rescale_timesteps: the network is told index * 1000 / T instead of the index, as OpenAI's are;
+            `from_diffusion` takes it from the process.
         rescale_betas_zero_snr: the chain ends in pure noise; not with "epsilon".
         sampler: "ddpm" (ancestral), "ddim", or one of the solvers of `iddpm_ext.sample`: "dpm++",
             "dpm++3", "dpm++sde", "unipc", "unipc3"; all but "ddpm" leave the variance head unused.
@@ -58,7 +63,12 @@ class IDDPMScheduler(SchedulerMixin, ConfigMixin):
     """
 
     config: Any
-    _compatibles = [e.name for e in KarrasDiffusionSchedulers]  # noqa: RUF012
+    # Of diffusers, those that take a learned variance along.
+    _compatibles = [  # noqa: RUF012
+        "DDPMScheduler",
+        "DPMSolverMultistepScheduler",
+        "DPMSolverSinglestepScheduler",
+    ]
     order = 1
 
     @register_to_config
@@ -72,7 +82,7 @@ class IDDPMScheduler(SchedulerMixin, ConfigMixin):
         variance_type: str = "learned_range",
         prediction_type: str = "epsilon",
         clip_sample: bool = True,
-        rescale_timesteps: bool = True,
+        rescale_timesteps: bool = False,
         rescale_betas_zero_snr: bool = False,
         sampler: str = "ddpm",
         eta: float = 0.0,
@@ -82,12 +92,18 @@ class IDDPMScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(
                 f"IDDPMScheduler: sampler must be one of {', '.join(_SAMPLERS)}, got {sampler!r}"
             )
+        # Another class that is made from this configuration puts its own defaults in the place of
+        # values that are marked as defaults here.
+        self.register_to_config(_use_default_values=[])
         self.diffusion = diffusion_of(self.config)
         if trained_betas is None and beta_schedule == "linear":
             # Diffusers' own schedulers cannot read a None here.
             betas = self.diffusion.betas
             self.register_to_config(beta_start=float(betas[0]), beta_end=float(betas[-1]))
         _require_eta(sampler, eta)
+        self.betas = self.diffusion.betas.float()
+        self.alphas = (1 - self.diffusion.betas).float()
+        self.alphas_cumprod = self.diffusion.alphas_cumprod.float()
         self.init_noise_sigma = 1.0
         self.num_inference_steps: int | None = None
         self._take(self.diffusion, None)
@@ -122,6 +138,23 @@ class IDDPMScheduler(SchedulerMixin, ConfigMixin):
                 )
         return super().from_config(values, *args, **kwargs)
 
+    @property
+    def compatibles(self) -> list[type]:
+        """Classes of diffusers that walk this chain when they are made from this configuration.
+
+        None where they would misread it: they tell the network the index, know no x_{t-1} as a
+        prediction, and take "learned" for a variance.
+        """
+        config = self.config
+        told_otherwise = config.rescale_timesteps and len(self) != 1000
+        if (
+            told_otherwise
+            or config.prediction_type == "x_prev"
+            or config.variance_type == "learned"
+        ):
+            return []
+        return super().compatibles
+
     def set_timesteps(
         self,
         num_inference_steps: int | str | None = None,
@@ -154,9 +187,10 @@ class IDDPMScheduler(SchedulerMixin, ConfigMixin):
         self._take(chain, device)
 
     def _take(self, chain: Diffusion, device: torch.device | str | None) -> None:
-        told = chain.model_timesteps(
-            torch.arange(chain.num_timesteps, dtype=torch.int64, device="cpu")
-        )
+        steps = torch.arange(chain.num_timesteps, dtype=torch.int64, device="cpu")
+        told = chain.model_timesteps(steps)
+        if not self.config.rescale_timesteps:
+            told = told.long()
         self.chain = chain
         self.timesteps = told.flip(0).to(device)
         self._by_told = {float(value): i for i, value in enumerate(told)}
@@ -241,6 +275,17 @@ class IDDPMScheduler(SchedulerMixin, ConfigMixin):
         """
         t = self._training_index(timesteps, len(original_samples), original_samples.device)
         return self.diffusion.q_sample(original_samples, t, noise)
+
+    def previous_timestep(self, timestep: Tensor | float | int) -> Tensor:
+        """The timestep that a step from this one leads to, as `timesteps` has it; -1 after the last.
+
+        Args:
+            timestep: as of `step`.
+        """
+        i = self._position(timestep)
+        if i == 0:
+            return torch.full((), -1, dtype=self.timesteps.dtype, device=self.timesteps.device)
+        return self.timesteps[len(self.timesteps) - i]
 
     def model_timesteps(self, t: Tensor) -> Tensor:
         """What the network is told at training steps t, int64 [N] -> float32 [N]."""

@@ -16,7 +16,7 @@ def require_matplotlib() -> Any:
     try:
         import matplotlib.figure
     except ImportError as error:
-        raise ImportError("nll: plot must have matplotlib: pip install iddpm-ext[plot]") from error
+        raise ImportError("nll: plot must have matplotlib: pip install matplotlib") from error
     return matplotlib.figure
 
 

@@ -2,9 +2,24 @@
 
 from __future__ import annotations
 
-from iddpm_ext.checkpoint.runs import newest_checkpoint
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from .config import TrainConfig
-from .loop import train
+
+if TYPE_CHECKING:
+    from iddpm_ext.checkpoint.runs import newest_checkpoint
+
+    from .loop import train
 
 __all__ = ["TrainConfig", "newest_checkpoint", "train"]
+
+# The configuration alone is what `iddpm train --help` reads: torch is imported with the others.
+_LAZY = {"newest_checkpoint": "iddpm_ext.checkpoint.runs", "train": "iddpm_ext.training.loop"}
+
+if not TYPE_CHECKING:  # to a checker it would say that every name exists
+
+    def __getattr__(name: str) -> Any:
+        if name not in _LAZY:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(importlib.import_module(_LAZY[name]), name)

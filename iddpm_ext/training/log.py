@@ -65,7 +65,7 @@ class RunLog:
             except ImportError as error:
                 raise ImportError(
                     "train: tensorboard must be installed for --tensorboard: "
-                    "pip install iddpm-ext[train]"
+                    "pip install tensorboard"
                 ) from error
             self._writer = module.SummaryWriter(str(out / "tensorboard"), purge_step=first_step + 1)
         terminal = self._progress and sys.stderr.isatty()

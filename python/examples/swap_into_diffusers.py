@@ -2,7 +2,7 @@
 
     python python/examples/swap_into_diffusers.py fashion-mnist --out garments/
 
-Needs `pip install 'iddpm-ext[diffusers]'`. OUT becomes a folder that `from_pretrained` reads.
+Needs `pip install diffusers`. OUT becomes a folder that `from_pretrained` reads.
 """
 
 from __future__ import annotations

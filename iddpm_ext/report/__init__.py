@@ -1,0 +1,11 @@
+"""One self-contained HTML page about a trained model: samples, likelihood, cost, training.
+
+`write_report` measures and writes; `parts` has one function for each part of the page, `page.html.jinja`
+what it looks like.
+"""
+
+from __future__ import annotations
+
+from .write import write_report
+
+__all__ = ["write_report"]

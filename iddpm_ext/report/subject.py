@@ -1,0 +1,162 @@
+"""The model that a page is about, what is known of its run, and the data beside it."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import iddpm_ext
+from iddpm_ext.checkpoint.runs import is_run
+from iddpm_ext.data import ImageData, open_data
+from iddpm_ext.networks.unet import UNet
+from iddpm_ext.report.elements import Missing
+
+
+@dataclass(frozen=True)
+class DataArguments:
+    """What `open_data` is told of the data beside the models; path None where there is none."""
+
+    path: str | None = None
+    classes: str = "auto"
+    value_range: Sequence[float] | None = None
+    alpha: str = "refuse"
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is measured: numbers of images, of steps and of network evaluations."""
+
+    per_class: int
+    most_classes: int
+    sample_steps: tuple[int, ...]
+    chain_steps: int
+    nearest_of: int
+    likelihood_images: int
+    likelihood_budget: int
+    cost_images: int
+    cost_steps: dict[str, tuple[int, ...]]
+    reference_images: int
+
+
+QUICK = Effort(
+    per_class=4, most_classes=10, sample_steps=(10, 50), chain_steps=40, nearest_of=5_000,
+    likelihood_images=24, likelihood_budget=16, cost_images=32,
+    cost_steps={"dpm++": (5, 10), "ddim": (5, 10, 25), "ddpm": (10, 25, 50)}, reference_images=256,
+)  # fmt: skip
+FULL = Effort(
+    per_class=8, most_classes=20, sample_steps=(5, 10, 50, 250), chain_steps=100, nearest_of=60_000,
+    likelihood_images=200, likelihood_budget=64, cost_images=256,
+    cost_steps={"dpm++": (5, 10, 25), "ddim": (5, 10, 25, 50, 100), "ddpm": (10, 25, 50, 100, 250)},
+    reference_images=2_000,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A loaded model. name: what the user called it. run: the folder of its training, if it is one."""
+
+    name: str
+    model: UNet
+    run: Path | None
+    data: DataArguments
+    effort: Effort
+    seed: int
+    device: torch.device
+
+    @property
+    def word(self) -> str:
+        """The name as it is typed in a shell."""
+        return shlex.quote(self.name)
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """One a class; numbers where the checkpoint has no names; None without classes."""
+        count = self.model.config.num_classes
+        if count is None:
+            return None
+        return list(self.model.extra.get("class_names") or map(str, range(count)))
+
+    def require_sampling(self) -> None:
+        """Raises Missing where images cannot be drawn from noise alone."""
+        if self.model.diffusion is None:
+            raise Missing("The checkpoint holds no diffusion process, so nothing can be drawn.")
+        if self.model.config.super_resolution:
+            raise Missing(
+                "The network enlarges images: there is nothing to draw without a small one."
+            )
+
+    def open(self, split: str) -> ImageData:
+        """The data's images as the network takes them. Raises Missing where there are none."""
+        if self.data.path is None:
+            raise Missing("This needs images: give them with --data.")
+        opened = open_data(
+            self.data.path, split=split, image_size=self.model.config.image_size,
+            classes=self.data.classes, value_range=self.data.value_range, alpha=self.data.alpha,
+        )  # fmt: skip
+        config = self.model.config
+        channels = config.in_channels // (2 if config.super_resolution else 1)
+        wanted = (channels, config.image_size, config.image_size)
+        if opened.image_shape != wanted:
+            raise Missing(
+                f"The images of {self.data.path} are {_size(opened.image_shape)}, the network's "
+                f"{_size(wanted)}."
+            )
+        return opened
+
+    def data_flags(self) -> str:
+        """The part of a command that names the data."""
+        data = self.data
+        words = ["--data", str(data.path)]
+        words += ["--classes", data.classes] if data.classes != "auto" else []
+        words += ["--alpha", data.alpha] if data.alpha != "refuse" else []
+        if data.value_range is not None:
+            words.append("--value-range=" + ",".join(map(str, data.value_range)))
+        return shlex.join(words)
+
+
+def open_subject(
+    name: str, data: DataArguments, effort: Effort, seed: int, device: torch.device
+) -> Subject:
+    """Loads a model; a run brings the data that it was trained on where no other is given."""
+    model = iddpm_ext.load(name).to(device)
+    run = run_folder(Path(name))
+    if data.path is None and run is not None:
+        data = _data_of(run)
+    return Subject(name, model, run, data, effort, seed, device)
+
+
+def run_folder(path: Path) -> Path | None:
+    """The folder of the run that `path`, or one of the two folders above it, is."""
+    if not path.is_dir() or not is_run(path):
+        return None
+    places = [
+        folder
+        for folder in (path, *path.resolve().parents[:2])
+        if (folder / "metrics.jsonl").is_file()
+    ]
+    return places[0] if places else None
+
+
+def _data_of(run: Path) -> DataArguments:
+    """What the run was trained on, where it is still there."""
+    try:
+        config: dict[str, Any] = json.loads((run / "config.json").read_text())
+        path = str(config["data"])
+        if not Path(path).exists():
+            return DataArguments()
+        return DataArguments(
+            path, str(config["classes"]), config["value_range"], str(config["alpha"])
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return DataArguments()
+
+
+def _size(shape: Sequence[int]) -> str:
+    channels, height, width = shape
+    return f"{width}x{height} pixels with {channels} channel{'s' if channels > 1 else ''}"
