@@ -12,3 +12,10 @@ def exact_eps(chain: Diffusion, x: torch.Tensor, i: int, std: float) -> torch.Te
     alpha_bar = chain.alphas_cumprod[i]
     variance = alpha_bar * std**2 + (1 - alpha_bar)
     return (1 - alpha_bar).sqrt() * x / variance
+
+
+def uniform_in_log_snr(chain: Diffusion, steps: int) -> Diffusion:
+    """`steps` steps of the chain, evenly spread in log SNR."""
+    log_snr = chain.alphas_cumprod.logit()
+    wanted = torch.linspace(float(log_snr[0]), float(log_snr[-1]), steps, dtype=torch.float64)
+    return chain.respace(sorted({int((log_snr - w).abs().argmin()) for w in wanted}))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from normal_data import exact_eps
+from normal_data import exact_eps, uniform_in_log_snr
 
 from iddpm_ext import Diffusion
 from iddpm_ext.diffusion import multistep_update
@@ -21,12 +21,6 @@ def solve(chain: Diffusion, x: torch.Tensor, std: float, *, second_order: bool) 
         x = multistep_update(step.x_prev, step.x_0, before, weight)
         before = step.x_0
     return x
-
-
-def uniform_in_log_snr(chain: Diffusion, steps: int) -> Diffusion:
-    log_snr = chain.alphas_cumprod.logit()
-    wanted = torch.linspace(float(log_snr[0]), float(log_snr[-1]), steps, dtype=torch.float64)
-    return chain.respace(sorted({int((log_snr - w).abs().argmin()) for w in wanted}))
 
 
 @pytest.mark.parametrize("steps", [10, 50])

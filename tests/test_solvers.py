@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from test_multistep import exact_eps, uniform_in_log_snr
+from normal_data import exact_eps, uniform_in_log_snr
 
 import iddpm_ext
 from iddpm_ext import Diffusion, sample
