@@ -363,7 +363,7 @@ def worst(model: UNet, engine: CPUEngine, n: int) -> float:
     x, exact, errors = torch.randn(n, 3, *engine.size), copy.deepcopy(model).double(), []
     for moment in (37.0, 500.0, 999.0):
         t = torch.full((n,), moment)
-        truth, ours = exact(x.double(), t.double()), engine.forward(x, t)
+        truth, ours = exact(x.double(), t.double()), engine.at(x, t)
         gaps = (ours - truth).abs().amax((1, 2, 3)) / truth.abs().amax((1, 2, 3))
         errors.append(math.inf if gaps.isnan().any() else gaps.max().item())
     return max(errors)
@@ -387,7 +387,7 @@ def test_samples_that_pass_a_block_in_groups_give_the_same(tiles, monkeypatch):
     apart = CPUEngine(model, 3, dtype=torch.bfloat16, num_threads=1)
     assert apart.num_rows > together.num_rows
     for n in (1, 2, 3):
-        assert torch.equal(apart.forward(x[:n], t[:n]), together.forward(x[:n], t[:n]))
+        assert torch.equal(apart.at(x[:n], t[:n]), together.at(x[:n], t[:n]))
 
 
 def test_bfloat16_never_takes_what_is_slower_than_float32():
@@ -443,7 +443,8 @@ def test_a_signal_stack_too_small_for_tiles_means_no_amx_and_says_so():
         "    _fields_ = [('p', ctypes.c_void_p), ('flags', ctypes.c_int), ('size', ctypes.c_size_t)]\n"
         "stack = Stack(ctypes.addressof(memory), 0, 6000)\n"
         "assert ctypes.CDLL(None).sigaltstack(ctypes.byref(stack), None) == 0\n"
-        "from iddpm_ext import _native, info\n"
+        "from iddpm_ext import _native\n"
+        "from iddpm_ext.cli import _environment as info\n"
         "print(_native.native().build_info()['isa'])\n"
         "print(info.report())"
     )
@@ -458,13 +459,13 @@ def test_onednn_threads_and_forks_share_the_tiles(tmp_path):
     model, x, t = network(), torch.randn(2, 3, 16, 16), torch.ones(2)
     engine = CPUEngine(model, 2, dtype=torch.bfloat16, num_threads=2)
     a, b = torch.randn(70, 96).bfloat16(), torch.randn(96, 48).bfloat16()
-    ours, theirs = engine.forward(x, t), a @ b
+    ours, theirs = engine.at(x, t), a @ b
     for _ in range(3):
         assert torch.equal(a @ b, theirs)
-        assert torch.equal(engine.forward(x, t), ours)
+        assert torch.equal(engine.at(x, t), ours)
     single = CPUEngine(model, 2, dtype=torch.bfloat16, num_threads=1)
     child = os.fork()
     if child == 0:  # one thread: OpenMP's team does not survive a fork
-        os._exit(0 if torch.equal(single.forward(x, t), ours) else 1)
+        os._exit(0 if torch.equal(single.at(x, t), ours) else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    assert torch.equal(engine.forward(x, t), ours)
+    assert torch.equal(engine.at(x, t), ours)

@@ -215,6 +215,8 @@ BUILDS = {
     "avx2": ("haswell", "*"),
     "avx512": ("skylake-avx512", "*"),
     "avx512_bf16": ("sapphirerapids", "*_bf16"),
+    "amx": ("sapphirerapids", "*_amx"),
+    "amx_emulated": ("haswell", "*_amx"),
 }
 
 
@@ -230,7 +232,8 @@ def test_the_kernels_are_c_plus_plus_to_clang_too(isa):
     command += [
         str(source)
         for source in sorted(ROOT.glob(f"csrc/*/{pattern}.cpp"))
-        if pattern != "*" or not (source.parent.name == "common" or source.stem.endswith("_bf16"))
+        if pattern != "*"
+        or not (source.parent.name == "common" or source.stem.endswith(("_bf16", "_amx")))
     ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[:3000]

@@ -20,7 +20,7 @@ CSRC = TESTS.parent / "csrc"
 FLOORS = [
     {"common"},
     {"nhwc"},
-    {*ops.REGISTRY, "ceilings"},
+    {*ops.REGISTRY, "ceilings", "checksum", "end_convs", "pixel_rows"},
     {"unet_engine"},
 ]
 

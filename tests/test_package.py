@@ -26,6 +26,7 @@ FLOORS = [
     {"checkpoint"},
     {"sampling"},
     {"likelihood", "evaluation", "training"},
+    {"report"},
     {"cli"},
     {"__main__"},
 ]

@@ -138,7 +138,7 @@ def test_killed_at_random_moments_a_run_ends_with_the_same_bits(server, undistur
             child = server.start(out, _SAVE_EVERY)
             # Some steps on, and then somewhere within a step or a save.
             steps = generator.randrange(2 * _SAVE_EVERY)
-            _wait_until(lambda goal=before + steps, out=out: _records(out) >= goal)
+            _wait_until(child, lambda goal=before + steps, out=out: _records(out) >= goal)
             time.sleep(generator.uniform(0, 0.03))
             _kill(child)
             if server.wait() == 0:
@@ -162,7 +162,7 @@ def test_killed_in_the_middle_of_a_save_the_newest_checkpoint_is_whole(server, t
     for attempt in range(_KILLS * 5):
         out = tmp_path / str(attempt)
         child = server.start(out, 1)
-        _wait_until(lambda out=out: any((out / "ckpt").glob(".step-*")))
+        _wait_until(child, lambda out=out: any((out / "ckpt").glob(".step-*")))
         _kill(child)
         server.wait()
         leftovers = list((out / "ckpt").glob(".step-*"))
@@ -186,7 +186,12 @@ def _kill(process: int) -> None:
         pass
 
 
-def _wait_until(condition: Callable[[], bool]) -> None:
+def _wait_until(process: int, condition: Callable[[], bool]) -> None:
+    """Until the condition holds or the process has ended, which the server notices."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not condition():
+        try:
+            os.kill(process, 0)
+        except ProcessLookupError:
+            return
         time.sleep(0.001)

@@ -69,7 +69,7 @@ class Work:
 
     def engine_of(self, threads: int) -> CPUEngine:
         engine = CPUEngine(self.model, 3, num_threads=threads)
-        engine.set_schedule(torch.tensor([50.0]))
+        engine.begin(torch.tensor([50.0]))
         return engine
 
     def compute(self) -> list[Tensor]:

@@ -153,11 +153,12 @@ IDDPM_INLINE V sigmoid(V x) {
   return by_register(x, [](nv v) { return quotient(splat<nv>(1.0f), sigmoid_divisor(v)); });
 }
 
-// x / (1 + e^-x), and 0 where the bound above would make it grow with x; NaN stays NaN.
+// x / (1 + e^-x), and 0 where the bound above would make it grow with x; NaN stays NaN, and of -inf
+// it becomes NaN, as PyTorch's.
 template <class V>
 IDDPM_INLINE V silu(V x) {
   return by_register(x, [](nv v) {
-    const nv kept = select(v < -kSigmoidReach, splat<nv>(0.0f), v);
+    const nv kept = select(v < -kSigmoidReach, v * 0.0f, v);
     return quotient(kept, sigmoid_divisor(v));
   });
 }

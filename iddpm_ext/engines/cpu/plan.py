@@ -135,7 +135,6 @@ class Planner:
         self.convolutions: list[tuple[int, ConvShape]] = []
         self.shared = self.scratch = self.embedding = 0
         self._maps = maps
-        self._projections: dict[nn.Module, int] = {}  # offsets in a row of the embedding table
 
     def plan(self) -> Plan:
         """The whole network, from the caller's input to the caller's output."""
@@ -185,8 +184,11 @@ class Planner:
         self.rows.append(row)
 
     def _block(self, block: Any, source: Map, out: Map) -> None:
-        count = self._together(block, source, out)
+        count, embedding = self._together(block, source, out), self.embedding
         for first in range(0, self.whole_batch, count):
+            self.embedding = (
+                embedding  # the block's own place in a row of the table, for all samples
+            )
             self._first, self.batch = first, min(count, self.whole_batch - first)
             self._layers(block, source.samples(first), out.samples(first))
         self.batch, self._first = self.whole_batch, 0
@@ -224,9 +226,8 @@ class Planner:
     def _res_block(self, layer: Any, source: Map, out: Map) -> None:
         h = self._new(out.channels, source.size)
         self._normed_conv(layer.in_layers[0], layer.in_layers[2], source, h)
-        if layer not in self._projections:
-            self._projections[layer] = self.embedding
-            self.embedding += layer.emb_layers[1].out_features
+        embedding = self.embedding
+        self.embedding += layer.emb_layers[1].out_features
         residual = source
         if isinstance(layer.skip_connection, nn.Conv2d):
             # Never rounded: it carries the whole residual stream.
@@ -242,7 +243,7 @@ class Planner:
             out,
             residual,
             in_place=True,
-            embedding=self._projections[layer],
+            embedding=embedding,
             scale_shift=layer.scale_shift,
         )
         self._free(h)

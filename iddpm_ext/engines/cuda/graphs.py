@@ -91,4 +91,6 @@ def _let_go_of_workspaces() -> None:
     on memory that is somebody else's, or unmapped. With none at hand, a capture takes its block from the
     graphs' own pool, which lives as long as they do; and nobody else may find that one afterwards.
     """
-    torch._C._cuda_clearCublasWorkspaces()
+    let_go = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)  # builds with CUDA have it
+    if let_go is not None:
+        let_go()
