@@ -116,7 +116,7 @@ void tile_store(void* p, int64_t stride) {
 // Sums the even and the odd products of a row apart, as the instruction does.
 template <int C, int A, int B>
 void tile_multiply() {
-  if (!(configured(C) & configured(A) & configured(B))) return;
+  if (!configured(C) || !configured(A) || !configured(B)) return;
   const TileConfiguration& t = emulated_tiles.configuration;
   const int pairs = t.row_bytes[A] / 4, columns = t.row_bytes[C] / 4;
   if (t.rows[A] != t.rows[C] || t.rows[B] != pairs || t.row_bytes[B] != t.row_bytes[C]) {
