@@ -38,6 +38,8 @@ MORE_REGISTERS: dict[str, int] = {
 }
 # Kernels that compute in float64 on purpose.
 IN_DOUBLE = "ExactLikelihood"
+# Kernels whose atomics add integers, which have one sum in any order.
+ADDS_INTEGERS = "checksum_kernel"
 # Kernels that move 16 bytes at a time, and where.
 WIDE_LOADS = (
     r"reverse_step_kernel<float, true>",
@@ -143,7 +145,8 @@ def test_no_kernel_computes_in_float64_or_uses_atomics(compiled, op: str, arch: 
     for kernel in compiled[op, arch]:
         if IN_DOUBLE not in kernel.name:
             assert kernel.count(sass.FLOAT64) == 0, kernel
-        assert kernel.count(r"(ATOM|ATOMG|ATOMS|RED)\b") == 0, kernel
+        if ADDS_INTEGERS not in kernel.name:
+            assert kernel.count(r"(ATOM|ATOMG|ATOMS|RED)\b") == 0, kernel
 
 
 @each_file
