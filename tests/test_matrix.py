@@ -110,8 +110,17 @@ def test_no_setting_of_the_process_enters_a_result(setting, entry, expected):
 def test_threads_and_forked_processes_give_the_same(elsewhere, entry, expected):
     case = Case()
     here = call(entry, case)
-    assert torch.equal(elsewhere(lambda: call(entry, case)), here)
+    if elsewhere is matrix.in_a_fork and entry in OTHERS:
+        # These call the module directly, and PyTorch would wait for OpenMP's threads, lost in the fork.
+        assert distance(elsewhere(lambda: _on_one_thread(entry, case)), here) < TOLERANCE
+    else:
+        assert torch.equal(elsewhere(lambda: call(entry, case)), here)
     assert distance(here, expected["nothing", entry]) < TOLERANCE
+
+
+def _on_one_thread(entry: str, case: Case) -> Tensor:
+    torch.set_num_threads(1)
+    return call(entry, case)
 
 
 @pytest.mark.parametrize(("way", "entry"), pairs(COPIES, (), ENTRIES))
