@@ -28,6 +28,8 @@ SETTINGS_EVERYWHERE = ("bfloat16 by default", "meta by default", "autocast", "in
 TOLERANCE = 1e-4
 LEAST_EFFECT = 10 * TOLERANCE
 WITHOUT_ENGINE = ("training",)
+#: Call PyTorch's modules themselves.
+DIRECT = ("training", *OTHERS)
 WRAPPERS: dict[str, Callable[[torch.nn.Module], torch.nn.Module]] = {
     "compiled": lambda model: torch.compile(model, backend="eager"),
     "in parallel": torch.nn.DataParallel,
@@ -106,21 +108,35 @@ def test_no_setting_of_the_process_enters_a_result(setting, entry, expected):
 
 
 @pytest.mark.parametrize("entry", [*ENTRIES, *OTHERS])
-@pytest.mark.parametrize("elsewhere", [matrix.in_a_thread, matrix.in_a_fork])
-def test_threads_and_forked_processes_give_the_same(elsewhere, entry, expected):
+def test_threads_give_the_same(entry, expected):
     case = Case()
     here = call(entry, case)
-    if elsewhere is matrix.in_a_fork and entry in OTHERS:
-        # These call the module directly, and PyTorch would wait for OpenMP's threads, lost in the fork.
-        assert distance(elsewhere(lambda: _on_one_thread(entry, case)), here) < TOLERANCE
-    else:
-        assert torch.equal(elsewhere(lambda: call(entry, case)), here)
+    assert torch.equal(matrix.in_a_thread(lambda: call(entry, case)), here)
     assert distance(here, expected["nothing", entry]) < TOLERANCE
 
 
-def _on_one_thread(entry: str, case: Case) -> Tensor:
-    torch.set_num_threads(1)
-    return call(entry, case)
+@pytest.mark.parametrize("entry", [entry for entry in ENTRIES if entry not in DIRECT])
+def test_forked_processes_give_the_same(entry, expected):
+    case = Case()
+    assert distance(call(entry, case), expected["nothing", entry]) < TOLERANCE
+    forked = matrix.in_a_fork(lambda: call(entry, case))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as a forked process has, and PyTorch's own modules round by it
+    try:
+        assert torch.equal(forked, call(entry, case))
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("entry", DIRECT)
+def test_what_calls_pytorch_goes_on_in_a_fork_with_one_thread(entry, expected, tmp_path):
+    path = tmp_path / "found.pt"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, matrix.__file__, str(path), "--forked", entry]
+    subprocess.run(command, env=environment, check=True, timeout=120)
+    here, forked = torch.load(path)
+    assert distance(here, expected["nothing", entry]) < TOLERANCE
+    assert distance(forked, expected["nothing", entry]) < TOLERANCE
 
 
 @pytest.mark.parametrize(("way", "entry"), pairs(COPIES, (), ENTRIES))
