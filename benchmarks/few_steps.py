@@ -32,6 +32,7 @@ from iddpm_ext.likelihood import find_moments
 from iddpm_ext.networks.unet import UNet
 from iddpm_ext.sampling import find_picture_schedules
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 COUNTS = (5, 8, 10, 15, 25, 50, 100)
 
 
@@ -99,7 +100,7 @@ def measure(model: UNet, method: Method, count: int, args: argparse.Namespace) -
     began = time.perf_counter()
     images = iddpm_ext.sample(
         model, steps, n=args.n, labels=labels, seed=args.seed, sampler=method.sampler,
-        variance=method.variance, eta=method.eta, progress=False,
+        variance=method.variance, eta=method.eta, dtype=args.dtype, progress=False,
     )  # fmt: skip
     seconds = time.perf_counter() - began
     with warnings.catch_warnings():
@@ -165,7 +166,7 @@ def draw(model: UNet, methods: list[str], counts: list[int], args: argparse.Name
             steps: int | str = int(text) if text.isdigit() else text
             images = iddpm_ext.sample(
                 model, steps, n=10, labels=labels, seed=args.seed, sampler=method.sampler,
-                variance=method.variance, progress=False,
+                variance=method.variance, dtype=args.dtype, progress=False,
             )  # fmt: skip
             rows.append(images)
     iddpm_ext.save_images(torch.cat(rows), args.picture, columns=10)
@@ -190,10 +191,14 @@ def main() -> None:
     parser.add_argument("--steps", type=_numbers, default=list(COUNTS))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="float32", help="of sampling; bits/dim are in float32"
+    )
     parser.add_argument("--table", action="store_true", help="print the file's results alone")
     parser.add_argument("--picture", type=Path, help="a PNG of the methods and steps, and no more")
     parser.add_argument("--output", type=Path, required=True, help="JSON file, added to")
     args = parser.parse_args()
+    args.dtype = DTYPES[args.dtype]
     torch.set_num_threads(args.threads)
     record = json.loads(args.output.read_text()) if args.output.exists() else {"rows": {}}
     if args.table:
@@ -212,7 +217,9 @@ def main() -> None:
                 print(f"{name} {count}: the model has no optimal schedules", flush=True)
                 continue
             row = measure(model, METHODS[name], count, args)
-            record["rows"][key] = {"method": name, "steps": count, "n": args.n, **row}
+            record["rows"][key] = {
+                "method": name, "steps": count, "n": args.n, "dtype": str(args.dtype)[6:], **row,
+            }  # fmt: skip
             record.update(context("benchmarks.few_steps"))
             write_json(args.output, record)
             shown = f"{row['distance']:.2f}" + (
