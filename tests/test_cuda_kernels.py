@@ -72,6 +72,8 @@ def test_first_convolution_is_the_convolution(backend, shape, columns, dtype, la
         ((1, 64, 4, 32), 2),
         ((2, 96, 5, 3), 3),
         ((1, 32, 1, 1), 1),
+        ((70, 32, 3, 4), 6),  # more blocks than take a row each
+        ((33, 64, 6, 33), 3),
         ((1, 40, 4, 4), 5),
     ],
 )

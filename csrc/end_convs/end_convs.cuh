@@ -76,32 +76,41 @@ void launch_first_conv(const FirstConvArgs& a, void* stream) {
                static_cast<int>(per_block));
 }
 
-// ---- the last: a block computes a tile of 4 x 32 pixels, each of its warps from other channels
+// ---- the last: a block computes R rows of 32 pixels, its groups of eight threads from other
+// channels
 
-constexpr int kLastRows = 4, kLastColumns = 32, kLastPixels = 4;
-constexpr int kLastSlices = kEndConvThreads / 32;
-// Rows this long put a warp's four lines into different banks.
+constexpr int kLastColumns = 32, kLastPixels = 4, kLastGroups = kEndConvThreads / 8;
+// Four rows a block share their neighbours; with fewer blocks than these, one row keeps more of the
+// device busy.
+constexpr int kLastRows = 4;
+constexpr int64_t kLastFewBlocks = 66;
+// Odd, so that the four groups of a warp, which read other rows or channels, meet in no bank.
 constexpr int kLastPitch = 37;
-constexpr int kLastPlane = (kLastRows + 2) * kLastPitch;
 
-template <typename T, int K>
+template <int K, int R>
+struct LastShelf {
+  static constexpr int kPlane = (R + 2) * kLastPitch, kFeatures = kLastConvSlice * kPlane;
+  static constexpr int kSums = kLastGroups * kLastColumns * K;
+  static constexpr int kFloats = kFeatures > kSums ? kFeatures : kSums;
+};
+
+template <typename T, int K, int R>
 __global__ void __launch_bounds__(kEndConvThreads, 3)
     last_conv_kernel(const LastConvArgs a, const int64_t down, const int64_t across) {
-  // [32 channels][6][37] of features; later the warps' sums [8][128 pixels][K].
-  constexpr int kShelf = kLastConvSlice * kLastPlane;
-  static_assert(kShelf >= kLastSlices * kLastRows * kLastColumns * K, "the sums fit the shelf");
+  using Size = LastShelf<K, R>;
+  // [32 channels][R + 2][37] of features; later the groups' sums [slices][K][R][32].
   IDDPM_SMEM_DYNAMIC(float, shelf);
-  float* const weight = shelf + kShelf;  // [32 channels][9][K]
-  const int thread = static_cast<int>(threadIdx.x), slice = thread / 32, lane = thread % 32;
-  const int row = lane / 8, left = lane % 8 * kLastPixels;
+  float* const weight = shelf + Size::kFloats;  // [32 channels][9][K]
+  const int thread = static_cast<int>(threadIdx.x), group = thread / 8;
+  const int slice = group / R, row = group % R, left = thread % 8 * kLastPixels;
   const int64_t tile_x = blockIdx.x % across, rest = blockIdx.x / across;
-  const int64_t sample = rest / down, y0 = (rest - sample * down) * kLastRows;
+  const int64_t sample = rest / down, y0 = (rest - sample * down) * R;
   const int64_t x0 = tile_x * kLastColumns;
   const T* const image = static_cast<const T*>(a.x) + sample * a.height * a.width * a.c;
 
   constexpr int kPack = 4, kPacks = kLastConvSlice / kPack;
-  constexpr int kCells = (kLastRows + 2) * (kLastColumns + 2);
-  constexpr int kChannels = kLastConvSlice / kLastSlices;
+  constexpr int kCells = (R + 2) * (kLastColumns + 2);
+  constexpr int kSlices = kLastGroups / R, kChannels = kLastConvSlice / kSlices;
   float sums[kLastPixels][K] = {};
   for (int64_t c0 = 0; c0 < a.c; c0 += kLastConvSlice) {
     __syncthreads();
@@ -114,7 +123,7 @@ __global__ void __launch_bounds__(kEndConvThreads, 3)
         load_floats<T, kPack>(image + (y * a.width + x) * a.c + c0 + c, values);
 #pragma unroll
       for (int j = 0; j < kPack; ++j)
-        shelf[(c + j) * kLastPlane + cy * kLastPitch + cx] = values[j];
+        shelf[(c + j) * Size::kPlane + cy * kLastPitch + cx] = values[j];
     }
     for (int i = thread; i < kLastConvSlice * kTaps * K; i += kEndConvThreads)
       weight[i] = a.weight[c0 * kTaps * K + i];
@@ -126,7 +135,7 @@ __global__ void __launch_bounds__(kEndConvThreads, 3)
         float in[kLastPixels + 2];
 #pragma unroll
         for (int i = 0; i < kLastPixels + 2; ++i)
-          in[i] = shelf[c * kLastPlane + (row + ky) * kLastPitch + left + i];
+          in[i] = shelf[c * Size::kPlane + (row + ky) * kLastPitch + left + i];
         constexpr int kTogether = K % 2 == 0 ? 2 : 1;
         Pack<float, kTogether> w[3 * K / kTogether];
 #pragma unroll
@@ -148,26 +157,28 @@ __global__ void __launch_bounds__(kEndConvThreads, 3)
   for (int p = 0; p < kLastPixels; ++p)
 #pragma unroll
     for (int k = 0; k < K; ++k)
-      shelf[((slice * K + k) * kLastRows + row) * kLastColumns + left + p] = sums[p][k];
+      shelf[((slice * K + k) * R + row) * kLastColumns + left + p] = sums[p][k];
   __syncthreads();
-  constexpr int kTile = kLastRows * kLastColumns;
+  constexpr int kTile = R * kLastColumns;
   for (int i = thread; i < K * kTile; i += kEndConvThreads) {
     const int k = i / kTile, pixel = i - k * kTile;
     const int64_t y = y0 + pixel / kLastColumns, x = x0 + pixel % kLastColumns;
     float total = a.bias[k];
 #pragma unroll
-    for (int j = 0; j < kLastSlices; ++j) total += shelf[j * K * kTile + i];
+    for (int j = 0; j < kSlices; ++j) total += shelf[j * K * kTile + i];
     if (y < a.height && x < a.width) a.y[((sample * K + k) * a.height + y) * a.width + x] = total;
   }
 }
 
-template <typename T, int K>
+template <typename T, int K, int R>
 void launch_last_conv(const LastConvArgs& a, void* stream) {
-  const int64_t down = (a.height + kLastRows - 1) / kLastRows;
+  const int64_t down = (a.height + R - 1) / R;
   const int64_t across = (a.width + kLastColumns - 1) / kLastColumns;
-  const int64_t floats = kLastConvSlice * (kLastPlane + kTaps * K);
+  if constexpr (R > 1)
+    if (a.n * down * across < kLastFewBlocks) return launch_last_conv<T, K, 1>(a, stream);
+  const int64_t floats = LastShelf<K, R>::kFloats + kLastConvSlice * kTaps * K;
   const dim3 grid(static_cast<unsigned>(a.n * down * across));
-  IDDPM_LAUNCH((last_conv_kernel<T, K>), grid, dim3(kEndConvThreads),
+  IDDPM_LAUNCH((last_conv_kernel<T, K, R>), grid, dim3(kEndConvThreads),
                floats * static_cast<int64_t>(sizeof(float)), stream, a, down, across);
 }
 
@@ -176,16 +187,16 @@ template <typename T>
 bool launch_last_conv(const LastConvArgs& a, void* stream) {
   switch (a.k) {
     case 1:
-      launch_last_conv<T, 1>(a, stream);
+      launch_last_conv<T, 1, kLastRows>(a, stream);
       return true;
     case 2:
-      launch_last_conv<T, 2>(a, stream);
+      launch_last_conv<T, 2, kLastRows>(a, stream);
       return true;
     case 3:
-      launch_last_conv<T, 3>(a, stream);
+      launch_last_conv<T, 3, kLastRows>(a, stream);
       return true;
     case 6:
-      launch_last_conv<T, 6>(a, stream);
+      launch_last_conv<T, 6, kLastRows>(a, stream);
       return true;
     default:
       return false;
