@@ -19,6 +19,7 @@ import argparse
 import json
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +29,7 @@ import iddpm_ext
 from benchmarks.context import context, write_json
 from iddpm_ext.engines.spec import weights_fingerprint
 from iddpm_ext.evaluation import evaluate
-from iddpm_ext.likelihood import find_moments
+from iddpm_ext.likelihood import find_covariance, find_moments
 from iddpm_ext.networks.unet import UNet
 from iddpm_ext.sampling import find_picture_schedules
 
@@ -56,10 +57,13 @@ METHODS = {
     "ddpm-optimal": Method("optimal-{}", "ddpm"),
     "ddpm-optimal-analytic": Method("optimal-{}", "ddpm", "analytic"),
     "ddpm-best-analytic": Method("analytic-{}", "ddpm", "analytic"),
+    "ddpm-covariance": Method("{}", "ddpm", "optimal"),
+    "ddpm-best-covariance": Method("analytic-{}", "ddpm", "optimal"),
     "ddpm-pictures": Method("pictures-{}", "ddpm"),
     "ddpm-pictures-analytic": Method("pictures-{}", "ddpm", "analytic"),
     "ddim": Method("{}", "ddim"),
     "ddim-analytic": Method("{}", "ddim", "analytic"),
+    "ddim-covariance": Method("{}", "ddim", "optimal"),
     "ddim-pictures": Method("pictures-{}", "ddim"),
     "ddim-pictures-analytic": Method("pictures-{}", "ddim", "analytic"),
     "dpm++": Method("{}", "dpm++"),
@@ -77,15 +81,17 @@ METHODS = {
 BEFORE = ("ddpm", "ddpm-small", "ddpm-optimal", "ddim", "dpm++")
 
 
-def prepared(name: str, data: str, kept: Path) -> UNet:
-    """The model, with moments and picture schedules of its own; `kept` is the file with them."""
+def prepared(name: str, data: str, kept: Path, methods: Sequence[Method]) -> UNet:
+    """The model with moments, and with picture schedules and a head as methods need; `kept` keeps them."""
     model = iddpm_ext.load(kept if kept.exists() else name)
-    if "moments" not in model.extra:
-        found = find_moments(model, data, limit=64)
-        model.extra["moments"] = found.to_extra(weights_fingerprint(model))
-    if "picture_schedules" not in model.extra:
+    had, weights = set(model.extra), weights_fingerprint(model)
+    if "moments" not in had:
+        model.extra["moments"] = find_moments(model, data, limit=64).to_extra(weights)
+    if "picture_schedules" not in had and any(m.steps.startswith("pictures") for m in methods):
         model.extra["picture_schedules"] = find_picture_schedules(model).to_extra()
-    if not kept.exists():
+    if "covariance" not in had and any(m.variance == "optimal" for m in methods):
+        model.extra["covariance"] = find_covariance(model, data).to_extra(weights)
+    if set(model.extra) != had:
         iddpm_ext.save(model, kept)
     return model
 
@@ -204,7 +210,9 @@ def main() -> None:
     if args.table:
         print(table(record["rows"], args.n))
         return
-    model = prepared(args.model, args.data, args.output.with_suffix(".safetensors"))
+    model = prepared(
+        args.model, args.data, args.output.with_suffix(".safetensors"), [METHODS[m] for m in args.methods]
+    )  # fmt: skip
     if args.picture is not None:
         draw(model, args.methods, args.steps, args)
         return

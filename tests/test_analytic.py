@@ -181,9 +181,9 @@ def moments_extra(model: iddpm_ext.UNet, **changes: object) -> dict:
         (lambda m: {}, {"steps": "analytic-5"}, "moments where it has none"),
         (moments_extra, {"steps": "analytic-x"}, "analytic-K"),
         (moments_extra, {"steps": "analytic-3"}, "at most the 2 moments"),
-        (moments_extra, {"variance": "optimal"}, "must be None or one of"),
+        (moments_extra, {"variance": "best"}, "must be None or one of"),
         (moments_extra, {"variance": "analytic", "sampler": "unipc"}, "solves an equation"),
-        (moments_extra, {"variance": "fixed_small", "sampler": "ddim"}, "None or 'analytic'"),
+        (moments_extra, {"variance": "fixed_small", "sampler": "ddim"}, "None, 'analytic' or 'optimal'"),
         (moments_extra, {"steps": "pictures-4"}, "the checkpoint has none"),
     ],
 )  # fmt: skip

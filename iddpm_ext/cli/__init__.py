@@ -29,6 +29,7 @@ _ORDER = (
     "evaluate",
     "report",
     "steps",
+    "covariance",
     "convert",
     "plot",
     "data",

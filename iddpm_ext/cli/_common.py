@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
@@ -72,6 +73,18 @@ def pick_device(name: str) -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+
+
+def target_of(checkpoint: str, out: Path | None) -> Path:
+    """The file that a verb writes a checkpoint to that it completes: `out`, or the checkpoint itself."""
+    from iddpm_ext.checkpoint import bundled
+
+    target = Path(checkpoint) if out is None else out
+    if out is None and (checkpoint in bundled() or target.suffix != ".safetensors"):
+        raise ValueError(
+            f"out must be given where the checkpoint is not a .safetensors file of yours, got {checkpoint}"
+        )
+    return target
 
 
 def read_steps(text: str | None) -> int | str | None:

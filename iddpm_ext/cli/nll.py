@@ -34,7 +34,7 @@ def run(
     backend: str = "auto",
     method: Literal["bound", "full", "information", "ode"] = "bound",
     tolerance: float = 1e-4,
-    variance: Literal["fixed_small", "fixed_large", "analytic"] | None = None,
+    variance: Literal["fixed_small", "fixed_large", "analytic", "optimal"] | None = None,
     device: str = "auto",
 ) -> None:
     """Computes the bound and writes nll.json, per_step.csv and per_image.csv.
@@ -65,8 +65,8 @@ def run(
         backend: of the ops: auto, reference, cpu, cuda or triton.
         method: the bound, its full sum, the information-theoretic estimator, or the probability flow (ode).
         tolerance: of ode.
-        variance: analytic, of the moments that `iddpm steps` stores, fixed_small or fixed_large; the
-            network's own if not given.
+        variance: analytic, of the moments that `iddpm steps` stores; optimal, of the head that
+            `iddpm covariance` trains; fixed_small or fixed_large; the network's own if not given.
         device: auto, cpu, cuda or cuda:1.
     """
     starting("nll", f"loading {checkpoint}")

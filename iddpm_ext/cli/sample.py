@@ -32,7 +32,7 @@ def run(
     labels: tuple[str, ...] | None = None,
     sampler: Literal["ddpm", "ddim", "dpm++", "dpm++3", "dpm++sde", "unipc", "unipc3"] = "ddpm",
     eta: float = 0.0,
-    variance: Literal["fixed_small", "fixed_large", "analytic"] | None = None,
+    variance: Literal["fixed_small", "fixed_large", "analytic", "optimal"] | None = None,
     guidance_scale: float = 1.0,
     classifier: Path | None = None,
     classifier_scale: float = 1.0,
@@ -67,8 +67,9 @@ def run(
         sampler: ancestral (ddpm), DDIM, or a solver for few steps: DPM-Solver++ (dpm++, dpm++3, with noise
             dpm++sde) or UniPC (unipc, unipc3).
         eta: the noise of DDIM, from 0 to 1.
-        variance: of ddpm and ddim: analytic, of the moments that `iddpm steps` stores; of ddpm: fixed_small
-            or fixed_large; the network's own if not given.
+        variance: of ddpm and ddim: analytic, of the moments that `iddpm steps` stores, or optimal, of the
+            head that `iddpm covariance` trains; of ddpm: fixed_small or fixed_large; the network's own if not
+            given.
         guidance_scale: of classifier-free guidance; 1 is without.
         classifier: a classifier of noisy images that guides the samples to their labels: a .safetensors file,
             the folder of a run, or a .pt of guided-diffusion.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from iddpm_ext.cli._common import MaybeCount, pick_device, quiet, result, starting
+from iddpm_ext.cli._common import MaybeCount, pick_device, quiet, result, starting, target_of
 
 if TYPE_CHECKING:
     from iddpm_ext.networks.unet import UNet
@@ -61,7 +61,6 @@ def run(
     """
     starting("steps", f"loading {checkpoint}")
     import iddpm_ext
-    from iddpm_ext.checkpoint import bundled
     from iddpm_ext.data import open_data
     from iddpm_ext.engines.spec import weights_fingerprint
     from iddpm_ext.files import beside
@@ -69,11 +68,7 @@ def run(
     from iddpm_ext.likelihood.schedules import check_counts, search
     from iddpm_ext.sampling.distributed import Processes
 
-    target = Path(checkpoint) if out is None else out
-    if out is None and (checkpoint in bundled() or target.suffix != ".safetensors"):
-        raise ValueError(
-            f"out must be given where the checkpoint is not a .safetensors file of yours, got {checkpoint}"
-        )
+    target = target_of(checkpoint, out)
     model = iddpm_ext.load(checkpoint).to(pick_device(device))
     if purpose == "pictures":
         _for_pictures(model, target, n or 256, candidates or 128, most or 100, seed, batch_size)

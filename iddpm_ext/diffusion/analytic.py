@@ -75,18 +75,29 @@ class AnalyticDiffusion(Diffusion):
         return self._tables[key]
 
     def _filled(self, table: Tensor, sampler: str, eta: float) -> Tensor:
-        share = 1.0 if sampler == "ddpm" else eta * eta
-        posterior = share * table[:, Column.POSTERIOR_LOG_VARIANCE].exp()
-        posterior[0] = 0  # the table has the second step's, whose logarithm exists
-        unknown = table[:, Column.MEAN_X0].square() * self._x_0_variance[self.timesteps]
+        posterior, unknown = self._parts(sampler, eta)
         log_variance = (posterior + unknown).log()
-        if self._noise_levels is not None:
-            most = 2 * math.log(self._noise_levels * (2 / 255) / _MEAN_SIZE)
-            log_variance[1] = log_variance[1].clamp(max=most)
+        if self._most_log_variance is not None:
+            log_variance[1] = log_variance[1].clamp(max=self._most_log_variance)
         table[:, Column.LOG_VARIANCE_BIAS] = log_variance
         table[:, Column.LOG_VARIANCE_SCALE] = 0
         table[1:, Column.NOISE_SCALE] = 1
         return table
+
+    def _parts(self, sampler: str, eta: float) -> tuple[Tensor, Tensor]:
+        """lambda_t^2 and c1_t^2 V_t of every step, each float64 [T] on the CPU."""
+        plain = Diffusion.table(self, sampler=sampler, eta=eta, dtype=torch.float64)
+        share = 1.0 if sampler == "ddpm" else eta * eta
+        posterior = share * plain[:, Column.POSTERIOR_LOG_VARIANCE].exp()
+        posterior[0] = 0  # the table has the second step's, whose logarithm exists
+        return posterior, plain[:, Column.MEAN_X0].square() * self._x_0_variance[self.timesteps]
+
+    @property
+    def _most_log_variance(self) -> float | None:
+        """Of the last step that adds noise."""
+        if self._noise_levels is None:
+            return None
+        return 2 * math.log(self._noise_levels * (2 / 255) / _MEAN_SIZE)
 
     def to_dict(self) -> dict[str, Any]:
         """As `Diffusion.to_dict`, with V_t; no checkpoint holds it, which has the moments instead."""

@@ -32,6 +32,7 @@ class NetworkSpec:
     who: the public function that errors and warnings name. diffusion: the chain that is walked.
     image_shape: (C, H, W). dtype: what the network is evaluated in; None for the weights' own.
     labels: int64 [n] or None. low_res: [n, C, h, w] or None. state: dtype of the chain.
+    finish: makes of the network's output and the steps t int64 [n] what the chain reads; None for the output.
     """
 
     who: str
@@ -46,6 +47,7 @@ class NetworkSpec:
     labels: Tensor | None
     low_res: Tensor | None
     state: torch.dtype = torch.float32
+    finish: Callable[[Tensor, Tensor], Tensor] | None = None
 
     @property
     def network_takes_labels(self) -> bool:

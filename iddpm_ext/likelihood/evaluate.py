@@ -69,10 +69,12 @@ class Evaluator:
         labels = None if spec.labels is None else spec.labels[rows.image.to(device)]
         low_res = None if spec.low_res is None else spec.low_res[rows.image.to(device)]
         out = self.network.at(x_t, chain.model_timesteps(t), labels, low_res)
+        if spec.finish is not None:
+            out = spec.finish(out, t)
         return Outputs(x_0, x_t, out, t)
 
     def measure(self, rows: Rows) -> Tensor:
-        """What `MEASURED` names, float32 [n, 4] on the CPU; NaN for v where the variance is fixed."""
+        """What `MEASURED` names, float32 [n, 4] on the CPU; NaN for v where the variance has none."""
         with undisturbed(self.request.spec.device.type):
             return self._measure(rows)
 
@@ -96,7 +98,7 @@ class Evaluator:
         row = self._table[t]
         ratio = row[:, Column.SQRT_ALPHA_BAR] / row[:, Column.SQRT_ONE_MINUS_ALPHA_BAR]
         outside = torch.full_like(bpd, torch.nan)
-        if chain.learns_variance:
+        if chain.variance == "learned_range":
             outside = (out[:, channels:].abs() > 1).float().flatten(1).mean(1)
         measured = torch.stack([bpd, x_0_mse, ratio.square() * x_0_mse, outside], dim=1)
         return measured.float().cpu()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -157,7 +157,7 @@ def make_likelihood_request(
         who, model, steps, diffusion=diffusion, image_shape=shape, dtype=dtype, engine=engine,
         exact=False, backend=backend, labels=labels, low_res=low_res,
     )  # fmt: skip
-    spec = replace(spec, diffusion=with_variance(spec, variance, sampling=False))
+    spec = with_variance(spec, variance, sampling=False)
     n = len(images.x_0)
     count_of(who, n, n, labels=spec.labels, low_res=low_res)
     if batch_size is None:  # more than there are images, as a call evaluates an image many times

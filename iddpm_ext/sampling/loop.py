@@ -83,8 +83,9 @@ def sample(
             "dpm++3" of second and third order, "unipc" and "unipc3" with a corrector that costs no
             evaluation, "dpm++sde" with noise. None extrapolates further than the step before was long.
         eta: the noise of DDIM, from 0 (none) to 1.
-        variance: None for the chain's own; "analytic" (of "ddpm" and "ddim"; the checkpoint needs the
-            moments that `iddpm steps` stores); "fixed_small" or "fixed_large" (of "ddpm").
+        variance: None for the chain's own; of "ddpm" and "ddim" "analytic" (the checkpoint needs the moments
+            that `iddpm steps` stores) or "optimal" (the head that `iddpm covariance` trains, of a `UNet` that
+            is no more than one); of "ddpm" "fixed_small" or "fixed_large".
         labels: integers [n], -1 for an unlabelled image. A class-conditional `UNet` draws those
             that are not given.
         guidance_scale: s of classifier-free guidance, eps = eps_none + s (eps_label - eps_none);

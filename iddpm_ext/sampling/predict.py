@@ -18,7 +18,7 @@ class Predictor:
     def __init__(
         self, spec: NetworkSpec, network: Network, samples: Tensor, guidance_scale: float
     ) -> None:
-        self._network, self._scale = network, guidance_scale
+        self._network, self._scale, self._finish = network, guidance_scale, spec.finish
         self.labels = None if spec.labels is None else spec.labels[samples]
         self.low_res = None if spec.low_res is None else spec.low_res[samples]
         self._network_labels, self._network_low_res = self.labels, self.low_res
@@ -39,10 +39,13 @@ class Predictor:
     def __call__(self, x: Tensor, step: int) -> Tensor:
         """x: [n, C, H, W] -> [n, C or 2C, H, W] at a step of the chain."""
         self.begin()
-        if not self._guided:
-            return self._network(x, step)
-        out = self._network(torch.cat([x, x]), step)
-        return _guide(out, x.shape[1], self._scale)
+        if self._guided:
+            out = _guide(self._network(torch.cat([x, x]), step), x.shape[1], self._scale)
+        else:
+            out = self._network(x, step)
+        if self._finish is None:
+            return out
+        return self._finish(out, torch.full((len(x),), step, dtype=torch.int64, device=x.device))
 
 
 def _guide(out: Tensor, channels: int, scale: float) -> Tensor:

@@ -29,7 +29,7 @@ from iddpm_ext.interop.twin import twin
 from iddpm_ext.networks import foreign
 from iddpm_ext.networks.unet import UNet
 from iddpm_ext.random import STREAM_CHOICE, NoiseKey, integers
-from iddpm_ext.sampling.variance import FIXED, with_variance
+from iddpm_ext.sampling.variance import COMPUTED, FIXED, with_variance
 
 SAMPLERS = (*ONE_STEP_SAMPLERS, *SOLVERS)
 _DEFAULT_N = 16
@@ -65,7 +65,7 @@ class Request:
     def noisy(self) -> bool:
         """Whether the steps add noise."""
         stochastic = self.solver is not None and self.solver.eta > 0
-        return self.sampler == "ddpm" or self.eta > 0 or stochastic or self.variance == "analytic"
+        return self.sampler == "ddpm" or self.eta > 0 or stochastic or self.variance in COMPUTED
 
     def table(self, chain: Diffusion | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
         """The coefficients of the sampler's `reverse_step`, [T, 16] on the device.
@@ -126,7 +126,7 @@ def make_request(
         exact=exact, backend=backend, labels=labels, low_res=low_res, images=("x_T", x_T),
         labels_for_guidance=cond_fn is not None,
     )  # fmt: skip
-    spec = replace(spec, diffusion=with_variance(spec, variance, sampling=True))
+    spec = with_variance(spec, variance, sampling=True, sampler=sampler, eta=float(eta))
     if cond_fn is not None and sampler != "ddpm" and float(spec.diffusion.alphas_cumprod[-1]) == 0:
         raise ValueError(
             f"{who}: cond_fn must be left out with ddim and the solvers for a chain that begins in pure "
@@ -193,9 +193,10 @@ def _check_sampler(who: str, sampler: str, eta: float, variance: str | None) -> 
         raise ValueError(f"{who}: eta must be 0 with sampler {sampler!r} (it is DDIM's), got {eta}")
     if variance in FIXED and sampler != "ddpm":
         raise ValueError(
-            f"{who}: variance must be None or 'analytic' with sampler {sampler!r}, got {variance!r}"
+            f"{who}: variance must be None, 'analytic' or 'optimal' with sampler {sampler!r}, "
+            f"got {variance!r}"
         )
-    if variance == "analytic" and sampler in SOLVERS:
+    if variance in COMPUTED and sampler in SOLVERS:
         raise ValueError(
             f"{who}: variance must be None with sampler {sampler!r}, which solves an equation, "
             f"got {variance!r}"
