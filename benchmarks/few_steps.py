@@ -185,7 +185,7 @@ def main() -> None:
         "--images", type=int, default=100, help="test images for bits/dim; 0 for none"
     )
     parser.add_argument(
-        "--budget", type=float, default=32, help="evaluations an image for bits/dim"
+        "--budget", type=float, default=32, help="evaluations per image for bits/dim"
     )
     parser.add_argument("--methods", type=_methods, default=list(METHODS), help="of the table")
     parser.add_argument("--steps", type=_numbers, default=list(COUNTS))

@@ -230,7 +230,7 @@ def check(
 def timed(
     call: Call, what: str, state: str, variants: list[str], rounds: int, compiled: dict
 ) -> dict[str, list[float]]:
-    """Milliseconds a call of every variant and of the copy."""
+    """Milliseconds per call of every variant and of the copy."""
     moved = call.bytes(what)
     sets = 1 if state == "hot" else max(2, min(COLD_BYTES // moved, 256))
     inputs = [arguments(call, seed) for seed in range(sets)]

@@ -76,7 +76,7 @@ def cost(model: UNet, args: argparse.Namespace) -> dict[str, Any]:
     needed = result.evaluations / len(result.per_image_bpd)
     uniform = uniform_evaluations(result, args.half_width)
     print(
-        f"{needed:.1f} evaluations an image for ± {args.half_width} over {args.n} images; "
+        f"{needed:.1f} evaluations per image for ± {args.half_width} over {args.n} images; "
         f"the full sum takes {total} ({total / needed:.0f}x), uniform steps {uniform:.0f} "
         f"({uniform / needed:.0f}x)"
     )

@@ -193,7 +193,7 @@ def _times(
     size: int,
     rounds: int,
 ) -> dict[str, list[float]]:
-    """Milliseconds a call of every variant, and of the copy that is the floor."""
+    """Milliseconds per call of every variant, and of the copy that is the floor."""
     arguments = [prepared(spec, case, what) for _ in range(sets)]
 
     def repeated(function: Callable) -> Callable[[], Any]:

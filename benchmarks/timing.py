@@ -19,7 +19,7 @@ CLOCKS: dict[str, Callable[[], float]] = {
 def interleave(
     variants: dict[str, Callable[[], Any]], *, rounds: int, clock: str, seconds: float = 0.02
 ) -> dict[str, list[float]]:
-    """Milliseconds a call: in every round each variant runs for at least `seconds`."""
+    """Milliseconds per call: in every round each variant runs for at least `seconds`."""
     read = CLOCKS[clock]
     times: dict[str, list[float]] = {name: [] for name in variants}
     for call in variants.values():
@@ -37,7 +37,7 @@ def interleave(
 def interleave_graphs(
     variants: dict[str, Callable[[], Any]], *, rounds: int, calls: int, milliseconds: float = 2.0
 ) -> dict[str, list[float]]:
-    """Milliseconds a call on the GPU: replays of a CUDA graph of at least `calls` calls each.
+    """Milliseconds per call on the GPU: replays of a CUDA graph of at least `calls` calls each.
 
     A graph leaves out what the host takes to launch; a replay lasts at least `milliseconds`.
     """
@@ -57,7 +57,7 @@ def interleave_on_device(
     milliseconds: float = 20.0,
     warm_ups: int = 3,
 ) -> dict[str, list[float]]:
-    """Milliseconds a call as the device's own clock sees it, what the host takes between calls included.
+    """Milliseconds per call as the device's own clock sees it, what the host takes between calls included.
 
     In every round each variant is called as often as takes about `milliseconds`, between two CUDA
     events; on the CPU, between two readings of the wall clock.

@@ -55,9 +55,9 @@ def save_images(
         recipe: what made the images, JSON's types (checkpoint, seed, steps, sampler, ...). The version
             and the image's index (in a grid: the count n) are added.
         labels: integers [N], -1 for none.
-        class_names: one a class: a grid of labelled images shows each one's above it.
+        class_names: one per class: a grid of labelled images shows each one's above it.
         columns: of a grid; its square root if None.
-        scale: pixels a pixel in a grid; as large as the captions need if None.
+        scale: output pixels per image pixel in a grid; as large as the captions need if None.
 
     Returns:
         the path.

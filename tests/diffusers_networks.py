@@ -44,7 +44,7 @@ def noise_of(seed: int, timesteps: Tensor, shape: tuple[int, ...]) -> Iterator[T
 
 
 class InjectedNoise:
-    """In the place of diffusers' `randn_tensor`: the given tensors, one a call."""
+    """In the place of diffusers' `randn_tensor`: the given tensors, one per call."""
 
     def __init__(self, noise: Iterator[Tensor]) -> None:
         self.noise = noise

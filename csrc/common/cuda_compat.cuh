@@ -98,7 +98,7 @@ void launch_cluster(void (*kernel)(Parameters...), dim3 grid, unsigned cluster, 
 // What the current device offers a block: clusters, where the code that runs was compiled for them
 // too
 // (`kernel` is any one of it; PTX of an older architecture was not), and bytes of shared memory.
-// Asked once a device.
+// Asked once per device.
 struct DeviceLimits {
   bool clusters;
   int64_t shared_bytes;

@@ -73,7 +73,7 @@ IDDPM_INLINE void for_columns(int64_t first, int64_t end, F f) {
   for (; c < end; c += kLanes) f(Vectors<1>{}, c, end - c < kLanes ? end - c : kLanes);
 }
 
-// Runs f(n, slab) in three steps over a batch: first, all slabs of a sample; then once a sample;
+// Runs f(n, slab) in three steps over a batch: first, all slabs of a sample; then once per sample;
 // then all slabs again. With a sample a thread, a sample stays in the cache from step to step.
 template <typename First, typename Once, typename Last>
 IDDPM_INLINE void for_slabs(const GroupNormInput& in, int num_threads, First first, Once once,

@@ -131,7 +131,7 @@ struct Backward {
 
   template <bool kSilu>
   void rows_of_group(int64_t n, int64_t g) const {
-    float* kept = partial(n, 0);  // three numbers a channel
+    float* kept = partial(n, 0);  // three numbers per channel
     for (int64_t c = g * width; c < (g + 1) * width; ++c) {
       const Sums s = row_sums<kSilu>(n, c, map(n, c));
       kept[c] = float(s.s1);

@@ -1,4 +1,4 @@
-// The two parts of the hybrid loss an example, with their gradient by the network's output
+// The two parts of the hybrid loss of each example, with their gradient by the network's output
 // (iddpm_ext/ops/hybrid_loss/__init__.py has the equations).
 #pragma once
 

@@ -1,4 +1,4 @@
-// One block an example: every thread adds its own elements in order, the block adds its threads in
+// One block per example: every thread adds its own elements in order, the block adds its threads in
 // a fixed tree, so a term's bits depend on nothing but the example. Value and gradient come from
 // the same pass.
 #pragma once

@@ -1,4 +1,4 @@
-// One term of the variational bound an example, in bits per dimension, with its gradient by the
+// One term of the variational bound for each example, in bits per dimension, with its gradient by the
 // network's output (iddpm_ext/ops/vlb_terms/__init__.py has the equations).
 #pragma once
 

@@ -50,7 +50,7 @@ def run(
         alpha: what becomes of transparent pixels: refuse; drop (the colours below show); black or white.
         split: of data that has both.
         n: only the first so many images.
-        budget: network evaluations an image, at least 1: 64 of the bound, 1000 points of information.
+        budget: network evaluations per image, at least 1: 64 of the bound, 1000 points of information.
         full: every step of every image, whatever the budget.
         steps: a shorter chain: 50; ddim50; 10,15,20 for sections; dense-50 with every early step too;
             optimal-50 or analytic-50 for a schedule of the checkpoint.

@@ -60,7 +60,7 @@ def run(
 
     Args:
         checkpoint: a bundled name, one of our .safetensors files or an OpenAI .pt.
-        n: how many images; 16, or one a label.
+        n: how many images; 16, or one per label.
         steps: 50; ddim50; 10,15,20 for sections; optimal-8, analytic-8
             or pictures-8 for a schedule of the checkpoint.
         labels: class numbers or names, 0,1,boot; -1 for none; "all" for every class, n images in all.
@@ -82,7 +82,7 @@ def run(
         upsampler_steps: its steps; as many as steps if not given.
         flags: of an OpenAI .pt that needs them, "image_size=64 noise_schedule=cosine ...".
         columns: of the grid.
-        scale: pixels a pixel in the grid.
+        scale: output pixels per image pixel in the grid.
         batch_size: most images at once.
         clip: clamp every predicted image to [-1, 1].
         dtype: precision of the network.

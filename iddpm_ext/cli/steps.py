@@ -51,7 +51,7 @@ def run(
         alpha: what becomes of transparent pixels: refuse; drop (the colours below show); black or white.
         split: of data that has both.
         n: how many images: of the data, a random choice of 64; for pictures, 256 that are drawn.
-        candidates: how many of the chain's steps may be chosen; each costs an evaluation an image. 500; for
+        candidates: how many of the chain's steps may be chosen; each costs an evaluation per image. 500; for
             pictures 128.
         most: the most steps of a schedule: 250; for pictures 100.
         out: the checkpoint to write; in place if not given.

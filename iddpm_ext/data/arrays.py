@@ -24,7 +24,7 @@ class ArrayData:
             in [-1, 1], or of the `value_range`. May be memory-mapped: only what is asked for is read, but
             floating values are all looked at once.
         labels: integers [N] from 0, or None.
-        class_names: one a class; the numbers if not given.
+        class_names: one per class; the numbers if not given.
         image_size: side of the square that each image is brought to; None keeps them as they are.
         value_range: the values of black and white; None: those of the type, where that is not in doubt.
         classes: "auto"; "ids" makes a class of each different label, whatever the numbers; "none" leaves

@@ -20,7 +20,7 @@ _HALF = 127.5
 class CachedData:
     """The images of `data`, all decoded at once; what `images` returns is what `data` returns, to the bit.
 
-    workers: processes that decode; 0 does it in this one. 8-bit images take a byte a channel, others four.
+    workers: processes that decode; 0 does it in this one. 8-bit images take a byte per channel, others four.
 
     Raises ValueError where they do not fit into memory, and whatever `data` raises.
     """

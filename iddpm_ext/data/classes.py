@@ -15,7 +15,7 @@ _SHOWN = 10
 
 
 class Labelled(NamedTuple):
-    """labels: int64 [N] on the CPU, indices of names. names: one a class."""
+    """labels: int64 [N] on the CPU, indices of names. names: one per class."""
 
     labels: Tensor
     names: tuple[str, ...]
@@ -76,8 +76,8 @@ def match_classes(
 
     Args:
         who: the function that errors name.
-        names: the data's, one a class. used: which of them occur.
-        network_names: the checkpoint's, one a class, or None. network_classes: how many it has.
+        names: the data's, one per class. used: which of them occur.
+        network_names: the checkpoint's, one per class, or None. network_classes: how many it has.
 
     Raises:
         ValueError: naming the difference.

@@ -24,7 +24,7 @@ SPLITS = ("train", "test", "all")
 class ImageData(Protocol):
     """What training and likelihood ask of data.
 
-    image_shape: (C, H, W) of every image. class_names: one a class, None without classes. notes: what
+    image_shape: (C, H, W) of every image. class_names: one per class, None without classes. notes: what
     reading leaves out or changes, one line each.
     """
 

@@ -251,7 +251,7 @@ def _sfid(
             "evaluate: metrics must be without 'sfid' where the extractor gives no spatial "
             f"features, got {extractor.name}"
         )
-    # Its features are 2023 an image and are not kept: no interval.
+    # Its features are 2023 per image and are not kept: no interval.
     return {_named("sfid", extractor): Score(frechet_distance(a.spatial, b.spatial), None)}
 
 

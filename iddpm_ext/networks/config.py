@@ -23,22 +23,22 @@ _FLAGS = ("use_scale_shift_norm", "conv_resample", "super_resolution", "resblock
 class UNetConfig:
     """What determines the tensors of a `UNet` and what it computes. Raises ValueError or TypeError.
 
-    image_size: the side that `attention_resolutions` are counted from; `forward` takes other sizes.
+    image_size: the side at level 0 for `attention_resolutions`; `forward` takes other sizes too.
     in_channels, out_channels: of image and output (2 * in_channels for a learned variance).
     model_channels, channel_mult: level i has model_channels * channel_mult[i] channels, a multiple of
         32; a multiplier may be a fraction.
-    num_res_blocks: residual blocks of a level on the way down; one more on the way up.
+    num_res_blocks: residual blocks per level of the encoder; the decoder has one more.
     attention_resolutions: the feature-map sides, image_size / 2^level, whose levels get attention.
-    num_heads, num_heads_upsample: attention heads on the way down and up (None: the same).
+    num_heads, num_heads_upsample: attention heads of encoder and decoder (None: the same).
     dropout: probability, in every residual block.
     num_classes: rows of the label embedding; None for an unconditional network.
-    use_scale_shift_norm: the time embedding scales and shifts a normalised map, else is added.
+    use_scale_shift_norm: the time embedding scales and shifts normalised features; else it is added.
     conv_resample: resample by a learned convolution, else by average pooling and repetition.
     super_resolution: the network takes `low_res`, upsampled and concatenated to its input.
-    num_head_channels: width of a head in every attention block, in place of the numbers of heads.
-    attention_order: "legacy" splits qkv into heads first, "new" into q, k and v first. The tensors
-        are alike, the outputs are not.
-    resblock_updown: a residual block resamples between levels, in place of a lone convolution.
+    num_head_channels: width of a head in every attention block, instead of the numbers of heads.
+    attention_order: "legacy" splits qkv into heads first, "new" into q, k and v first. Weights have the
+        same shapes in both, and mean different things.
+    resblock_updown: a residual block resamples between levels, instead of a single convolution.
     The last three are options of openai/guided-diffusion.
     """
 
@@ -123,7 +123,7 @@ class UNetConfig:
         return int(self.model_channels * self.channel_mult[level])
 
     def heads(self, channels: int, *, up: bool = False) -> int:
-        """Attention heads of a block with `channels` channels, on the way down or up."""
+        """Attention heads of a block with `channels` channels, in the encoder or (`up`) the decoder."""
         if self.num_head_channels is not None:
             return channels // self.num_head_channels
         return self.heads_up if up else self.num_heads

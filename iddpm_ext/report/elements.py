@@ -50,7 +50,7 @@ Cell = str | Picture
 
 @dataclass(frozen=True)
 class Table:
-    """head: one a column. rows: the first cell of each names the row."""
+    """head: one per column. rows: the first cell of each names the row."""
 
     kind: ClassVar[str] = "table"
     caption: str
@@ -63,7 +63,7 @@ class Film:
     """Frames that are played one after the other.
 
     sources: data: addresses of one picture each, in which the frames stand below one another; they are
-    shown side by side under their `names`. width, height: of a frame, in pixels. captions: one a frame.
+    shown side by side under their `names`. width, height: of a frame, in pixels. captions: one per frame.
     """
 
     kind: ClassVar[str] = "film"

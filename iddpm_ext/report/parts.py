@@ -263,7 +263,7 @@ def cost(subject: Subject) -> Body:
     quality = () if wanted is None else ("distance", "95 %")
     table = Table(
         f"{n} images at once on this machine ({where}).",
-        ("sampler", "steps", "seconds", "seconds an image", *quality),
+        ("sampler", "steps", "seconds", "seconds per image", *quality),
         tuple(
             (c.sampler, str(c.steps), f"{c.seconds:.2f}", f"{c.seconds / n:.3f}", *_quality_cells(c))
             for c in found
@@ -273,7 +273,7 @@ def cost(subject: Subject) -> Body:
         return Body((Text(remark), table))
     reach = _text_of(best.interval)
     advice = (
-        f"Take {best.sampler} with {best.steps} steps: {best.seconds / n:.3f} s an image here. Its distance "
+        f"Take {best.sampler} with {best.steps} steps: {best.seconds / n:.3f} s per image here. Its distance "
         f"to the data, {best.distance:.4f}{reach}, is the lowest that was measured or within the uncertainty "
         f"of that, and no cheaper setting's is."
     )
@@ -290,7 +290,7 @@ def cost(subject: Subject) -> Body:
                 f"--steps {best.steps} -n 2000"
             ),
         ),
-        {"advised": f"{best.sampler}, {best.steps} steps, {best.seconds / n:.3f} s an image"},
+        {"advised": f"{best.sampler}, {best.steps} steps, {best.seconds / n:.3f} s per image"},
     )
 
 
@@ -461,11 +461,11 @@ def _cost_chart(found: list[_Cost], n: int) -> Drawing:
             )
         )  # fmt: skip
     svg = chart(
-        lines, title="Quality against time", x_label="seconds an image", y_label="distance to the data",
+        lines, title="Quality against time", x_label="seconds per image", y_label="distance to the data",
         x_log=True,
     )  # fmt: skip
     alt = (
-        "Line chart of the distance to the data against seconds an image, lower is better: "
+        "Line chart of the distance to the data against seconds per image, lower is better: "
         + "; ".join(
             f"{c.sampler} {c.steps} steps {c.distance:.3f}" for c in found if c.distance is not None
         )

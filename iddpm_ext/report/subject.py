@@ -76,7 +76,7 @@ class Subject:
 
     @property
     def class_names(self) -> list[str] | None:
-        """One a class; numbers where the checkpoint has no names; None without classes."""
+        """One per class; numbers where the checkpoint has no names; None without classes."""
         count = self.model.config.num_classes
         if count is None:
             return None

@@ -1,4 +1,4 @@
-"""Which variances a chain takes: its own, one of the fixed ones, or analytic ones from moments."""
+"""The variances of a chain: its own, a fixed choice, or analytic ones from the checkpoint's moments."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from iddpm_ext.engines.spec import NetworkSpec, moments_of
 
 FIXED = ("fixed_small", "fixed_large")
 CHOICES = (*FIXED, "analytic")
-# On average at most so much of the noise of the last step that adds any, in levels of 8 bits.
+# Standard deviation of the noise that remains in the images, in levels of 8 bits, on average at most.
 _NOISE_LEVELS = 1.0
 
 
 def with_variance(spec: NetworkSpec, variance: str | None, *, sampling: bool) -> Diffusion:
     """The chain of `spec` with these variances; None leaves it as it is.
 
-    sampling: limit the noise that no later step sees.
+    sampling: limit the noise of the last noisy step, which no later step removes.
 
     Raises ValueError for an unknown name, or where the checkpoint has no moments of its weights.
     """
