@@ -1,7 +1,8 @@
 """A `UNet` fused for training on a GPU: channels_last, few passes over memory, weights in half precision.
 
 It has the fusions of `engines/cuda/network.py`, with gradients: the normalisation reads the convolution's
-bias, the skip connection and the parts of the concatenation before it; its backward pass sums their gradients.
+bias, the skip connection and the parts of the concatenation before it; its backward pass sums their
+gradients.
 
 Nothing here is specific to CUDA: all functions are PyTorch's or ops of this package, on any device.
 """

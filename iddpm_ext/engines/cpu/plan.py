@@ -129,7 +129,9 @@ class Planner:
         base: int = 0,
     ):
         self.model, self.size, self.threads = model, size, threads
-        self.batch = self.whole_batch = batch_size  # samples that the next rows compute; all samples
+        self.batch = self.whole_batch = (
+            batch_size  # samples that the next rows compute; all samples
+        )
         self._first = 0
         self.choose, self.bf16, self.tiles, self.packer = choose, bf16, tiles, packer
         self.arena = Arena(base)
