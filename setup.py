@@ -3,7 +3,8 @@
 Environment:
     IDDPM_CPP=0           install without the compiled module (the reference backend alone)
     IDDPM_CUDA=auto|0|1   build CUDA kernels if possible (default), never, or fail if impossible;
-                          "emulate" compiles them for the CPU (tests/cuda_emu), for tests
+                          "emulate" compiles them for the CPU (tests/cuda_emu), for tests, and
+                          with IDDPM_CUDA_ONLY="q_sample,checksum" those folders of csrc/ alone
     IDDPM_CUDA_ARCHS      "80;90+PTX", or "native" for this machine's GPUs, the default of builds
                           that stay in the tree; wheels take tools/cuda_toolkit.py's list.
                           TORCH_CUDA_ARCH_LIST is followed where this is not set
@@ -178,12 +179,20 @@ class BuildKernels(build_ext):
         cuda_sources = sorted(CSRC.glob("*/*.cu"))
         if toolkit:
             units += [self.cuda_unit(toolkit, cuda.archs, source) for source in cuda_sources]
-        elif cuda.built:
-            units += [self.emulated_unit(source) for source in cuda_sources]
+        only = os.environ.get("IDDPM_CUDA_ONLY") if cuda.built and not toolkit else None
+        if cuda.built and not toolkit:
+            folders = None if only is None else {"common", *only.split(",")}
+            units += [
+                self.emulated_unit(source)
+                for source in cuda_sources
+                if folders is None or source.parent.name in folders
+            ]
         say(f"C++ for {', '.join(ISAS)} with {self.compiler}; {openmp_reason or 'OpenMP'}")
         say(f"CUDA for {cuda.archs} ({cuda.reason})" if cuda.built else f"no CUDA: {cuda.reason}")
         try:
             objects, compiled = compile_all(units, self.cache, say)
+            if only is not None:
+                objects[0] = self.weakened(objects[0])
             self.link(objects, toolkit, Path(self.get_ext_fullpath(ext.name)))
         except CompileError as error:
             raise SystemExit(f"iddpm_ext: {error}") from None
@@ -319,6 +328,15 @@ class BuildKernels(build_ext):
         """A CUDA file as C++: its kernels run on the CPU, under the tests' emulator."""
         flags = ("-x", "c++", f"-I{EMULATOR}", "-O1", "-g", "-ffp-contract=off")
         return self.unit(f"{source.stem}-emulated", source, *flags, "-Wno-unknown-pragmas")
+
+    def weakened(self, bindings: Path) -> Path:
+        """A copy of the bindings that can be linked without some of the kernels that they refer to."""
+        copy = bindings.with_suffix(f".weak.{os.getpid()}.o")
+        command = ["objcopy", "--weaken", str(bindings), str(copy)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise CompileError(f"cannot weaken {bindings.name}\n{done.stderr}")
+        return copy
 
     def link(self, objects: list[Path], toolkit: Toolkit | None, target: Path) -> None:
         """Link next to ``target`` and rename, so that a process that has it loaded lives on."""

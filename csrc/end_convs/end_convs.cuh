@@ -76,11 +76,11 @@ void launch_first_conv(const FirstConvArgs& a, void* stream) {
                static_cast<int>(per_block));
 }
 
-// ---- the last: a block computes a tile of 4 x 32 pixels, each of its warps from other channels
+// ---- the last: a block computes a tile of 4 x 32 pixels; its warps divide the channels
 
 constexpr int kLastRows = 4, kLastColumns = 32, kLastPixels = 4;
 constexpr int kLastSlices = kEndConvThreads / 32;
-// Rows this long put a warp's four lines into different banks.
+// A row length for which the four rows that a warp reads are in different banks.
 constexpr int kLastPitch = 37;
 constexpr int kLastPlane = (kLastRows + 2) * kLastPitch;
 
@@ -171,7 +171,7 @@ void launch_last_conv(const LastConvArgs& a, void* stream) {
                floats * static_cast<int64_t>(sizeof(float)), stream, a, down, across);
 }
 
-// The numbers of channels that images have, once or twice.
+// For 1 and 3 image channels, with or without a learned variance.
 template <typename T>
 bool launch_last_conv(const LastConvArgs& a, void* stream) {
   switch (a.k) {
