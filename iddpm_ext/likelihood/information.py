@@ -24,11 +24,10 @@ from torch import Tensor
 
 from iddpm_ext.likelihood.continuous import ContinuousTime, by_image, scales
 from iddpm_ext.likelihood.design import PILOT_DRAW, Design
-from iddpm_ext.likelihood.estimate import estimate
 from iddpm_ext.likelihood.evaluate import Evaluator, Rows, progress_bar
 from iddpm_ext.likelihood.journal import Journal
 from iddpm_ext.likelihood.request import LikelihoodRequest
-from iddpm_ext.likelihood.result import Likelihood, facts_of, summarize_steps
+from iddpm_ext.likelihood.result import Likelihood, facts_of, likelihood_of, summarize_steps
 from iddpm_ext.random import STREAM_CHOICE, STREAM_FORWARD, NoiseKey, normal, uniform
 from iddpm_ext.sampling.distributed import Processes
 
@@ -99,14 +98,10 @@ def compute_information(
         torch.cat([half_bits, decoder], 1),
         torch.zeros(images, width, dtype=torch.int64, device="cpu"),
     )
-    prior = torch.cat([chain.prior_bpd(part) for part in request.x_0.split(256)])
-    mean, ci95, population, per_image = estimate(design, values, prior)
-    return Likelihood(
-        bpd=mean,
-        ci95=ci95,
-        population_ci95=population,
-        prior_bpd=float(prior.double().mean()),
-        per_image_bpd=per_image,
+    return likelihood_of(
+        request,
+        design,
+        terms=values,
         per_step=summarize_steps(
             Design(nearest, half_bits, design.draw[:, :points]),
             _measured(values[:, :points], log_snr),

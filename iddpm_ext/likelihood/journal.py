@@ -12,7 +12,6 @@ import os
 import struct
 import zlib
 from pathlib import Path
-from types import TracebackType
 
 import torch
 from torch import Tensor
@@ -98,12 +97,7 @@ class Journal:
     def __enter__(self) -> Journal:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._file is not None:
             self._file.close()
         self._lock.close()

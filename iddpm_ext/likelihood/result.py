@@ -16,6 +16,7 @@ from torch import Tensor
 
 from iddpm_ext.files import write_whole
 from iddpm_ext.likelihood.design import Design
+from iddpm_ext.likelihood.estimate import estimate
 from iddpm_ext.likelihood.evaluate import MEASURED
 from iddpm_ext.likelihood.request import LikelihoodRequest
 
@@ -113,6 +114,30 @@ class Likelihood:
             f"{_range(self.population_ci95)} over images ({len(self.per_image_bpd)} images, "
             f"{self.evaluations / len(self.per_image_bpd):.1f} evaluations per image)"
         )
+
+
+def likelihood_of(
+    request: LikelihoodRequest,
+    design: Design,
+    terms: Tensor,
+    per_step: PerStep,
+    evaluations: int,
+    facts: dict[str, Any],
+) -> Likelihood:
+    """The likelihood from evaluated terms [N, M] of a design, with the prior's term."""
+    chain = request.spec.diffusion
+    prior = torch.cat([chain.prior_bpd(part) for part in request.x_0.split(256)])
+    mean, ci95, population, per_image = estimate(design, terms, prior)
+    return Likelihood(
+        bpd=mean,
+        ci95=ci95,
+        population_ci95=population,
+        prior_bpd=float(prior.double().mean()),
+        per_image_bpd=per_image,
+        per_step=per_step,
+        evaluations=evaluations,
+        facts=facts,
+    )
 
 
 def facts_of(request: LikelihoodRequest, network: str, **more: Any) -> dict[str, Any]:

@@ -19,14 +19,13 @@ from iddpm_ext.likelihood.design import (
     make_plan,
     sampled_design,
 )
-from iddpm_ext.likelihood.estimate import estimate
 from iddpm_ext.likelihood.evaluate import MEASURED, Evaluator, Rows, progress_bar
 from iddpm_ext.likelihood.images import Data
 from iddpm_ext.likelihood.information import compute_information
 from iddpm_ext.likelihood.journal import Journal
 from iddpm_ext.likelihood.ode import compute_ode
 from iddpm_ext.likelihood.request import LikelihoodRequest, make_likelihood_request
-from iddpm_ext.likelihood.result import Likelihood, facts_of, summarize_steps
+from iddpm_ext.likelihood.result import Likelihood, facts_of, likelihood_of, summarize_steps
 from iddpm_ext.sampling.distributed import Processes
 
 
@@ -208,16 +207,11 @@ def _pilot_rows(images: Tensor, steps: Tensor) -> Rows:
 def _result(
     request: LikelihoodRequest, design: Design, measured: Tensor, pilot: int, work: _Work
 ) -> Likelihood:
-    chain = request.spec.diffusion
-    prior = torch.cat([chain.prior_bpd(part) for part in request.x_0.split(256)])
-    mean, ci95, population, per_image = estimate(design, measured[:, :, 0], prior)
-    return Likelihood(
-        bpd=mean,
-        ci95=ci95,
-        population_ci95=population,
-        prior_bpd=float(prior.double().mean()),
-        per_image_bpd=per_image,
-        per_step=summarize_steps(design, measured, chain.timesteps),
+    return likelihood_of(
+        request,
+        design,
+        terms=measured[:, :, 0],
+        per_step=summarize_steps(design, measured, request.spec.diffusion.timesteps),
         evaluations=pilot + design.t.numel(),
         facts=facts_of(request, work.network_name, method=request.method, pilot_evaluations=pilot),
     )

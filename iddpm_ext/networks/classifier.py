@@ -5,15 +5,14 @@ It is the U-Net's encoder and a pooling, with the state-dict keys of openai/guid
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from iddpm_ext.networks import plain
-from iddpm_ext.networks.config import NUM_GROUPS, UNetConfig
+from iddpm_ext.networks.config import NUM_GROUPS, JsonConfig, UNetConfig
 from iddpm_ext.networks.unet import GroupNormSiLU, encoder_of, time_embed_of, timestep_embedding
 
 if TYPE_CHECKING:
@@ -24,7 +23,7 @@ _SPATIAL_WIDTH = 2048
 
 
 @dataclass(frozen=True)
-class ClassifierConfig:
+class ClassifierConfig(JsonConfig):
     """What determines the tensors of a `Classifier` and what it computes. Raises as `UNetConfig`.
 
     num_classes: logits per image. pool: how features become logits: "attention" over the positions of
@@ -65,22 +64,6 @@ class ClassifierConfig:
         """The configuration of the U-Net whose encoder this is."""
         values = {k: v for k, v in vars(self).items() if k != "pool"}
         return UNetConfig(**values, out_channels=self.in_channels)
-
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready dict, with lists for tuples; `from_dict` is its inverse."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> ClassifierConfig:
-        """The configuration of a dict; a missing key takes its default, an unknown one raises."""
-        if not isinstance(values, Mapping):
-            raise TypeError(f"ClassifierConfig.from_dict: values must be a mapping, got {values!r}")
-        unknown = sorted(set(values) - {f.name for f in fields(cls)})
-        if unknown:
-            raise ValueError(
-                f"ClassifierConfig.from_dict: keys must be fields of ClassifierConfig, got {unknown}"
-            )
-        return cls(**values)
 
 
 class AttentionPool(nn.Module):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, TypeVar
 
 NUM_GROUPS = 32
 ATTENTION_ORDERS = ("legacy", "new")
@@ -19,8 +19,31 @@ _COUNTS = (
 _FLAGS = ("use_scale_shift_norm", "conv_resample", "super_resolution", "resblock_updown")
 
 
+_Config = TypeVar("_Config", bound="JsonConfig")
+
+
+class JsonConfig:
+    """A configuration dataclass that is stored as JSON."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dict, with lists for tuples; `from_dict` is its inverse."""
+        values = asdict(self)  # type: ignore[call-overload]
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+    @classmethod
+    def from_dict(cls: type[_Config], values: Mapping[str, Any]) -> _Config:
+        """The configuration of a dict; a missing key takes its default, an unknown one raises."""
+        name = cls.__name__
+        if not isinstance(values, Mapping):
+            raise TypeError(f"{name}.from_dict: values must be a mapping, got {values!r}")
+        unknown = sorted(set(values) - {f.name for f in fields(cls)})  # type: ignore[arg-type]
+        if unknown:
+            raise ValueError(f"{name}.from_dict: keys must be fields of {name}, got {unknown}")
+        return cls(**values)
+
+
 @dataclass(frozen=True)
-class UNetConfig:
+class UNetConfig(JsonConfig):
     """What determines the tensors of a `UNet` and what it computes. Raises ValueError or TypeError.
 
     image_size: the side at level 0 for `attention_resolutions`; `forward` takes other sizes too.
@@ -131,22 +154,6 @@ class UNetConfig:
     def has_attention(self, level: int) -> bool:
         """Whether the blocks of `level` carry attention."""
         return self.image_size // 2**level in self.attention_resolutions
-
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready dict, with lists for tuples; `from_dict` is its inverse."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> UNetConfig:
-        """The configuration of a dict; a missing key takes its default, an unknown one raises."""
-        if not isinstance(values, Mapping):
-            raise TypeError(f"UNetConfig.from_dict: values must be a mapping, got {values!r}")
-        unknown = sorted(set(values) - {f.name for f in fields(cls)})
-        if unknown:
-            raise ValueError(
-                f"UNetConfig.from_dict: keys must be fields of UNetConfig, got {unknown}"
-            )
-        return cls(**values)
 
 
 def _require_count(name: str, value: object) -> None:
