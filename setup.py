@@ -68,9 +68,9 @@ ISA_FLAGS = {
     ),
 }
 ISAS = tuple(ISA_FLAGS) if X86 else ("base",)
-# For csrc/*/*_bf16.cpp, compiled once, for the CPUs that have it beside AVX-512.
+# For csrc/*/*_bf16.cpp, compiled once, for CPUs with AVX-512 and its bfloat16 products.
 BF16_FLAGS = ("-mavx512bf16",)
-# For csrc/*/*_amx.cpp, compiled for AMX and, in plain C++ for AVX2, for tests anywhere.
+# For csrc/*/*_amx.cpp, compiled for AMX and, for tests on any CPU, in plain C++ for AVX2.
 AMX_FLAGS = (*BF16_FLAGS, "-mamx-tile", "-mamx-bf16")
 
 
@@ -109,7 +109,7 @@ def find_compiler() -> tuple[tuple[str, ...], str]:
 
 
 def host_compiler(cxx: tuple[str, ...]) -> str:
-    """The compiler itself among the words of its command, for nvcc: not ccache, not its flags."""
+    """The compiler's name among the words of its command, without ccache and flags, for nvcc."""
     return next(word for word in cxx if Path(word).name not in LAUNCHERS)
 
 
@@ -239,7 +239,7 @@ class BuildKernels(build_ext):
         return Unit(name, source, (*command, *sanitizer_flags()), self.compiler)
 
     def bindings_unit(self, with_cuda: bool) -> Unit:
-        """bindings.cpp: the one file that sees Python; the slowest, so compiled first."""
+        """bindings.cpp, the only file that includes Python; compiled first, as it is the slowest."""
         import pybind11
 
         headers = pybind11.get_include()
@@ -250,7 +250,7 @@ class BuildKernels(build_ext):
         return Unit(unit.name, unit.source, unit.command, identity, (headers,))
 
     def record_unit(self, record: dict[str, object]) -> Unit:
-        """The build record, compiled in: a generated Python file would escape editable installs."""
+        """The build record, compiled in, since editable installs would not have a generated Python file."""
         variable = "const char* const kBuildRecord"
         literal = c_string(json.dumps(record))
         text = f"namespace iddpm {{\nextern {variable};\n{variable} = {literal};\n}}\n"
@@ -339,7 +339,7 @@ class BuildKernels(build_ext):
         return copy
 
     def link(self, objects: list[Path], toolkit: Toolkit | None, target: Path) -> None:
-        """Link next to ``target`` and rename, so that a process that has it loaded lives on."""
+        """Links next to ``target`` and renames, so that processes that have it loaded are not affected."""
         target.parent.mkdir(parents=True, exist_ok=True)
         fresh = target.with_name(f".{target.name}.{os.getpid()}")
         shared = ["-bundle", "-undefined", "dynamic_lookup"]

@@ -1,4 +1,4 @@
-"""What nvcc makes of every CUDA kernel, for each architecture: the facts that a GPU would punish.
+"""Registers, spills and memory accesses of every CUDA kernel, compiled by nvcc for each architecture.
 
 A kernel needs no entry here unless it breaks a default or claims wide memory access.
 """
