@@ -70,7 +70,7 @@ def _bfloat16(info: dict[str, Any]) -> str:
         return "not on this CPU"
     if load_chooser().rounding_pays:
         return "AVX-512 with bfloat16 products"
-    return "computes in float32: without AMX, bfloat16 is no faster on this CPU"
+    return "AVX-512 with bfloat16 products for large weights; without AMX, float32 is as fast elsewhere"
 
 
 def _cuda_build() -> Iterator[tuple[str, str]]:

@@ -20,6 +20,8 @@ from iddpm_ext.files import cache_folder
 
 Table = dict[str, dict[str, str]]  # {"float32": {shape's key: algorithm's name}, "bfloat16": ...}
 _SHIPPED = Path(__file__).with_name("tables")
+_LARGE_WEIGHTS = 1 << 20  # bytes of F(2x2)'s transformed weights in float32
+_FEW_PIXELS = 256  # of all samples
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,12 @@ class ConvShape:
     upscale: bool = False
 
     @property
+    def reads_more_than_it_computes(self) -> bool:
+        """Whether reading the weights, which no cache of a core holds, takes longer than their products."""
+        weights = 4 * 16 * self.channels * self.columns
+        return weights > _LARGE_WEIGHTS and self.batch * self.height * self.width <= _FEW_PIXELS
+
+    @property
     def layer(self) -> str:
         """Its name in the tables, without the batch."""
         up = " up" if self.upscale else ""
@@ -87,14 +95,17 @@ class Chooser:
 
     @property
     def rounding_pays(self) -> bool:
-        """Whether bfloat16 operands are faster than float32 here; otherwise operands stay float32."""
+        """Whether bfloat16 operands are faster than float32 for all shapes.
+
+        If not, they are for shapes whose time is that of reading the weights, half as many bytes.
+        """
         return self.tiles or self.fast_products
 
     def __call__(self, shape: ConvShape, *, exact: bool, bf16: bool) -> Algorithm:
         """exact: only algorithms as accurate as direct convolution. bf16: bfloat16 operands are allowed."""
         if exact:
             return ALGORITHMS["F2"]
-        bf16 = bf16 and self.rounding_pays
+        bf16 = bf16 and (self.rounding_pays or shape.reads_more_than_it_computes)
         batches = self.measured.get("bfloat16" if bf16 else "float32", {}).get(shape.layer)
         if batches:
             nearest = min(batches, key=lambda b: (abs(math.log(b / shape.batch)), b))

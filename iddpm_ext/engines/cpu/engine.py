@@ -32,8 +32,8 @@ class CPUEngine:
     model: its weights are copied; later changes of them have no effect here.
     dtype: torch.float32; or torch.bfloat16, which rounds the operands of most convolutions and of
         attention's linear layers, and with AMX those of attention's products. Sums, normalisation,
-        softmax, the residual stream and the timestep path stay float32. On Intel CPUs without AMX,
-        where bfloat16 is no faster, nothing is rounded.
+        softmax, the residual stream and the timestep path stay float32. On Intel CPUs without AMX
+        bfloat16 is faster for large weights and few pixels alone, and no other convolution is rounded.
     exact: only algorithms as accurate as direct convolution.
     num_threads: None takes `torch.get_num_threads()`.
     size: height and width of the images; None takes `model.config.image_size` for both.
