@@ -3,7 +3,8 @@
 Environment:
     IDDPM_CPP=0           install without the compiled module (the reference backend alone)
     IDDPM_CUDA=auto|0|1   build CUDA kernels if possible (default), never, or fail if impossible;
-                          "emulate" compiles them for the CPU (tests/cuda_emu), for tests
+                          "emulate" compiles them for the CPU (tests/cuda_emu), for tests, and
+                          with IDDPM_CUDA_ONLY="q_sample,checksum" those folders of csrc/ alone
     IDDPM_CUDA_ARCHS      "80;90+PTX", or "native" for this machine's GPUs, the default of builds
                           that stay in the tree; wheels take tools/cuda_toolkit.py's list.
                           TORCH_CUDA_ARCH_LIST is followed where this is not set
@@ -67,9 +68,9 @@ ISA_FLAGS = {
     ),
 }
 ISAS = tuple(ISA_FLAGS) if X86 else ("base",)
-# For csrc/*/*_bf16.cpp, compiled once, for the CPUs that have it beside AVX-512.
+# For csrc/*/*_bf16.cpp, compiled once, for CPUs with AVX-512 and its bfloat16 products.
 BF16_FLAGS = ("-mavx512bf16",)
-# For csrc/*/*_amx.cpp, compiled for AMX and, in plain C++ for AVX2, for tests anywhere.
+# For csrc/*/*_amx.cpp, compiled for AMX and, for tests on any CPU, in plain C++ for AVX2.
 AMX_FLAGS = (*BF16_FLAGS, "-mamx-tile", "-mamx-bf16")
 
 
@@ -108,7 +109,7 @@ def find_compiler() -> tuple[tuple[str, ...], str]:
 
 
 def host_compiler(cxx: tuple[str, ...]) -> str:
-    """The compiler itself among the words of its command, for nvcc: not ccache, not its flags."""
+    """The compiler's name among the words of its command, without ccache and flags, for nvcc."""
     return next(word for word in cxx if Path(word).name not in LAUNCHERS)
 
 
@@ -178,12 +179,20 @@ class BuildKernels(build_ext):
         cuda_sources = sorted(CSRC.glob("*/*.cu"))
         if toolkit:
             units += [self.cuda_unit(toolkit, cuda.archs, source) for source in cuda_sources]
-        elif cuda.built:
-            units += [self.emulated_unit(source) for source in cuda_sources]
+        only = os.environ.get("IDDPM_CUDA_ONLY") if cuda.built and not toolkit else None
+        if cuda.built and not toolkit:
+            folders = None if only is None else {"common", *only.split(",")}
+            units += [
+                self.emulated_unit(source)
+                for source in cuda_sources
+                if folders is None or source.parent.name in folders
+            ]
         say(f"C++ for {', '.join(ISAS)} with {self.compiler}; {openmp_reason or 'OpenMP'}")
         say(f"CUDA for {cuda.archs} ({cuda.reason})" if cuda.built else f"no CUDA: {cuda.reason}")
         try:
             objects, compiled = compile_all(units, self.cache, say)
+            if only is not None:
+                objects[0] = self.weakened(objects[0])
             self.link(objects, toolkit, Path(self.get_ext_fullpath(ext.name)))
         except CompileError as error:
             raise SystemExit(f"iddpm_ext: {error}") from None
@@ -230,7 +239,7 @@ class BuildKernels(build_ext):
         return Unit(name, source, (*command, *sanitizer_flags()), self.compiler)
 
     def bindings_unit(self, with_cuda: bool) -> Unit:
-        """bindings.cpp: the one file that sees Python; the slowest, so compiled first."""
+        """bindings.cpp, the only file that includes Python; compiled first, as it is the slowest."""
         import pybind11
 
         headers = pybind11.get_include()
@@ -241,7 +250,7 @@ class BuildKernels(build_ext):
         return Unit(unit.name, unit.source, unit.command, identity, (headers,))
 
     def record_unit(self, record: dict[str, object]) -> Unit:
-        """The build record, compiled in: a generated Python file would escape editable installs."""
+        """The build record, compiled in, since editable installs would not have a generated Python file."""
         variable = "const char* const kBuildRecord"
         literal = c_string(json.dumps(record))
         text = f"namespace iddpm {{\nextern {variable};\n{variable} = {literal};\n}}\n"
@@ -320,8 +329,17 @@ class BuildKernels(build_ext):
         flags = ("-x", "c++", f"-I{EMULATOR}", "-O1", "-g", "-ffp-contract=off")
         return self.unit(f"{source.stem}-emulated", source, *flags, "-Wno-unknown-pragmas")
 
+    def weakened(self, bindings: Path) -> Path:
+        """A copy of the bindings that can be linked without some of the kernels that they refer to."""
+        copy = bindings.with_suffix(f".weak.{os.getpid()}.o")
+        command = ["objcopy", "--weaken", str(bindings), str(copy)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise CompileError(f"cannot weaken {bindings.name}\n{done.stderr}")
+        return copy
+
     def link(self, objects: list[Path], toolkit: Toolkit | None, target: Path) -> None:
-        """Link next to ``target`` and rename, so that a process that has it loaded lives on."""
+        """Links next to ``target`` and renames, so that processes that have it loaded are not affected."""
         target.parent.mkdir(parents=True, exist_ok=True)
         fresh = target.with_name(f".{target.name}.{os.getpid()}")
         shared = ["-bundle", "-undefined", "dynamic_lookup"]

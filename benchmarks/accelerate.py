@@ -28,7 +28,7 @@ BATCHES = {"small": 8, "cifar": 2}
 
 
 def variants(name: str) -> dict[str, nn.Module]:
-    """The stock network, as it is and in the memory format that convolutions like, and ours."""
+    """The stock network, contiguous and channels_last, and the accelerated one."""
     stock = iddpm_ext.to_diffusers(make_network(name)).requires_grad_(True)
     networks = {
         "diffusers": stock,
@@ -52,7 +52,7 @@ def inference(network: nn.Module, x: Tensor, t: Tensor) -> Callable[[], Tensor]:
 
 
 def by_engine(network: nn.Module, x: Tensor, t: Tensor) -> Callable[[], Tensor]:
-    """One evaluation as `iddpm_ext.sample` makes it of a `UNet2DModel`: by the CPU engine."""
+    """One evaluation of a `UNet2DModel` by the CPU engine, as in `iddpm_ext.sample`."""
     model = iddpm_ext.from_diffusers(network)
     engine = CPUEngine(model, len(x), num_threads=1)
     engine.begin(t[:1], None)

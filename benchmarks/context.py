@@ -1,4 +1,4 @@
-"""What a published number has to carry: hardware, versions, commit, command, load."""
+"""The context of a published number: hardware, versions, commit, command, load."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _FAMILIES = {("AuthenticAMD", "25"): "Zen 3 or 4", ("AuthenticAMD", "26"): "Zen 
 
 
 def cpu_name() -> str:
-    """The processor as /proc/cpuinfo names it, with the core's generation where that is known."""
+    """The processor's name in /proc/cpuinfo, with the core's generation if known."""
     path = Path("/proc/cpuinfo")
     if not path.exists():
         return platform.processor() or platform.machine()
@@ -35,7 +35,7 @@ def cpu_name() -> str:
 
 
 def context(program: str, packages: Iterable[str] = ("torch",)) -> dict[str, Any]:
-    """Of a run of `python -m <program>`; `packages` are those whose versions matter to it."""
+    """The context of a run of `python -m <program>`, with the versions of `packages`."""
     versions = {"python": platform.python_version(), "iddpm_ext": iddpm_ext.__version__}
     for package in packages:
         try:
@@ -59,7 +59,7 @@ def context(program: str, packages: Iterable[str] = ("torch",)) -> dict[str, Any
 
 
 def write_json(path: Path, record: dict[str, Any]) -> None:
-    """Written whole or not at all."""
+    """Writes the record atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_name(f".{path.name}.{os.getpid()}")
     fresh.write_text(json.dumps(record, indent=1) + "\n")

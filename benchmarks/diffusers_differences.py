@@ -62,7 +62,7 @@ def half_precision() -> Iterator[str]:
 
 
 def spacing() -> Iterator[str]:
-    """Which of 50 steps."""
+    """Which 50 steps each takes."""
     ours = Diffusion().respace(50).timesteps.flip(0).tolist()
     for name in ("linspace", "leading", "trailing"):
         stock = diffusers.DDPMScheduler(**LEARNED, timestep_spacing=name)
@@ -73,7 +73,7 @@ def spacing() -> Iterator[str]:
 
 
 def last_step() -> Iterator[str]:
-    """Noise that stays in the finished image."""
+    """Noise that remains in the final image."""
     noise = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     for kind in ("fixed_large", "learned_range"):
         stock = diffusers.DDPMScheduler(
@@ -132,7 +132,7 @@ def chains() -> Iterator[str]:
 
 
 class Fixed:
-    """In the place of a generator: `randn_tensor` is told which noise to return."""
+    """A substitute for a generator, by which `randn_tensor` returns given noise."""
 
     def __init__(self, noise: Tensor) -> None:
         self.noise = noise

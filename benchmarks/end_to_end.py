@@ -1,10 +1,10 @@
 """The network and the sampler against other runtimes: python -m benchmarks.end_to_end --device cpu
 
 One process, variants interleaved; one thread is timed by process CPU time, which other load on the
-machine hardly moves, more threads by wall time. `engine` takes its embedding projections from the
-schedule's table, as in sampling; `engine, any t` computes them at every call, as all peers do: each
-row says which. A peer that is not installed, refuses the network or takes longer than
-`--build-seconds` to build (torch.compile takes minutes) is reported with its reason.
+machine hardly affects, more threads by wall time. `engine` takes its embedding projections from the
+schedule's table, as in sampling; `engine, any t` computes them at every call, like all peers. A peer
+that is not installed, does not support the network or takes longer than `--build-seconds` to build
+(torch.compile takes minutes) is reported with the reason.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _PER_CALL, _TABLE = "computed at every call", "from the schedule's table"
 
 
 def build_ours(model: UNet, x: Tensor, labels: Tensor | None, threads: int, name: str) -> Peer:
-    """The engine in one of its ways."""
+    """The engine in one of its variants."""
     dtype = torch.bfloat16 if "bf16" in name else torch.float32
     engine = CPUEngine(model, len(x), dtype=dtype, exact="exact" in name, num_threads=threads)
     if "any t" in name:
@@ -97,7 +97,7 @@ def forward_variants(calls: dict[str, Peer], x: Tensor) -> dict[str, Callable[[]
 def step_variants(
     calls: dict[str, Peer], model: UNet, labels: Tensor | None, batch: int, steps: int
 ) -> dict[str, Callable[[], Any]]:
-    """A whole ancestral chain of few steps: ours, the plain formulation, and ours around a peer."""
+    """An ancestral chain of few steps: by the engine, in plain PyTorch, and with a peer's network."""
     c = model.config
     common: dict[str, Any] = {"steps": steps, "n": batch, "batch_size": batch, "progress": False}
     shape = (c.in_channels, c.image_size, c.image_size)

@@ -77,7 +77,7 @@ METHODS = {
     "unipc3": Method("{}", "unipc3"),
     "unipc3-pictures": Method("pictures-{}", "unipc3"),
 }
-# What could be had before moments, picture schedules and the newer solvers.
+# Methods without moments, picture schedules and the newer solvers, for comparison.
 BEFORE = ("ddpm", "ddpm-small", "ddpm-optimal", "ddim", "dpm++")
 
 
@@ -110,7 +110,7 @@ def measure(model: UNet, method: Method, count: int, args: argparse.Namespace) -
     )  # fmt: skip
     seconds = time.perf_counter() - began
     with warnings.catch_warnings():
-        # Fewer samples than features bias a distance: the table says how many there were.
+        # The warning that fewer samples than features bias the distance; the table has their number.
         warnings.simplefilter("ignore", UserWarning)
         found = evaluate(
             images, args.data, extractor=args.extractor, metrics=("fid",), reference_n=args.reference,
@@ -180,7 +180,7 @@ def draw(model: UNet, methods: list[str], counts: list[int], args: argparse.Name
 
 
 def main() -> None:
-    """Measure what the file does not have yet, or print or draw it."""
+    """Measures what the file lacks, or prints or draws it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="fashion-mnist", help="a name or file of iddpm_ext.load")
     parser.add_argument("--data", default="/usr/share/datasets/fashion-mnist")
@@ -191,7 +191,7 @@ def main() -> None:
         "--images", type=int, default=100, help="test images for bits/dim; 0 for none"
     )
     parser.add_argument(
-        "--budget", type=float, default=32, help="evaluations an image for bits/dim"
+        "--budget", type=float, default=32, help="evaluations per image for bits/dim"
     )
     parser.add_argument("--methods", type=_methods, default=list(METHODS), help="of the table")
     parser.add_argument("--steps", type=_numbers, default=list(COUNTS))

@@ -1,7 +1,7 @@
-"""What a GPU can do at most, measured: python -m benchmarks.gpu_ceilings --json ceilings.json
+"""Measures the peak rates of a GPU: python -m benchmarks.gpu_ceilings --json ceilings.json
 
-The bandwidth of a copy that no cache holds (bytes read and written), and the rate of a bfloat16 matrix
-product of random numbers, which draw the power that zeros do not.
+The bandwidth of a copy larger than the caches (bytes read and written), and the rate of a bfloat16 matrix
+product of random numbers (zeros would draw less power and run faster).
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
-"""The network, 50-step sampling and the training step on a GPU, against PyTorch's own ways.
+"""The network, 50-step sampling and the training step on a GPU, against PyTorch eager and torch.compile.
 
     python -m benchmarks.end_to_end --device cuda --json runs/cifar.json
 
 Everything in one dtype and one process, variants interleaved, between CUDA events; median, tenth and
-ninetieth percentile. Beside it stands the time in which kernels run: what is far above it waits for the host.
+ninetieth percentile. The time in which kernels run is listed beside it; a difference is waiting for the host.
 "ours tuned" is captured with `torch.backends.cudnn.benchmark`, as a user may set it.
 "compile reduce-overhead" is torch.compile with CUDA graphs, the baseline to beat. The baselines keep their
 weights in that dtype when sampling, and are trained under autocast, with PyTorch's fused optimiser. Rows are
-printed and written as they are measured, the most telling first; after `--budget-s` seconds nothing new is
-begun, and what is missing says why.
+printed and written as they are measured, the most important first; after `--budget-s` seconds no new one is
+begun, and missing ones have the reason.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ MODES = {
     "compile max-autotune": "max-autotune",
 }
 VARIANTS = (OURS, *list(MODES)[:1], "eager NHWC", "eager", *list(MODES)[1:], TUNED)
-BATCHES = (128, 1, 64, 16, 256)  # the most telling first
+BATCHES = (128, 1, 64, 16, 256)  # the most important first
 TRAINED = (128,)
 STEPS = 50
 TIMES = (37.0, 500.0, 999.0)  # where errors are measured; the middle one is timed
@@ -55,7 +55,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Cell:
-    """What is measured together, so that it is built once."""
+    """Measurements that share their networks."""
 
     config: str
     batch: int
@@ -64,7 +64,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to evaluate the network: at a timestep of TIMES by its number, and in a whole chain."""
+    """A way to evaluate the network: at a timestep of TIMES by its index, and in a whole chain."""
 
     at: Callable[[Tensor, int], Tensor]
     draw: Callable[[], Tensor]
@@ -127,7 +127,7 @@ def build_network(name: str, model: UNet, x: Tensor, dtype: torch.dtype, steps: 
 
 @contextmanager
 def searching(on: bool) -> Iterator[None]:
-    """Where cuDNN tries out convolutions, if `on`: a graph that is captured keeps what was found."""
+    """A context in which cuDNN benchmarks convolutions, if `on`; captured graphs keep its choice."""
     before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = on
     try:
@@ -157,7 +157,7 @@ def build_trainer(name: str, model: UNet, x_0: Tensor, dtype: torch.dtype) -> Ca
 def built(
     names: list[str], build: Callable[[str], Any], budget: Budget, limit_s: float
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """What could be built, and run once, by name; and why the others could not."""
+    """The variants that could be built and run once, by name, and the reasons for the others."""
     found: dict[str, Any] = {}
     missing: dict[str, str] = {}
     for name in names:

@@ -67,7 +67,7 @@ class Call:
         return self.n * self.c * self.size**2 * self.dtype.itemsize
 
     def bytes(self, what: str) -> int:
-        """What must move: images in and out once."""
+        """The bytes to move: images in and out once."""
         images = 3 if what == "backward" else 2
         return (images + (2 if what == "forward" else 1) * self.sums) * self.image_bytes
 
@@ -161,7 +161,7 @@ def poisoned() -> Iterator[None]:
 
 
 def function_of(name: str, compiled: dict[str, Callable]) -> Callable[..., Any]:
-    """What computes a variant; a compiled function is kept, as its code is."""
+    """The function of a variant; compiled ones are kept in `compiled`."""
     if name == COMPILED:
         return compiled.setdefault(COMPILED, torch.compile(plain, dynamic=False))
     return plain if name == EAGER else forward(name)
@@ -170,7 +170,7 @@ def function_of(name: str, compiled: dict[str, Callable]) -> Callable[..., Any]:
 def results(
     call: Call, what: str, variant: str, kwargs: dict[str, Any], dy: Tensor, compiled: dict
 ) -> list[Tensor]:
-    """Everything a variant computes."""
+    """All results of a variant."""
     function = function_of(variant, compiled)
     if what == "forward":
         with torch.no_grad():
@@ -198,7 +198,7 @@ def check(
     in_double = {k: v.double() if isinstance(v, Tensor) else v for k, v in kwargs.items()}
     exact = results(call, what, EAGER, in_double, dy.double(), {})
     rounded = [e.to(call.dtype) if e.dim() == 4 else e.float() for e in exact]
-    # The sum is rounded before it is normalised: that is a rounding more.
+    # The sum is rounded before it is normalised, which is one rounding more.
     allowed = (2.0 if call.sums else 1.25) * relative(rounded, exact) + 4e-6
     found: dict[str, tuple[float, bool, str]] = {}
     for variant in variants:
@@ -230,7 +230,7 @@ def check(
 def timed(
     call: Call, what: str, state: str, variants: list[str], rounds: int, compiled: dict
 ) -> dict[str, list[float]]:
-    """Milliseconds a call of every variant and of the copy."""
+    """Milliseconds per call of every variant and of the copy."""
     moved = call.bytes(what)
     sets = 1 if state == "hot" else max(2, min(COLD_BYTES // moved, 256))
     inputs = [arguments(call, seed) for seed in range(sets)]
@@ -271,7 +271,7 @@ def timed(
 
 
 def _saved(backend: str, kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
-    # What the forward pass keeps for the backward pass: what was normalised, mean and 1 / deviation.
+    # What the forward pass saves for the backward pass: normalised tensor, mean and 1 / deviation.
     call = {"scale": None, "shift": None, "residual": None, "channel_bias": None, **kwargs}
     with torch.no_grad():
         _, total, mean, rstd = torch.ops.iddpm_ext.group_norm_silu(

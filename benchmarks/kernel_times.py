@@ -1,7 +1,7 @@
-"""Where a call's time on the GPU goes: python -m benchmarks.kernel_times --json kernels.json
+"""The kernels of a call on the GPU, with their times: python -m benchmarks.kernel_times --json kernels.json
 
 The kernels of a forward pass and of a training step of the CIFAR-10 network, with their times as PyTorch's
-profiler reads them off the device: what is left of the wall time is waiting, mostly for the host.
+profiler reads them from the device. The rest of the wall time is waiting, mostly for the host.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def kernels_of(call: Callable[[], Any], calls: int = 3) -> list[Kernel]:
     times: dict[str, float] = defaultdict(float)
     counts: dict[str, int] = defaultdict(int)
     for event in profile.events():
-        # Ranges that somebody marked, such as an optimiser's step, span kernels that are listed too.
+        # Marked ranges, such as an optimiser's step, contain kernels that are listed too.
         marked = event.name.startswith(("Optimizer.", "ProfilerStep"))
         if event.device_type == torch.autograd.DeviceType.CUDA and not marked:
             times[event.name] += event.time_range.elapsed_us()
@@ -49,7 +49,7 @@ def kernels_of(call: Callable[[], Any], calls: int = 3) -> list[Kernel]:
 
 
 def kernel_ms(call: Callable[[], Any]) -> float:
-    """Milliseconds of a call in which kernels run, were they to run one after the other."""
+    """The sum of the times of a call's kernels, in milliseconds."""
     return sum(kernel.microseconds for kernel in kernels_of(call)) / 1e3
 
 

@@ -1,4 +1,4 @@
-"""What a likelihood costs, and what short chains lose: python -m benchmarks.likelihood --data DIR
+"""The cost of a likelihood, and bits/dim of short chains: python -m benchmarks.likelihood --data DIR
 
 Without a further flag: how many network evaluations the mean over the images needs for a half-width of the
 95 % interval of 0.01 bits/dim, by running growing budgets, against the full sum and against steps drawn
@@ -35,8 +35,8 @@ def half_width(result: Likelihood) -> float:
 def uniform_evaluations(result: Likelihood, target: float) -> float:
     """Evaluations an image that steps drawn uniformly, with replacement, would need.
 
-    One of them has the variance T sum_t E[l_t^2] - (sum_t E[l_t])^2 for an image; both moments come from
-    the steps that `result` drew, interpolated in log(t + 1) where it drew none.
+    One evaluation has the variance T sum_t E[l_t^2] - (sum_t E[l_t])^2 for an image; both moments come from
+    the steps that `result` drew, interpolated in log(t + 1) between them.
     """
     steps = result.per_step
     drawn = (steps.count > 1).numpy()
@@ -50,7 +50,7 @@ def uniform_evaluations(result: Likelihood, target: float) -> float:
 
 
 def cost(model: UNet, args: argparse.Namespace) -> dict[str, Any]:
-    """The least budget that reaches the half-width, and what it compares with."""
+    """The smallest budget that reaches the half-width, and the costs of the alternatives."""
     rows: list[dict[str, Any]] = []
     result = None
     for budget in BUDGETS:
@@ -68,7 +68,7 @@ def cost(model: UNet, args: argparse.Namespace) -> dict[str, Any]:
         print(
             f"budget {budget:>3}: {result.bpd:.4f} ± {half_width(result):.4f} bits/dim", flush=True
         )
-        # A budget without pairs knows its error only together with that of the images.
+        # Without pairs, the error over steps and noise cannot be separated from that over images.
         if budget > 1 and half_width(result) <= args.half_width:
             break
     assert result is not None
@@ -76,7 +76,7 @@ def cost(model: UNet, args: argparse.Namespace) -> dict[str, Any]:
     needed = result.evaluations / len(result.per_image_bpd)
     uniform = uniform_evaluations(result, args.half_width)
     print(
-        f"{needed:.1f} evaluations an image for ± {args.half_width} over {args.n} images; "
+        f"{needed:.1f} evaluations per image for ± {args.half_width} over {args.n} images; "
         f"the full sum takes {total} ({total / needed:.0f}x), uniform steps {uniform:.0f} "
         f"({uniform / needed:.0f}x)"
     )

@@ -29,7 +29,7 @@ from iddpm_ext.ops.spec import BACKENDS, REGISTRY, Case, OpSpec, unavailable
 
 # "cold" needs more than any cache holds: 32 MB on the CPUs at hand, 60 MB on an H200.
 COLD_BYTES = {"cpu": 128 << 20, "cuda": 256 << 20}
-# A result may be this many times as far from float64 as PyTorch's own at the same dtype.
+# The largest allowed error against float64, as a multiple of PyTorch's own at the same dtype.
 ERROR_RATIO = 2.0
 FLOOR, EAGER, COMPILED, ORIGINAL = "floor", "eager", "compile", "original"
 
@@ -84,7 +84,7 @@ def leaves(spec: OpSpec, kwargs: dict[str, Any]) -> list[Tensor]:
 def runner(
     spec: OpSpec, function: Callable[..., Any], what: str
 ) -> Callable[[dict[str, Any]], list[Tensor]]:
-    """A call of `function`, or the call and its gradients by a sum of ones; the tensors it gives."""
+    """A call of `function`, or the call and the gradients of the sum of its results; returns tensors."""
     if what == "forward":
 
         def forward(kwargs: dict[str, Any]) -> list[Tensor]:
@@ -115,7 +115,7 @@ def functions(spec: OpSpec, case: Case, device: str, compile: bool) -> dict[str,
         for backend in BACKENDS
         if backend != "reference" and unavailable(spec.name, backend, device, dtype) is None
     }
-    # What people write in PyTorch: its own fused function where there is one, else the equation.
+    # The usual PyTorch code: its own fused function if there is one, else the equation.
     found[EAGER] = PLAIN.get(spec.name, bound("reference"))
     if compile:
         torch.compiler.reset()
@@ -139,7 +139,7 @@ def error(results: list[Tensor], exact: list[Tensor]) -> float:
 def errors(
     spec: OpSpec, case: Case, what: str, calls: dict[str, Callable]
 ) -> tuple[dict[str, float], dict[str, bool]]:
-    """Every variant's error against float64, and whether it is a right answer."""
+    """Every variant's error against float64, and whether that is within the bound."""
     exact = runner(spec, calls[EAGER], what)(prepared(spec, case, what, torch.float64))
     found = {}
     for name, function in calls.items():
@@ -168,7 +168,7 @@ def measure(
     if COMPILED in calls:
         try:
             runner(spec, calls[COMPILED], "forward")(prepared(spec, case, "forward"))
-        except Exception as error:  # what a compiler cannot take is one variant less
+        except Exception as error:  # a variant that cannot be compiled is left out
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             print(f"{spec.name} {case.label}: not compiled: {reason[:150]}", flush=True)
             del calls[COMPILED]
@@ -193,7 +193,7 @@ def _times(
     size: int,
     rounds: int,
 ) -> dict[str, list[float]]:
-    """Milliseconds a call of every variant, and of the copy that is the floor."""
+    """Milliseconds per call of every variant, and of the copy that is the floor."""
     arguments = [prepared(spec, case, what) for _ in range(sets)]
 
     def repeated(function: Callable) -> Callable[[], Any]:
@@ -201,7 +201,7 @@ def _times(
         return lambda: run(next(turn))
 
     half = max(size // 8, 1)
-    room = torch.ones(sets, 2, half, device=device)  # written to: its pages are there
+    room = torch.ones(sets, 2, half, device=device)  # written, so that its pages exist
     pairs = cycle(room.unbind())
 
     def copy() -> None:

@@ -1,7 +1,7 @@
-"""What the engine is measured against: the same network in other people's runtimes.
+"""The same network in other runtimes, for comparison with the engine.
 
 Each builder takes (model, x, labels, threads) and returns a callable (x, timesteps) -> output. A runtime
-that is not installed, or does not take the network, raises; the benchmark reports its words.
+that is not installed, or does not support the network, raises; the benchmark reports the message.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def eager(model: UNet, x: Tensor, labels: Tensor | None, threads: int) -> Peer:
 
 
 def eager_channels_last(model: UNet, x: Tensor, labels: Tensor | None, threads: int) -> Peer:
-    """The same with images and weights in oneDNN's own order."""
+    """The same with images and weights in channels_last."""
     network = labelled(plain(model).to(memory_format=torch.channels_last), labels)
     return lambda x, t: network(x.contiguous(memory_format=torch.channels_last), t)
 
@@ -72,7 +72,7 @@ def compiled(
 
 
 def compile_default(model: UNet, x: Tensor, labels: Tensor | None, threads: int) -> Peer:
-    """torch.compile as it comes."""
+    """torch.compile with default settings."""
     return compiled(plain(model), labels, "Default", freezing=False)
 
 

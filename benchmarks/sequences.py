@@ -1,8 +1,8 @@
-"""What the ops replace: the operation sequences of the original implementation, one PyTorch call each.
+"""The operation sequences of the original implementation, in PyTorch, which the ops replace.
 
-They take the arguments of our ops. Tables are in float64, as the original's, and lie where the images do:
-it copies a whole NumPy array to the device at every look-up, which no CUDA graph can hold. So on a GPU the
-original is timed at less than its own work.
+They take the arguments of the ops. Tables are float64, as in the original, and on the images' device. (The
+original copies a whole NumPy array to the device at every look-up, which a CUDA graph cannot contain; so on a
+GPU this is faster than the original.)
 """
 
 from __future__ import annotations

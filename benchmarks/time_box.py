@@ -1,4 +1,4 @@
-"""A limit for what may take too long, such as compiling a network."""
+"""A time limit, such as for compiling a network."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 @contextmanager
 def time_box(seconds: int) -> Iterator[None]:
-    """Raises TimeoutError within, after so many seconds."""
+    """A context that raises TimeoutError after so many seconds."""
 
     def stop(*_: Any) -> None:
         raise TimeoutError

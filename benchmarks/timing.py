@@ -1,4 +1,4 @@
-"""Times variants side by side, so that what disturbs one of them disturbs all."""
+"""Times variants interleaved, so that disturbances affect all of them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CLOCKS: dict[str, Callable[[], float]] = {
 def interleave(
     variants: dict[str, Callable[[], Any]], *, rounds: int, clock: str, seconds: float = 0.02
 ) -> dict[str, list[float]]:
-    """Milliseconds a call: in every round each variant runs for at least `seconds`."""
+    """Milliseconds per call: in every round each variant runs for at least `seconds`."""
     read = CLOCKS[clock]
     times: dict[str, list[float]] = {name: [] for name in variants}
     for call in variants.values():
@@ -37,9 +37,9 @@ def interleave(
 def interleave_graphs(
     variants: dict[str, Callable[[], Any]], *, rounds: int, calls: int, milliseconds: float = 2.0
 ) -> dict[str, list[float]]:
-    """Milliseconds a call on the GPU: replays of a CUDA graph of at least `calls` calls each.
+    """Milliseconds per call on the GPU: replays of a CUDA graph of at least `calls` calls each.
 
-    A graph leaves out what the host takes to launch; a replay lasts at least `milliseconds`.
+    Graphs exclude the host's time for launches; a replay lasts at least `milliseconds`.
     """
     graphs = {name: _captured(call, calls, milliseconds) for name, call in variants.items()}
     times: dict[str, list[float]] = {name: [] for name in variants}
@@ -57,10 +57,10 @@ def interleave_on_device(
     milliseconds: float = 20.0,
     warm_ups: int = 3,
 ) -> dict[str, list[float]]:
-    """Milliseconds a call as the device's own clock sees it, what the host takes between calls included.
+    """Milliseconds per call by CUDA events, including the host's time between calls.
 
-    In every round each variant is called as often as takes about `milliseconds`, between two CUDA
-    events; on the CPU, between two readings of the wall clock.
+    In every round each variant is called for about `milliseconds`, between two CUDA events; on the CPU,
+    between two readings of the wall clock.
     """
     counts: dict[str, int] = {}
     times: dict[str, list[float]] = {name: [] for name in variants}
@@ -96,7 +96,7 @@ def _captured(
 ) -> tuple[torch.cuda.CUDAGraph, int]:
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
-        for _ in range(3):  # what is compiled, allocated or tuned at first is done now
+        for _ in range(3):  # warm up: compilation, allocation, tuning
             call()
     side.synchronize()
     graph, count = _capture(call, calls), calls

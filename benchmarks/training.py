@@ -2,7 +2,7 @@
 
 Forward, hybrid loss, backward, AdamW and average of the weights of one batch, one thread, process CPU
 time, variants interleaved in one process. Ours is `iddpm_ext.training.step.train_step`, the step that
-`iddpm train` makes. The allocator keeps freed memory, as `iddpm train` has it: all variants have the same.
+`iddpm train` makes. For all variants the allocator keeps freed memory, as in `iddpm train`.
 The error is that of the weights' gradient for one batch, relative to float64.
 """
 
@@ -50,7 +50,7 @@ class Variant:
 
 
 def our_variant(model: UNet, x_0: Tensor, dtype: torch.dtype | None) -> Variant:
-    """The trainer's own step, where x_0 lies, with its defaults: on a GPU a graph."""
+    """The trainer's own step on the device of x_0, with its defaults: on a GPU a graph."""
     device = x_0.device.type
     c = model.config
     config = TrainConfig(

@@ -1,7 +1,7 @@
-// The Python face of the kernels. The only file that knows pybind11.
+// The Python bindings of the kernels, the only file that uses pybind11.
 //
-// Tensors arrive as integers (data_ptr) with their sizes: shapes, dtypes and devices were checked
-// in Python, and so this module needs no torch header and works with every torch version.
+// Tensors are passed as integers (data_ptr) with their sizes. Shapes, dtypes and devices are
+// checked in Python, so this module needs no torch header and works with every torch version.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -36,7 +36,7 @@ namespace py = pybind11;
 
 namespace iddpm {
 
-// What setup.py decided and why, as JSON; it generates the definition.
+// The decisions of setup.py and their reasons, as JSON; setup.py generates the definition.
 extern const char* const kBuildRecord;
 
 }  // namespace iddpm
@@ -231,7 +231,7 @@ iddpm::VlbTermsArgs vlb_terms_args(const SizeArgument& size, const PlaneArgument
           plane(gradient)};
 }
 
-// Address and the stride of a sample, of images that lie densely.
+// Address and sample stride of images that are dense within a sample.
 using DenseArgument = std::array<int64_t, 2>;
 
 iddpm::VlbToAllArgs vlb_to_all_args(const std::array<int64_t, 3>& size,
@@ -517,7 +517,7 @@ int64_t run_plan(intptr_t ops, int64_t count, int64_t n, int64_t threads, intptr
   return IDDPM_DISPATCH(unet_engine)(run);
 }
 
-// What iddpm_ext/engines/cpu needs to lay out a plan.
+// For the planner of iddpm_ext/engines/cpu.
 void bind_plan(py::module_& m) {
   using iddpm::Kind;
   // Local: the tests load a second build of this module into one process.
@@ -537,7 +537,7 @@ void bind_plan(py::module_& m) {
       .value("TILE_ATTENTION", Kind::kTileAttention);
   m.attr("ROW_WORDS") = iddpm::kOpWords;
   m.attr("PANEL") = iddpm::kPanel;
-  // Floats of scratch of a thread, or (_shared) of the team.
+  // Scratch in floats, per thread or (_shared) of the team.
   m.def("conv_scratch", &iddpm::conv_scratch);
   m.def("gemm_bf16_scratch", &iddpm::gemm_bf16_scratch);
   m.def("group_norm_shared", &iddpm::group_norm_shared);
@@ -558,10 +558,10 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("set_isa", &set_isa, py::arg("name"),
         "Use the instruction set `name` from now on and return the previous one's name.");
   m.def("emulate_amx", &iddpm::emulate_amx, py::arg("on"),
-        "Run AMX kernels in plain C++ from now on, or no longer; false where that is not built.");
+        "Turn the emulation of AMX kernels in plain C++ on or off; false if it is not built.");
   m.def(
       "has_tiles", [] { return iddpm::amx_kernels() != iddpm::kNoAmx; },
-      "Whether AMX kernels serve, natively or in plain C++.");
+      "Whether AMX kernels can run, natively or emulated.");
   IDDPM_BIND(m, adamw_ema);
   IDDPM_BIND(m, checksum);
   IDDPM_BIND_CPU(m, conv3x3);
@@ -572,7 +572,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   IDDPM_BIND(m, q_sample);
   IDDPM_BIND_CPU(m, qkv_attention);
   IDDPM_BIND_CPU(m, qkv_attention_bwd);
-  m.def("attention_workspace", &iddpm::attention_workspace, "Floats a thread; see its header.");
+  m.def("attention_workspace", &iddpm::attention_workspace, "Floats per thread; see its header.");
   m.def("attention_bwd_workspace", &iddpm::attention_bwd_workspace);
   IDDPM_BIND(m, reverse_step);
 #ifdef IDDPM_WITH_CUDA

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-# Public name -> the module that defines it; a module itself where the two are equal. Loaded at
-# first use: importing iddpm_ext is quick and asks for no optional library.
+# Public name -> the module that defines it, or the module itself if the names are equal. Loaded at first use,
+# so that importing iddpm_ext is fast and needs no optional library.
 _LAZY: dict[str, str] = {
     "Classifier": "iddpm_ext.networks.classifier",
     "ClassifierConfig": "iddpm_ext.networks.classifier",
@@ -47,8 +47,8 @@ _LAZY: dict[str, str] = {
     "training": "iddpm_ext.training",
 }
 
-# When diffusers loads a pipeline it asks the library that a class names as its own, which is this
-# package, for the base classes that it knows.
+# When diffusers loads a pipeline, it looks for these base classes in the library of the pipeline's classes,
+# which is this package.
 _DIFFUSERS_BASES = ("ModelMixin", "SchedulerMixin")
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ if TYPE_CHECKING:
 __all__ = ["__version__", *_LAZY]
 
 
-if not TYPE_CHECKING:  # to a checker it would say that every name exists
+if not TYPE_CHECKING:  # a type checker would take every name for an existing one
 
     def __getattr__(name: str) -> Any:
         if name in _DIFFUSERS_BASES:

@@ -1,4 +1,4 @@
-"""The compiled module, or the reason why it is not there."""
+"""The compiled module, or the reason why it is missing."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ _module, _absence = _load()
 
 
 def cpu_absence() -> str | None:
-    """None where the C++ kernels can run, else the reason."""
+    """None if the C++ kernels can run, else the reason."""
     return _absence
 
 
 def cuda_absence() -> str | None:
-    """None where the CUDA kernels were built and a device can run them, else the reason."""
+    """None if the CUDA kernels were built and a device can run them, else the reason."""
     if _module is None:
         return _absence
     cuda = _module.build_info()["cuda"]

@@ -1,6 +1,6 @@
-"""Files that appear under their name whole or not at all, and folders that one process works in.
+"""Atomic writing of files, and locks on folders.
 
-Nothing here depends on how long a name is, or on its being UTF-8: temporary names are short and our own.
+Works for names of any length and encoding: temporary names are short and do not contain the target's.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-# What a system answers that does not do what is asked, rather than fails at it.
+# Errors of systems that do not support an operation.
 _UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
 _FORBIDDEN = {errno.EACCES, errno.EPERM}
 _LOCK = "lock"
 _LONGEST_NAME = 255  # bytes
-# Folders that this process holds: the system's locks keep out other processes only.
+# Folders that this process has locked, since the system's locks exclude other processes only.
 _held: set[Path] = set()
 
 
@@ -31,7 +31,7 @@ def temporary_name(target: Path) -> Path:
 
 
 def beside(target: Path, suffix: str) -> Path:
-    """The name of `target` with a suffix behind it; where that were too long, with a digest in its place."""
+    """The path of `target` with a suffix; if its name would be too long, a digest replaces the name."""
     name = os.fsencode(target.name) + suffix.encode()
     if len(name) > _LONGEST_NAME:
         name = hashlib.sha256(name).hexdigest().encode() + suffix.encode()
@@ -41,7 +41,7 @@ def beside(target: Path, suffix: str) -> Path:
 def write_whole(target: Path, data: bytes) -> None:
     """Writes `data` to a temporary name beside `target`, flushes it to disk and renames it.
 
-    The mode is what the umask leaves of 0666. Raises OSError; the temporary file is removed then.
+    The mode is 0666 without the umask's bits. Raises OSError, after removing the temporary file.
     """
     with replacing(target) as temporary:
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
@@ -51,9 +51,9 @@ def write_whole(target: Path, data: bytes) -> None:
 
 @contextlib.contextmanager
 def replacing(target: Path) -> Iterator[Path]:
-    """A temporary name for the block to write a file or a folder at, which then becomes `target`.
+    """A context with a temporary path, at which it writes a file or a folder that then becomes `target`.
 
-    It is flushed to disk before it is renamed, and removed where the block or the renaming fails.
+    It is flushed to disk before it is renamed, and removed if writing or renaming fails.
     """
     temporary = temporary_name(target)
     try:
@@ -71,10 +71,9 @@ def replacing(target: Path) -> Iterator[Path]:
 
 
 def flush(path: Path) -> None:
-    """Makes the content of a file, or the names in a folder, outlive a power cut.
+    """Flushes the content of a file, or the names in a folder, to disk.
 
-    Where the system does not do that for this path, the file stands all the same: that is a warning.
-    Raises OSError where it tries and fails.
+    Warns if the system does not support that for this path. Raises OSError if flushing fails.
     """
     if os.name != "posix":
         return
@@ -107,14 +106,14 @@ def cache_folder() -> Path | None:
 
 @contextlib.contextmanager
 def locked(folder: Path, who: str) -> Iterator[None]:
-    """Holds `folder`, made if need be, for this process: a second one is refused at its start.
+    """A context that locks `folder`, created if absent, for this process.
 
-    The system gives the lock back when the process ends, however it ends. A folder that was made for
-    it and is still empty goes with it.
+    The system releases the lock when the process ends, however it ends. A folder that was created here and is
+    still empty is removed at the end.
 
-    who: the function that the error is of.
-    Raises RuntimeError where another run holds the folder, OSError where it cannot be written. Where
-    the file system knows no locks, that is a warning.
+    who: the function, for errors.
+    Raises RuntimeError if another process holds the lock, OSError if the folder cannot be written. Warns if
+    the file system does not support locks.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
@@ -127,7 +126,7 @@ def locked(folder: Path, who: str) -> Iterator[None]:
         yield
     finally:
         _held.discard(path)
-        # Removed while it is held: whoever opened it meanwhile sees that it is another file.
+        # Removed while locked: a process that opened it meanwhile notices that it is another file.
         path.unlink(missing_ok=True)
         os.close(descriptor)
         for empty in made:
@@ -136,7 +135,7 @@ def locked(folder: Path, who: str) -> Iterator[None]:
 
 
 def _lock(path: Path, who: str, folder: Path) -> int:
-    """The descriptor of the lock's file, which holds it while it is open."""
+    """The descriptor of the lock file, which holds the lock while it is open."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
@@ -155,7 +154,7 @@ def _lock(path: Path, who: str, folder: Path) -> int:
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
             return descriptor
-        os.close(descriptor)  # its holder has just ended and removed it
+        os.close(descriptor)  # the previous holder has just removed this file
 
 
 def _try_lock(descriptor: int) -> None:
@@ -165,7 +164,7 @@ def _try_lock(descriptor: int) -> None:
         reason = "this system has no such locks"
     else:
         try:
-            # Of the process, not of the open file: its workers do not keep it after it was killed.
+            # A lock of the process, not of the open file: worker processes do not keep it after a kill.
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return
         except OSError as error:

@@ -1,8 +1,7 @@
-"""Images in files: a grid, a folder, an array, an animation, each with the recipe that made it.
+"""Writes images: as a grid, a folder, an array or an animation, each with the recipe that made it.
 
-A pixel p in [-1, 1] becomes the level round((p + 1) * 127.5), halves to even, so that the 256
-levels of training data come back as they were. (The original code truncates, which darkens an
-image by half a level on average.)
+A pixel p in [-1, 1] becomes the level round((p + 1) * 127.5), ties to even, so that the 256 levels of
+training data are reproduced. (The original code truncates, which darkens images by half a level on average.)
 """
 
 from __future__ import annotations
@@ -46,18 +45,18 @@ def save_images(
 ) -> Path:
     """Writes images as one grid (.png), as arrays (.npz) or as a folder of PNGs (no suffix).
 
-    A file appears complete or not at all. Each PNG carries its recipe, which `read_recipe` reads.
+    Files are written atomically. Each PNG contains its recipe, which `read_recipe` reads.
 
     Args:
         x: floating [N, C, H, W]; values outside [-1, 1] are clipped. PNGs need C = 1, 3 or 4.
         path: what to write. An .npz has arr_0, uint8 [N, H, W, C], and with labels arr_1, int64
-            [N]; a folder is made if need be and gets 000000.png and so on.
-        recipe: what made the images, JSON's types (checkpoint, seed, steps, sampler, ...). The version
-            and the image's index (in a grid: the count n) are added.
+            [N]; a folder is created if absent and gets 000000.png and so on.
+        recipe: what made the images, JSON-ready (checkpoint, seed, steps, sampler, ...). The version and
+            the image's index (in a grid: the count n) are added.
         labels: integers [N], -1 for none.
-        class_names: one a class: a grid of labelled images shows each one's above it.
+        class_names: one per class; a grid of labelled images shows the name above each.
         columns: of a grid; its square root if None.
-        scale: pixels a pixel in a grid; as large as the captions need if None.
+        scale: output pixels per image pixel in a grid; as large as the captions need if None.
 
     Returns:
         the path.
@@ -114,7 +113,7 @@ def save_animation(
         frames: floating tensors [N, C, H, W], all of one shape; clipped to [-1, 1].
         path: a .webp or .gif file.
         recipe, columns, scale: as in `save_images`.
-        frame_ms, last_ms: how long a frame, and the last one, stand, in milliseconds.
+        frame_ms, last_ms: duration of a frame, and of the last one, in milliseconds.
 
     Returns:
         the path.
@@ -176,8 +175,8 @@ def check_writable(
 ) -> Path:
     """The path, if files with these suffixes ("" for a folder) can be written there.
 
-    Asked before long work. Raises ValueError for another suffix and OSError where writing is not
-    possible; creates nothing.
+    For checks before long work. Raises ValueError for another suffix and OSError if writing is impossible;
+    creates nothing.
     """
     target = Path(path)
     function = "save_animation" if tuple(suffixes) == _ANIMATIONS else "save_images"
@@ -251,7 +250,7 @@ def _name(label: int, class_names: Sequence[str] | None) -> str:
 def _grid(
     levels: np.ndarray, columns: int | None, scale: int | None, captions: Sequence[str] | None
 ) -> Image.Image:
-    """One picture of uint8 [N, H, W, C], row by row, each under its caption if there are any."""
+    """A grid of images uint8 [N, H, W, C], row by row, each under its caption if there are any."""
     n, height, width, channels = levels.shape
     columns = min(n, columns or math.ceil(math.sqrt(n)))
     font = ImageFont.load_default(_FONT_SIZE) if captions else None
@@ -291,7 +290,7 @@ def _json(recipe: Mapping[str, Any]) -> str:
 
 @contextlib.contextmanager
 def _replacing(function: str, target: Path) -> Iterator[Path]:
-    """A temporary file that takes the target's name once it is whole."""
+    """A context with a temporary file, which replaces the target when it is complete."""
     try:
         with replacing(target) as temporary:
             yield temporary
@@ -301,7 +300,7 @@ def _replacing(function: str, target: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _replacing_files(function: str, target: Path) -> Iterator[Path]:
-    """A temporary folder whose files move into the target once all are whole."""
+    """A context with a temporary folder, whose files move into the target when all are complete."""
     temporary = temporary_name(target)
     try:
         temporary.mkdir()

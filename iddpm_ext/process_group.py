@@ -1,4 +1,4 @@
-"""The process group of a launch, which may begin and end many times in one process."""
+"""The default process group, which can be started and ended several times in one process."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-_DEFAULT = timedelta(minutes=30)  # torch's own, of gloo
+_DEFAULT = timedelta(minutes=30)  # PyTorch's for gloo
 _numbers = itertools.count()
-# Where the processes find each other, open for the life of this one; rank; size.
+# The store of the rendezvous, open as long as this process lives; rank; size.
 _meeting: tuple[dist.Store, int, int] | None = None
-_PARTING = 1.0  # seconds that the end of a group waits for Gloo's threads at most
+_PARTING = 1.0  # most seconds that `end` waits for Gloo's threads
 _POLL = 0.001
 
 
 def begin(backend: str, timeout: timedelta = _DEFAULT) -> None:
-    """Starts the default group of the processes that torchrun, or variables like its, describe.
+    """Starts the default group of the processes that torchrun's environment variables describe.
 
-    `end` ends it, and another may begin at once. torch's own
-    rendezvous cannot do that, since it opens the store anew for each group. Where the first process
-    serves the store, a faster one meets the last group's server while that closes, and both fail; where
-    torchrun serves it, a faster process takes the last group's addresses for those of the new one.
+    `end` ends it, after which another may begin at once. With PyTorch's env:// rendezvous that is a race,
+    since it opens a new store for each group: if the first process is the store's server, a faster one can
+    connect to the last group's server while that closes, and both fail; if torchrun is, a faster process can
+    read the last group's addresses.
 
     Args:
         backend: "gloo" or "nccl".
-        timeout: of the meeting and of every exchange after it.
+        timeout: of the rendezvous and of every later exchange.
     """
     global _meeting
     if _meeting is None:
@@ -43,11 +43,11 @@ def begin(backend: str, timeout: timedelta = _DEFAULT) -> None:
 
 
 def end() -> None:
-    """Ends the default group, once Gloo's threads hold nothing of its exchanges any more.
+    """Ends the default group, after Gloo's threads have released the tensors of its exchanges.
 
-    They let go of an exchange's tensors a moment after it is done, for which they need the
-    interpreter's lock. Whoever destroys the group holds that while joining them: both would wait for
-    ever. And where the interpreter ends meanwhile, the process dies of it ("terminate called").
+    They release the tensors of an exchange shortly after it is done, for which they need the GIL. Destroying
+    the group joins these threads while holding the GIL, which would deadlock; and if the interpreter exits
+    meanwhile, the process aborts ("terminate called").
     """
     if dist.get_backend() == "gloo":
         _wait_for_threads(_PARTING)
@@ -55,12 +55,12 @@ def end() -> None:
 
 
 def _wait_for_threads(limit: float) -> bool:
-    """Until every thread of Gloo has let go of the exchanges so far; False after `limit` seconds.
+    """Waits until every thread of Gloo has released all exchanges so far; False after `limit` seconds.
 
-    A thread takes the next exchange only when it has let go of the last. So each of them is given
-    another, of a dtype that Gloo refuses: it ends at once and asks nothing of other processes. Which
-    thread took it is seen when its tensor goes, since the callback of the weak reference runs in the
-    thread that held the tensor last. That may be this one; then there is one more.
+    A thread takes the next exchange only when it has released the last one. So each of them is given one
+    more, of a dtype that Gloo refuses: it ends at once without other processes. A weak reference to its
+    tensor tells which thread took it, as the callback runs in the thread that released the tensor last. If
+    that is this thread, another exchange is made.
     """
     group = dist.distributed_c10d._get_default_group()
     backend: Any = group._get_backend(torch.device("cpu"))
@@ -76,5 +76,5 @@ def _wait_for_threads(limit: float) -> bool:
         while held() is not None:
             if time.monotonic() > deadline:
                 return False
-            time.sleep(_POLL)  # leaves them the lock
+            time.sleep(_POLL)  # releases the GIL
     return True

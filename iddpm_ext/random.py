@@ -9,7 +9,7 @@ u_i = (w_i + 0.5) / 2^32 rounded in float32,
 and z_2, z_3 likewise from u_2, u_3. Elements count within a sample in the order of its
 dimensions (C, H, W for images), whatever the memory format.
 
-This file is the definition that every kernel agrees with, and runs on any device.
+This file is the definition, which every kernel follows; it runs on any device.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ _KEY_INCREMENTS = (0x9E3779B9, 0xBB67AE85)
 
 @dataclass(frozen=True, eq=False)
 class NoiseKey:
-    """Names one tensor of noise: row i belongs to ``samples[i]`` at ``steps[i]``.
+    """The key of a tensor of noise: row i belongs to ``samples[i]`` at ``steps[i]``.
 
     Args:
         seed: 0 <= seed < 2^64.
         stream: 0 x_T, 1 reverse noise, 2 forward noise, 3 timesteps and labels, 4 dropout.
-        samples: int64 [N], the global index of each row; its low 32 bits count.
+        samples: int64 [N], the global index of each row, of which the low 32 bits are used.
         steps: int64 [N], or one int for all rows: the index in the training chain.
         draw: counts repeated draws for the same sample and step, 0 <= draw < 2^28.
     """
@@ -84,14 +84,14 @@ def philox_4x32(counter: Sequence[Tensor | int], key: tuple[int, int]) -> list[T
     device = next(
         (word.device for word in counter if isinstance(word, Tensor)), torch.device("cpu")
     )
-    # A number is filled in: copied from the host, it would wait for the device.
+    # `full` passes the number as a kernel argument; a copy from the host would wait for the device.
     c0, c1, c2, c3 = (
         word if isinstance(word, Tensor) else torch.full((), word, dtype=torch.int64, device=device)
         for word in counter
     )
     k0, k1 = key
     for _ in range(10):
-        # int64 products wrap modulo 2^64: masked, both halves are those of the unsigned product.
+        # int64 products wrap modulo 2^64, so masking gives both halves of the unsigned product.
         p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
         c0, c1, c2, c3 = (
             (p1 >> 32 & _MASK) ^ c1 ^ k0,
@@ -122,13 +122,13 @@ def normal(key: NoiseKey, shape: Sequence[int], device: torch.device | str | Non
     """Standard normal noise.
 
     Args:
-        key: names the noise, ``key.samples`` int64 [N].
+        key: of the noise, ``key.samples`` int64 [N].
         shape: [N, ...] of the result.
-        device: where the result lies; that of ``key.samples`` if not given.
+        device: of the result; by default that of ``key.samples``.
 
     Returns:
-        float32 of ``shape``: the formula at the head of this file in float64, from the float32
-        u_i, rounded once.
+        float32 of ``shape``: the formula of this file's docstring in float64, from the float32 u_i,
+        rounded once.
 
     Raises:
         ValueError: shape does not begin with N.

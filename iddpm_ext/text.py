@@ -1,4 +1,4 @@
-"""Text for people: times as times, and names that others chose without control characters."""
+"""Text for messages: durations, and names without control characters."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ _LONGEST = 200
 
 
 def duration(seconds: float) -> str:
-    """A time as it is said: "0.4 s", "12 s", "3 min 05 s", "1 h 02 min", "2 d 03 h"."""
+    """A duration as text: "0.4 s", "12 s", "3 min 05 s", "1 h 02 min", "2 d 03 h"."""
     if seconds < 9.95:
         return f"{seconds:.1f} s"
     whole = round(seconds)
@@ -22,9 +22,9 @@ def duration(seconds: float) -> str:
 
 
 def printable(text: str, longest: int = _LONGEST) -> str:
-    """`text` with every character that a terminal would act on escaped, cut after `longest` characters.
+    """`text` with control characters escaped, cut after `longest` characters.
 
-    For what a file says: names of tensors, the words of the library that reads it.
+    For text from files, such as names of tensors and errors of the libraries that read them.
     """
     cut = text if len(text) <= longest else f"{text[:longest]}..."
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in cut)

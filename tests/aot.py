@@ -1,8 +1,8 @@
-"""Compiles the Triton kernels of every op ahead of time, in a process of its own.
+"""Compiles the Triton kernels of every op ahead of time, in a separate process.
 
 `python aot.py FOLDER OP,OP ARCH...` writes a cubin for each case of
-`iddpm_ext.ops.<op>.triton.aot_cases()` and prints one JSON line per cubin. The tests' own process has
-Triton in its interpreter, where there is nothing to compile.
+`iddpm_ext.ops.<op>.triton.aot_cases()` and prints one JSON line per cubin. The tests' own process uses
+Triton's interpreter, which does not compile.
 """
 
 from __future__ import annotations

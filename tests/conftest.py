@@ -1,4 +1,4 @@
-"""Settings of every test: OpenMP threads that sleep, and Triton in its interpreter without a GPU."""
+"""Settings of every test: OpenMP threads that do not spin, and Triton's interpreter without a GPU."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-# OpenMP reads these when torch is loaded, and so do the processes that tests start. A thread that spins while
-# it waits takes a core from the others of a busy machine; of several processes each takes its share.
+# Read by OpenMP when torch is loaded, also in processes that tests start. Threads that spin while they wait
+# would take cores from others on a busy machine; with several processes each uses its share of the cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 if (workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))) > 1:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
@@ -23,7 +23,7 @@ if not torch.cuda.is_available():
 
 
 def round_to_bfloat16_in_the_interpreter() -> None:
-    """Triton's interpreter cuts float32 off to bfloat16; a GPU rounds to nearest, ties to even."""
+    """Makes Triton's interpreter round float32 to bfloat16, as a GPU does, instead of truncating."""
     import triton.language as tl
     from triton.runtime import interpreter
 
@@ -39,7 +39,7 @@ def round_to_bfloat16_in_the_interpreter() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Refuses names of tests that hold an address: pytest-xdist needs the same ones in every process."""
+    """Refuses test ids that contain an address: pytest-xdist needs equal ids in every process."""
     for item in items:
         if re.search(r"0x[0-9a-f]{6}", item.nodeid):
             raise pytest.UsageError(f"{item.nodeid}: a test's name must not hold an address")

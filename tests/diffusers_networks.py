@@ -33,7 +33,7 @@ def small_network(config: UNetConfig = SMALL) -> UNet:
 
 
 def noise_of(seed: int, timesteps: Tensor, shape: tuple[int, ...]) -> Iterator[Tensor]:
-    """What `iddpm_ext.sample(seed=seed)` draws, in its order: x_T, then one tensor a step.
+    """The noise of `iddpm_ext.sample(seed=seed)`, in order: x_T, then one tensor per step.
 
     timesteps: of the chain, ascending.
     """
@@ -44,7 +44,7 @@ def noise_of(seed: int, timesteps: Tensor, shape: tuple[int, ...]) -> Iterator[T
 
 
 class InjectedNoise:
-    """In the place of diffusers' `randn_tensor`: the given tensors, one a call."""
+    """A substitute for diffusers' `randn_tensor`: returns the given tensors, one per call."""
 
     def __init__(self, noise: Iterator[Tensor]) -> None:
         self.noise = noise

@@ -41,7 +41,7 @@ CONFIGS = {
     "super-resolution": {**SMALL, "super_resolution": True, "num_classes": 4},
     "single level": {**SMALL, "channel_mult": (2,), "in_channels": 4, "out_channels": 8},
 }
-# What the CPU engine does not run.
+# Configurations that the CPU engine does not support.
 MORE_CONFIGS = {
     "averaged": {**SMALL, "conv_resample": False, "attention_resolutions": (8,)},
     "resampling blocks, new heads": {
@@ -82,5 +82,5 @@ def reference(model, x, timesteps, y):
 
 
 def error(ours, truth) -> float:
-    """max over max."""
+    """The largest absolute difference over the largest absolute value."""
     return ((ours - truth).abs().max() / truth.abs().max()).item()

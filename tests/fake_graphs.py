@@ -1,8 +1,8 @@
-"""CUDA graphs without CUDA: what a capture records is done again by a replay, on the CPU.
+"""CUDA graphs without CUDA: captures are recorded on a tape and replayed on the CPU.
 
-A tape holds every operation with the very tensors that it read and wrote, so a replay does what a graph
-would: the same operations on the same memory, whatever Python has changed since. What would stop a
-capture on a GPU raises `HostSync`.
+The tape holds every operation with the tensors that it read and wrote, so a replay does the same as a graph:
+the same operations on the same memory, whatever Python has changed since. Operations that would make a
+capture on a GPU fail raise `HostSync`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from iddpm_ext import _native
 from iddpm_ext.engines.cuda import graphs
 
-# Operators that look at a value, or copy one from the host.
+# Operators that read a value on the host, or copy one from it.
 _WAITING = (
     "_local_scalar_dense", "equal", "is_nonzero", "item", "lift_fresh", "masked_select", "nonzero",
     "_unique2", "unique_dim", "_pin_memory",
@@ -45,7 +45,7 @@ class _NoWaiting(TorchDispatchMode):
 
 @contextlib.contextmanager
 def no_waiting(mode: TorchDispatchMode | None = None) -> Iterator[None]:
-    """Within, whatever would make the host wait for the device raises HostSync."""
+    """A context in which operations that would make the host wait for the device raise HostSync."""
 
     def refuse(name: str) -> Callable[..., None]:
         def method(*_: Any) -> None:
@@ -76,7 +76,7 @@ class _Recorder(_NoWaiting):
         return result
 
     def launcher(self, launch: Callable[..., int]) -> Callable[..., int]:
-        """A kernel's launcher, recorded where it is not the inside of an operator."""
+        """A kernel's launcher that records its calls, unless they are within a recorded operator."""
 
         def recorded(*args: Any) -> int:
             if not self._depth:
@@ -92,7 +92,7 @@ def check(code: int) -> None:
 
 def _again(func, args, kwargs, written: list[Any]) -> None:
     if "empty" in func._schema.name:
-        for tensor in written:  # memory of the graph holds anything at this point
+        for tensor in written:  # before a replay the graph's memory can contain anything
             if tensor.is_floating_point():
                 tensor.fill_(float("nan"))
         return
@@ -102,7 +102,7 @@ def _again(func, args, kwargs, written: list[Any]) -> None:
 
 
 class Counted(graphs.Graphs):
-    """The real graphs, counted; with `failure`, captures fail after the work was tried out."""
+    """Real graphs with counters; with `failure`, captures fail after the warm-up."""
 
     captures = replays = 0
     failure: str | None = None
@@ -130,7 +130,7 @@ class Counted(graphs.Graphs):
 
 
 class FakeGraphs(Counted):
-    """Stands for `graphs.Graphs` on the CPU."""
+    """A substitute for `graphs.Graphs` on the CPU."""
 
     def follow(self) -> None:
         """There are no streams."""

@@ -23,7 +23,7 @@ def images(count: int, seed: int) -> Tensor:
 
 
 def untrained(seed: int = 0, num_classes: int | None = None) -> UNet:
-    """The network, the layers that begin at zero filled, so that every input has its effect."""
+    """The network with random numbers in the layers that are initialised to zero."""
     torch.manual_seed(seed)
     model = UNet(
         UNetConfig(

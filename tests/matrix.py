@@ -1,8 +1,8 @@
-"""Every public function that runs a network, what is done to a network, and settings of the process.
+"""Public functions that run a network, changes of a network, and settings of the process, for test_matrix.
 
-`python matrix.py FILE ENTRY ...` writes what functions give for changed networks, computed by PyTorch's own
-modules in this fresh process: what the tests compare with. Of the functions that are named all changes are
-written, of the others those of `EVERYWHERE`.
+`python matrix.py FILE ENTRY ...` writes the expected results of functions for changed networks, computed by
+PyTorch's own modules in this fresh process: with all changes for the named functions, with those of
+`EVERYWHERE` for the others.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def _base() -> dict[str, Any]:
 
 
 class Case:
-    """A network that may be changed, and all that the functions need besides."""
+    """A network to change, and the other arguments of the functions."""
 
     def __init__(self, **engine: Any) -> None:
         self.given, self.engine = _base(), engine
@@ -200,7 +200,7 @@ def _scheduler(case: Case) -> Tensor:
     return x
 
 
-#: Of functions that take a network, which may be changed.
+#: Functions that take a network, which tests change.
 ENTRIES: dict[str, Callable[[Case], Tensor]] = {
     "sample": lambda case: case.sample(),
     "guidance": lambda case: case.sample(guidance_scale=2.0),
@@ -216,7 +216,7 @@ ENTRIES: dict[str, Callable[[Case], Tensor]] = {
     "training": _training,
 }
 
-#: Of functions that take something else.
+#: Other functions.
 OTHERS: dict[str, Callable[[Case], Tensor]] = {
     "diffusers": _diffusers,
     "accelerate": _accelerate,
@@ -482,10 +482,10 @@ CHANGES: dict[str, Callable[[UNet], Callable[[], None] | None]] = {
     "epsilon": _epsilon,
 }  # fmt: skip
 
-#: One of each kind: every entry meets these. What finds all others is one function, which `sample` meets.
+#: One change of each kind, for every function. All changes are found by one function, tested by `sample`.
 EVERYWHERE = ("nothing", "averaged", "submodule", "hook of time", "lora")
 
-#: Changes that the engine follows; with all others the module runs, and a warning names the first layer.
+#: Changes that the engine supports; with all others the module runs, and a warning names the first layer.
 FOLLOWED = {
     "nothing", "assigned", "parameter", "submodule", "averaged", "one number", "data replaced",
     "strides", "channels last", "frozen", "tied", "tied layers", "layers of another", "time embedding",
@@ -612,9 +612,9 @@ def expected(whole: Collection[str]) -> dict[tuple[str, str], Tensor]:
 
 
 def here_and_in_a_fork(entry: str) -> tuple[Tensor, Tensor]:
-    """What an entry gives in this process, on all threads, and then in a forked one, on one.
+    """A function's result in this process, and in a forked one with one thread.
 
-    PyTorch, which the entry calls directly, would wait there for OpenMP's threads, lost in the fork.
+    PyTorch, which it calls directly, would wait forever for OpenMP's threads, which a fork loses.
     """
     case = Case()
 

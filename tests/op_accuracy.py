@@ -1,4 +1,4 @@
-"""Whether a call of an op is as good as PyTorch's own at the same dtype, measured without luck."""
+"""Whether a call of an op is as accurate as PyTorch's own at the same dtype, averaged over noisy runs."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from torch import Tensor
 
 from iddpm_ext.ops.spec import OpSpec
 
-# Where a single run of PyTorch's was closer than half as far, its error is the root mean square of this many
-# noisy ones: nobody is lucky eight times.
+# If a single run of PyTorch has less than half the error, its error is taken as the root mean square over so
+# many runs with noise on every rounding, since a single run can be accurate by chance.
 NOISY_RUNS = 8
 
 
@@ -35,7 +35,7 @@ def assert_as_good_as_pytorch(
     noisy: Callable[[], list[Tensor]],
     roundings: float,
 ) -> None:
-    """Right where PyTorch is finite at the same dtype; never finite where it and the exact result are NaN."""
+    """Accurate where PyTorch is finite at the same dtype; not finite where it and float64 give NaN."""
     assert result.shape == exact.shape
     if not exact.is_floating_point():
         assert torch.equal(result, exact)

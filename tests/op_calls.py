@@ -14,11 +14,10 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 FLOATS = (*DTYPES, torch.float64)
 KERNELS = [backend for backend in BACKENDS if backend != "reference"]
 
-# A result may be this many times as far from float64 as PyTorch's own at the same dtype (root mean square
-# over the elements: where terms cancel, the largest error of a few is a matter of luck) ...
+# The allowed error against float64, as a multiple of PyTorch's own at the same dtype (root mean square over
+# the elements, since the largest error of a few depends on chance where terms cancel) ...
 ERROR_RATIO = 2.0
-# ... and is never asked to be closer than this many roundings of the largest value (in float32, the
-# `roundings` of an op that has reason for more).
+# ... but at least so many roundings of the largest value (for float32, the op's `roundings` if larger).
 ROUNDINGS = 2.0
 
 
@@ -47,7 +46,7 @@ def to_double(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def cloned(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Copies that keep strides, so that an op which works in place starts afresh."""
+    """Copies with the same strides, for ops that work in place."""
 
     def copy(x: Tensor) -> Tensor:
         if x.numel() == 0:
@@ -67,7 +66,7 @@ def run(spec: OpSpec, backend: str, kwargs: dict[str, Any]) -> list[Tensor]:
 
 
 def poison_fresh_memory() -> None:
-    """Makes it likely that an element nobody writes is NaN."""
+    """Makes it likely that elements that are never written are NaN."""
     for size in (64, 4096, 65536):
         torch.full((size,), float("nan"))
 

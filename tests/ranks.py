@@ -1,4 +1,4 @@
-"""Programs in several processes on this machine, started as torchrun starts them."""
+"""Starts programs in several processes on this machine, like torchrun."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.distributed import TCPStore
 
 
 class Rank(subprocess.Popen):
-    """One of the processes; what it writes goes to files, so that none waits for a reader."""
+    """One of the processes; its output goes to files, so that it never waits for a reader."""
 
     def __init__(self, number: int, command: list[str], folder: Path, variables: dict[str, str]):
         self._out, self._err = folder / f"rank-{number}.out", folder / f"rank-{number}.err"
@@ -33,10 +33,10 @@ class Rank(subprocess.Popen):
 def started(
     command: list[str], folder: Path, size: int = 2, **variables: str
 ) -> Iterator[list[Rank]]:
-    """The processes that run Python with these arguments; those still alive at the end are killed.
+    """A context with processes that run Python with these arguments; kills those alive at its end.
 
-    This process serves the store where they meet, as torchrun does: a port that were found free now and
-    opened by rank 0 seconds later might be someone else's by then.
+    This process is the server of their store, as torchrun is: a port that is found free now could be in use
+    when rank 0 opened it seconds later.
 
     Args:
         command: what follows "python".
@@ -48,7 +48,7 @@ def started(
     common = {
         **os.environ, "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True",
-        # Reaches every process here, whatever this machine's name resolves to.
+        # Works whatever this machine's name resolves to.
         "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join(sys.path), **variables,
     }  # fmt: skip
@@ -65,7 +65,7 @@ def started(
 
 
 def finish(ranks: list[Rank], timeout: float = 300) -> list[str]:
-    """What they wrote to their standard output, once all have ended well."""
+    """Their standard output, after all have ended successfully."""
     for rank in ranks:
         rank.wait(timeout)
     assert [r.returncode for r in ranks] == [0] * len(ranks), [r.complained() for r in ranks]

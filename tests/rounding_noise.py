@@ -1,9 +1,9 @@
-"""How far PyTorch's own result is from the exact one, without the luck of a single run.
+"""The typical error of a PyTorch computation, by Monte Carlo arithmetic.
 
-One run is one draw of its rounding errors. A sum of a few terms is sometimes right to the last place, and
-a difference that is exactly 0 in theory comes out as 0 or as the rounding of what was subtracted. So the
-same lines run several times, each time with every intermediate result moved by a last place, up, down or
-not at all, at random (Parker, *Monte Carlo Arithmetic*): the spread is what such a formula can promise.
+A single run is one sample of its rounding errors: a sum of a few terms is sometimes exact, and a difference
+that is 0 in theory comes out as 0 or as a rounding error. So the computation runs several times, each time
+with every intermediate result changed at random by one unit in the last place, up, down or not at all
+(Parker, *Monte Carlo Arithmetic*); the spread is the accuracy of the formula.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 _BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 
-# Numbers are copied, chosen or made here, not computed.
+# Operators that copy, select or create numbers, without rounding.
 _EXACT = frozenset(
     "arange cat clamp clamp_max clamp_min clone copy_ empty empty_like empty_strided expand fill_ full "
     "full_like index index_put_ index_select lift_fresh masked_fill neg new_empty new_zeros ones ones_like "

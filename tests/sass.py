@@ -1,4 +1,4 @@
-"""What compilers made of the GPU kernels: registers, stack and instructions, read from cubins."""
+"""Reads registers, stack and instructions of compiled GPU kernels from cubins."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ import os
 import platform
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -400,6 +401,11 @@ def test_bfloat16_never_takes_what_is_slower_than_float32():
             assert not chooser(s, exact=False, bf16=False).bf16
             assert not chooser(s, exact=True, bf16=True).bf16
         assert slow(s, exact=False, bf16=True) == slow(s, exact=False, bf16=False)
+    # Without AMX, where the time is that of reading weights, as at 8x8 of the CIFAR-10 network.
+    weights = ConvShape(8, 8, 256, 256, 1)
+    assert slow(weights, exact=False, bf16=True).name == "F2 bf16"
+    for more in (replace(weights, batch=8), replace(weights, channels=64)):
+        assert not slow(more, exact=False, bf16=True).bf16
     tuned = {"bfloat16": {shape.layer: {8: "AMX"}}, "float32": {shape.layer: {8: "F2"}}}
     assert Chooser(tuned, True, False)(shape, exact=False, bf16=True).name == "AMX"
     assert Chooser(tuned, False, False)(shape, exact=False, bf16=True).name == "F2"

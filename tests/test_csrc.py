@@ -1,4 +1,4 @@
-"""What csrc promises about itself: folders that include downwards only, in one style."""
+"""Rules of csrc: folders include only lower ones, in one style."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from iddpm_ext import ops
 TESTS = Path(__file__).resolve().parent
 CSRC = TESTS.parent / "csrc"
 
-# From the ground up. A folder includes its own files and those of the floors below it, so no two
-# folders include each other.
+# Layers, the lowest first. A folder may include its own files and those of lower layers, so no two folders
+# include each other.
 FLOORS = [
     {"common"},
     {"nhwc"},

@@ -5,6 +5,7 @@ Loops over the registry like test_ops.py: a new op needs no line here.
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -35,11 +36,16 @@ def cuda_cases(differentiable_only: bool = False) -> list[Any]:
 
 
 @pytest.fixture(scope="module")
-def emulated_cuda():
+def emulated_cuda(request):
+    """The emulator with the kernels of the ops that are tested in this run: `-k blend` compiles no others."""
     from cuda_emu import emulator
 
-    emulator.module()
-    return emulator.emulated_cuda
+    calls = [i.callspec.params for i in request.session.items if i.path == request.path]
+    tested = {call["spec"].name for call in calls}
+    every = {spec.name for spec in REGISTRY.values() if "cuda" in spec.kernels}
+    folders = tuple(sorted(tested)) if tested != every else ()
+    emulator.module(*folders)
+    return partial(emulator.emulated_cuda, folders=folders)
 
 
 @pytest.mark.parametrize(("spec", "case"), cuda_cases())

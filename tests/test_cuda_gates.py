@@ -1,4 +1,4 @@
-"""What nvcc makes of every CUDA kernel, for each architecture: the facts that a GPU would punish.
+"""Registers, spills and memory accesses of every CUDA kernel, compiled by nvcc for each architecture.
 
 A kernel needs no entry here unless it breaks a default or claims wide memory access.
 """
@@ -32,7 +32,7 @@ MORE_REGISTERS: dict[str, int] = {
     "group_norm_rows_kernel": 80,
     # Staged tiles leave room for two blocks anyway.
     "group_norm_bwd_(rows|tile)_kernel": 128,
-    "first_conv_kernel": 128,  # 32 sums a thread; two blocks' weights share a multiprocessor
+    "first_conv_kernel": 128,  # 32 sums per thread; two blocks' weights share a multiprocessor
     "last_conv_kernel": 80,  # 24 sums and 18 weights a thread
     "hybrid_loss_kernel": 80,  # noise, two losses and two gradients in one pass
 }

@@ -125,7 +125,7 @@ def test_a_user_without_a_home_has_no_cache_and_that_is_all(monkeypatch, tmp_pat
     assert files.cache_folder() is None and user_table_path("x") is None
     iddpm_ext.sampling.tune  # noqa: B018 (imports the engines)
     monkeypatch.setattr(Path, "read_text", lambda *_: (_ for _ in ()).throw(PermissionError(13)))
-    with pytest.warns(UserWarning, match="is left aside: it cannot be read"):
+    with pytest.warns(UserWarning, match="is ignored: it cannot be read"):
         assert load_table(tmp_path / "x.json") == {}
 
 

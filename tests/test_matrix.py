@@ -1,6 +1,6 @@
-"""Every public function against everything that may be done to a network, and every setting of the process.
+"""Every public function with every change of a network and every setting of the process.
 
-What it gives is what PyTorch's own modules give in a fresh process (`matrix.py`), to rounding.
+Results must be those of PyTorch's own modules in a fresh process (`matrix.py`), up to rounding.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from matrix import CHANGES, COPIES, ENTRIES, EVERYWHERE, FOLLOWED, OTHERS, SETTI
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
-#: With all changes and settings in `make test`; the others meet one of each kind, and all in `make soak`.
+#: Tested with all changes and settings in `make test`; the others with one of each kind, and in `make soak`.
 WHOLE = ("sample",)
 SETTINGS_EVERYWHERE = ("bfloat16 by default", "meta by default", "autocast", "inference mode")
 #: Of the largest number. Rounding is a hundred times finer, and every change moves images by more.

@@ -1,4 +1,4 @@
-"""What the package promises about itself: light to import, layered, and every public name there."""
+"""Rules of the package: fast to import, layered, with all public names."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import iddpm_ext
 
 PACKAGE = Path(iddpm_ext.__file__).parent
 
-# Every part, from the ground up. A part imports its own floor and those below it.
+# Layers of parts, the lowest first. A part may import its own layer and lower ones.
 FLOORS = [
     {"_C"},
     {"_native", "random", "files", "text", "process_group"},

@@ -284,7 +284,7 @@ def test_a_chain_from_pure_noise_is_walked_by_every_sampler(sampler):
         knowing, 10, sampler=sampler, x_T=x_T, diffusion=process, progress=False
     )
     torch.testing.assert_close(drawn, target.float().expand_as(drawn), rtol=0, atol=1e-6)
-    with pytest.raises(ValueError, match="cond_fn must be left out with ddim and the solvers"):
+    with pytest.raises(ValueError, match="cond_fn must be None with ddim and the solvers"):
         iddpm_ext.sample(
             knowing, 10, sampler="ddim", x_T=x_T, diffusion=process, progress=False,
             cond_fn=lambda x, t: x,

@@ -24,6 +24,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
 from iddpm_ext.report import parts, write_report
 from iddpm_ext.report.elements import Missing, Table
+from iddpm_ext.report.parts import advice, drawing
 
 NAMES = ["bag", "<b>boot</b>", "coat"]
 SECTIONS = ["samples", "chain", "nearest", "likelihood", "cost", "training", "configuration"]
@@ -48,7 +49,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A page about a run that is all there, with data beside it."""
     folder = tmp_path_factory.mktemp("report")
     patch = pytest.MonkeyPatch()
-    patch.setattr(parts, "_extractor_name", lambda: "pixels")
+    patch.setattr(advice, "_extractor_name", lambda: "pixels")
     run = folder / "run"
     write_run(run)
     write_data(folder / "data.npz")
@@ -132,7 +133,7 @@ def test_numbers_come_with_the_command_that_makes_them_again(page, monkeypatch, 
 
 
 def test_what_is_missing_is_left_out_with_the_reason(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(parts, "_extractor_name", lambda: "pixels")
+    monkeypatch.setattr(advice, "_extractor_name", lambda: "pixels")
     a, b = network(), network(classes=None)
     b.diffusion = None
     iddpm_ext.save(a, tmp_path / "a.safetensors")
@@ -170,7 +171,7 @@ def test_a_copied_sample_is_seen(monkeypatch):
     subject = _subject()
     known = torch.rand(50, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
     monkeypatch.setattr(type(subject), "open", lambda self, split: None)
-    monkeypatch.setattr(parts, "_images", lambda data, count: known)
+    monkeypatch.setattr(drawing, "images_of", lambda data, count: known)
     monkeypatch.setattr(iddpm_ext, "sample", lambda *_, **__: known[:8] + 1e-3, raising=False)
     body = parts.nearest(subject)
     assert body.facts["samples like copies"] == "8 of 8"
@@ -184,12 +185,12 @@ def test_a_copied_sample_is_seen(monkeypatch):
 def test_the_advice_is_the_cheapest_that_is_not_told_apart_from_the_best():
     from iddpm_ext.metrics import Interval
 
-    def cost(seconds: float, distance: float) -> parts._Cost:
-        return parts._Cost("ddim", 1, seconds, distance, Interval(distance - 0.1, distance + 0.1))
+    def cost(seconds: float, distance: float) -> advice.Cost:
+        return advice.Cost("ddim", 1, seconds, distance, Interval(distance - 0.1, distance + 0.1))
 
     found = [cost(1, 0.9), cost(2, 0.38), cost(4, 0.31), cost(9, 0.3)]
-    assert parts._advised(found) is found[1]
-    assert parts._advised([parts._Cost("ddim", 1, 1.0)]) is None
+    assert advice.advised(found) is found[1]
+    assert advice.advised([advice.Cost("ddim", 1, 1.0)]) is None
 
 
 def test_images_of_another_shape_are_said_to_be(tmp_path):

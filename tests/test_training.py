@@ -429,7 +429,7 @@ def test_the_first_lines_come_before_and_after_the_first_step(data, tmp_path, ca
     assert steps[0].splitlines()[0] == f"reading {data}"
     assert re.search(r"^training [\d,]+ parameters on cpu$", steps[0], re.MULTILINE)
     assert re.fullmatch(r"step 1/3: loss \d+\.\d{4}, \d+\.\d images/s(, .* s left)?\n", steps[1])
-    assert steps[2] == "", "then one a minute"
+    assert steps[2] == "", "then one per minute"
     last = capsys.readouterr().err
     assert re.fullmatch(r"step 3/3: loss \d+\.\d{4}, \d+\.\d images/s\n", last)
 

@@ -1,9 +1,9 @@
-"""Finds tensors that are made without a dtype and a device: the process's defaults would decide.
+"""Finds tensors that are made without explicit dtype and device, and so depend on process defaults.
 
     python tools/check_tensors.py [FILE or FOLDER ...]
 
-Prints `file:line: call` for each and exits 1 if there is one; iddpm_ext/ if nothing is given. `torch.load`
-and what takes over both from another tensor (`zeros_like`, `new_zeros`, `from_numpy`) are no findings.
+Prints `file:line: call` for each and exits with 1 if there are any; checks iddpm_ext/ by default. Functions
+that take both from another tensor (`zeros_like`, `new_zeros`, `from_numpy`) and `torch.load` are allowed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ FACTORIES = frozenset(
     "hamming_window hann_window kaiser_window linspace logspace normal ones rand randint randn randperm "
     "range scalar_tensor sparse_coo_tensor tensor tril_indices triu_indices zeros".split()
 )
-#: Always of the default dtype or device.
+#: Functions that always use or set the defaults.
 FORBIDDEN = frozenset({"Tensor", "FloatTensor", "set_default_device", "set_default_dtype"})
 
 

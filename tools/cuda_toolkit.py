@@ -13,9 +13,9 @@ from pathlib import Path
 
 # sm_80 code runs on 8.6 and 8.9, sm_120's PTX on whatever comes next.
 DEFAULT_ARCHS = "75;80;90;100;120+PTX"
-# Stands in for the GPUs of a machine that has none: enough to see that the kernels compile.
+# Used on machines without a GPU, to check that the kernels compile.
 PLACEHOLDER_ARCHS = "90+PTX"
-# The oldest that the kernels compile for.
+# The oldest architecture that the kernels support.
 LOWEST_ARCH = 75
 # The names that TORCH_CUDA_ARCH_LIST may have instead of numbers.
 _TORCH_NAMES = {
@@ -63,11 +63,11 @@ def find_toolkit() -> Toolkit:
 def choose_archs(
     toolkit: Toolkit, asked: str | None, *, default: str | None = None
 ) -> tuple[str, str]:
-    """The architectures to build, as "80;90+PTX", and a remark ("" if they are as asked).
+    """The architectures to build, as "80;90+PTX", and a remark ("" if they are as requested).
 
-    ``asked`` is IDDPM_CUDA_ARCHS: a list of that form, or ``native`` for this machine's own GPUs. Where
-    it is None, TORCH_CUDA_ARCH_LIST is followed, of which what cannot be built is left out, and where
-    that is not set, ``default``: ``native``, or None for what nvcc knows of DEFAULT_ARCHS.
+    ``asked`` is IDDPM_CUDA_ARCHS: a list of that form, or ``native`` for this machine's own GPUs. If it is
+    None, TORCH_CUDA_ARCH_LIST is used, without architectures that cannot be built; if that is not set,
+    ``default``: ``native``, or None for those of DEFAULT_ARCHS that nvcc supports.
     Raises CudaUnavailable.
     """
     of_torch = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip()
@@ -96,9 +96,9 @@ def choose_archs(
 
 
 def _archs_of_torch(toolkit: Toolkit, text: str) -> tuple[str, str]:
-    """Those of TORCH_CUDA_ARCH_LIST that these kernels and nvcc have, and a remark that says so.
+    """The architectures of TORCH_CUDA_ARCH_LIST that these kernels and nvcc support, and a remark.
 
-    Containers set it for everything that is built in them, old architectures and names among it.
+    Containers set it for everything that is built in them, including old architectures and names.
     """
     supported = toolkit.supported()
     kept: list[str] = []
@@ -145,7 +145,7 @@ def _candidates() -> Iterator[tuple[str, str]]:
 
 
 def _top(nvcc: str) -> Path:
-    """The toolkit's root, asked of nvcc: on PATH it may be a wrapper that lives elsewhere."""
+    """The toolkit's root, as nvcc reports it: the nvcc on PATH may be a wrapper elsewhere."""
     plan = _output([nvcc, "--dryrun", "-x", "cu", os.devnull, "-c", "-o", os.devnull])
     top = re.search(r"^#\$ TOP=(.+)$", plan, re.MULTILINE)
     if top is None:

@@ -1,14 +1,14 @@
-"""Everything that only a GPU can show: `make gpu-check`, or one of its three parts at a time.
+"""All checks that need a GPU: `make gpu-check`, or one of its parts at a time.
 
     python tools/gpu_check.py kernels    build, ceilings, tests, compute-sanitizer, the table of ops
     python tools/gpu_check.py cifar      the CIFAR-10 network against PyTorch eager and torch.compile
     python tools/gpu_check.py imagenet   the ImageNet-64 network, and torch.compile's max-autotune
-    python tools/gpu_check.py brief      the most telling of all, for a GPU that is there for minutes:
+    python tools/gpu_check.py brief      the most important ones, for a GPU that is available for minutes:
                                          --budget-s 480 --only build,tests,training; with --data it trains
-                                         a CIFAR-10 network beside what need not be timed
+                                         a CIFAR-10 network beside steps that are not timed
 
-Each part ends within its budget, needs no network, and writes one JSON file with the environment, anew after
-every step. A step that fails or is out of time does not stop the next ones, but the exit status tells.
+Each part ends within its budget, needs no network, and writes one JSON file with the environment, again after
+every step. A step that fails or times out does not stop the next ones, but shows in the exit status.
 Without a CUDA device it says so and exits with status 2.
 """
 
@@ -53,7 +53,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a step; ``tail`` is the end of what it printed."""
+    """The outcome of a step; ``tail`` is the end of its output."""
 
     name: str
     passed: bool
@@ -64,7 +64,7 @@ class Outcome:
 
 
 def plan(out: Path, data: Path | None = None, train_s: int = 240) -> dict[str, list[Step]]:
-    """The steps of every part in order, their results under ``out``; of ``data`` as of `brief_steps`."""
+    """The steps of every part in order, with results under ``out``; ``data``: as in `brief_steps`."""
     return {
         "kernels": kernel_steps(out),
         "cifar": [
@@ -74,7 +74,7 @@ def plan(out: Path, data: Path | None = None, train_s: int = 240) -> dict[str, l
             end_to_end(out, "imagenet64", 290, "--batches", "128,1,64,16"),
             end_to_end(out, "cifar-max-autotune", 270, *MAX_AUTOTUNE),
         ],
-        # Their results stand in the part's own file, which alone is to be taken along.
+        # Results of these steps are included in the part's own file.
         "brief": [
             *brief_steps(ROOT / "runs" / "gpu-check-steps", model_steps(out, data, train_s)),
         ],
@@ -127,15 +127,15 @@ def model_steps(out: Path, data: Path | None, train_s: int) -> list[Step]:
         return []
     folder = ROOT / "runs" / "gpu-check-steps" / "cifar10"
     recipe = (sys.executable, "python/recipes/cifar10.py", "--data", str(data))
-    # The last part of the time is for what comes after the last step.
+    # The last 20 seconds are for the work after the last step.
     files = ("--out", str(folder), "--export", str(out), "--minutes", f"{(train_s - 20) / 60:.2f}")
     return [Step("model", (*recipe, *files, "--workers", "6"), train_s + 30, beside=True)]
 
 
 def brief_steps(out: Path, model: list[Step]) -> list[Step]:
-    """Build; what only has to be right, beside the training of a model; then what is timed, alone.
+    """Build; then tests, beside the training of a model; then timed steps, each alone.
 
-    Compilers' results are kept on disk, so that the baselines are built beside the tests.
+    Results of compilers are cached on disk, so that the baselines are built beside the tests.
     """
     python = sys.executable
     build, *_ = kernel_steps(out)
@@ -235,7 +235,7 @@ def run_step(step: Step, left_s: float = float("inf")) -> Outcome:
 def run_command(
     command: tuple[str, ...], environment: Mapping[str, str], limit_s: int
 ) -> tuple[bool, str]:
-    """Whether it succeeded in time, and what it printed. Its children end with it."""
+    """Whether the command succeeded in time, and its output. Kills its children with it."""
     child = subprocess.Popen(
         command,
         cwd=ROOT,
@@ -255,7 +255,7 @@ def run_command(
 
 
 def environment() -> dict[str, Any]:
-    """What a number has to carry: hardware, versions, commit, time."""
+    """The context of a published number: hardware, versions, commit, time."""
     import torch
 
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]

@@ -1,7 +1,7 @@
-"""A cache of object files: one is compiled again only if its command or what it includes changed.
+"""A cache of object files, which are recompiled only if their command or an included file changed.
 
-pip gives every build a fresh temporary directory and so never rebuilds incrementally; this cache
-lives in the source tree's ``build/`` and is found again.
+pip builds in a new temporary directory every time, and so never incrementally; this cache is in the source
+tree's ``build/``.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from pathlib import Path
 
 
 class CompileError(Exception):
-    """A compiler refused a file; the text is its own."""
+    """A file does not compile; the text is the compiler's."""
 
 
 @dataclass(frozen=True)
 class Unit:
-    """One object file to be: ``command`` compiles ``source``, and lacks only the output.
+    """An object file to build: ``command`` compiles ``source``, and lacks only the output.
 
-    ``name`` is the object's readable stem. ``identity`` joins the command in the cache key and
-    names what the command line does not show, such as the compiler's version. Texts in
-    ``volatile`` (paths of temporary build environments) do not count in the key.
+    ``name`` is the object's readable stem. ``identity`` is part of the cache key, for what the command line
+    does not show, such as the compiler's version. Texts in ``volatile`` (paths of temporary build
+    environments) are ignored in the key.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Call every op once per test case on one backend: what a memory checker has to watch, and no more.
+"""Calls every op once per test case on one backend, for a memory checker.
 
 compute-sanitizer --error-exitcode 1 python tools/touch_kernels.py --backend cuda
 """

@@ -68,7 +68,7 @@ void update(const AdamwEmaArgs& a, const Factors& f, const int64_t* row, int64_t
 
 }  // namespace
 
-// All tensors lie end to end in one row of chunks, of which each thread takes an equal part.
+// The chunks of all tensors form one sequence, of which each thread takes an equal part.
 void adamw_ema(const AdamwEmaArgs& a, int num_threads) {
   if (a.found_inf && *a.found_inf != 0.0f) return;
   const Factors f = factors_of(a);

@@ -1,6 +1,6 @@
-// All tensors in one launch, or a few: their addresses travel as the kernel's argument, so that
-// nothing is copied to the device and a CUDA graph may hold the call. A block finds its tensor by
-// binary search and walks 4096 of its elements, four a thread at a time.
+// One launch, or a few, for all tensors: their addresses are a kernel argument, so that nothing is
+// copied to the device and a CUDA graph can contain the call. A block finds its tensor by binary
+// search and updates 4096 of its elements, four per thread at a time.
 #pragma once
 
 #include "adamw_ema/adamw_ema.h"

@@ -12,11 +12,11 @@ namespace iddpm {
 struct AdamwEmaArgs {
   int64_t tensors, emas;
   // Host memory, a row of 6 + emas for each tensor: numel, then the addresses of param, grad,
-  // exp_avg, exp_avg_sq, copy (0 for none) and of each average, all of one layout without gaps.
+  // exp_avg, exp_avg_sq, copy (0 for none) and of each average, all dense with equal strides.
   const int64_t* table;
   DType grad_dtype, copy_dtype;
-  // One float each, on the device, or null: the step, what multiplies the gradients, and whether
-  // to leave everything as it is.
+  // One float each, on the device, or null: the step, the factor of the gradients, and whether to
+  // skip the update (not 0).
   const float *step_tensor, *grad_scale, *found_inf;
   double step, lr, beta1, beta2, eps, weight_decay;
   const double* decays;  // [emas], host memory

@@ -10,13 +10,13 @@ namespace IDDPM_ISA {
 #if defined(__AVX2__)
 
 double multiply_add_burst(int64_t rounds) {
-  // As many chains as a register tile has, which hides the latency of each.
+  // As many independent chains as a register tile has accumulators, which hides the latency.
   constexpr int kChains = 2 * kTileRows;
   nv sum[kChains];
   for (int i = 0; i < kChains; ++i) sum[i] = splat<nv>(float(i));
   nv factor = splat<nv>(0.9375f), addend = splat<nv>(0.0625f);
   for (int64_t round = 0; round < rounds; ++round) {
-    // Two values that the compiler must take for new, or it would fold the rounds together.
+    // Makes the two values opaque to the compiler, which would otherwise merge the rounds.
     asm volatile("" : "+x"(factor), "+x"(addend));
     IDDPM_UNROLL
     for (int i = 0; i < kChains; ++i) sum[i] = sum[i] * factor + addend;

@@ -1,4 +1,4 @@
-// What this CPU could do at best, for benchmarks to compare with.
+// The peak rate of this CPU's multiply-adds, for benchmarks to compare with.
 #pragma once
 
 #include <cstdint>

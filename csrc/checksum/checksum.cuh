@@ -1,5 +1,5 @@
-// All ranges in one launch, or a few: the table travels as the kernel's argument. A block takes 32
-// KB of one range. Integers are added, so the order of the atomics does not show.
+// One launch, or a few, for all ranges: the table is a kernel argument. A block sums 32 KB of one
+// range. The sums are integers, so the order of the atomics does not matter.
 #pragma once
 
 #include "checksum/checksum.h"

@@ -15,8 +15,8 @@ struct ChecksumArgs {
 };
 
 // The sum modulo 2^64, over the words w of 8 bytes of every range (zeros beyond its end), of
-// low32(w ^ k) * high32(w ^ k) + w, where k = (range + 1) * kRangeKey + word * kWordKey: a sum, so
-// that any order of work gives it, of terms that tell a word's place, so that swaps change it.
+// low32(w ^ k) * high32(w ^ k) + w, where k = (range + 1) * kRangeKey + word * kWordKey. A sum does
+// not depend on the order of work, and its terms depend on a word's place, so swaps change it.
 constexpr uint64_t kRangeKey = 0xD6E8FEB86659FD93u;
 constexpr uint64_t kWordKey = 0x9E3779B97F4A7C15u;
 

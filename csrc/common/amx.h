@@ -1,4 +1,4 @@
-// Whether the matrix tiles of AMX can be used, and who may use them.
+// Whether the matrix tiles of AMX can be used, natively or emulated.
 //
 // Files named *_amx.cpp hold the kernels over tiles (nhwc/amx_tile.h). They are compiled twice:
 // for CPUs that have the tiles, in namespace `amx`, and as plain C++ in namespace `amx_emulated`,
@@ -9,17 +9,17 @@
 
 namespace iddpm {
 
-// "" where this process may use AMX, else the reason why not. The first call asks the kernel for
-// permission, which Linux grants to a process, its threads and its children.
+// "" if this process may use AMX, else the reason why not. The first call requests permission,
+// which Linux grants to a process, its threads and its children.
 const char* amx_absence();
 
 enum AmxKernels { kNoAmx = 0, kNativeAmx = 1, kEmulatedAmx = 2 };
 
-// Which compilation of the kernels serves: the native one while `amx` is the instruction set in
-// use, the emulated one on demand, which goes first.
+// Which compilation of the kernels is in use: the emulated one if it was requested, else the native
+// one while `amx` is the instruction set in use.
 AmxKernels amx_kernels();
 
-// For tests; false where the emulation was not compiled or the instruction set in use is `base`.
+// For tests; false if the emulation was not compiled or the instruction set in use is `base`.
 bool emulate_amx(bool on);
 
 }  // namespace iddpm
@@ -35,7 +35,7 @@ bool emulate_amx(bool on);
   }                                          \
   }
 
-// The function that serves, or null.
+// The function of the compilation in use, or null.
 #if IDDPM_X86 && defined(IDDPM_WITH_AMX)
 #define IDDPM_AMX(name)                                                           \
   (::iddpm::amx_kernels() == ::iddpm::kEmulatedAmx ? &::iddpm::amx_emulated::name \

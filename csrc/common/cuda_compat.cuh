@@ -1,11 +1,11 @@
-// What every CUDA file of this project includes, and the only header it needs besides its own op's.
+// Included by every CUDA file of this project, and the only header it needs besides its own op's.
 //
 // A kernel is compiled twice: by nvcc, and by g++ against tests/cuda_emu/cuda_emu.h, which runs it
 // on the CPU with real barriers, shuffles and shared memory. So, of a kernel file <op>.cuh and the
 // launcher file <op>.cu beside it:
 //
 // - Launches are IDDPM_LAUNCH(kernel, grid, block, shared_bytes, stream, arguments...), never
-//   <<< >>>; a template with several arguments stands in parentheses:
+//   <<< >>>; a template with several arguments needs parentheses:
 //   IDDPM_LAUNCH((kernel<T, 8>), ...).
 //
 // - Static shared memory is IDDPM_SMEM(T, name, n), dynamic IDDPM_SMEM_DYNAMIC(T, name), never
@@ -14,15 +14,16 @@
 // - Every thread of the block reaches each __syncthreads(), none having returned before, and every
 //   lane of its mask each __shfl_*_sync: the emulator refuses anything else.
 //
-// - Inline PTX stands under `#ifdef __CUDA_ARCH__`, with a plain fallback after `#else`.
+// - Inline PTX is within `#ifdef __CUDA_ARCH__`, with a plain fallback after `#else`.
 //
 // - Offsets are int64_t; 16 bytes are loaded and stored by load_pack and store_pack below.
 //
-// - Clusters are launched by IDDPM_LAUNCH_CLUSTER and used through cluster_rank and its neighbours
-//   below, where device_limits says that the device and the compiled code have them.
+// - Clusters are launched by IDDPM_LAUNCH_CLUSTER and used through cluster_rank and the functions
+//   after it, if device_limits says that the device and the compiled code support them.
 //
 // - No cooperative groups, textures, device malloc or printf outside such a guard, and no atomics
-//   where a result must repeat bit for bit.
+// in
+//   results that must be reproducible bit for bit.
 //
 // A launcher is `int <op>_cuda(const <Op>Args&, void* stream)`: it returns 0 for empty input before
 // any launch, and launch_status() after it. Args are plain structs passed by value to the kernel.
@@ -95,10 +96,9 @@ void launch_cluster(void (*kernel)(Parameters...), dim3 grid, unsigned cluster, 
 }
 #endif
 
-// What the current device offers a block: clusters, where the code that runs was compiled for them
-// too
-// (`kernel` is any one of it; PTX of an older architecture was not), and bytes of shared memory.
-// Asked once a device.
+// What a block can use on the current device: bytes of shared memory, and clusters, if the device
+// and the compiled code support them. `kernel` is any kernel of that code; PTX of an older
+// architecture does not. Queried once per device.
 struct DeviceLimits {
   bool clusters;
   int64_t shared_bytes;
@@ -127,7 +127,7 @@ DeviceLimits device_limits([[maybe_unused]] Kernel kernel) {
 #endif
 }
 
-// The block's place in its cluster.
+// The block's rank in its cluster.
 IDDPM_DEVICE int cluster_rank() {
 #ifdef __CUDA_ARCH__
 #if __CUDA_ARCH__ >= 900
@@ -144,10 +144,10 @@ IDDPM_DEVICE int cluster_rank() {
 #endif
 }
 
-// The two halves of the cluster's barrier, each reached by every thread in turn: what a thread
-// wrote before it arrived, all see after they waited. The first barrier must be behind a thread
-// that stores into another block's shared memory, so that all blocks have started; after its last
-// wait a block's shared memory is no longer written by others.
+// The two parts of the cluster's barrier, both called by every thread: after waiting, all threads
+// see what any thread wrote before it arrived. A thread must pass one barrier before it stores into
+// another block's shared memory, so that all blocks have started, and a block must not exit before
+// a last barrier after such stores.
 IDDPM_DEVICE void cluster_arrive() {
 #ifdef __CUDA_ARCH__
 #if __CUDA_ARCH__ >= 900
@@ -168,7 +168,7 @@ IDDPM_DEVICE void cluster_wait() {
 #endif
 }
 
-// Writes to where `mine` lies in the shared memory of the cluster's block `rank`.
+// Writes to the place of `mine` in the shared memory of the cluster's block `rank`.
 IDDPM_DEVICE void cluster_store(float* mine, int rank, float value) {
 #ifdef __CUDA_ARCH__
 #if __CUDA_ARCH__ >= 900
@@ -182,7 +182,7 @@ IDDPM_DEVICE void cluster_store(float* mine, int rank, float value) {
 #endif
 }
 
-// ---- copies of 16 bytes from global to shared memory that take no registers
+// ---- asynchronous copies of 16 bytes from global to shared memory, without registers
 
 IDDPM_DEVICE void copy_async(void* shared, const void* global) {
 #ifdef __CUDA_ARCH__
@@ -197,7 +197,7 @@ IDDPM_DEVICE void copy_async(void* shared, const void* global) {
 #endif
 }
 
-// Waits for the thread's own copies: only that thread sees them without a barrier.
+// Waits for the calling thread's copies; other threads see them after a barrier.
 IDDPM_DEVICE void copy_async_wait() {
 #ifdef __CUDA_ARCH__
 #if __CUDA_ARCH__ >= 800
@@ -231,7 +231,7 @@ IDDPM_DEVICE __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
 
 // ---- vector memory access
 
-// N neighbours of type T that move in one instruction: N * sizeof(T) is 2, 4, 8 or 16 bytes.
+// N adjacent elements of type T, for one load or store: N * sizeof(T) is 2, 4, 8 or 16 bytes.
 template <typename T, int N>
 struct alignas(sizeof(T) * N) Pack {
   T v[N];
@@ -241,9 +241,9 @@ struct alignas(sizeof(T) * N) Pack {
 template <typename T>
 constexpr int kPackSize = 16 / static_cast<int>(sizeof(T));
 
-// Global memory only. Written in PTX because nvcc splits a 16-byte C++ store into four of 4 bytes.
-// `p` is aligned to the size of the pack. The accesses keep their order among themselves, so a
-// kernel may work in place.
+// For global memory; `p` is aligned to the size of the pack. In PTX, because nvcc splits a 16-byte
+// C++ store into four of 4 bytes. These accesses are not reordered among themselves, so a kernel
+// may work in place.
 template <typename T, int N>
 IDDPM_DEVICE Pack<T, N> load_pack(const T* p) {
   constexpr int kBytes = static_cast<int>(sizeof(T)) * N;
@@ -303,7 +303,7 @@ IDDPM_DEVICE void store_pack(T* p, const Pack<T, N>& pack) {
   *reinterpret_cast<Pack<T, N>*>(p) = pack;
 }
 
-// 16 bytes of shared memory in one instruction, where a copy of the struct would be split.
+// 16 bytes of shared memory in one instruction; a copy of the struct would be split.
 template <typename T, int N>
 IDDPM_DEVICE Pack<T, N> load_shared(const Pack<T, N>* p) {
   static_assert(sizeof(Pack<T, N>) == 16, "a pack of 16 bytes");
@@ -376,7 +376,7 @@ IDDPM_DEVICE float block_sum(float x, float* scratch) {
   return x;
 }
 
-// ---- functions that have a faster instruction than the C++ library's
+// ---- functions with fast instructions
 
 // tanh with a relative error of 2^-11: for results that are rounded to 16 bits.
 IDDPM_DEVICE float tanh_approx(float x) {

@@ -1,4 +1,4 @@
-// What the CUDA runtime, linked statically into the module, says about this machine.
+// Queries of the CUDA runtime, which is linked statically into the module.
 #pragma once
 
 namespace iddpm {

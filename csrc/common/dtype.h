@@ -1,5 +1,4 @@
-// Element types as they cross from Python (iddpm_ext/ops/arguments.py) and image batches of any
-// strides.
+// Element types, with the codes of iddpm_ext/ops/arguments.py, and image batches of any strides.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +7,7 @@ namespace iddpm {
 
 enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
-// 16-bit elements as types of their own, so that overloads can tell them apart.
+// Distinct types for 16-bit elements, for overloading.
 struct BFloat16 {
   uint16_t bits;
 };
@@ -23,7 +22,7 @@ struct Plane {
   int64_t channel;
   int64_t pixel;
 
-  // Whether the C * HW elements of a sample lie in NCHW order without gaps.
+  // Whether the C * HW elements of a sample are contiguous in NCHW order.
   bool dense(int64_t hw) const { return pixel == 1 && channel == hw; }
 };
 

@@ -26,7 +26,7 @@ static inline FloatMode float_mode() {
 #endif
 }
 
-// Returns the mode before.
+// Returns the previous mode.
 static inline FloatMode set_float_mode(FloatMode mode) {
   const FloatMode before = float_mode();
   if (mode == before) return before;

@@ -10,8 +10,8 @@ constexpr float kDeviceInverseLn2 = 1.4426950408889634f;
 
 struct DeviceTerm {
   float value;
-  float d_mean;          // by the model's mean
-  float d_log_variance;  // by the model's log-variance
+  float d_mean;          // derivative in the model's mean
+  float d_log_variance;  // derivative in the model's log-variance
 };
 
 // KL(N(mean + difference, e^true_lv) || N(mean, e^lv)) in nats.
@@ -19,7 +19,7 @@ IDDPM_DEVICE DeviceTerm device_kl_term(float difference, float true_lv, float lv
   const float gap = true_lv - lv;
   const float pull = difference * expf(-lv);
   const float square = difference * pull;
-  // The series where e^x - 1 - x would keep no digits.
+  // By its series near 0, where e^x - 1 - x would cancel.
   float remainder = expf(gap) - 1.0f - gap;
   if (fabsf(gap) < 0.5f) {
     float series = 1.0f / 40320.0f;
@@ -34,8 +34,8 @@ IDDPM_DEVICE DeviceTerm device_kl_term(float difference, float true_lv, float lv
   return {0.5f * (remainder + square), -pull, 0.5f * (1.0f - expf(gap) - square)};
 }
 
-// -log of the probability of x's bin, by the tanh approximation with its floor at 1e-12; gaussian.h
-// explains the form.
+// -log of the probability of x's bin, by the tanh approximation, clamped to at least 1e-12;
+// gaussian.h explains the formula.
 struct ApproximateLikelihood {
   static constexpr int kBlocks = 3;  // of 256 threads on a multiprocessor, so that nothing spills
 
@@ -66,8 +66,8 @@ struct ApproximateLikelihood {
   }
 };
 
-// By the normal distribution function itself, in double: a kernel of its own, because few ask for
-// it.
+// By the normal distribution function itself, in double precision; a separate kernel, so that it
+// does not cost the usual one registers.
 struct ExactLikelihood {
   static constexpr int kBlocks = 2;
 

@@ -12,8 +12,8 @@ constexpr double kInverseLn2 = 1.4426950408889634;
 
 struct Term {
   vf value;
-  vf d_mean;          // by the model's mean
-  vf d_log_variance;  // by the model's log-variance
+  vf d_mean;          // derivative in the model's mean
+  vf d_log_variance;  // derivative in the model's log-variance
 };
 
 // (e^x - 1 - x) / x^2 for |x| < 0.5.
@@ -27,7 +27,7 @@ IDDPM_INLINE vf exp_series(vf x) {
   return series * x + 0.5f;
 }
 
-// e^x - 1 - x, given e^x: near 0 by its series, where the difference would keep no digits.
+// e^x - 1 - x, given e^x: near 0 by its series, where the difference would cancel.
 IDDPM_INLINE vf exp_remainder(vf x, vf e) {
   const vi near = (x > splat(-0.5f)) & (x < splat(0.5f));
   return select(near, exp_series(x) * x * x, e - 1.0f - x);
@@ -55,11 +55,11 @@ constexpr float kLeastProbability = 1e-12f;
 constexpr float kSlope = 2.0f * 0.7978845608028654f;
 constexpr float kCubic = 0.044715f;
 
-// -log of the probability of x's bin, x +- 1/255, open to infinity at the lowest and the highest
-// level. Bins right of the mean are mirrored to its left, and there
-//   L(a) - L(b) = L(a) L(-b) (1 - e^(b - a)),   a - b by its factor of the bin's width,
-// keeps its digits where the bin is narrow too and the two values are nearly the same. The
-// derivatives use L' = L (1 - L), by which differences of L' become differences of L.
+// -log of the probability of x's bin, x +- 1/255, which extends to infinity at the lowest and the
+// highest level. Bins right of the mean are mirrored to its left, and there
+//   L(a) - L(b) = L(a) L(-b) (1 - e^(b - a)),   with a - b as a product with the bin's width,
+// does not cancel even for a narrow bin, whose two values are nearly equal. The derivatives use
+// L' = L (1 - L), which turns differences of L' into differences of L.
 IDDPM_INLINE Term decoder_term(vf x, vf mean, vf lv) {
   const vf inverse = exp(-0.5f * lv);
   const vf centred = x - mean;
@@ -67,7 +67,7 @@ IDDPM_INLINE Term decoder_term(vf x, vf mean, vf lv) {
   const vi edge = lowest | highest;
   const vi mirrored = (edge & highest) | (~edge & (centred > splat(0.0f)));
   const vf side = select(mirrored, splat(-1.0f), splat(1.0f));
-  // Bounded so that no infinity meets a 0; the probability is 0 or 1 long before.
+  // Bounded to avoid 0 * infinity; the probability is 0 or 1 long before.
   const vf upper = clamp(inverse * (side * centred + kHalfBin), -1e6f, 1e6f);
   const vf lower = clamp(inverse * (side * centred - kHalfBin), -1e6f, 1e6f);
   const vf width = 2.0f * kHalfBin * clamp(inverse, 0.0f, 1e18f);
@@ -89,7 +89,7 @@ IDDPM_INLINE Term decoder_term(vf x, vf mean, vf lv) {
   const vf ratio = kSlope * width * left / (right * share);
   const vf d_mean = side * inverse * (balance + ratio * (3.0f * kCubic) * (upper + lower));
   const vf d_lv = 0.5f * (balance * upper + ratio * (1.0f + 3.0f * kCubic * squares));
-  // log makes a number of NaN's bits.
+  // log does not propagate NaN.
   const vf nats = select(bounded == bounded, -log(bounded), bounded);
   return {nats, select(floored, zero, d_mean), select(floored, zero, d_lv)};
 }

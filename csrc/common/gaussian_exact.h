@@ -1,5 +1,6 @@
-// The discretized likelihood with the normal distribution function itself, in double: right
-// hundreds of standard deviations out. Used at the last step only and by choice, so it is scalar.
+// The discretized likelihood with the normal distribution function itself, in double precision:
+// accurate hundreds of standard deviations out. Scalar, since it is used at the last step only, on
+// request.
 #pragma once
 
 #include <cmath>
@@ -23,7 +24,7 @@ struct ExactTerm {
   double value, d_mean, d_lv;
 };
 
-// As decoder_term in gaussian.h, without a floor.
+// As decoder_term in gaussian.h, without the clamp at 1e-12.
 IDDPM_HD ExactTerm exact_decoder_term(double x, double mean, double lv) {
   const double half_bin = 1.0 / 255.0;
   const double inverse = exp(-0.5 * lv);

@@ -41,8 +41,8 @@ int detect() {
 #endif
 }
 
-// An IDDPM_ISA that this CPU cannot run, or no instruction set at all, is refused at import by the
-// bindings, so here it only must not be used.
+// An IDDPM_ISA that this CPU cannot run, or a CPU without any instruction set of the build, is
+// ignored here: the bindings refuse it at import.
 int initial() {
   const int best = best_isa();
   if (const char* asked = std::getenv("IDDPM_ISA"))

@@ -1,4 +1,4 @@
-// One CPU source, three instruction sets, chosen at run time.
+// One CPU source for several instruction sets, selected at run time.
 //
 // The build compiles every csrc/<op>/<op>.cpp once per instruction set with IDDPM_ISA defined as
 // base, avx2 or avx512 and the matching compiler flags. Such a file defines its functions in
@@ -6,7 +6,7 @@
 //   namespace iddpm { namespace IDDPM_ISA { ... } }
 //
 // and includes no libstdc++ template: an inline function that the AVX-512 copy emits with weak
-// linkage could be the one the linker keeps, and would crash an older CPU.
+// linkage could be the copy that the linker keeps, and would crash an older CPU.
 #pragma once
 
 #if defined(__x86_64__) || defined(_M_X64)
@@ -23,10 +23,10 @@ enum Isa { kBase = 0, kAvx2 = 1, kAvx512 = 2, kAmx = 3 };
 inline constexpr const char* kIsaNames[] = {"base", "avx2", "avx512", "amx"};
 
 // The best instruction set that was compiled and that this CPU and its operating system support;
-// -1 where the CPU lacks even the baseline (SSE4.2 on x86-64).
+// -1 if the CPU lacks even the baseline (SSE4.2 on x86-64).
 int best_isa();
 
-// The instruction set in use: best_isa(), or what the environment's IDDPM_ISA or set_isa() asked.
+// The instruction set in use: best_isa(), or that of the environment's IDDPM_ISA or of set_isa().
 int current_isa();
 
 // Whether AVX-512 is in use and this CPU has its bfloat16 products (vdpbf16ps) as well.

@@ -1,4 +1,4 @@
-// Elements of float32, bfloat16 and float16 in and out of float lanes, whole vectors and parts.
+// Loads and stores float32, bfloat16 and float16 elements as float lanes, whole vectors and parts.
 #pragma once
 
 #include "common/dtype.h"
@@ -22,8 +22,8 @@ IDDPM_INLINE BFloat16 to_bfloat16(float f) {
   return {uint16_t((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
 }
 
-// IEEE half precision without F16C; subnormals, infinities and NaN included. No float on the way is
-// subnormal, so that it does not matter whether the thread takes those for zero.
+// IEEE half precision without F16C, including subnormals, infinities and NaN. No intermediate float
+// is subnormal, so the result does not depend on flush-to-zero.
 IDDPM_INLINE float to_float(Float16 h) {
   const uint32_t sign = uint32_t(h.bits & 0x8000u) << 16;
   uint32_t bits = uint32_t(h.bits & 0x7fffu) << 13;
@@ -71,7 +71,7 @@ IDDPM_INLINE V load(const BFloat16* p) {
   return (V)(__builtin_convertvector(h, Words<V>) << 16);
 }
 
-// Rounded as to_bfloat16 does, but that the instruction takes subnormal numbers for zero.
+// Rounded like to_bfloat16, except that the instruction takes subnormal numbers for zero.
 template <class V>
 IDDPM_INLINE void store(BFloat16* p, V v) {
 #if defined(__AVX512BF16__)
@@ -149,7 +149,7 @@ IDDPM_INLINE void store_some(T* p, vf v, int64_t n) {
   for (int64_t i = 0; i < n; ++i) p[i] = lane[i];
 }
 
-// Calls f with a value of the type that a dtype's elements have.
+// Calls f with a value of the dtype's element type.
 template <typename F>
 IDDPM_INLINE void with_element(DType dtype, F f) {
   switch (dtype) {

@@ -26,7 +26,7 @@ IDDPM_DEVICE Normal4 normal4(uint64_t seed, uint32_t quad, uint32_t sample, uint
   return normal;
 }
 
-// The noise of four consecutive elements: read from `given`, or drawn where the key has samples.
+// The noise of four consecutive elements: read from `given`, or drawn if the key has samples.
 template <bool kDense>
 IDDPM_DEVICE void noise4(const Plane& given, const NoiseKey& key, int64_t hw, int64_t sample,
                          int64_t at, int64_t end, float (&z)[4]) {

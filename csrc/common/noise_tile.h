@@ -9,7 +9,7 @@ namespace IDDPM_ISA {
 
 static_assert(kTile == kNormalsTile, "a tile of noise is a tile of the image");
 
-// `given` where the key draws nothing; `space` holds 64 floats.
+// From `given` if the key draws nothing; `space` has room for 64 floats.
 IDDPM_INLINE const float* noise_tile(const Plane& given, const NoiseKey& key, int64_t hw,
                                      int64_t sample, int64_t first, int64_t count, float* space) {
   if (!key.samples) return read_tile(given, DType::kFloat32, hw, sample, first, count, space);

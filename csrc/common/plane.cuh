@@ -1,7 +1,7 @@
-// Four consecutive elements (NCHW order) of a sample, as one thread reads and writes them.
+// Reads and writes four consecutive elements (NCHW order) of a sample by one thread.
 //
-// kDense: the plane lies in NCHW order, aligned (`moves_in_vectors`), so that the four move at
-// once; otherwise each is addressed through the strides, and those from `end` on are left alone.
+// kDense: the plane is contiguous and aligned (`moves_in_vectors`), so that the four are one
+// access; otherwise each is addressed by the strides, and those from `end` on are skipped.
 #pragma once
 
 #include "common/cuda_compat.cuh"
@@ -9,9 +9,9 @@
 
 namespace iddpm {
 
-// Consecutive elements of a sample from `at` on; `channel` counts past C for the variance head. One
-// division is enough for them all, and every plane that starts at the same element. Channels and
-// pixels of one sample fit 32 bits, which spares registers; offsets do not.
+// Iterates over consecutive elements of a sample from `at` on; `channel` exceeds C in the variance
+// half. One division suffices for them all, in every plane. Channels and pixels of one sample fit
+// into 32 bits, which saves registers; offsets do not.
 class Walk {
  public:
   IDDPM_DEVICE Walk(const Plane& plane, int64_t hw, int64_t sample, int64_t at)

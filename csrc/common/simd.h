@@ -1,11 +1,11 @@
-// Vectors of float lanes: one dialect for every instruction set and compiler.
+// Vectors of float lanes, for every instruction set and compiler.
 //
 // A vector is `vf`, sixteen lanes everywhere, or `nv`, one register of the instruction set in use,
-// for kernels that count registers; with AVX-512 they are the same type. Functions take either. GCC
-// and clang lower sixteen lanes to one zmm, two ymm or four xmm registers (or NEON's), so that one
-// source is enough for all builds and sums run in the same order everywhere; only fused
-// multiply-adds differ. Everything is inlined and lives in the namespace of its build, so no copy
-// can leak into another.
+// for kernels that plan their use of registers; with AVX-512 they are the same type. Functions take
+// either. GCC and clang lower sixteen lanes to one zmm, two ymm or four xmm registers (or NEON's),
+// so one source suffices for all builds, and sums have the same order everywhere; only fused
+// multiply-adds differ. Everything is inlined, in the namespace of its instruction set, so that the
+// linker cannot merge copies of different builds.
 #pragma once
 
 #include <cstdint>
@@ -19,8 +19,8 @@
 
 #define IDDPM_INLINE static inline __attribute__((always_inline))
 
-// Before a loop of a known, small number of steps: unrolls it wholly, so that arrays of vectors
-// become registers.
+// Before a loop with a small constant number of steps: unrolls it completely, so that arrays of
+// vectors are kept in registers.
 #if defined(__clang__)
 #define IDDPM_UNROLL _Pragma("unroll")
 #else
@@ -64,7 +64,7 @@ using Words = Vector<uint32_t, kLanesOf<V>>;
 template <class V>
 using Halves = Vector<uint16_t, kLanesOf<V>>;
 
-// Lanes of a and b by their numbers, b's after a's, as many as a has.
+// A vector of lanes of a and b, selected by index; b's lanes count after a's.
 #if defined(__clang__)
 #define IDDPM_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
@@ -72,7 +72,7 @@ using Halves = Vector<uint16_t, kLanesOf<V>>;
   __builtin_shuffle(a, b, ::iddpm::IDDPM_ISA::Ints<decltype(a)>{__VA_ARGS__})
 #endif
 
-// Not V{} + a: that is no identity for a = -0.
+// Not V{} + a, which turns -0 into 0.
 template <class V = vf>
 IDDPM_INLINE V splat(float a) {
   return a - V{};
@@ -99,8 +99,8 @@ IDDPM_INLINE V select(Ints<V> mask, V yes, V no) {
   return (V)((mask & (Ints<V>)yes) | (~mask & (Ints<V>)no));
 }
 
-// f of every register of the vectors. For what only instructions do well: gcc 12 compares vectors
-// that are wider than the machine's lane by lane.
+// Applies f to every register of the vectors. For operations that compilers lower badly: gcc 12
+// compares vectors that are wider than a register lane by lane.
 template <class V, class F>
 IDDPM_INLINE V by_register(V x, F f) {
   if constexpr (sizeof(V) == sizeof(nv)) {
@@ -114,7 +114,7 @@ IDDPM_INLINE V by_register(V x, F f) {
   }
 }
 
-// The second where one is NaN.
+// The second operand if one is NaN.
 IDDPM_INLINE nv max(nv x, nv y) {
 #if defined(__AVX512F__)
   return (nv)_mm512_maskz_max_ps(kAllLanes, (__m512)x, (__m512)y);
@@ -155,7 +155,7 @@ IDDPM_INLINE V round(V x) {
     return (nv)_mm256_round_ps((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   });
 #else
-  return (x + 12582912.0f) - 12582912.0f;  // 1.5 * 2^23: the mantissa's last bit becomes the ones
+  return (x + 12582912.0f) - 12582912.0f;  // 1.5 * 2^23: the mantissa's last bit has the value 1
 #endif
 }
 

@@ -1,7 +1,7 @@
 // Elementary functions of vectors.
 //
-// `exp` is as exact as float32 allows. Where a bound of 1e-7 does (softmax, the sigmoid), 2^x and
-// e^x by one polynomial take half the time.
+// `exp` is accurate to 1 ulp. Where a relative error of 1e-7 suffices (softmax, the sigmoid), 2^x
+// and e^x by one polynomial take half the time.
 #pragma once
 
 #include "common/simd.h"
@@ -9,8 +9,8 @@
 namespace iddpm {
 namespace IDDPM_ISA {
 
-// p * 2^n for |n| < 250, in two factors because 2^n need not be a float; AVX-512 has it as an
-// instruction.
+// p * 2^n for |n| < 250, by two factors because 2^n may be out of range; AVX-512 has an instruction
+// for it.
 IDDPM_INLINE vf scale_by_power(vf p, vf n) {
 #if defined(__AVX512F__)
   return (vf)_mm512_maskz_scalef_ps(kAllLanes, (__m512)p, (__m512)n);
@@ -37,10 +37,10 @@ IDDPM_INLINE vf exp(vf x) {
   return scale_by_power(p, n);
 }
 
-// ln x within 1 ulp for normal positive x; other inputs are the caller's to avoid.
+// ln x within 1 ulp for normal positive x; undefined for other x.
 IDDPM_INLINE vf log(vf x) {
   const vi bits = as_int(x);
-  const vi shifted = bits - 0x3f3504f3;  // sqrt(1/2): the mantissa lands in [0.707, 1.414)
+  const vi shifted = bits - 0x3f3504f3;  // sqrt(1/2): brings the mantissa to [0.707, 1.414)
   const vf n = __builtin_convertvector(shifted >> 23, vf);
   const vf m = as_float((shifted & 0x007fffff) + 0x3f3504f3) - 1.0f;
   const vf z = m * m;
@@ -78,8 +78,7 @@ IDDPM_INLINE void sincos_turn(vf u, vf* sine, vf* cosine) {
   *cosine = as_float(as_int(c_turned) ^ (((q + 1) & 2) << 30));
 }
 
-// p * 2^n for a whole n >= -126 and p in [1/2, 2]; with AVX-512, for any n, of which the floor
-// counts.
+// p * 2^n for an integer n >= -126 and p in [1/2, 2]; with AVX-512, p * 2^floor(n) for any n.
 IDDPM_INLINE nv add_exponent(nv p, nv n) {
 #if defined(__AVX512F__)
   return (nv)_mm512_maskz_scalef_ps(kAllLanes, (__m512)p, (__m512)n);
@@ -98,8 +97,8 @@ IDDPM_INLINE nv exp2_fraction(nv f) {
   return p * f + 1.0f;
 }
 
-// 2^x for x <= 127; what would be smaller than the least normal number is zero or close to it, and
-// NaN stays NaN.
+// 2^x for x <= 127; results below the smallest normal number are zero or close to it, and NaN stays
+// NaN.
 IDDPM_INLINE nv exp2_bounded(nv x) {
 #if !defined(__AVX512F__)
   x = max(splat<nv>(-126.0f), x);
@@ -108,14 +107,15 @@ IDDPM_INLINE nv exp2_bounded(nv x) {
   return add_exponent(exp2_fraction(x - n), n);
 }
 
-// The same with a relative error of 1e-4 where that is faster, for what is rounded to bfloat16.
+// The same with a relative error of 1e-4 if that is faster, for results that are rounded to
+// bfloat16.
 IDDPM_INLINE nv exp2_coarse(nv x) {
 #if defined(__AVX512F__)
   const nv f = (nv)_mm512_maskz_reduce_ps(kAllLanes, (__m512)x, 9);  // x - floor(x)
   nv p = splat<nv>(7.8024520e-2f);
   p = p * f + 2.2606716e-1f;
   p = p * f + 6.9583354e-1f;
-  return add_exponent(p * f + 9.9992522e-1f, x);  // which takes floor(x)
+  return add_exponent(p * f + 9.9992522e-1f, x);  // by floor(x)
 #else
   return exp2_bounded(x);
 #endif
@@ -128,8 +128,8 @@ IDDPM_INLINE nv exp_bounded(nv x) {
   return add_exponent(exp2_fraction((x * log2e - n) + x * log2e_rest), n);
 }
 
-// x / d for d in [1, 1e38]. With AVX-512 by an estimate of 14 bits and one Newton step, which take
-// a third of a division's time.
+// x / d for d in [1, 1e38]. With AVX-512 by an estimate of 14 bits and one Newton step, in a third
+// of the time of a division.
 IDDPM_INLINE nv quotient(nv x, nv d) {
 #if defined(__AVX512F__)
   const nv r = (nv)_mm512_maskz_rcp14_ps(kAllLanes, (__m512)d);
@@ -153,8 +153,8 @@ IDDPM_INLINE V sigmoid(V x) {
   return by_register(x, [](nv v) { return quotient(splat<nv>(1.0f), sigmoid_divisor(v)); });
 }
 
-// x / (1 + e^-x), and 0 where the bound above would make it grow with x; NaN stays NaN, and of -inf
-// it becomes NaN, as PyTorch's.
+// x / (1 + e^-x), and 0 below -kSigmoidReach, where the bounded sigmoid would make it grow with x.
+// NaN stays NaN, and -inf gives NaN, as in PyTorch.
 template <class V>
 IDDPM_INLINE V silu(V x) {
   return by_register(x, [](nv v) {

@@ -1,5 +1,5 @@
-// Arithmetic of sizes. Kernels do without libstdc++'s, and without symbols that two instruction
-// sets would share (see isa.h).
+// Arithmetic of sizes, without libstdc++ and without symbols that instruction sets would share (see
+// isa.h).
 #pragma once
 
 #include <cstdint>
@@ -12,7 +12,7 @@ static constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 // a / b, rounded up, for a >= 0.
 static constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// The least multiple of `step` that is not below a.
+// The smallest multiple of `step` that is at least a.
 static constexpr int64_t round_up(int64_t a, int64_t step) { return divide_up(a, step) * step; }
 
 }  // namespace iddpm

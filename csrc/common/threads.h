@@ -1,4 +1,4 @@
-// Teams of threads: the one place that starts them.
+// Teams of threads; all parallel regions start here.
 #pragma once
 
 #include <cstdint>
@@ -13,9 +13,9 @@
 
 namespace iddpm {
 
-// Whether this is the process that loaded the module. In a child that fork() made of it the OpenMP
-// runtime would wait for ever for its parent's threads, so there a kernel runs on the calling
-// thread alone, with the same result.
+// Whether this is the process that loaded the module. After fork() the OpenMP runtime of the child
+// would wait forever for its parent's threads, so a kernel then runs on the calling thread alone,
+// with the same result.
 bool in_home_process();
 
 namespace IDDPM_ISA {
@@ -24,15 +24,15 @@ struct Range {
   int64_t begin, end;
 };
 
-// The share of `thread` of [0, count), cut at multiples of `grain`.
+// The share of `thread` in [0, count), divided at multiples of `grain`.
 static inline Range share(int64_t count, int64_t grain, int64_t thread, int64_t threads) {
   const int64_t pieces = divide_up(count, grain);
   return Range{smaller(pieces * thread / threads * grain, count),
                smaller(pieces * (thread + 1) / threads * grain, count)};
 }
 
-// Calls f(thread, threads) from every thread of a team, or once. All of them treat subnormal
-// numbers as the caller does, so that the number of threads changes no result.
+// Calls f(thread, threads) from every thread of a team, or once. All threads take over the caller's
+// treatment of subnormal numbers, so that results do not depend on the number of threads.
 template <typename F>
 void for_threads(int64_t num_threads, bool serial, F f) {
   if (serial || num_threads <= 1 || !in_home_process()) return f(int64_t{0}, int64_t{1});
@@ -49,7 +49,7 @@ void for_threads(int64_t num_threads, bool serial, F f) {
 #endif
 }
 
-// Calls f(job) for every job of [0, count), each thread for a run of them.
+// Calls f(job) for every job of [0, count), each thread for consecutive ones.
 template <typename F>
 void for_jobs(int64_t count, int64_t num_threads, bool serial, F f) {
   for_threads(num_threads, serial, [&](int64_t thread, int64_t threads) {
@@ -58,7 +58,7 @@ void for_jobs(int64_t count, int64_t num_threads, bool serial, F f) {
   });
 }
 
-// The same where jobs take very different times: a thread that is done takes the next few.
+// The same for jobs of very different lengths: a thread that is done takes the next few.
 template <typename F>
 void for_uneven_jobs(int64_t count, int64_t num_threads, bool serial, F f) {
   constexpr int64_t kFew = 4;

@@ -1,9 +1,8 @@
 // Tiles of 64 consecutive elements (NCHW order) of one sample, read and written through any
 // strides.
 //
-// A tile that lies densely in float32 memory is used in place; another is gathered into, or
-// scattered from, a buffer of the caller. So a kernel's arithmetic is written once, for dense
-// float32.
+// A tile that is contiguous float32 is used in place; others are gathered into, or scattered from,
+// a buffer of the caller. So a kernel's arithmetic is written once, for contiguous float32.
 #pragma once
 
 #include "common/columns.h"
@@ -14,10 +13,10 @@ namespace IDDPM_ISA {
 
 constexpr int64_t kTile = 64;
 
-// Elements that one thread takes at a time: large enough to hide the hand-over.
+// Elements that one thread takes at a time: large enough to amortise the scheduling.
 constexpr int64_t kChunk = 64 * kTile;
 
-// Below this many elements a team of threads costs more than it brings.
+// Below this many elements starting threads costs more than it saves.
 constexpr int64_t kSerialBelow = 32768;
 
 static const float kNanRow[kNumColumns] = {
@@ -26,7 +25,7 @@ static const float kNanRow[kNumColumns] = {
     __builtin_nanf(""), __builtin_nanf(""), __builtin_nanf(""), __builtin_nanf(""),
     __builtin_nanf(""), __builtin_nanf(""), __builtin_nanf(""), __builtin_nanf("")};
 
-// Row t of the coefficient table; a row of NaN for a step that it does not have.
+// Row t of the coefficient table; a row of NaN for a step outside it.
 IDDPM_INLINE const float* table_row(const float* table, int64_t t, int64_t num_timesteps) {
   const float* row = find_row(table, t, num_timesteps);
   return row ? row : kNanRow;
@@ -38,7 +37,7 @@ IDDPM_INLINE float read_element(const void* data, DType dtype, int64_t at) {
                                    : to_float(static_cast<const Float16*>(data)[at]);
 }
 
-// Calls f(i, offset) for the `count` elements from `first` on; element (c, p) lies at its strides.
+// Calls f(i, offset) for the `count` elements from `first` on, with offsets by the strides.
 template <typename F>
 IDDPM_INLINE void walk(const Plane& plane, int64_t hw, int64_t sample, int64_t first, int64_t count,
                        F f) {
@@ -49,7 +48,7 @@ IDDPM_INLINE void walk(const Plane& plane, int64_t hw, int64_t sample, int64_t f
   }
 }
 
-// At least `count` elements, 64 of them readable; `space` holds 64 floats.
+// The tile's `count` elements; 64 are readable. `space` has room for 64 floats.
 IDDPM_INLINE const float* read_tile(const Plane& plane, DType dtype, int64_t hw, int64_t sample,
                                     int64_t first, int64_t count, float* space) {
   const bool dense = plane.dense(hw) && count == kTile;
@@ -66,7 +65,7 @@ IDDPM_INLINE const float* read_tile(const Plane& plane, DType dtype, int64_t hw,
   return space;
 }
 
-// Where to write a float32 tile: in place, or in `space`, which write_back then scatters.
+// Where to write a float32 tile: in place, or to `space`, which write_back then scatters.
 IDDPM_INLINE float* write_target(const Plane& plane, int64_t hw, int64_t sample, int64_t first,
                                  int64_t count, float* space) {
   if (plane.dense(hw) && count == kTile)
@@ -90,14 +89,14 @@ IDDPM_INLINE void write_element(void* data, DType dtype, int64_t at, float value
     static_cast<Float16*>(data)[at] = to_float16(value);
 }
 
-// Where to write a tile of any dtype, from floats: in place, or in `space`, for write_tile.
+// Where to write the floats of a tile of any dtype: in place, or to `space`, for write_tile.
 IDDPM_INLINE float* write_target(const Plane& plane, DType dtype, int64_t hw, int64_t sample,
                                  int64_t first, int64_t count, float* space) {
   if (dtype != DType::kFloat32) return space;
   return write_target(plane, hw, sample, first, count, space);
 }
 
-// A tile of any dtype, from 64 floats, which may lie there already.
+// Writes a tile of any dtype from 64 floats, which may be in place already.
 IDDPM_INLINE void write_tile(const Plane& plane, DType dtype, int64_t hw, int64_t sample,
                              int64_t first, int64_t count, const float* values) {
   if (plane.dense(hw) && count == kTile && dtype == DType::kFloat32) {

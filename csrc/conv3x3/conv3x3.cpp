@@ -15,7 +15,7 @@ namespace IDDPM_ISA {
 
 namespace {
 
-// Weights [K, C, 3, 3] -> packed [(m + 2)^2][C][32] of the panel of output channels from `first`.
+// Weights [K, C, 3, 3] -> packed [(m + 2)^2][C][32], for the panel of output channels from `first`.
 template <int M>
 void transform_panel(const Conv3x3Args& args, int64_t first, float* packed) {
   constexpr int P = M + 2;

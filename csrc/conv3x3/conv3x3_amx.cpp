@@ -1,5 +1,5 @@
-// The convolution by tiles: images are copied into an operand image, and weights, rounded, into
-// pairs of channels. Doubled images are copied doubled; sums over squares are taken afterwards.
+// The convolution by AMX: images are copied into an operand image (doubled if asked for), weights
+// are rounded and packed as pairs of channels. Sums over 2 x 2 pixels are computed afterwards.
 #include "common/threads.h"
 #include "conv3x3/conv3x3.h"
 #include "conv3x3/workspace.h"
@@ -11,8 +11,8 @@ namespace IDDPM_ISA {
 
 namespace {
 
-// 16 out-channels from `first`, 32 channels from `channel` of all taps: [9] tiles, `stride` halves
-// apart.
+// 16 out-channels from `first` and 32 channels from `channel` of all taps: [9] tiles, `stride`
+// elements apart.
 void pack_tiles(const Conv3x3Args& args, int64_t first, int64_t channel, int64_t stride,
                 BFloat16* out) {
   alignas(64) float taps[9][kTileEdge][kTileDepth] = {};
@@ -52,7 +52,7 @@ void copy_images(const Conv3x3Args& args, const OperandMap& map, Range rows, BFl
   }
 }
 
-// Sums over squares of 2 x 2 of [n, height, width, columns] -> out.
+// Sums over 2 x 2 pixels of [n, height, width, columns] -> out.
 void sum_squares(const Conv3x3Args& args, const float* sums, Range rows) {
   const int64_t width = args.width / 2, step = args.columns, line = args.width * step;
   for (int64_t row = rows.begin; row < rows.end; ++row) {

@@ -3,9 +3,9 @@
 //
 //   dg = G^T [sum over tiles of v . (A dy A^T)] G,
 //
-// which has (m + 2)^2 products for each of m^2 outputs instead of nine, as the convolution itself.
-// The sum over tiles and input channels x output channels is (m + 2)^2 matrix products. Blocks of
-// tiles follow one another, so that neither threads nor their number change the order of the sum.
+// which takes (m + 2)^2 products for m^2 outputs, like the convolution itself, instead of nine for
+// each. For each of the (m + 2)^2 elements the sum over tiles is a matrix product. Blocks of tiles
+// are processed in order, so that the order of the sum does not depend on the threads.
 #include "conv3x3/conv3x3.h"
 
 #if defined(__AVX2__)
@@ -96,7 +96,7 @@ void transform_panel(const Conv3x3WeightBwdArgs& args, int64_t first, const floa
   }
 }
 
-// Adds the tiles' sums in their order.
+// Adds up the sums of the tiles in order.
 void add_bias(const float* sums, int64_t pitch, int64_t count, int64_t columns, bool first,
               float* dbias) {
   for (int64_t k = 0; k < columns; k += kWidth) {

@@ -1,11 +1,11 @@
-// The gradient of the weights by tiles: for each tap the product dy^T x over all pixels.
+// The gradient of the weights by AMX: for each tap the product dy^T x over all pixels.
 //
-// Pixels stand in a row of positions as in an operand image (nhwc/operand.h), the zeros between
-// rows and samples included, so that a tap is a distance. Both operands are made of pairs of
-// neighbouring positions: [pairs][channels][2]. Those of dy are turned into [channels][positions];
-// those of x come twice, beginning with even and with odd positions, for taps of even and odd
-// distance. Blocks of positions follow one another and each sum belongs to one thread, so that
-// their order depends on neither threads nor their number.
+// Pixels form a sequence of positions as in an operand image (nhwc/operand.h), including zeros
+// between rows and samples, so that a tap is a constant distance. Both operands consist of pairs of
+// adjacent positions: [pairs][channels][2]. Those of dy are transposed to [channels][positions];
+// those of x are stored twice, starting with even and with odd positions, for taps of even and odd
+// distance. Blocks of positions are processed in order and each sum is computed by one thread, so
+// that the order of the sum does not depend on the threads.
 #include "common/threads.h"
 #include "conv3x3/conv3x3.h"
 #include "conv3x3/workspace.h"
@@ -17,15 +17,15 @@ namespace IDDPM_ISA {
 
 namespace {
 
-constexpr int64_t kBlockHalves = 512 * 1024;  // of a block's operands: they stay in level 2
+constexpr int64_t kBlockHalves = 512 * 1024;  // elements of a block's operands, for the L2 cache
 
 // The pixels of a batch.
 struct Images {
   const BFloat16* data;
-  int64_t n, height, width, stride, up;  // up: 1 where every pixel counts for four
+  int64_t n, height, width, stride, up;  // up: 1 if the image is doubled
 };
 
-// Walks over positions.
+// Iterates over positions.
 class Cursor {
  public:
   Cursor(const Images& images, int64_t position) : images_(images), position_(position) {
@@ -35,7 +35,7 @@ class Cursor {
     sample_ = from / row / (images.height + 1);
   }
 
-  // The pixel of this position, null where it has none; then goes on to the next position.
+  // The pixel of this position, null if it is padding; then moves on to the next position.
   const BFloat16* next() {
     const Images& i = images_;
     const bool outside = position_ < 0 || x_ == i.width || y_ == i.height || sample_ >= i.n;
@@ -76,7 +76,7 @@ struct Sizes {
   int64_t channels, columns;  // padded to whole pairs of tiles
   int64_t positions;          // of all samples
   int64_t block;              // positions at a time, a multiple of 32
-  int64_t margin;             // positions before and after it that taps reach, an even number
+  int64_t margin;             // positions before and after a block that taps reach, even
 
   explicit Sizes(const Conv3x3WeightBwdArgs& args) {
     channels = round_up(args.channels, 2 * kTileEdge);
@@ -98,7 +98,7 @@ void pack_gradient(Cursor& dy, int64_t columns, int64_t padded, BFloat16* pairs,
     transpose_pairs(pairs + 2 * k, 2 * padded, out);
 }
 
-// Two by two tiles of the sums [16 k][16 c] of one tap += over the block's positions.
+// Two by two tiles of the sums [16 k][16 c] of one tap += the products over the block's positions.
 void accumulate(const Sizes& sizes, const BFloat16* gradient, const BFloat16* source, bool begin,
                 float* sums, int64_t below) {
   if (begin) {
@@ -180,7 +180,7 @@ int conv3x3_weight_bwd_tiles(const Conv3x3WeightBwdArgs& args, int num_threads) 
       static_cast<const BFloat16*>(args.dy), args.n, args.height, args.width, args.dy_stride, 0};
   const int64_t k_tiles = sizes.columns / kTileEdge, c_tiles = sizes.channels / kTileEdge;
   const int64_t per_tap = sizes.channels * sizes.columns;
-  // What fills the last tile is never written.
+  // The channels that pad the last tile are never written.
   if (sizes.channels > args.channels) std::memset(source, 0, size_t(sizes.source_halves()) * 4);
   std::memset(pairs, 0, size_t(num_threads * kTileEdge * sizes.columns) * 4);
   for_threads(num_threads, false, [&](int64_t thread, int64_t threads) {

@@ -1,4 +1,4 @@
-// Memory for the length of one call.
+// Memory for the duration of one call.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,7 @@
 namespace iddpm {
 namespace IDDPM_ISA {
 
-// Pieces of one allocation, each on a cache line of its own.
+// One allocation, divided into arrays that begin on cache lines.
 class Workspace {
  public:
   explicit Workspace(int64_t floats)

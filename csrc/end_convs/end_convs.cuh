@@ -182,7 +182,7 @@ void launch_last_conv(const LastConvArgs& a, void* stream) {
                floats * static_cast<int64_t>(sizeof(float)), stream, a, down, across);
 }
 
-// The numbers of channels that images have, once or twice.
+// For 1 and 3 image channels, with or without a learned variance.
 template <typename T>
 bool launch_last_conv(const LastConvArgs& a, void* stream) {
   switch (a.k) {

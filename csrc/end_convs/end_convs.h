@@ -6,9 +6,9 @@
 
 namespace iddpm {
 
-// As many channels of an image as the weights of a tile of columns fit shared memory for.
+// With more channels, the weights of a tile of columns would not fit into shared memory.
 constexpr int64_t kMostImageChannels = 8;
-// The last convolution takes features in slices of so many channels.
+// Channels of a slice of features in the last convolution.
 constexpr int64_t kLastConvSlice = 32;
 
 struct FirstConvArgs {

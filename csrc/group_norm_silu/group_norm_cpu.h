@@ -1,4 +1,4 @@
-// What the CPU's forward and backward pass share: where channels lie, and the affine map of each.
+// Shared by the CPU's forward and backward pass: addresses of channels, and the affine map of each.
 #pragma once
 
 #include "common/lanes.h"
@@ -9,7 +9,7 @@
 namespace iddpm {
 namespace IDDPM_ISA {
 
-// Where a team of threads would cost more than it brings.
+// Whether the input is so small that threads would cost more than they save.
 IDDPM_INLINE bool runs_alone(const GroupNormInput& in) { return in.n * in.c * in.hw < 32768; }
 
 template <typename T>
@@ -18,7 +18,7 @@ IDDPM_INLINE T* at(const Plane& plane, int64_t n, int64_t channel, int64_t pixel
          pixel * plane.pixel;
 }
 
-// Channel c of x and x2 side by side.
+// Channel c of the concatenation of x and x2.
 template <typename T>
 IDDPM_INLINE T* at(const Plane& x, const Plane& x2, int64_t c1, int64_t n, int64_t c,
                    int64_t pixel) {
@@ -29,13 +29,13 @@ IDDPM_INLINE float channel_bias(const GroupNormInput& in, int64_t n, int64_t c) 
   return in.channel_bias && c < in.c1 ? in.channel_bias[n * in.channel_bias_stride + c] : 0.0f;
 }
 
-// What multiplies the normalised values and the bias: 1 + scale.
+// The factor of the normalised values and the bias: 1 + scale.
 IDDPM_INLINE double modulation(const GroupNormInput& in, int64_t n, int64_t c) {
   return in.scale ? 1.0 + double(in.scale[n * in.scale_stride + c]) : 1.0;
 }
 
-// y = (x - centre) * gain + offset, before SiLU. x is centred first: with a mean of a thousand
-// deviations, x * gain + offset would lose three digits.
+// y = (x - centre) * gain + offset, before SiLU. x is centred first: for a mean of a thousand
+// standard deviations, x * gain + offset would lose three digits.
 struct Affine {
   float centre, gain, offset;
 };
@@ -73,8 +73,8 @@ IDDPM_INLINE void for_columns(int64_t first, int64_t end, F f) {
   for (; c < end; c += kLanes) f(Vectors<1>{}, c, end - c < kLanes ? end - c : kLanes);
 }
 
-// Runs f(n, slab) in three steps over a batch: first, all slabs of a sample; then once a sample;
-// then all slabs again. With a sample a thread, a sample stays in the cache from step to step.
+// Runs three steps over a batch: `first` for all slabs, `once` per sample, `last` for all slabs. If
+// each thread has its own samples, a sample stays in the cache from step to step.
 template <typename First, typename Once, typename Last>
 IDDPM_INLINE void for_slabs(const GroupNormInput& in, int num_threads, First first, Once once,
                             Last last) {

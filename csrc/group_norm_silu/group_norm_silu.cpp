@@ -6,7 +6,7 @@ namespace iddpm {
 namespace IDDPM_ISA {
 namespace {
 
-// Elements whose mean is taken before their deviations from it: they stay in L1.
+// Elements per chunk, which is read twice: for its mean and for the squares about it. Fits into L1.
 constexpr int64_t kRunChunk = 4096;
 constexpr int64_t kPixelChunk = 32;
 
@@ -16,7 +16,7 @@ struct Moments {
   double count = 0, mean = 0, m2 = 0;
 
   void add(double other_count, double other_mean, double other_m2) {
-    if (count == 0) {  // most groups have one part, and divisions take longer than small groups
+    if (count == 0) {  // avoids the division for groups of one part, which most are
       count = other_count, mean = other_mean, m2 = other_m2;
       return;
     }
@@ -53,7 +53,7 @@ void add_run(const T* p, int64_t count, float bias, Moments* moments) {
       rest[k] += d;
       squares[k] += d * d;
     });
-    // What rounding left in the mean, moved where it belongs.
+    // Corrects the mean by the sum of the remaining deviations, which rounding left.
     const double left = sum((rest[0] + rest[1]) + (rest[2] + rest[3]));
     const double m2 = sum((squares[0] + squares[1]) + (squares[2] + squares[3]));
     moments->add(double(chunk), double(mean) + left / double(chunk) + double(bias),
@@ -214,7 +214,7 @@ template <typename T>
 struct Pixels {
   const GroupNormSiluArgs& a;
   const GroupNormInput& in;
-  const Plane& x;  // what is normalised in place of in.x
+  const Plane& x;  // the tensor to normalise, instead of in.x
   bool summed;
   float* partials;  // [N, slabs, 3, C]: pivot, mean, m2
   float* maps;      // [N, 3, C]: centre, gain, offset

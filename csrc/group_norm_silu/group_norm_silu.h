@@ -1,5 +1,6 @@
-// GroupNorm with what surrounds it in the network (iddpm_ext/ops/group_norm_silu/__init__.py has
-// the equation): the input is x, or x and x2 side by side, h = x + residual + channel_bias.
+// GroupNorm with sums before it, and scale, shift and SiLU after it
+// (iddpm_ext/ops/group_norm_silu/__init__.py has the equation): the input is x + residual +
+// channel_bias, concatenated with x2 if there is one.
 #pragma once
 
 #include "common/dtype.h"
@@ -36,7 +37,7 @@ struct GroupNormSiluArgs {
 };
 
 struct GroupNormSiluBwdArgs {
-  GroupNormInput in;     // x is what was normalised: the forward pass's sum, where it wrote one
+  GroupNormInput in;     // x is the normalised tensor: the forward pass's sum, if it wrote one
   Plane dy;              // [N, C, HW]
   Plane dsum;            // [N, C1, HW] is added to dx, or a null address
   Plane dx, dx2;         // like x and x2
@@ -48,15 +49,15 @@ struct GroupNormSiluBwdArgs {
   float* workspace;      // group_norm_workspace(in) floats
 };
 
-// Partial results are taken over this many pixels: fixed, so that no result depends on the batch or
-// on the number of threads.
+// Pixels per partial sum: fixed, so that no result depends on the batch or on the number of
+// threads.
 constexpr int64_t kGroupNormSlab = 256;
 
 inline int64_t group_norm_slabs(const GroupNormInput& in) {
   return (in.hw + kGroupNormSlab - 1) / kGroupNormSlab;
 }
 
-// Floats of scratch memory: three per channel for every slab, for every sample, and once more.
+// Floats of scratch memory: three per channel for every slab and every sample, and three more.
 inline int64_t group_norm_workspace(const GroupNormInput& in) {
   return 3 * in.n * in.c * (group_norm_slabs(in) + 2);
 }

@@ -1,7 +1,6 @@
 // With u = x - centre, z = u * gain + offset and y = silu(z), per channel of a sample:
-//   S1 = sum dz, S2 = sum dz u, S3 = sum u   over the pixels, from which all else follows:
-//   dx = gain dz - k1 - k2 u,   k1 and k2 the means over the group that make dx orthogonal to 1 and
-//   x.
+//   S1 = sum dz, S2 = sum dz u, S3 = sum u   over the pixels, from which everything follows:
+//   dx = gain dz - k1 - k2 u, where k1 and k2 make dx orthogonal to 1 and x over the group.
 #include "group_norm_silu/group_norm_cpu.h"
 #include "group_norm_silu/group_norm_silu.h"
 
@@ -11,7 +10,8 @@ namespace {
 
 constexpr int64_t kRowChunk = 4096;
 
-// float32 keeps dz in dx between the two passes; 16 bits would round it, and compute it twice.
+// For float32, dx holds dz between the two passes; for 16 bits, where that would round it, dz is
+// computed twice.
 template <typename T>
 constexpr bool kKeepsDz = sizeof(T) == 4;
 
@@ -55,7 +55,7 @@ struct Backward {
     return affine(in, n, c, in.mean[at], in.rstd[at], channel_bias(in, n, c));
   }
 
-  // k1 and k2 of a group from the sums of its channels, and the gradients [N, C] on the way.
+  // k1 and k2 of a group from the sums of its channels, and the gradients [N, C].
   template <typename F>
   Groups finish_group(int64_t n, int64_t g, F sums_of) const {
     const double rstd = in.rstd[n * in.groups + g], count = double(width * in.hw);
@@ -74,7 +74,7 @@ struct Backward {
     if (a.dchannel_bias)
       for (int64_t c = g * width; c < (g + 1) * width && c < in.c1; ++c) {
         const Sums s = sums_of(c);
-        // The gain unrounded, as in k1: where the group is this channel, the two cancel.
+        // The gain in float64, as in k1: if the group has this channel only, the two cancel.
         const double gain = in.weight[c] * modulation(in, n, c) * rstd;
         const double sum = gain * s.s1 - double(in.hw) * k1 - k2 * s.s3;
         a.dchannel_bias[n * in.c1 + c] = float(sum);
@@ -131,7 +131,7 @@ struct Backward {
 
   template <bool kSilu>
   void rows_of_group(int64_t n, int64_t g) const {
-    float* kept = partial(n, 0);  // three numbers a channel
+    float* kept = partial(n, 0);  // three numbers per channel
     for (int64_t c = g * width; c < (g + 1) * width; ++c) {
       const Sums s = row_sums<kSilu>(n, c, map(n, c));
       kept[c] = float(s.s1);
@@ -232,7 +232,7 @@ struct Backward {
         });
   }
 
-  // The first partial makes room for k1 and k2 of every channel.
+  // Overwrites the first slab's partial sums by k1 and k2 of every channel.
   void combine(int64_t n) const {
     for (int64_t g = 0; g < in.groups; ++g) {
       const Groups group = finish_group(n, g, [&](int64_t c) {

@@ -1,7 +1,7 @@
 // How channels_last images are cut into tiles, and what the forward and the backward kernel do with
 // a tile; both walk it the same way.
 //
-// A block has a slice of the channels, whole groups of them and at least 96 bytes a pixel where
+// A block has a slice of the channels, whole groups of them and at least 96 bytes per pixel where
 // there are as many, of a chunk of one sample's pixels. A thread keeps its V channels and takes
 // every rows-th pixel of the chunk. The tile is copied to shared memory at once, 16 bytes a time,
 // so that all of it is on its way together; a thread reads only what it copied itself. The chunks
@@ -189,7 +189,7 @@ inline bool four_at_once(const float* p, int64_t stride) {
   return p == nullptr || (reinterpret_cast<uintptr_t>(p) % 16 == 0 && stride % 4 == 0);
 }
 
-// How to cut images of `bytes` bytes an element, of which a block keeps `tensors` in tiles of about
+// How to cut images of `bytes` bytes per element, of which a block keeps `tensors` in tiles of about
 // `tile_bytes` each; of width 0 if they cannot be cut. `folds` says whether a thread can have two
 // rows that have sums of their own, shared(plan) how much shared memory the kernel takes.
 //

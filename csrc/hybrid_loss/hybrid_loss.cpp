@@ -12,7 +12,7 @@ struct Sums {
   vf squares = splat(0.0f), nats = splat(0.0f);
 };
 
-// What the elements of one sample share.
+// Quantities shared by the elements of one sample.
 struct Sample {
   vf x0_from_xt, x0_from_out, mean_x0, mean_xt, bias, scale, true_lv, inverse_true;
   vf from_x_0, from_x_t, from_noise, out_weight, v_weight;

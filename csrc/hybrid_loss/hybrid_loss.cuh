@@ -1,4 +1,4 @@
-// One block an example, as in vlb_terms.cuh.
+// One block per example, as in vlb_terms.cuh.
 #pragma once
 
 #include "common/columns.h"

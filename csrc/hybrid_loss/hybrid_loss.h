@@ -1,4 +1,4 @@
-// The two parts of the hybrid loss an example, with their gradient by the network's output
+// The two parts of the hybrid loss of each example, with their gradients in the network's output
 // (iddpm_ext/ops/hybrid_loss/__init__.py has the equations).
 #pragma once
 
@@ -19,7 +19,7 @@ struct HybridLossArgs {
   const float* table;  // [T, 16]
   float* mse;          // [N]
   float* vlb;          // [N], bits per dimension
-  Plane gradient;      // of mse by the first C channels, of vlb by the others; or a null address
+  Plane gradient;      // of mse in the first C channels, of vlb in the others; or a null address
 };
 
 int hybrid_loss_cuda(const HybridLossArgs& args, void* stream);

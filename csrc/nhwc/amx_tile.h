@@ -1,11 +1,11 @@
 // The tile instructions of AMX: eight registers of 16 rows of 64 bytes, and products of bfloat16.
 //
-// Natively one instruction each; elsewhere the same semantics in plain C++, the configuration of
-// each thread included. Where the CPU would end the process, for an instruction without a
-// configuration or on tiles that do not fit, the emulation stores NaN.
+// Natively one instruction each; in the emulation the same semantics in plain C++, including the
+// configuration of each thread. Where the CPU would raise an exception, for an instruction without
+// a configuration or on tiles whose sizes do not match, the emulation stores NaN.
 //
 // c [16, 16] += a [16, 32] b [32, 16]: rows of `a` are 32 bfloat16; `b` holds pairs of rows,
-// [16][16][2]: what a pair of columns of `a` meets lies side by side.
+// [16][16][2], in the order in which pairs of columns of `a` use them.
 #pragma once
 
 #include <cstdint>
@@ -113,7 +113,7 @@ void tile_store(void* p, int64_t stride) {
     std::memcpy(static_cast<char*>(p) + row * stride, emulated_tiles.data[T][row], c.row_bytes[T]);
 }
 
-// Sums the even and the odd products of a row apart, as the instruction does.
+// Sums even and odd products separately, like the instruction.
 template <int C, int A, int B>
 void tile_multiply() {
   if (!configured(C) || !configured(A) || !configured(B)) return;
@@ -150,7 +150,7 @@ void tile_multiply() {
 
 #endif
 
-// Two vectors side by side.
+// Stores two vectors one after the other.
 IDDPM_INLINE void store_both(BFloat16* p, nv first, nv second) {
 #if defined(__AVX512BF16__)
   const __m512bh both = _mm512_maskz_cvtne2ps_pbh(~0u, (__m512)second, (__m512)first);
@@ -161,7 +161,7 @@ IDDPM_INLINE void store_both(BFloat16* p, nv first, nv second) {
 #endif
 }
 
-// Pairs of rows as the second operand has them: out[2 j] of `even`, out[2 j + 1] of `odd`.
+// Interleaves two rows for the second operand: out[2 j] from `even`, out[2 j + 1] from `odd`.
 IDDPM_INLINE void store_pairs(BFloat16* out, vf even, vf odd) {
   BFloat16 row[2][kLanes];
   store(row[0], even);
@@ -173,7 +173,7 @@ IDDPM_INLINE void store_pairs(BFloat16* out, vf even, vf odd) {
   std::memcpy(out, &pairs, sizeof pairs);
 }
 
-// Rows of 16 pairs, `pitch` halves apart -> [16 pairs][16 rows].
+// Rows of 16 pairs, `pitch` elements apart -> [16 pairs][16 rows].
 IDDPM_INLINE void transpose_pairs(const BFloat16* rows, int64_t pitch, BFloat16* out) {
 #if defined(__AVX512F__)
   __m512i a[16], b[16];
@@ -211,8 +211,8 @@ IDDPM_INLINE void transpose_pairs(const BFloat16* rows, int64_t pitch, BFloat16*
 #endif
 }
 
-// A thread's tiles for the length of a kernel: whole ones, whatever another library left behind,
-// and released at its end, so that they slow no later switch of tasks.
+// Configures a thread's tiles for the duration of a kernel, whatever other libraries left behind,
+// and releases them at its end, because tiles in use slow down context switches.
 class Tiles {
  public:
   Tiles() { tile_configure(whole_tiles()); }

@@ -1,6 +1,5 @@
-// Convolutions that Winograd does not support (stride 2, the first layer, the exact mode): rows of
-// the nine neighbours of a block of pixels are gathered into scratch and multiplied by the packed
-// weights.
+// Convolutions that Winograd does not support (stride 2, the first layer), by im2col: the nine
+// neighbours of a block of pixels are gathered into scratch and multiplied by the packed weights.
 #if defined(__AVX2__)
 #include "nhwc/conv.h"
 

@@ -1,4 +1,4 @@
-// 3 x 3 convolutions of any stride over NHWC pixels, as matrix products over gathered rows.
+// 3 x 3 convolutions with stride 1 or 2 over NHWC pixels, by im2col.
 #pragma once
 
 #include "nhwc/packing.h"
@@ -6,7 +6,7 @@
 
 namespace iddpm {
 
-// A 3 x 3 convolution with padding 1, as a matrix product over gathered rows of 9 C values.
+// A 3 x 3 convolution with padding 1, as a matrix product with gathered rows of 9 C values.
 struct ConvOp {
   int64_t height, width;  // of the input before up-sampling
   const float* in;
@@ -23,8 +23,7 @@ struct ConvOp {
 
 constexpr int64_t kGatheredPad = 16;  // not a power of two: rows would share cache sets
 
-// Pixels whose neighbours are gathered at a time, so that they stay in the second cache level, of
-// `pixels` of all samples.
+// How many of `pixels` (of all samples) are gathered at a time, so that they stay in the L2 cache.
 static constexpr int64_t conv_block(int64_t pixels, int64_t channels) {
   const int64_t fit = 96 * 1024 / (9 * channels + kGatheredPad) / kMostTileRows;
   return smaller(larger(fit, 1) * kMostTileRows, pixels);

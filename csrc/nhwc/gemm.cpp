@@ -1,5 +1,5 @@
-// Linear layers and 1 x 1 convolutions: packed weights, bias and residual added as a tile is
-// stored.
+// Linear layers and 1 x 1 convolutions with packed weights; bias and residual are added when a tile
+// is stored.
 #if defined(__AVX2__)
 #include "nhwc/gemm.h"
 
@@ -10,7 +10,7 @@ namespace IDDPM_ISA {
 
 namespace {
 
-// Rows whose values of a stay in the level-two cache while the panels stream past.
+// Floats of a block of rows of a, which stay in the L2 cache while the panels are streamed.
 constexpr int64_t kBlockFloats = 64 * 1024;
 
 void multiply(const GemmOp& op, Range rows, Range panels) {

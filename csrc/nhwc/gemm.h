@@ -9,7 +9,7 @@ namespace iddpm {
 // out = a * w + bias + residual; bias and residual may be null. Weights are packed as
 // [ceil(columns / 32)][depth][32] (`iddpm_ext/engines/cpu/pack.py`).
 struct GemmOp {
-  int64_t rows;  // rows a sample
+  int64_t rows;  // rows per sample
   const float* a;
   int64_t a_stride, depth, columns;
   const float* w;  // of run_gemm_bf16: bfloat16, [panels][depth / 2][32][2]
@@ -20,7 +20,7 @@ struct GemmOp {
   int64_t out_stride;
 };
 
-// A block of rows, rounded to bfloat16, that stays in the second cache level.
+// Elements of a block of rows, rounded to bfloat16, which stays in the L2 cache.
 constexpr int64_t kRoundedHalves = 128 * 1024;
 constexpr int64_t kRoundedPad = 32;  // keeps rows from falling into the same cache sets
 static constexpr int64_t rounded_rows(int64_t rows, int64_t depth) {
@@ -35,7 +35,7 @@ static constexpr int64_t gemm_bf16_scratch(int64_t rows, int64_t depth) {
 
 namespace IDDPM_ISA {
 
-// Returns 0, or 1 when the scratch is too small for it, as does every function of this kind.
+// Like all functions of this kind, returns 0, or 1 if its scratch is too small.
 int run_gemm(const GemmOp& op, const Team& team);
 
 }  // namespace IDDPM_ISA

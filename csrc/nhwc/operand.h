@@ -1,14 +1,14 @@
 // Images of bfloat16 in which a tap of a convolution is a constant distance.
 //
-// The pixels of a sample stand in a row of positions, row after row, with zeros where a tap leaves
-// the image: one column between rows and one row between samples. So sixteen positions in a row are
-// a tile, whatever the width, and the same tile of another tap lies a distance away. Positions
-// between the rows give sums that nobody stores.
+// The pixels of all samples form a sequence of positions, row after row, with zeros as padding: one
+// column between rows and one row between samples. So any sixteen consecutive positions are a tile,
+// whatever the width, and the tile for another tap is a constant distance away. Results at padding
+// positions are not stored.
 //
-// Narrow images would waste tiles on that column. They are kept in three copies instead, of which
-// each pixel's left neighbours, itself and right neighbours lie at its own position, with rows of
-// zeros only. The input of a convolution with stride 2 is split into four images, its even and odd
-// rows and columns.
+// For narrow images the padding column would waste too much of the tiles. They are stored as three
+// copies, in which the position of a pixel holds its left neighbour, itself and its right
+// neighbour, and padding rows only. The input of a convolution with stride 2 is split into four
+// images (phases), of its even and odd rows and columns.
 #pragma once
 
 #include <cstdint>
@@ -23,16 +23,16 @@ namespace iddpm {
 constexpr int64_t kMostTaps = 27;
 
 struct OperandMap {
-  int64_t height, width;  // of a sample: of what a product computes, of what a writer has
-  int64_t row, sample;    // positions between rows and between samples
-  int64_t pitch;          // halves between positions
-  int64_t copy;           // halves between the three copies; 0: one copy
-  int64_t out_pixel, out_row, out_sample;  // pixels of the product's output between neighbours
-  int64_t taps, tap[kMostTaps];            // halves from a position to its tap
+  int64_t height, width;  // pixels of a sample
+  int64_t row, sample;    // positions from row to row and from sample to sample
+  int64_t pitch;          // elements from position to position
+  int64_t copy;           // elements from one of the three copies to the next; 0: one copy
+  int64_t out_pixel, out_row, out_sample;  // the product's output: strides in pixels
+  int64_t taps, tap[kMostTaps];            // elements from a position to its tap
 };
 
 // The map of a 3 x 3 convolution with stride 1 and padding 1, in one copy; the engine's planner
-// lays out the others.
+// makes the others.
 static inline OperandMap convolution_map(int64_t height, int64_t width, int64_t channels) {
   const int64_t row = width + 1, pitch = round_up(channels, 32);
   OperandMap map{height, width, row, (height + 1) * row, pitch, 0, 1, width, height * width, 9, {}};
@@ -40,7 +40,8 @@ static inline OperandMap convolution_map(int64_t height, int64_t width, int64_t 
   return map;
 }
 
-// Positions before the first pixel of such an image, and of all of it with what tiles read beyond.
+// Positions before the first pixel of such an image; and of the whole, including what the last tile
+// reads beyond its end.
 static inline int64_t positions_before(const OperandMap& map) { return map.row + 1; }
 static inline int64_t positions_of(const OperandMap& map, int64_t n) {
   return positions_before(map) + n * map.sample + 32;
@@ -48,18 +49,18 @@ static inline int64_t positions_of(const OperandMap& map, int64_t n) {
 
 namespace IDDPM_ISA {
 
-// Writes an operand image row by row, zeros around it included. Rows are those of the map.
+// Writes an operand image row by row, including the zeros around it. Rows are those of the map.
 class OperandWriter {
  public:
   OperandWriter(const OperandMap& map, BFloat16* out, int64_t channels)
       : map_(map), out_(out), channels_(round_up(channels, 32)) {}
 
-  // Where pixels [0, width) of a row begin, `map.pitch` apart.
+  // The address of a row's first pixel; pixels are `map.pitch` apart.
   BFloat16* row(int64_t sample, int64_t y) const {
     return out_ + (sample * map_.sample + y * map_.row) * map_.pitch;
   }
 
-  // To be called when the pixels of a row have been written: its copies, and the zeros around it.
+  // Called after the pixels of a row: writes the row's copies and the zeros around it.
   void finish(int64_t sample, int64_t y) const {
     if (map_.sample == map_.height * map_.row) return;  // no halo
     BFloat16* p = row(sample, y);

@@ -1,5 +1,5 @@
-// What Python's packing of weights and the sizes of scratch rest on, the same in every instruction
-// set.
+// Constants of the packing of weights (in Python) and of the sizes of scratch, equal in all
+// instruction sets.
 #pragma once
 
 #include "common/sizes.h"

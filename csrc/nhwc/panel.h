@@ -1,4 +1,4 @@
-// The register tile that every matrix product on the CPU is made of.
+// The register tile of all matrix products on the CPU.
 //
 // c [rows, columns] = a [rows, depth] * b [depth, columns], with b in rows of `b_stride` floats: a
 // packed panel, or keys and values; kTransposed takes a [depth, rows]. A tile keeps R x V vectors
@@ -19,7 +19,7 @@ constexpr int64_t kTileRows = 6;  // 6 x 2 accumulators of 16 registers
 #endif
 static_assert(kTileRows <= kMostTileRows, "scratch is sized for it");
 
-// What is added to a product as it is stored; null pointers add nothing.
+// Terms to add to a product when it is stored; null pointers add nothing.
 struct Addends {
   const float* bias;      // [columns]
   const float* residual;  // [rows, columns]
@@ -44,7 +44,7 @@ IDDPM_INLINE void accumulate(int64_t depth, const float* a, int64_t a_stride, co
 }
 
 #if defined(__AVX512BF16__)
-// Of bfloat16: depth is even, and b holds pairs of rows, [depth / 2][b_stride][2].
+// For bfloat16: depth is even, and b holds pairs of rows, [depth / 2][b_stride][2].
 template <bool kTransposed, int R, int V>
 IDDPM_INLINE void accumulate(int64_t depth, const BFloat16* a, int64_t a_stride, const BFloat16* b,
                              int64_t b_stride, nv (&sum)[R][V]) {
@@ -125,7 +125,7 @@ IDDPM_INLINE void tile_rows(int64_t rows, int64_t depth, const T* a, int64_t a_s
 #undef IDDPM_TILE_CASE
 }
 
-// At most one panel wide: columns is a multiple of 16, at most 32. Any number of rows, cut evenly.
+// At most one panel wide: columns is 16 or 32. Any number of rows, divided evenly into tiles.
 template <bool kTransposed = false, class T>
 static inline void multiply_panel(int64_t rows, int64_t columns, int64_t depth, const T* a,
                                   int64_t a_stride, const T* b, int64_t b_stride, float* c,

@@ -1,4 +1,4 @@
-// A thread's place in the team that runs a kernel, and the memory that it may use.
+// A thread's index in the team that runs a kernel, and its scratch memory.
 #pragma once
 
 #include "common/threads.h"
@@ -16,7 +16,7 @@ struct Team {
 
 namespace IDDPM_ISA {
 
-// Every thread of the team has to come here. With one thread nothing happens.
+// A barrier of all threads of the team; no effect for one thread.
 static inline void barrier(const Team& team) {
   if (team.threads > 1) {
 #pragma omp barrier

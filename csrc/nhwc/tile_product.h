@@ -1,4 +1,4 @@
-// Convolutions, 1 x 1 convolutions and linear layers over tiles of bfloat16.
+// Convolutions, 1 x 1 convolutions and linear layers by AMX, with bfloat16 operands.
 #pragma once
 
 #include "common/amx.h"
@@ -7,8 +7,8 @@
 
 namespace iddpm {
 
-// out = sum over taps of in (displaced by the tap) * w + bias + residual, in float32; bias and
-// residual may be null. `in` is position 0 of an operand image.
+// out = (sum over taps of in (displaced by the tap) * w) + bias + residual, in float32; bias and
+// residual may be null. `in` is the first pixel of an operand image.
 struct TileProductOp {
   const OperandMap* map;
   const BFloat16* in;
@@ -20,7 +20,7 @@ struct TileProductOp {
   int64_t residual_stride;
   float* out;
   int64_t out_stride;
-  BFloat16* out_half;  // null; or where the sums go, rounded, instead of `out`
+  BFloat16* out_half;  // null; or the destination of rounded sums, instead of `out`
 };
 
 }  // namespace iddpm

@@ -1,5 +1,5 @@
-// A block of two tiles of positions by two tiles of out-channels stays in four tiles while the taps
-// and channels stream past: four products for four loads.
+// A block of two tiles of positions by two tiles of out-channels is accumulated in four tile
+// registers over all taps and channels: four products for four loads.
 #include "nhwc/amx_tile.h"
 #include "nhwc/tile_product.h"
 
@@ -8,13 +8,13 @@ namespace IDDPM_ISA {
 
 namespace {
 
-constexpr int64_t kWeightBytes = 768 * 1024;   // weights that stay in the second cache level
-constexpr int64_t kOperandBytes = 768 * 1024;  // else: positions that do, while all weights pass
+constexpr int64_t kWeightBytes = 768 * 1024;   // weights up to this size stay in the L2 cache
+constexpr int64_t kOperandBytes = 768 * 1024;  // for larger ones, blocks of positions stay there
 
-// Which position is where: the blocks of two tiles, sample after sample.
+// The positions of all samples, divided into blocks of two tiles.
 struct Positions {
   const OperandMap& map;
-  int64_t samples, height, per_sample, tiles;  // tiles a sample
+  int64_t samples, height, per_sample, tiles;  // tiles per sample
   Positions(const OperandMap& m, int64_t n) : map(m) {
     const bool flat = m.sample == m.height * m.row && m.out_sample == m.height * m.out_row;
     samples = flat ? 1 : n;
@@ -25,7 +25,7 @@ struct Positions {
   int64_t count() const { return samples * tiles; }
 };
 
-// The 16 positions of a tile: where they begin, and the output pixel of each; -1: none.
+// The 16 positions of a tile: the first one, and the output pixel of each, -1 for none.
 struct TilePixels {
   int64_t begin;
   int64_t pixel[kTileEdge];
@@ -53,7 +53,7 @@ TilePixels locate(const Positions& all, int64_t tile) {
   return t;
 }
 
-// Tiles 0 to 3 += the products; with one tile of positions, tiles 0 and 1.
+// Tiles 0 to 3 += the products; only tiles 0 and 1 for one tile of positions.
 template <int Rows>
 IDDPM_INLINE void accumulate(const TileProductOp& op, const BFloat16* upper, const BFloat16* lower,
                              const BFloat16* w) {
@@ -79,7 +79,7 @@ IDDPM_INLINE void accumulate(const TileProductOp& op, const BFloat16* upper, con
 }
 
 IDDPM_INLINE void begin_sums(const float* bias) {
-  if (bias) {  // a stride of zero: every row is the bias
+  if (bias) {  // with a stride of zero, so that every row is the bias
     tile_load<0>(bias, 0);
     tile_load<1>(bias + kTileEdge, 0);
     tile_load<2>(bias, 0);
@@ -92,7 +92,7 @@ IDDPM_INLINE void begin_sums(const float* bias) {
   }
 }
 
-// Two tiles side by side -> the output pixels of their rows.
+// Stores two tiles (32 out-channels) to the output pixels of their rows.
 template <int T>
 IDDPM_INLINE void store_rows(const TileProductOp& op, const TilePixels& tile, int64_t column,
                              float* scratch) {

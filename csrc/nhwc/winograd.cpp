@@ -2,10 +2,10 @@
 // Convolutional Neural Networks", CVPR 2016: y = A^T [(G g G^T) . (B^T d B)] A over tiles of m x m
 // outputs.
 //
-// A block of tiles is transformed into scratch, v [(m + 2)^2][tiles][C]; then, a panel of 32 output
-// channels at a time, (m + 2)^2 matrix products give u [(m + 2)^2][tiles][32], whose inverse
-// transform adds bias and residual as it stores. With few tiles the team transforms all of them
-// together and divides the panels instead.
+// A block of tiles is transformed into scratch, v [(m + 2)^2][tiles][C]; then, for each panel of 32
+// output channels, (m + 2)^2 matrix products give u [(m + 2)^2][tiles][32], whose inverse transform
+// adds bias and residual. If there are few tiles, the team transforms all of them together and
+// divides the panels instead.
 #if defined(__AVX2__)
 #include "nhwc/winograd.h"
 

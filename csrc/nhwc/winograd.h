@@ -20,7 +20,7 @@ struct WinogradConv {
   T* out;
   int64_t out_stride;
   int64_t tile;     // m: 2 or 4
-  int64_t upscale;  // 0; 1: the input is doubled; -1: the output is summed over squares of 2 x 2
+  int64_t upscale;  // 0; 1: the input is doubled; -1: the output is summed over 2 x 2 pixels
   int64_t block;    // tiles that are transformed at a time
 };
 using WinogradOp = WinogradConv<float>;
@@ -37,13 +37,13 @@ static constexpr Grid grid_of(int64_t height, int64_t width, int64_t tile, int64
   return Grid{rows, columns, rows * columns * n};
 }
 
-// Products that a tile takes a pair of channels.
+// Elements of a transformed tile: products per pair of channels.
 static constexpr int64_t winograd_elements(int64_t tile) { return (tile + 2) * (tile + 2); }
 
 // Below this many tiles a thread, a team transforms all of them together and divides the panels.
 static constexpr int64_t few_tiles(int64_t tile_rows) { return 2 * tile_rows; }
 
-// How many tiles are transformed at a time, so that they stay in the second cache level.
+// How many tiles are transformed at a time, so that they stay in the L2 cache.
 static constexpr int64_t winograd_block(int64_t tile, int64_t channels, bool bf16) {
   const int64_t values = (bf16 ? 192 : 96) * 1024;
   const int64_t per_tile = winograd_elements(tile) * (channels + kRowPad + kPanel);
@@ -58,7 +58,7 @@ static constexpr int64_t winograd_shared(int64_t tile, int64_t tiles, int64_t ch
          (channels + kRowPad);
 }
 
-// The same for each of its threads.
+// The same per thread.
 static constexpr int64_t winograd_scratch(int64_t tile, int64_t tiles, int64_t channels,
                                           int64_t block, int64_t threads) {
   const int64_t few = threads == 1 ? 0 : smaller(tiles, few_tiles(kMostTileRows) * threads);
@@ -66,7 +66,7 @@ static constexpr int64_t winograd_scratch(int64_t tile, int64_t tiles, int64_t c
   return winograd_elements(tile) * larger(few * kPanel, whole);
 }
 
-// And for run_winograd_bf16, whose products stay in L1.
+// The same for run_winograd_bf16, whose products stay in L1.
 static constexpr int64_t winograd_bf16_shared(int64_t tiles, int64_t channels, int64_t threads) {
   if (threads == 1) return 0;
   return divide_up(
@@ -86,7 +86,7 @@ int run_winograd(const WinogradConv<BFloat16>& op, const Team& team);
 
 namespace avx512_bf16 {
 
-// Transformed operands are rounded to bfloat16; of tile 2 only.
+// Transformed operands are rounded to bfloat16; for tile 2 only.
 int run_winograd_bf16(const WinogradOp& op, const Team& team);
 
 }  // namespace avx512_bf16

@@ -2,8 +2,8 @@
 // sums are float32.
 //
 // v is [groups][16][tiles of the group][C]. A panel's products of one group, u [16][tiles][32],
-// stay in L1 until they are transformed back: so the weights, half the size of
-// float32's, are what streams. F(4x4) is not supported: its error would be three times this one's.
+// stay in L1 until the inverse transform, so that only the weights, half the size of float32's, are
+// streamed. F(4x4) is not supported: its error would be three times as large.
 #if defined(__AVX512BF16__)
 #include "nhwc/panel.h"
 #include "nhwc/winograd_tiles.h"

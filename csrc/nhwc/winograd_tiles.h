@@ -1,5 +1,4 @@
-// The two ends of a Winograd convolution: tiles of NHWC pixels in and out of the transformed
-// domain.
+// Transforms tiles of NHWC pixels into Winograd's domain and back.
 #pragma once
 
 #include "nhwc/winograd.h"
@@ -52,7 +51,7 @@ static void transform_input(const WinogradConv<T>& op, const Grid& grid, int64_t
   }
 }
 
-// A tile's outputs, summed over squares of 2 x 2.
+// A tile's outputs, summed over 2 x 2 pixels.
 template <int M, class T>
 static void store_sums(const nv (&half)[M][M + 2], int64_t height, int64_t width, int64_t pixel,
                        int64_t row, T* out) {

@@ -1,8 +1,8 @@
 // One-dimensional transforms of Winograd's F(2, 3) and F(4, 3) on vectors of channels.
 //
-// F(4, 3) takes the points 0, +-1/sqrt(2), +-sqrt(2) and infinity: in float32 their error is less
-// than half that of the usual 0, +-1, +-2, at the same cost. `pack.py` transforms the weights
-// to match.
+// F(4, 3) uses the points 0, +-1/sqrt(2), +-sqrt(2) and infinity: in float32 the error is less than
+// half that of the usual 0, +-1, +-2, at the same cost. `pack.py` transforms the weights by the
+// same points.
 #pragma once
 
 #include "common/lanes.h"
@@ -12,7 +12,8 @@ namespace IDDPM_ISA {
 
 constexpr float kRootHalf = 0.70710678118654752f;
 constexpr float kRootTwo = 1.41421356237309505f;
-constexpr float kNear = -2.0f / 3.0f, kFar = 1.0f / 6.0f;  // 1 / the product of p - q over points q
+constexpr float kNear = -2.0f / 3.0f,
+                kFar = 1.0f / 6.0f;  // 1 / prod (p - q) over the points q != p
 
 template <int M>
 struct Transform;

@@ -38,7 +38,7 @@ int interleave_cuda(const InterleaveArgs& args, void* stream) {
   if (args.n * args.height * args.width * args.c == 0) return 0;
   if (args.dtype == DType::kFloat32)
     launch_interleave<float>(args, stream);
-  else  // elements of two bytes, which are only moved
+  else  // 16-bit types, which are only copied
     launch_interleave<__half>(args, stream);
   return launch_status();
 }

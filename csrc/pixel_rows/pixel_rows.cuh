@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(kPixelRowsThreads)
   }
 }
 
-// A block adds the chunks of 32 channels, eight threads a channel.
+// A block adds the chunks of 32 channels, with eight threads per channel.
 __global__ void __launch_bounds__(kPixelRowsThreads)
     channel_sums_total_kernel(const ChannelSumsArgs a, const int64_t chunks) {
   IDDPM_SMEM(float, parts, kPixelRowsThreads);
@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(kPixelRowsThreads)
 
 template <typename T, int V>
 void launch_channel_sums(const ChannelSumsArgs& a, void* stream) {
-  // At most 64 packs beside one another, so that a block has at least four rows in flight.
+  // A block has at most 64 packs per row, and so at least four rows in flight.
   const int64_t packs = (a.c + V - 1) / V, slices = (packs + 63) / 64;
   const int width = static_cast<int>((packs + slices - 1) / slices) * V;
   const int64_t chunks = channel_sums_chunks(a.rows);

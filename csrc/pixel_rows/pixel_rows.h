@@ -1,4 +1,5 @@
-// Passes over a channels_last feature map as a matrix of pixels x channels (ops/pixel_rows.py).
+// Sums and additions over a channels_last feature map, a matrix pixels x channels
+// (ops/pixel_rows.py).
 #pragma once
 
 #include "common/dtype.h"
@@ -7,7 +8,7 @@ namespace iddpm {
 
 struct PixelRows {
   void* data;
-  int64_t pitch;  // elements between the rows of two pixels
+  int64_t pitch;  // elements from pixel to pixel
 };
 
 struct ChannelSumsArgs {
@@ -18,7 +19,7 @@ struct ChannelSumsArgs {
   float* sums;       // [c]
 };
 
-// How many parts the rows are summed in: a function of their number alone, as is the order.
+// In how many parts the rows are summed: depends on their number alone, like the order.
 inline int64_t channel_sums_chunks(int64_t rows) {
   constexpr int64_t kRows = 64, kMost = 264;
   const int64_t chunks = (rows + kRows - 1) / kRows;
@@ -30,7 +31,7 @@ int channel_sums_cuda(const ChannelSumsArgs& args, void* stream);
 struct SettleArgs {
   int64_t rows, c;
   DType dtype;
-  PixelRows x, residual;  // of residual a null address for none
+  PixelRows x, residual;  // residual may have a null address
   const float* bias;      // [c], or null
 };
 

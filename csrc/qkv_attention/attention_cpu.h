@@ -1,8 +1,7 @@
-// The forward kernel, for the operator and for the sampling engine.
+// The forward kernel, for the operator and for the CPU engine.
 //
-// A head at a time: keys in panels [ceil(T / 32)][d][32], values in rows padded to 16, and a tile
-// of query rows at a time, whose scores stay in L1. 1 / sum is applied to the
-// output row.
+// A head at a time: keys in panels [ceil(T / 32)][d][32], values in rows padded to 16; a tile of
+// query rows at a time, whose scores stay in L1. Output rows are multiplied by 1 / sum.
 #pragma once
 
 #include "common/simd_math.h"
@@ -13,13 +12,13 @@
 namespace iddpm {
 namespace IDDPM_ISA {
 
-// Below this many multiply-adds a team of threads costs more than it brings.
+// Below this many multiply-adds threads cost more than they save.
 constexpr int64_t kAttentionSerialBelow = 1 << 20;
 
-// Inputs of more bytes do not stay in the second cache level, and are fetched ahead.
+// Larger inputs, in bytes, do not stay in the L2 cache and are prefetched.
 constexpr int64_t kSecondLevel = 1 << 20;
 
-// log2(e) / sqrt(d): probabilities are powers of two of scaled scores, which saves the conversion.
+// log2(e) / sqrt(d): probabilities are powers of two of scaled scores, which is cheaper than e^x.
 IDDPM_INLINE float score_scale(int64_t width) {
   return float(1.4426950408889634 / __builtin_sqrt(double(width)));
 }
@@ -28,7 +27,7 @@ struct RowStatistics {
   float offset, factor;
 };
 
-// scores <- 2^(scale * scores + offset), offset such that the largest becomes one; factor is
+// scores <- 2^(scale * scores + offset), with the offset for which the largest is one; factor is
 // 1 / sum. Columns from `tokens` on become zero.
 IDDPM_INLINE RowStatistics exponentiate(float* scores, int64_t tokens, float scale) {
   const int64_t padded = round_up(tokens, kAlign);
@@ -45,7 +44,7 @@ IDDPM_INLINE RowStatistics exponentiate(float* scores, int64_t tokens, float sca
   return {offset, 1.0f / sum(total)};
 }
 
-// Lines of memory that will be needed: matrices of one shape, at equal distances.
+// Memory to prefetch: the lines of matrices of one shape, at equal distances.
 struct Ahead {
   const char* first;
   int64_t stride, bytes;  // from line to line; of a line
@@ -65,7 +64,7 @@ IDDPM_INLINE Ahead ahead(const HeadMatrix<T>& x, int64_t tokens, int64_t d, int6
           matrices * lines};
 }
 
-// Asks for the share `part` of `parts`. Always inline: GCC drops a call that only prefetches.
+// Prefetches the share `part` of `parts`. Inlined, because GCC drops calls that only prefetch.
 IDDPM_INLINE void fetch(const Ahead& next, int64_t part, int64_t parts) {
   const int64_t end = next.total * (part + 1) / parts;
   for (int64_t i = next.total * part / parts; i < end; ++i) {
@@ -83,14 +82,14 @@ struct HeadRows {
   int64_t out_stride;
   float* offsets;  // [rows], or null
   float* factors;
-  Ahead written, next;  // where the result goes, and what the next head reads
+  Ahead written, next;  // the result's memory, and the input of the next head
 };
 
 static inline void attend(const HeadRows& head, int64_t tokens, int64_t d, const float* keys,
                           const float* values, float* space) {
   const float scale = score_scale(d);
   const int64_t padded_tokens = round_up(tokens, kAlign), padded_d = round_up(d, kAlign);
-  const int64_t pitch = padded_tokens + kAlign;  // not a power of two: rows fall on different sets
+  const int64_t pitch = padded_tokens + kAlign;  // no power of two, for different cache sets
   float* scores = space;
   float* result = space + kTileRows * pitch;
   const int64_t tiles = divide_up(head.rows, kTileRows);
@@ -100,7 +99,7 @@ static inline void attend(const HeadRows& head, int64_t tokens, int64_t d, const
       multiply_panel(count, smaller(kPanel, padded_tokens - t), d, head.q + row * head.q_stride,
                      head.q_stride, keys + t * d, kPanel, scores + t, pitch, Addends{});
     RowStatistics row_statistics[kTileRows];
-    // Memory is asked for here, where all else is in L1.
+    // Prefetched here, where everything else is in L1.
     for (int64_t i = 0; i < count; ++i) {
       fetch(head.written, row + i, head.rows);
       fetch(head.next, row + i, head.rows);
@@ -166,7 +165,7 @@ void attend_head(const QkvAttentionArgs& a, int64_t i, int64_t first, int64_t ro
   if (head.out == out_rows) write_rows(out_rows, padded_d, rows, d, 1.0f, out);
 }
 
-// The share of one thread of `threads`: whole heads, or rows of every head where heads are few.
+// The share of one thread of `threads`: whole heads, or rows of every head if there are few heads.
 template <typename T>
 void attend_share(const QkvAttentionArgs& a, int64_t thread, int64_t threads, float* space) {
   const int64_t heads = a.in.n * a.in.heads, tokens = a.in.tokens;

@@ -1,7 +1,7 @@
-// The matrix [tokens, d] of one head, on its way from a tensor to packed float32 and back.
+// Copies the matrix [tokens, d] of one head from a tensor to packed float32 and back.
 //
-// A tensor holds it as lines: a line is a token's channels or a channel's tokens. What goes the
-// other way than it lies is transposed in squares of sixteen.
+// In a tensor either the channels of a token or the tokens of a channel are adjacent (a line). If
+// the packed form has the other order, squares of sixteen are transposed.
 #pragma once
 
 #include "common/lanes.h"
@@ -10,7 +10,7 @@
 namespace iddpm {
 namespace IDDPM_ISA {
 
-constexpr int64_t kAlign = kLanes;  // what rows of values and of scores are padded to
+constexpr int64_t kAlign = kLanes;  // rows of values and of scores are padded to multiples of this
 
 template <typename T>
 struct HeadMatrix {
@@ -37,7 +37,7 @@ using RegisterIndices = Indices<0, 1, 2, 3, 4, 5, 6, 7>;
 using RegisterIndices = Indices<0, 1, 2, 3>;
 #endif
 
-// Swaps the blocks of H lanes that a transposition takes across the diagonal from a to b.
+// Exchanges the off-diagonal blocks of H lanes of a and b, one step of a transposition.
 template <int H, int... i>
 IDDPM_INLINE void exchange(nv& a, nv& b, Indices<i...>) {
   const nv low = IDDPM_SHUFFLE(a, b, (i & H ? int(kWidth) + i - H : i)...);
@@ -78,7 +78,7 @@ IDDPM_INLINE void transpose_lanes(Get get, Put put) {
   }
 }
 
-// `lines` lines of `length` elements to rows of float32, zero up to the next multiple of 16.
+// Copies `lines` lines of `length` elements to rows of float32, zero up to the next multiple of 16.
 template <typename T>
 void read_lines(const T* from, int64_t stride, int64_t lines, int64_t length, float* to,
                 int64_t pitch) {
@@ -87,7 +87,7 @@ void read_lines(const T* from, int64_t stride, int64_t lines, int64_t length, fl
       store(to + i * pitch + j, load_some(from + i * stride + j, smaller(kLanes, length - j)));
 }
 
-// The same as columns: to [length][pitch].
+// The same, transposed: to [length][pitch].
 template <typename T>
 void read_transposed(const T* from, int64_t stride, int64_t lines, int64_t length, float* to,
                      int64_t pitch) {
@@ -110,15 +110,15 @@ void read_transposed(const T* from, int64_t stride, int64_t lines, int64_t lengt
     }
 }
 
-// x [tokens][pitch].
+// Copies the matrix to x [tokens][pitch].
 template <typename T>
 void read_rows(const HeadMatrix<const T>& x, int64_t tokens, int64_t d, float* to, int64_t pitch) {
   if (x.by_token()) return read_lines(x.data, x.token, tokens, d, to, pitch);
   read_transposed(x.data, x.channel, d, tokens, to, pitch);
 }
 
-// x transposed, in panels [ceil(tokens / 32)][d][32]; tokens beyond the last are zero up to the
-// next multiple of 16.
+// Copies the matrix, transposed, to panels [ceil(tokens / 32)][d][32]; tokens beyond the last are
+// zero up to the next multiple of 16.
 template <typename T>
 void read_panels(const HeadMatrix<const T>& x, int64_t tokens, int64_t d, float* to) {
   for (int64_t t = 0; t < tokens; t += kPanel) {
@@ -130,7 +130,7 @@ void read_panels(const HeadMatrix<const T>& x, int64_t tokens, int64_t d, float*
   }
 }
 
-// The other way round: x <- factor * rows [tokens][pitch], pitch at least d rounded up to 16.
+// Copies back: x <- factor * rows [tokens][pitch], pitch at least d rounded up to 16.
 template <typename T>
 void write_rows(const float* from, int64_t pitch, int64_t tokens, int64_t d, float factor,
                 const HeadMatrix<T>& x) {

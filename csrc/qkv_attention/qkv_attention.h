@@ -1,7 +1,7 @@
 // out = softmax(q^T k / sqrt(d)) v for every head of every sample, and its gradient.
 //
-// qkv is [N, 3C, T], out is [N, C, T], C = heads * d. Of each tensor either the channels of a token
-// lie side by side (channels_last: channel stride 1) or the tokens of a channel (pixel stride 1).
+// qkv is [N, 3C, T], out is [N, C, T], C = heads * d. In each tensor either the channels of a token
+// are adjacent (channels_last: channel stride 1) or the tokens of a channel (pixel stride 1).
 #pragma once
 
 #include <cstdint>
@@ -13,8 +13,8 @@ namespace iddpm {
 
 struct QkvAttentionInput {
   int64_t n, tokens, heads, width;
-  // From head to head and from q to k to v, in channels: 3d and d in the legacy order, d and C in
-  // the new one.
+  // Channels from head to head, and from q to k to v: 3d and d in the legacy order, d and C in the
+  // new one.
   int64_t head_step, part_step;
   DType dtype;  // of every tensor but the statistics
   Plane qkv;
@@ -36,7 +36,7 @@ struct QkvAttentionBwdArgs {
   float* workspace;  // attention_bwd_workspace(tokens, width) floats for each thread
 };
 
-// Rows of probabilities that the backward pass computes at a time: as the second cache level holds.
+// Rows of probabilities that the backward pass computes at a time, so that they fit into L2.
 inline int64_t attention_block(int64_t tokens) { return tokens <= 512 ? 64 : 32; }
 
 inline int64_t attention_padded(int64_t a) { return (a + 31) / 32 * 32; }

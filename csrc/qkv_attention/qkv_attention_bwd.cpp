@@ -1,8 +1,8 @@
 // With P the probabilities and dP = dout v^T:
 //   dS = P (dP - sum_j P dP),   dq = dS k / sqrt(d),   dk = dS^T q / sqrt(d),   dv = P^T dout.
-// P is computed again from the forward pass's statistics, whole rows of a block of queries at a
-// time: the sum is then exact where a probability is close to one, which dout . out is not. A head
-// belongs to one thread, and its blocks are added up in a fixed order.
+// P is recomputed from the forward pass's statistics, in whole rows for a block of queries at a
+// time: so the sum is accurate even if a probability is close to one, unlike dout . out. A head is
+// computed by one thread, and its blocks are added up in a fixed order.
 #include "common/threads.h"
 #include "qkv_attention/attention_cpu.h"
 #include "qkv_attention/qkv_attention.h"
@@ -29,7 +29,7 @@ struct Backward {
         padded_tokens(round_up(tokens, kAlign)),
         padded_d(round_up(d, kAlign)),
         block(attention_block(tokens)),
-        pitch(padded_tokens + kAlign),  // not a power of two: rows fall on different sets
+        pitch(padded_tokens + kAlign),  // no power of two, for different cache sets
         scale(score_scale(d)),
         final_scale(float(1.0 / __builtin_sqrt(double(d)))) {
     const auto take = [&](int64_t floats) {
@@ -45,7 +45,7 @@ struct Backward {
     ds = take(block * pitch);
   }
 
-  // c [rows, d] (+)= a b, or a^T b where a is a block of probabilities or slopes.
+  // c [rows, d] (+)= a b, or a^T b, for a block a of probabilities or slopes.
   template <bool kTransposed>
   void multiply(int64_t rows, int64_t depth, const float* a, const float* b, float* c,
                 bool add) const {
@@ -55,8 +55,8 @@ struct Backward {
                                   add ? Addends{nullptr, c + j, padded_d} : Addends{});
   }
 
-  // A row of p: scores to probabilities, of ds: dP to dS. What lies beyond the last token is not
-  // looked at later, but must not spoil the sum.
+  // Turns a row of scores into probabilities, and one of dP into dS. Values beyond the last token
+  // are not used later, but must not contribute to the sum.
   void make_row(float* probability, float* slope, float offset, float factor) const {
     nv total = {};
     for (int64_t t = tokens; t < padded_tokens; ++t) probability[t] = -__builtin_inff();
@@ -70,7 +70,7 @@ struct Backward {
       store(slope + t, load<nv>(probability + t) * (load<nv>(slope + t) - mean));
   }
 
-  // What `rows` queries give to, and get from, all keys; the first block overwrites dk and dv.
+  // dq of `rows` queries, and their contributions to dk and dv, which the first block overwrites.
   void add_block(int64_t rows, const float* offsets, const float* factors, bool first) const {
     for (int64_t t = 0; t < padded_tokens; t += kPanel) {
       const int64_t columns = smaller(kPanel, padded_tokens - t);

@@ -1,5 +1,5 @@
-// As reverse_step.cuh, for one t, in place, with classifier-free guidance before it: the guided
-// output is unlabelled + scale (labelled - unlabelled), and the variance is the labelled one's.
+// As reverse_step.cuh, for one t, in place, after classifier-free guidance: the guided output is
+// unlabelled + scale (labelled - unlabelled), with the variance of the labelled one.
 #pragma once
 
 #include "reverse_step/chain_step.h"
@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(kReverseStepThreads)
     read4<T, kDense>(a.model_output, a.hw, sample, all + at, 2 * all, v);
   affine_step(row, poison, a.clip, x, out, x_0, prev);
   if (noisy) {
-    // The last column holds the step's index in the training chain: exact, since it is below 2^24.
+    // The last column is the step's index in the training chain, exact below 2^24.
     const Normal4 z = normal4(static_cast<uint64_t>(*a.seed), uint32_t(at / 4),
                               uint32_t(a.samples[sample]), uint32_t(row[kStep]), a.stream_draw);
     add_noise(row, noise_scale, v, z.z, prev);

@@ -1,5 +1,5 @@
-// One step of the reverse chain as a CUDA graph replays it: what changes from step to step or from
-// call to call lies in device memory, and x is overwritten.
+// One step of the reverse chain for a CUDA graph: everything that changes from step to step or from
+// call to call is read from device memory, and x is overwritten.
 #pragma once
 
 #include "common/dtype.h"
@@ -17,7 +17,7 @@ struct ChainStepArgs {
   const int64_t* t;        // [1], the step to take
   const float* table;      // [T, 16]
   const int64_t* seed;     // [1], the bits of the seed
-  const int64_t* samples;  // [N], the images' numbers; a null address draws no noise
+  const int64_t* samples;  // [N], the images' indices; a null address draws no noise
   const float* scale;      // [1], of the guidance
   uint32_t stream_draw;
   bool clip;

@@ -1,7 +1,7 @@
 // One thread computes four consecutive elements (one Philox counter) of one sample; a block stays
-// within a sample, so its coefficients are read once. kDense: every plane lies in NCHW order and C
-// * HW divides by four, so that all traffic moves in vectors; otherwise each element is addressed
-// through the strides.
+// within a sample, so that its coefficients are read once. kDense: every plane is contiguous and C
+// * HW is a multiple of four, so that all accesses are vectors; otherwise each element is addressed
+// by the strides.
 #pragma once
 
 #include "common/columns.h"
@@ -13,7 +13,7 @@ namespace iddpm {
 
 constexpr int kReverseStepThreads = 256;
 
-// x_0 and the mean of x_{t-1} of four elements; a poison of NaN makes NaN of both.
+// x_0 and the mean of x_{t-1} of four elements; both are NaN if `poison` is.
 IDDPM_DEVICE void affine_step(const float* row, float poison, bool clip, const float (&x)[4],
                               const float (&out)[4], float (&x_0)[4], float (&prev)[4]) {
 #pragma unroll

@@ -1,6 +1,6 @@
-// Attention with both of its products by tiles of bfloat16; scores, softmax and sums are float32.
+// Attention with both products by AMX in bfloat16; scores, softmax and sums are float32.
 //
-// A head's keys and values are packed once, its queries come in blocks of 32.
+// A head's keys and values are packed once; its queries are processed in blocks of 32.
 #include "common/simd_math.h"
 #include "nhwc/amx_tile.h"
 #include "unet_engine/plan.h"
@@ -14,8 +14,8 @@ constexpr int64_t kQueries = 2 * kTileEdge;
 
 // One head's memory.
 struct Head {
-  int64_t tokens, width;   // as they are
-  int64_t columns, depth;  // tokens and width in multiples of 32
+  int64_t tokens, width;
+  int64_t columns, depth;  // tokens and width, rounded up to multiples of 32
   int64_t score_pitch;     // floats
   BFloat16* q;             // [columns][depth]
   BFloat16* k;             // [columns / 16][depth / 32][16][16][2], pairs of channels
@@ -39,12 +39,12 @@ struct Head {
   }
 };
 
-// Floats [c, c + 16) of a row of `width`, zero beyond.
+// Floats [c, c + 16) of a row of `width` floats; zero beyond its end.
 IDDPM_INLINE vf part_of_row(const float* row, int64_t c, int64_t width) {
   return load_some(row + c, larger(smaller(width - c, kLanes), 0));
 }
 
-// `width` floats times a factor -> `depth` halves, zeros after them.
+// Rounds `width` floats times a factor to bfloat16, and pads with zeros to `depth`.
 IDDPM_INLINE void round_row(const float* in, int64_t width, int64_t depth, float factor,
                             BFloat16* out) {
   for (int64_t c = 0; c < depth; c += kLanes) store(out + c, part_of_row(in, c, width) * factor);
@@ -104,7 +104,7 @@ void multiply(const BFloat16* a, int64_t a_stride, int64_t chunks, const BFloat1
   }
 }
 
-// p = 2^(scores - their maximum), rounded; returns one over the sum of what was not.
+// p = 2^(scores - their maximum), rounded; returns 1 / the sum before rounding.
 float soften(const Head& head, float* scores, BFloat16* p) {
   for (int64_t j = head.tokens; j < head.columns; ++j) scores[j] = -1e30f;
   nv most[2] = {load<nv>(scores), load<nv>(scores + kWidth)}, total[2] = {};

@@ -56,7 +56,7 @@ int run_op(const int64_t* row, const PlanRun& run, const Team& team) {
   return 1;
 }
 
-// Every thread sees the same sizes, so all of them stop at the same operation or none does.
+// All threads have the same sizes, so either all stop at an operation or none does.
 int64_t walk(const PlanRun& run, int64_t thread, int64_t threads) {
   Team team{thread,
             threads,

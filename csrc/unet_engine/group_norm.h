@@ -1,9 +1,9 @@
 // GroupNorm, scale-shift and SiLU over NHWC, in two passes: statistics by channel, then one fused y
 // = a x + b.
 //
-// A chunk of pixels gives each channel's mean and centred sum of squares (sums of differences from
-// the chunk's first pixel, so a mean far from zero costs no digits); chunks and channels are
-// combined in float64, first their means, then what they are apart from it. Chunks depend on the
+// For each chunk of pixels, every channel's mean and centred sum of squares are computed from
+// differences to the chunk's first pixel, so that a mean far from zero costs no digits. Chunks and
+// channels are combined in float64: first the mean, then the squares about it. Chunks depend on the
 // shape alone, so the result does not depend on the number of threads.
 #pragma once
 
@@ -13,8 +13,8 @@
 namespace iddpm {
 namespace IDDPM_ISA {
 
-// means[c], squares[c]: mean and centred sum of squares of `pixels` values a channel, for V
-// vectors.
+// means[c], squares[c]: mean and centred sum of squares over `pixels` values per channel, for V
+// vectors of channels.
 template <int V>
 IDDPM_INLINE void chunk_statistics(const float* x, int64_t stride, int64_t pixels, float* means,
                                    float* squares) {
@@ -54,7 +54,7 @@ static void fold_group(const Normalization& op, const float* statistics, int64_t
                        int64_t group, const float* embedding, float* slope, float* offset) {
   const int64_t width = op.channels / op.groups, first = group * width;
   const bool added = embedding && op.mode == 0;
-  // Sums, so that the only divisions are those of the group.
+  // Sums over the channels, so that there are divisions for the group only.
   double total = 0;
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
     const double count = double(smaller(kGroupNormChunk, op.pixels - chunk * kGroupNormChunk));
@@ -86,8 +86,8 @@ static void fold_group(const Normalization& op, const float* statistics, int64_t
   }
 }
 
-// Statistics of every sample, and the slopes and offsets that they give. Then every thread has
-// them: `slope_of(op, team, sample)`, and the offsets `channels` further.
+// Computes statistics, slopes and offsets of every sample. Afterwards every thread can read the
+// slopes at `slope_of(op, team, sample)`, and the offsets `channels` floats further.
 static int fold_statistics(const Normalization& op, const PlanRun& run, const Team& team) {
   const int64_t chunks = divide_up(op.pixels, kGroupNormChunk), channels = op.channels;
   const int64_t per_sample = (chunks + 1) * 2 * channels;

@@ -1,4 +1,4 @@
-// Between the caller's NCHW tensors and the plan's NHWC buffers.
+// Copies between the caller's NCHW tensors and the plan's NHWC buffers.
 #if defined(__AVX2__)
 #include "unet_engine/plan.h"
 

@@ -1,4 +1,4 @@
-// Writes the operand images of the tile products: normalised, or as they are.
+// Writes the operand images of AMX products, normalised or unchanged.
 #include "nhwc/amx_tile.h"
 #include "unet_engine/group_norm.h"
 
@@ -7,8 +7,8 @@ namespace IDDPM_ISA {
 
 namespace {
 
-// x / (1 + e^-x) for a result that is rounded to bfloat16: to 2^-13 where that is faster. NaN stays
-// NaN.
+// x / (1 + e^-x) for results that are rounded to bfloat16: with a relative error of 2^-13 if that
+// is faster. NaN stays NaN.
 IDDPM_INLINE nv silu_to_half(nv x) {
 #if defined(__AVX512F__)
   const nv d = exp2_coarse(min(splat<nv>(126.0f), x * -1.44269504f)) + 1.0f;
@@ -18,7 +18,7 @@ IDDPM_INLINE nv silu_to_half(nv x) {
 #endif
 }
 
-// One row of pixels.
+// Normalises one row of pixels.
 template <bool Silu>
 void normalise(const Normalization& of, const float* x, const float* slope, int64_t width,
                BFloat16* out, int64_t pitch) {

@@ -1,10 +1,10 @@
 // The plan of one network evaluation: a list of operations over NHWC float32 buffers.
 //
-// Python lays out the buffers and writes one row of 18 64-bit words an operation: its kind, then
-// the kind's struct; the last word is 0, or the first sample that the row is for, shifted by 32,
-// and their number. Every thread of a team walks the list and takes its share of each operation. A
-// buffer is a pointer and the distance between two pixels, so that a concatenation is two producers
-// writing side by side.
+// Python lays out the buffers and writes one row of 18 64-bit words per operation: its kind and the
+// kind's struct; the last word is 0 for all samples, or the first sample, shifted by 32, and the
+// number of samples. Every thread of a team executes the list and takes its share of each
+// operation. A buffer is a pointer and the distance from pixel to pixel, so that a concatenation is
+// written by two producers into one buffer.
 #pragma once
 
 #include <cstdint>
@@ -19,7 +19,7 @@ namespace iddpm {
 
 constexpr int64_t kOpWords = 18;
 
-// One kind an algorithm. Python names them by the binding's RowKind, which lists them too.
+// One kind per algorithm. Python uses the binding's RowKind, which must list them too.
 enum class Kind : int64_t {
   kInput,
   kOutput,
@@ -28,11 +28,11 @@ enum class Kind : int64_t {
   kWinograd,
   kGroupNorm,
   kAttention,
-  // GemmOp and WinogradOp (of tile 2) whose operands are rounded to bfloat16; w is then bfloat16,
-  // [panels]...[C / 2][32][2], and everything else stays float32.
+  // GemmOp and WinogradOp (with tile 2) with operands rounded to bfloat16: w is bfloat16,
+  // [panels]...[C / 2][32][2], and everything else float32.
   kGemmBf16,
   kWinogradBf16,
-  // Of AMX, with operands of bfloat16: nhwc/tile_product.h, and below.
+  // By AMX, with bfloat16 operands: nhwc/tile_product.h, and below.
   kTileProduct,
   kNormOperand,
   kRound,
@@ -86,11 +86,11 @@ struct RoundOp {
   int64_t in_stride, channels;
   BFloat16* out;
   const OperandMap* map;
-  int64_t phase;  // 0; or halves between the images of even and odd rows and columns, one of four
-  int64_t rest;   // 0; or halves to an image of what rounding left
+  int64_t phase;  // 0; or elements from one of the four phases to the next (nhwc/operand.h)
+  int64_t rest;   // 0; or elements to an image of the rounding remainders
 };
 
-constexpr int64_t kGroupNormChunk = 256;  // pixels whose statistics are taken together
+constexpr int64_t kGroupNormChunk = 256;  // pixels per chunk of the statistics
 
 // Floats of scratch that run_group_norm's team needs.
 static constexpr int64_t group_norm_shared(int64_t n, int64_t pixels, int64_t channels) {
@@ -106,7 +106,7 @@ struct AttentionOp {
   int64_t out_stride;
 };
 
-// The same by tiles, into positions `out_stride` halves apart.
+// The same by AMX, into positions `out_stride` elements apart.
 struct TileAttentionOp {
   int64_t tokens, heads, width;
   const float* qkv;
@@ -137,7 +137,7 @@ struct PlanRun {
   float* shared;                 // scratch of the team
   int64_t shared_floats;
   float* scratch;          // scratch of each thread, one after the other
-  int64_t scratch_floats;  // a thread
+  int64_t scratch_floats;  // per thread
 };
 
 }  // namespace iddpm
@@ -153,7 +153,7 @@ namespace iddpm {
 
 namespace IDDPM_ISA {
 
-// Each returns 0, or 1 when the scratch is too small for it.
+// Each returns 0, or 1 if its scratch is too small.
 int run_input(const InputOp& op, const PlanRun& run, const Team& team);
 int run_output(const OutputOp& op, const PlanRun& run, const Team& team);
 int run_group_norm(const GroupNormOp& op, const PlanRun& run, const Team& team);

@@ -18,7 +18,7 @@ Term exact_decoder_terms(vf x, vf mean, vf lv) {
   return {load(value), load(d_mean), load(d_lv)};
 }
 
-// What the elements of one sample share.
+// Quantities shared by the elements of one sample.
 struct Sample {
   vf x0_from_xt, x0_from_out, mean_x0, mean_xt, bias, scale, true_lv, inverse_true;
   vf out_weight, v_weight;

@@ -1,6 +1,6 @@
-// One block an example: every thread adds its own elements in order, the block adds its threads in
-// a fixed tree, so a term's bits depend on nothing but the example. Value and gradient come from
-// the same pass.
+// One block per example: every thread adds its own elements in order, and the block adds the
+// threads' sums in a fixed tree, so the bits of a term depend on the example alone. Value and
+// gradient are computed in one pass.
 #pragma once
 
 #include "common/columns.h"
@@ -63,7 +63,7 @@ void vlb_terms_launch(const VlbTermsArgs& a, void* stream) {
                      moves_in_vectors(a.model_output, a.hw, 4 * sizeof(T)) &&
                      moves_in_vectors(a.gradient, a.hw, 4 * sizeof(T)) &&
                      moves_in_vectors(a.x_0, a.hw, 16) && moves_in_vectors(a.x_t, a.hw, 16);
-  // Double precision outweighs the memory traffic: one variant of the exact kernel is enough.
+  // Only one variant of the exact kernel, whose time is dominated by double precision.
   if (a.exact)
     IDDPM_LAUNCH((vlb_terms_kernel<T, false, ExactLikelihood>), grid, block, 0, stream, a);
   else if (dense)

@@ -1,5 +1,5 @@
-// One term of the variational bound an example, in bits per dimension, with its gradient by the
-// network's output (iddpm_ext/ops/vlb_terms/__init__.py has the equations).
+// One term of the variational bound for each example, in bits per dimension, with its gradient in
+// the network's output (iddpm_ext/ops/vlb_terms/__init__.py has the equations).
 #pragma once
 
 #include "common/dtype.h"

@@ -52,10 +52,10 @@ float run_chunk(const VlbToAllArgs& a, const float* row, bool decoder, int64_t s
 
 }  // namespace
 
-// A term belongs to one thread, which adds its elements in order.
+// A term is computed by one thread, which adds its elements in order.
 void vlb_to_all(const VlbToAllArgs& a, int num_threads) {
   const int64_t jobs = a.n * a.num_targets;
-  // Half of the pairs of a batch are no jumps and take no time.
+  // Half of the pairs of a batch are impossible jumps and take no time.
   for_uneven_jobs(jobs, num_threads, jobs * a.count < kSerialBelow, [&](int64_t job) {
     const float* row = a.rows + job * kNumColumns;
     const bool decoder = a.targets[job % a.num_targets] < 0;

@@ -1,5 +1,6 @@
-// One warp a jump: its lanes add their own elements in order and then in a fixed tree. The warps of
-// a block take neighbouring targets of one sample, whose images they find in the cache.
+// One warp per jump: its lanes add their own elements in order, and then each other's in a fixed
+// tree. The warps of a block take neighbouring targets of one sample, and share its images in the
+// cache.
 #pragma once
 
 #include "common/columns.h"
@@ -44,7 +45,7 @@ __global__ void __launch_bounds__(kVlbToAllThreads, Likelihood::kBlocks)
   const float* out_row = sample_of(a.model_output, sample);
   const float *x_0_row = sample_of(a.x_0, sample), *x_t_row = sample_of(a.x_t, sample);
 
-  // A row of NaN is no jump: its term is NaN without a look at the images.
+  // A row of NaN is an impossible jump: its term is NaN, and the images are not read.
   float nats = mean_x0 - mean_x0;
   const int64_t end = mean_x0 == mean_x0 ? a.count : 0;
   for (int64_t at = 4 * lane; at < end; at += 4 * 32) {

@@ -2,8 +2,8 @@
 
 The file's metadata holds, as JSON text: `format_version`, `unet` (a UNetConfig), `diffusion` (absent
 where the network has none) and `extra` (facts of training, step schedules); a classifier's has
-`classifier` in place of `unet`. OpenAI's .pt files are read too, their configuration supplied from
-`released.py` or from flags, and the folders of runs and of diffusers. No code in any file is run.
+`classifier` instead of `unet`. OpenAI's .pt files are read too, with a configuration from `released.py` or
+from flags, and the folders of runs and of diffusers. No code in any file is run.
 """
 
 from .read import bundled, is_model_folder, load

@@ -1,4 +1,4 @@
-"""The flags of improved-diffusion's and guided-diffusion's scripts, in our terms."""
+"""Translates the flags of improved-diffusion's and guided-diffusion's scripts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 Flags = Mapping[str, object] | str
 
-# The original's name -> ours, where the value is the same.
+# The original's name -> this package's, for flags with the same values.
 _RENAMED = {
     "num_channels": "model_channels",
     "noise_schedule": "schedule",
@@ -31,7 +31,7 @@ _BOOLS = (
     "use_new_attention_order",
 )  # fmt: skip
 _WORDS = ("schedule", "variance", "prediction", "attention_order", "pool")
-# How the original was trained or run; nothing of it is in a network or its process.
+# Flags of training and running that do not affect the network or its process.
 _WITHOUT_EFFECT = frozenset(
     """
     use_kl rescale_learned_sigmas use_checkpoint use_fp16 timestep_respacing small_size lr batch_size
@@ -43,11 +43,11 @@ _WITHOUT_EFFECT = frozenset(
 
 
 def read_flags(flags: Flags) -> dict[str, Any]:
-    """Flags by our names, checked for type, with those that have no effect here left out.
+    """Flags by this package's names, with checked types, without those that have no effect here.
 
     flags: names and values, or a command line, "--image_size 64 --num_heads 4", with or without the
         dashes and with blanks or "=". Names are the original's (num_channels, noise_schedule,
-        predict_xstart, ...) or ours (model_channels, ...).
+        predict_xstart, ...) or this package's (model_channels, ...).
     Raises ValueError or TypeError for an unknown name, a value of a wrong kind, or a contradiction.
     """
     if isinstance(flags, str):

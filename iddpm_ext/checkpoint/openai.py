@@ -15,7 +15,7 @@ from .flags import Flags, read_flags
 from .released import RELEASED, flags_of
 from .shapes import Shapes, Structure, Unlike, infer
 
-# What the original's training writes: its files have anyone's flags, whatever their shapes are.
+# The names of files that the original's training writes. Their flags are unknown, whatever the shapes.
 _OF_A_RUN = re.compile(r"(model|ema_[0-9.]+_)\d+\.pt")
 _STRUCTURAL = {f.name for f in fields(Structure)} - {"attention_levels"}
 _UNSEEN = (
@@ -34,7 +34,7 @@ _NEEDED = {
 
 
 class Described(NamedTuple):
-    """What `load` needs to know besides the tensors. stated_by: where the configuration is from."""
+    """All that `load` needs besides the tensors. stated_by: sources of the configuration."""
 
     config: UNetConfig
     diffusion: Diffusion | None
@@ -47,10 +47,10 @@ def describe(
 ) -> Described:
     """The configuration of the U-Net with these tensors.
 
-    path: its name says whether the file is one that OpenAI released, or of someone's run.
-    flags: go before those of a released file; None for none.
-    otherwise: take the place of flags that are missing, in a file that is none of the released ones.
-    Raises ValueError where flags contradict the tensors or one another, or are missing.
+    path: its name distinguishes the files that OpenAI released from those of other runs.
+    flags: override those of a released file; None for none.
+    otherwise: defaults for missing flags of other files.
+    Raises ValueError if flags contradict the tensors or one another, or are missing.
     """
     given = {} if flags is None else read_flags(flags)
     try:
@@ -64,7 +64,7 @@ def describe(
         structure = None
     names = [] if _OF_A_RUN.fullmatch(path.name) else _recognised(structure)
     if path.name in RELEASED and path.name not in names and not given:
-        # Its own name says what it should hold: the caller compares, and tells the difference.
+        # Under a released file's own name the caller compares all tensors, and reports differences.
         return _described(path, Structure.of_config(released_config(path.name)), [path.name], {})
     if structure is None:
         raise ValueError(f"load: {path} must hold the tensors of the released {path.name}")
@@ -95,7 +95,7 @@ def _described(
     published = flags_of(path.name if path.name in names else names[0]) if names else {}
     values = {**published, **given}
     if "num_head_channels" in given or "num_heads" in given:
-        # Published heads would otherwise stay beside those that are given.
+        # Given heads replace the released file's, of either kind.
         for name in {"num_head_channels", "num_heads"} - given.keys():
             values.pop(name, None)
     _require_known(path, structure, values)

@@ -1,4 +1,4 @@
-"""The weights of a network in files of other programs: under prefixes, beside averages and optimisers."""
+"""Finds the weights of a network in files of other programs: under prefixes, beside other objects."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from iddpm_ext.text import printable
 
 from .torch_file import tensors_of
 
-# Every network of these codes has this tensor: whatever stands before its name is a wrapper's.
+# Every network of these codes has this tensor; what precedes its name is a wrapper's prefix.
 _FIRST = "input_blocks.0.0.weight"
 _AVERAGE = re.compile(r"(?<![a-z])ema(?![a-z])|average", re.IGNORECASE)
 _DEPTH = 3
@@ -22,7 +22,7 @@ _SHOWN = 4
 
 
 class Part(NamedTuple):
-    """Weights inside a file. name: of the mappings and prefixes that lead to them, with dots."""
+    """Weights inside a file. name: the keys and prefixes that lead to them, joined by dots."""
 
     name: str
     holder: Mapping[object, object]
@@ -32,15 +32,15 @@ class Part(NamedTuple):
 def weights_of(
     path: Path, content: object, part: str | None, *, average: bool
 ) -> dict[str, Tensor]:
-    """The tensors of the one network that `content` holds, or of the one that is asked for, by its names.
+    """The tensors of the only network in `content`, or of the one named `part`, by their names.
 
-    Prefixes (`module.` of DataParallel, `_orig_mod.` of `torch.compile`, `model.` of Lightning) are taken
-    off, and mappings inside mappings ({"model": ..., "ema": ...}) are looked into.
+    Removes prefixes (`module.` of DataParallel, `_orig_mod.` of `torch.compile`, `model.` of Lightning) and
+    searches nested mappings ({"model": ..., "ema": ...}).
 
-    part: the name of the weights where there are several; None for the only ones, or for the averaged
-        ones if `average`, else for those that are not averaged.
-    Raises ValueError where it is not certain which weights are meant, or they are not tensors by name.
-    Warns of weights and tensors that are left.
+    part: the name of the weights if there are several; None for the only ones, or else for the averaged ones
+        (`average`) or for those that are not averaged.
+    Raises ValueError if the choice is ambiguous, or the weights are not tensors by name. Warns of weights and
+    tensors that are not used.
     """
     if not isinstance(content, Mapping):
         raise ValueError(f"load: {path} must hold tensors by name, got {type(content).__name__}")
@@ -99,7 +99,7 @@ def _parts(
 ) -> Iterator[Part]:
     if id(content) in seen or len(trail) > _DEPTH:
         return
-    seen.add(id(content))  # a file of a few bytes can hold a mapping a million times
+    seen.add(id(content))  # a small file can refer to one mapping a million times
     for key, value in content.items():
         if not isinstance(key, str):
             continue

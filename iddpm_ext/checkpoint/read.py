@@ -1,4 +1,4 @@
-"""Loading a network: a bundled one, a file of ours or of others, a run, or a folder of diffusers."""
+"""Loading a network: a bundled one, a file of this or another package, a run, or a folder of diffusers."""
 
 from __future__ import annotations
 
@@ -41,26 +41,26 @@ def load(
 ) -> UNet:
     """The network of a checkpoint, in evaluation mode, with its `diffusion` and `extra` set.
 
-    A .pt file of improved-diffusion or guided-diffusion is recognised by its tensors where OpenAI
-    released it: "cifar10_uncond_50M_500K.pt" needs nothing else, and `extra["openai"]` says what was
-    recognised. One of your own runs needs the flags that tensors cannot tell; the error lists them.
+    A .pt file that OpenAI released for improved-diffusion or guided-diffusion is recognised by its tensors:
+    "cifar10_uncond_50M_500K.pt" needs nothing else, and `extra["openai"]` names what was recognised. A .pt of
+    another run needs the flags that do not follow from the tensors; the error lists them.
 
-    Weights of others are taken where they are: under `module.`, `_orig_mod.` or Lightning's prefix, in
+    Weights are also found in other programs' files: under `module.`, `_orig_mod.` or Lightning's prefix, in
     {"model": ..., "ema": ...} and the like.
 
     name_or_path: a bundled model's name, a file that `save` wrote, an OpenAI .pt, the folder of a run of
-        `iddpm train` (the first average of its newest sound checkpoint), or a folder of diffusers. A
-        name goes before a file of the same name; "./name" is always a file. What a file is, is seen from
-        its content, not from its suffix.
-    device: where the weights go. dtype: of the weights in memory, floating (None: float32).
-    flags: of an OpenAI file, names and values or a command line, {"num_heads": 4} or
-        "--num_heads 4": the original's names (image_size, noise_schedule, diffusion_steps, ...) or
-        ours. They go before those of a released file, and must agree with the tensors.
+        `iddpm train` (the first average of its newest valid checkpoint), or a folder of diffusers. A
+        bundled name has priority over a file of that name; "./name" is always a file. The kind of file is
+        recognised by its content, not by its suffix.
+    device: of the weights. dtype: of the weights in memory, floating (None: float32).
+    flags: for an OpenAI file, names and values or a command line, {"num_heads": 4} or
+        "--num_heads 4", with the original's names (image_size, noise_schedule, diffusion_steps, ...) or
+        this package's. They override those of a released file, and must agree with the tensors.
     part: which weights of a file that holds several, by its own names, such as "model"; None takes the
-        averaged ones, where it is certain which those are, and says so.
-    Raises ValueError when the file is truncated, foreign, or contradicts its own configuration
-    (saying what differs), or flags are missing or wrong; FileNotFoundError when there is no file.
-    Warns where a file of another name has the tensors of a released one. No code in a file is ever run.
+        averaged ones if they can be identified, with a warning.
+    Raises ValueError if the file is truncated, foreign, or contradicts its own configuration (naming the
+    differences), or if flags are missing or wrong; FileNotFoundError if there is no file. Warns if a file of
+    another name has the tensors of a released one. No code in a file is ever run.
     """
     dtype = require_dtype(dtype)
     path, (config, diffusion, extra, stated_by), tensors = read_network(name_or_path, flags, part)
@@ -90,11 +90,11 @@ def read_network(
     average: bool = True,
     otherwise: Flags | None = None,
 ) -> Read:
-    """What `load` makes a network of; its tensors have not been compared with its configuration.
+    """The parts of a network for `load`, whose tensors are not compared with the configuration yet.
 
-    average: False for the weights in training instead of their average, where there are both.
-    otherwise: flags of an OpenAI file that hold where nothing else tells.
-    Arguments and errors else as of `load`.
+    average: False for the trained weights instead of their average, if there are both.
+    otherwise: defaults for flags of an OpenAI file that nothing else determines.
+    Other arguments and errors as in `load`.
     """
     path = _locate(name_or_path)
     if path.is_dir():
@@ -149,7 +149,7 @@ def _read_folder(folder: Path, flags: Flags | None, part: str | None) -> Read:
 
 
 def parse_metadata(path: Path, metadata: Mapping[str, str]) -> Described:
-    """What one of our files says of its network, a `UNet`. Raises ValueError."""
+    """The description of a `UNet` in the metadata of a file of this package. Raises ValueError."""
     if "unet" not in metadata:
         raise ValueError(
             f"load: {path} must carry the configuration of its network in the metadata, "
@@ -175,7 +175,7 @@ def parse_metadata(path: Path, metadata: Mapping[str, str]) -> Described:
 
 def _empty_unet(path: Path, config: UNetConfig, tensors: int, stated_by: str) -> UNet:
     """The network on the meta device."""
-    # A network has several tensors a block; this keeps a wild configuration from being built.
+    # A block has several tensors, so this refuses absurd configurations before the network is built.
     if config.num_res_blocks * len(config.channel_mult) > tensors:
         raise ValueError(
             f"load: {path} contradicts {stated_by}: {len(config.channel_mult)} levels of "

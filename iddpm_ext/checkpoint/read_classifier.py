@@ -45,12 +45,12 @@ def load_classifier(
         .pt of guided-diffusion; the four that OpenAI released ("64x64_classifier.pt") need nothing else.
     device, dtype: as in `load`.
     part: as in `load`.
-    flags: of another .pt, as in `load`: image_size, classifier_depth and the other classifier_ flags.
+    flags: for another .pt, as in `load`: image_size, classifier_depth and the other classifier_ flags.
     Raises as `load`. No code in a file is ever run.
     """
     dtype = require_dtype(dtype)
     path, (config, diffusion, extra, stated_by), tensors = read_classifier(path, flags, part)
-    # A network has several tensors a block; this keeps a wild configuration from being built.
+    # A block has several tensors, so this refuses absurd configurations before the network is built.
     if config.num_res_blocks * len(config.channel_mult) > len(tensors):
         raise ValueError(
             f"load_classifier: {path} contradicts {stated_by}: it has {len(tensors)} tensors"
@@ -63,7 +63,7 @@ def load_classifier(
 
 
 class DescribedClassifier(NamedTuple):
-    """What `load_classifier` needs to know besides the tensors, as `openai.Described`."""
+    """All that `load_classifier` needs besides the tensors, as `openai.Described`."""
 
     config: ClassifierConfig
     diffusion: Diffusion | None
@@ -87,7 +87,7 @@ def read_classifier(
     average: bool = True,
     otherwise: Flags | None = None,
 ) -> ReadClassifier:
-    """What `load_classifier` makes a classifier of, as `read.read_network`."""
+    """The parts of a classifier for `load_classifier`, as `read.read_network`."""
     path = Path(path)
     if path.is_dir() and is_run(path):
         path = weights_of_run(path, average=average)
@@ -123,7 +123,7 @@ def _describe(
         config = released_classifier(name)
         with torch.device("meta"):
             expected = Classifier(config).state_dict()
-        # Under its own name a file is compared in full by the caller, who tells the difference.
+        # Under a released file's own name the caller compares all tensors, and reports differences.
         if named == [name] or {k: tuple(v.shape) for k, v in expected.items()} == shapes:
             return config
     if otherwise is not None:
@@ -155,7 +155,7 @@ def _config_of_flags(path: Path, shapes: Shapes, values: dict[str, Any]) -> Clas
 
 
 def parse_classifier(path: Path, metadata: Mapping[str, str]) -> DescribedClassifier:
-    """What one of our files says of its classifier. Raises ValueError."""
+    """The description of a classifier in the metadata of a file of this package. Raises ValueError."""
     if "classifier" not in metadata:
         raise ValueError(
             f"load_classifier: {path} must carry the configuration of a classifier in the metadata, "

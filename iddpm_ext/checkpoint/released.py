@@ -1,7 +1,7 @@
 """The checkpoints that OpenAI released, and the flags that belong to each.
 
-A file is recognised by the structure that its tensors have. Some files share it: they share every
-flag that a network or its process depends on, too.
+A file is recognised by the structure of its tensors. Files that share a structure also share every flag that
+the network or its process depends on.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ _CLASSIFIERS = {
 RELEASED = tuple(_FLAGS)
 RELEASED_CLASSIFIERS = tuple(_CLASSIFIERS)
 
-# channel_mult where the scripts are not told it, by image size.
+# The scripts' default channel_mult, by image size.
 CHANNEL_MULT: dict[int, tuple[float, ...]] = {
     512: (0.5, 1, 1, 2, 2, 4, 4),
     256: (1, 1, 2, 2, 4, 4),
@@ -103,7 +103,7 @@ CHANNEL_MULT: dict[int, tuple[float, ...]] = {
 
 
 def flags_of(name: str) -> dict[str, Any]:
-    """The flags of a released file, by our names, with every one that `describe` asks for."""
+    """The flags of a released file, by this package's names: all that `describe` needs."""
     if name in _CLASSIFIERS:
         flags = {**read_flags(_CLASSIFIER), **read_flags(_CLASSIFIERS[name])}
     else:

@@ -1,4 +1,4 @@
-"""The folder of a training run, read: which of its checkpoints is the newest sound one.
+"""Reads the folder of a training run: finds its newest valid checkpoint.
 
 `OUT/ckpt/step-N/` holds safetensors files, `state.json`, and `MANIFEST.json` with the size and sha256 of
 every other file. `iddpm_ext.training.checkpoints` writes them.
@@ -28,7 +28,7 @@ def ema_file(decay: float) -> str:
 
 
 def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
-    """(step, path) of every `step-N` in `folder`, newest first, sound or not."""
+    """(step, path) of every `step-N` in `folder`, newest first, valid or not."""
     if not folder.is_dir():
         return []
     found = [(m, path) for path in folder.iterdir() if (m := _STEP.fullmatch(path.name))]
@@ -84,10 +84,10 @@ def is_run(folder: Path) -> bool:
 
 
 def weights_of_run(folder: Path, *, average: bool = True) -> Path:
-    """The file to sample from: the first average of the newest sound checkpoint.
+    """The file to sample from: the first average of the newest valid checkpoint.
 
     folder: of a run, the `ckpt` in it, or one checkpoint's. average: False for the weights themselves.
-    Raises ValueError where no checkpoint is sound; warns of newer ones that are not.
+    Raises ValueError if no checkpoint is valid; warns of newer ones that are not.
     """
     if (folder / MANIFEST).is_file():
         newest, problem = folder, verify_checkpoint(folder)

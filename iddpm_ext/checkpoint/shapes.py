@@ -1,4 +1,4 @@
-"""What the names and shapes of a U-Net's tensors tell of its configuration."""
+"""Infers the configuration of a U-Net from the names and shapes of its tensors."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Structure:
         levels = range(len(config.channel_mult))
         values: dict[str, Any] = {f.name: getattr(config, f.name, None) for f in fields(cls)}
         values["attention_levels"] = tuple(i for i in levels if config.has_attention(i))
-        # Residual blocks resample without weights, so this has no trace in the tensors.
+        # Resampling by residual blocks has no weights, so then the tensors do not show conv_resample.
         values["conv_resample"] = config.conv_resample or config.resblock_updown
         return cls(**values)
 
@@ -76,8 +76,8 @@ def infer(shapes: Shapes) -> Structure:
         raise Unlike(f"the time embedding gives {embedded} numbers to {widths[0]} channels")
     taken = _shape(shapes, "input_blocks.0.0.weight", 4)[1]
     given = _shape(shapes, "out.2.weight", 4)[0]
-    # The low-resolution image doubles the input; without it the output is no smaller. Six and six
-    # would be either: an image of three channels with a learned variance, or one of six.
+    # A low-resolution input doubles the in-channels, so that there are more of them than out-channels unless
+    # the variance is learned. Six and six is ambiguous: taken for an upsampler of 3 channels.
     upsamples = taken % 2 == 0 and (given == taken // 2 or given == taken == 6)
     labelled = "label_emb.weight" in shapes
     return Structure(

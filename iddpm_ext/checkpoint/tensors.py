@@ -1,4 +1,4 @@
-"""Tensors of a file, and whether they are those of a network."""
+"""Reads the tensors of a file, and compares them with those of a network."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from .parts import weights_of
 from .torch_file import is_torch_file, read_plain
 
 _SHOWN = 6
-# What our own files say of themselves.
+# Keys in the metadata of this package's files.
 OURS = ("unet", "classifier")
 
 
 def read_file(
     path: Path, part: str | None = None, *, average: bool = True
 ) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Metadata, empty in a file of PyTorch's own format, and the tensors of the network.
+    """Metadata (empty for a file of PyTorch's own format) and tensors of the network.
 
-    part, average: which weights are meant, as `weights_of` reads it, in files of other programs.
+    part, average: which weights to take from files of other programs, as in `weights_of`.
     Raises ValueError.
     """
     if is_torch_file(path):
@@ -40,12 +40,12 @@ def read_file(
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Metadata and tensors of a safetensors file. Raises ValueError where it is not a whole one."""
+    """Metadata and tensors of a safetensors file. Raises ValueError if it is damaged."""
     try:
         with (
             open(path, "rb") as opened,
             safe_open(
-                # The library takes names of UTF-8 only; a descriptor names any file.
+                # The library takes UTF-8 names only; the path of a descriptor works for any file.
                 path if _is_utf8(path) else f"/dev/fd/{opened.fileno()}",
                 framework="pt",
                 device="cpu",
@@ -85,8 +85,8 @@ def fill(
 ) -> None:
     """Gives a network on the meta device copies of its tensors.
 
-    stated_by: where the network's configuration is from. Raises ValueError with every difference in
-    names, shapes and kinds.
+    stated_by: sources of the network's configuration. Raises ValueError with all differences in names,
+    shapes and dtypes.
     """
     found = differences(model.state_dict(), tensors)
     if found:
@@ -97,7 +97,7 @@ def fill(
 
 
 def differences(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> list[str]:
-    """In what names, shapes and kinds a file's tensors differ from a network's; a line a kind."""
+    """The differences in names, shapes and dtypes of a file's tensors from a network's; a line for each."""
     return [
         *_listed("missing", sorted(set(expected) - set(tensors))),
         *_listed("unexpected", sorted(set(tensors) - set(expected))),

@@ -1,4 +1,4 @@
-"""Reading what `torch.save` wrote, without running anything that is in it."""
+"""Reads files of `torch.save` without running any code in them."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ _WANTED = re.compile(r"GLOBAL (\S+) was not an allowed global")
 
 
 def is_torch_file(path: Path) -> bool:
-    """Whether `path` is to be read as PyTorch's own format: by its content, else by its suffix."""
+    """Whether `path` is a file of `torch.save`: by its content, else by its suffix."""
     with open(path, "rb") as file:
         head = file.read(9)
     if head.startswith(_ZIP):
         return True
-    # A safetensors file is the length of its header in eight bytes, and the header, a JSON object.
+    # A safetensors file begins with the length of its header, eight bytes, and the header, a JSON object.
     return head[8:] != b"{" and path.suffix.lower() in SUFFIXES
 
 
 def read_plain(path: Path) -> object:
-    """What `torch.load` allows with weights_only=True: containers of numbers, text and tensors.
+    """The content of the file, by `torch.load` with weights_only=True: numbers, text and tensors.
 
-    Raises ValueError where there is anything else in the file, or it is damaged.
+    Raises ValueError if there is anything else in the file, or it is damaged.
     """
     try:
         with warnings.catch_warnings(), open(path, "rb") as file:
             warnings.simplefilter("ignore")
-            # By its name torch would take a file for safetensors, and only a name can be mapped.
+            # Memory mapping needs the path, but by some suffixes torch would take a file for safetensors.
             mapped = file.read(len(_ZIP)) == _ZIP and path.suffix.lower() in SUFFIXES
             file.seek(0)
             source = path if mapped else file
             return torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
-    # A damaged file fails anywhere inside the reader, with whatever error that part of it has. Its
-    # words are left out: for a file that wants to run code they recommend to let it.
+    # Damaged files fail anywhere inside the reader, with any error. Its text is not passed on, since for
+    # files that contain code it recommends running it.
     except Exception as error:
         wanted = _WANTED.search(str(error))
     if wanted is not None:
@@ -56,11 +56,11 @@ def read_plain(path: Path) -> object:
 
 
 def require_dense(path: Path, name: str, value: Tensor) -> None:
-    """Refuses tensors that are sparse, quantised or elsewhere, or that claim more than is stored."""
+    """Refuses tensors that are sparse, quantised or not on the CPU, or larger than their storage."""
     name = printable(name)
     if value.layout is not torch.strided or value.is_quantized or value.device.type != "cpu":
         raise ValueError(f"load: {path} must hold dense tensors, got {name}: {value.layout}")
-    # A few bytes can describe terabytes, by strides of zero.
+    # With strides of zero a few bytes can describe terabytes.
     stored = value.untyped_storage().nbytes()
     if value.numel() * value.element_size() > stored:
         raise ValueError(
@@ -69,7 +69,7 @@ def require_dense(path: Path, name: str, value: Tensor) -> None:
 
 
 def tensors_of(path: Path, content: Mapping[object, object]) -> dict[str, Tensor]:
-    """The tensors of a state dict by name. Raises ValueError where there is anything but dense ones."""
+    """The tensors of a state dict by name. Raises ValueError for anything but dense tensors."""
     tensors: dict[str, Tensor] = {}
     for name, value in content.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):

@@ -1,4 +1,4 @@
-"""Whether a class-conditional network has ever seen an image without its class."""
+"""Whether a class-conditional network was also trained on unlabelled images."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from iddpm_ext.networks.unet import UNet
 
 
 def warn_if_never_unlabelled(model: object, who: str) -> None:
-    """Warns where `model` was trained on labelled images alone, from which guidance cannot lead away.
+    """Warns if `model` was trained on labelled images alone, so that it cannot be guided.
 
-    A checkpoint of ours says so (`extra["label_dropout"]` of 0), and OpenAI's code never leaves a label
-    out. Of other networks nothing is known and nothing said. who: the function that the warning names.
+    That is known from this package's checkpoints (`extra["label_dropout"]` of 0) and for OpenAI's, whose code
+    has no label dropout; not for other networks. who: the function that the warning names.
     """
     model = unwrapped(model)
     if not isinstance(model, UNet) or model.config.num_classes is None:

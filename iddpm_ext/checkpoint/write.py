@@ -1,4 +1,4 @@
-"""Saving a network: complete under its name, or not at all."""
+"""Saves a network, atomically."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def save(
 ) -> None:
     """Writes the network with its configuration and diffusion process to one safetensors file.
 
-    The file appears under its name when it is whole and on disk; until then, and after any failure,
-    a file that was there before stays as it was.
+    The file appears under its name when it is complete and on disk; until then, and after any failure, a
+    previous file of that name is unchanged.
 
-    model: a UNet or a Classifier, whose `diffusion`, where set, travels along. Either may be wrapped by
-        `torch.compile`, DataParallel or DistributedDataParallel: the network inside is saved.
-    path: in an existing folder, of any name: `load` goes by the content.
+    model: a UNet or a Classifier, including its `diffusion` if set. If it is wrapped by `torch.compile`,
+        DataParallel or DistributedDataParallel, the network inside is saved.
+    path: in an existing folder, with any suffix: `load` recognises the content.
     extra: JSON-ready facts (None: `model.extra`).
     dtype: of the stored weights: float32, bfloat16, float16 or float64 (None: as they are).
     Raises TypeError or ValueError for a wrong argument, OSError if the file cannot be written.
@@ -54,7 +54,7 @@ def save(
 
 
 def metadata_of(model: UNet | Classifier, extra: Mapping[str, Any] | None = None) -> dict[str, str]:
-    """What a checkpoint says of its network, each value JSON text. extra: None for `model.extra`."""
+    """The metadata of a network's checkpoint, each value JSON text. extra: None for `model.extra`."""
     extra = model.extra if extra is None else extra
     if not isinstance(extra, Mapping):
         raise TypeError(f"save: extra must be a mapping, got {type(extra).__name__}")

@@ -20,7 +20,7 @@ from iddpm_ext.cli._common import Manner, speaking
 from iddpm_ext.text import printable
 
 _LONGEST_ERROR = 2000
-# Flags that every verb takes, wherever they stand.
+# Flags that every verb takes, in any place.
 _COMMON = ("--debug", "--json", "--quiet")
 _ORDER = (
     "sample",
@@ -40,7 +40,7 @@ _ORDER = (
 
 
 def verbs() -> list[str]:
-    """The verbs that there are, in the order in which the help lists them."""
+    """All verbs, in the order of the help."""
     found = [m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_")]
     return sorted(found, key=lambda v: (_ORDER.index(v) if v in _ORDER else len(_ORDER), v))
 
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            # The name of a file may be of any bytes; to print it must not fail after the work.
+            # Names of files can be any bytes; printing them must not fail after the work.
             stream.reconfigure(errors="backslashreplace")
     given = list(sys.argv[1:] if arguments is None else arguments)
     common = {flag: flag in given for flag in _COMMON}
@@ -104,7 +104,7 @@ def print_completion(shell: str) -> None:
     arguments = ["--tyro-print-completion", shell]
     try:
         tyro.extras.subcommand_cli_from_dict(functions, prog="iddpm", args=arguments)
-    except SystemExit as stop:  # it has printed the script, and would end the program
+    except SystemExit as stop:  # raised after the script is printed
         if stop.code:
             raise
 

@@ -1,6 +1,6 @@
-"""What several verbs do alike: flags that they share, and how they say what they did.
+"""Shared by several verbs: common flags, and the output of results.
 
-No verb imports torch before it runs: its help, and a wrong call of it, are there at once.
+No verb imports torch before it runs, so that its help, and errors in a call, come at once.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Manner:
-    """How a verb speaks. json: its result is a line of JSON. quiet: no progress."""
+    """The style of output. json: the result is a line of JSON. quiet: no progress."""
 
     json: bool = False
     quiet: bool = False
@@ -35,7 +35,7 @@ _manner: ContextVar[Manner] = ContextVar("manner", default=_PLAIN)
 
 @contextlib.contextmanager
 def speaking(manner: Manner) -> Iterator[None]:
-    """Verbs that run inside speak so."""
+    """A context in which verbs use this style of output."""
     token = _manner.set(manner)
     try:
         yield
@@ -44,28 +44,28 @@ def speaking(manner: Manner) -> Iterator[None]:
 
 
 def quiet() -> bool:
-    """Whether progress is not to be shown."""
+    """Whether progress is hidden."""
     return _manner.get().quiet
 
 
 def starting(verb: str, what: str) -> None:
-    """Says on a terminal that the verb has begun, before the seconds that importing torch takes."""
+    """Prints on a terminal that the verb has begun, before the seconds that importing torch takes."""
     if not quiet() and sys.stderr.isatty():
         print(f"iddpm {verb}: {what} ...", file=sys.stderr, flush=True)
 
 
 def result(text: str, facts: dict[str, Any]) -> None:
-    """Prints what came out on stdout: the text, or with --json the facts as one line."""
+    """Prints the result on stdout: the text, or with --json the facts as one line."""
     print(json.dumps(facts, default=str) if _manner.get().json else text)
 
 
-# torchrun takes "--n" for an abbreviation of its own flags, wherever it stands; "-n" it passes on.
+# torchrun takes "--n" for an abbreviation of one of its own flags, but passes "-n" on.
 Count = Annotated[int, tyro.conf.arg(aliases=("-n",))]
 MaybeCount = Annotated[int | None, tyro.conf.arg(aliases=("-n",))]
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of this name; "auto" is the process's GPU where there is one."""
+    """The device of this name; "auto" is the process's GPU if there is one."""
     import torch
 
     if name != "auto":
@@ -88,5 +88,5 @@ def target_of(checkpoint: str, out: Path | None) -> Path:
 
 
 def read_steps(text: str | None) -> int | str | None:
-    """What `--steps` says: a number, or a specification that the chain reads."""
+    """The value of `--steps`: a number, or a text that `Diffusion.respace` or a checkpoint resolves."""
     return int(text) if text is not None and text.isdigit() else text

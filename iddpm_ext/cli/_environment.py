@@ -63,14 +63,14 @@ def _cpu_build() -> Iterator[tuple[str, str]]:
 
 
 def _bfloat16(info: dict[str, Any]) -> str:
-    """What the CPU engine multiplies with where bfloat16 is asked for."""
+    """The instructions that the CPU engine uses for bfloat16."""
     if info["isa"] == "amx":
         return "tiles of AMX"
     if not info.get("bf16"):
         return "not on this CPU"
     if load_chooser().rounding_pays:
         return "AVX-512 with bfloat16 products"
-    return "computes in float32: without AMX, bfloat16 is no faster on this CPU"
+    return "AVX-512 with bfloat16 products for large weights; without AMX, float32 is as fast elsewhere"
 
 
 def _cuda_build() -> Iterator[tuple[str, str]]:
@@ -101,7 +101,7 @@ def _backends() -> Iterator[str]:
 
 
 def _choice(name: str, device: str) -> str:
-    """The backend that "auto" takes, and why those it would rather take do not support it."""
+    """The backend that "auto" takes, and why those of higher priority do not support the call."""
     chosen = resolve_backend(name, "auto", torch.device(device), torch.float32)
     preferred = PREFERENCE[device][: PREFERENCE[device].index(chosen)]
     passed = [f"{b}: {unavailable(name, b, device, torch.float32)}" for b in preferred]

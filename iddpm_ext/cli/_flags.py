@@ -14,7 +14,7 @@ _ITEMS = (int, float, str)
 def parse_and_call(
     function: Callable[..., int | None], arguments: Sequence[str], *, prog: str, description: str
 ) -> int | None:
-    """Calls `function` with what `arguments` say; exits with status 2 where they say it wrongly."""
+    """Calls `function` with the parsed `arguments`; exits with status 2 if they are wrong."""
     registry = ConstructorRegistry()
     registry.primitive_rule(_comma_separated)
     return tyro.cli(

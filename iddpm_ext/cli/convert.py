@@ -1,4 +1,4 @@
-"""Convert a checkpoint: OpenAI's, ours, diffusers' and ONNX."""
+"""Convert a checkpoint between this package's format, OpenAI's, diffusers' and ONNX."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ def run(
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     stock: bool | None = None,
 ) -> None:
-    """Converts and writes; nothing is written under the target's name before it is whole.
+    """Converts and writes; the target appears when it is complete.
 
     Args:
-        source: a bundled name, one of our files or run folders, an OpenAI .pt, or a folder of diffusers.
+        source: a bundled name, a file or run folder of this package, an OpenAI .pt, or a folder of
+            diffusers.
         target: a .safetensors or .onnx file, or a new folder for diffusers' from_pretrained.
         verify: read the target back and print the largest difference of its outputs.
-        flags: of an OpenAI .pt, what its tensors cannot tell: "noise_schedule=cosine ...".
-        dtype: of the weights written.
-        stock: in a folder, the stock UNet2DModel; chosen by what the network needs if left out.
+        flags: for an OpenAI .pt, those that do not follow from its tensors: "noise_schedule=cosine ...".
+        dtype: of the written weights.
+        stock: in a folder, write the stock UNet2DModel; by default, if that can compute the network.
     """
     starting("convert", f"loading {source}")
     import torch

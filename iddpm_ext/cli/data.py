@@ -15,18 +15,18 @@ def run(
     value_range: tuple[float, ...] | None = None,
     alpha: Literal["refuse", "drop", "black", "white"] = "refuse",
 ) -> int:
-    """Reads every image and reports unreadable files, sizes, channels, bit depth, values and classes, what
-    is left out or changed in reading, and what training would refuse as it is not clear.
+    """Reads every image and reports unreadable files, sizes, channels, bit depth, values, classes, what is
+    skipped or changed in reading, and what training would refuse because it is ambiguous.
 
     Args:
         action: check.
         path: a folder or zip of images, or any other source that training reads.
-        split: of sources that have both; all takes no folder for a split.
-        classes: where they come from: auto, folders, names, file, ids, none or a column.
+        split: train or test, for sources that have both; all, for which such folders are not splits.
+        classes: source of the classes: auto, folders, names, file, ids, none or a column.
         value_range: the values of black and white, 0,1 or 0,4095 or =-1,1.
-        alpha: what becomes of transparent pixels.
+        alpha: handling of transparent pixels.
 
-    Returns 1 where an image or a class could not be used, else 0.
+    Returns 1 if an image or a class cannot be used, else 0.
     """
     from iddpm_ext.data import check_data
 

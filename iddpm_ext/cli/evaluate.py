@@ -42,23 +42,23 @@ def run(
         reference: a folder, .zip, .npz, IDX or CIFAR data, usually what the model was trained on.
         extractor: efficientnet-lite0 (-112 to resize to 112), pixels, or a file: FID's
             inception-2015-12-05.pt, pt_inception-2015-12-05-6726825d.pth, TorchScript or ONNX.
-        metrics: of fid, sfid, kid, inception_score, precision_recall.
-        n: how many samples; all, or 10000 of a checkpoint.
-        reference_n: how many reference images; all if left out.
-        split: of data that has both.
-        image_size: side that images of files are resized and cropped to, as in training; a checkpoint's own,
-            or as they are, if left out.
-        classes: where classes come from: auto, folders, names, file (dataset.json), ids, none or a column.
-            A checkpoint draws those of its classes that the reference has.
-        value_range: the values of black and white, 0,1 or 0,4095 or =-1,1, where their type does not tell.
-        alpha: what becomes of transparent pixels: refuse; drop (the colours below show); black or white.
-        steps: of a checkpoint's sampling, as of `iddpm sample`.
+        metrics: any of fid, sfid, kid, inception_score, precision_recall.
+        n: how many samples; by default all, or 10000 of a checkpoint.
+        reference_n: how many reference images; by default all.
+        split: train or test, for data that has both.
+        image_size: side that images of files are resized and cropped to, as in training; by default that of
+            the checkpoint, if there is one.
+        classes: source of the classes: auto, folders, names, file (dataset.json), ids, none or a column.
+            A checkpoint draws those of its classes that occur in the reference.
+        value_range: the values of black and white, 0,1 or 0,4095 or =-1,1, if the type does not imply them.
+        alpha: handling of transparent pixels: refuse; drop (keep their colours); black or white.
+        steps: for sampling from a checkpoint, as in `iddpm sample`.
         sampler: ancestral (ddpm), DDIM, DPM-Solver++ (dpm++, dpm++3, dpm++sde) or UniPC (unipc, unipc3).
         eta: the noise of DDIM, from 0 to 1.
-        guidance_scale: of classifier-free guidance; 1 is without.
-        seed: names all noise.
+        guidance_scale: of classifier-free guidance; 1 for none.
+        seed: of all noise.
         neighbours: the k of precision and recall.
-        resamples: halves of the samples that an interval is made of; 0 for none.
+        resamples: number of random halves of the samples for the intervals; 0 for no intervals.
         batch_size: images at once.
         device: auto, cpu, cuda or cuda:1.
         cache: folder for the reference's statistics; "" for none.

@@ -13,7 +13,7 @@ def run(checkpoint: Annotated[str | None, tyro.conf.Positional] = None) -> None:
     """Prints the report.
 
     Args:
-        checkpoint: a bundled name or a file: what network and process it holds, instead.
+        checkpoint: a bundled name or a file: prints its network and process instead.
     """
     if checkpoint is None:
         from iddpm_ext.cli._environment import report

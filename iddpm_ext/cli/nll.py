@@ -1,4 +1,4 @@
-"""Bits per dimension of images, with their error, and the terms of every step."""
+"""Bits per dimension of images, with confidence intervals, and the terms of every step."""
 
 from __future__ import annotations
 
@@ -39,34 +39,35 @@ def run(
 ) -> None:
     """Computes the bound and writes nll.json, per_step.csv and per_image.csv.
 
-    After an interruption, the same call goes on where it was. Under torchrun, the images are shared out
-    among the processes; the first one writes.
+    After an interruption, the same call continues. Under torchrun, the processes divide the
+    images among them; the first one writes.
 
     Args:
-        checkpoint: a bundled name, one of our .safetensors files or an OpenAI .pt.
+        checkpoint: a bundled name, one of this package's .safetensors files or an OpenAI .pt.
         data: a folder, zip or array of images, as for training; classes are taken by their names.
-        classes: where they come from: auto, folders, names, file (dataset.json), ids, none or a column.
-        value_range: the values of black and white, 0,1 or 0,4095 or =-1,1, where their type does not tell.
-        alpha: what becomes of transparent pixels: refuse; drop (the colours below show); black or white.
-        split: of data that has both.
-        n: only the first so many images.
-        budget: network evaluations an image, at least 1: 64 of the bound, 1000 points of information.
-        full: every step of every image, whatever the budget.
+        classes: source of the classes: auto, folders, names, file (dataset.json), ids, none or a column.
+        value_range: the values of black and white, 0,1 or 0,4095 or =-1,1, if the type does not imply them.
+        alpha: handling of transparent pixels: refuse; drop (keep their colours); black or white.
+        split: train or test, for data that has both.
+        n: use only the first n images.
+        budget: network evaluations per image, at least 1; by default 64 for the bound, 1000 points for
+            information.
+        full: evaluate every step of every image, whatever the budget.
         steps: a shorter chain: 50; ddim50; 10,15,20 for sections; dense-50 with every early step too;
             optimal-50 or analytic-50 for a schedule of the checkpoint.
-        seed: names the noise and the drawn steps.
+        seed: of the noise and the drawn steps.
         clip: clamp every predicted image to [-1, 1].
-        exact: the decoder's likelihood without the original's approximation.
+        exact: compute the decoder's likelihood without the original's approximation.
         out: a folder.
         plot: draw the terms against the step into plot.png (needs matplotlib).
-        batch_size: most evaluations at once.
+        batch_size: maximum number of evaluations at once.
         dtype: precision of the network.
         engine: use an engine where one supports the network.
         backend: of the ops: auto, reference, cpu, cuda or triton.
         method: the bound, its full sum, the information-theoretic estimator, or the probability flow (ode).
         tolerance: of ode.
-        variance: analytic, of the moments that `iddpm steps` stores; optimal, of the head that
-            `iddpm covariance` trains; fixed_small or fixed_large; the network's own if not given.
+        variance: analytic, by the moments that `iddpm steps` stores; optimal, by the heads that
+            `iddpm covariance` trains; fixed_small or fixed_large; by default the network's own.
         device: auto, cpu, cuda or cuda:1.
     """
     starting("nll", f"loading {checkpoint}")

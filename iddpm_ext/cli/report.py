@@ -22,20 +22,20 @@ def run(
     seed: int = 0,
     device: str = "auto",
 ) -> None:
-    """Measures a model and writes what a person wants to see of it into one file.
+    """Measures a model and writes a page about it into one file.
 
-    Samples, the chain as a film, nearest training images, bits/dim, which sampler and how many steps to take,
-    the losses of a run, the configuration, and the command that makes each of them again.
+    It has samples, the chain as a film, nearest training images, bits/dim, advice on sampler and number of
+    steps, the losses of a run, the configuration, and the command that reproduces each of them.
 
     Args:
-        checkpoints: bundled names, files or folders of runs; several stand side by side.
-        data: images like those it was trained on; those of a run, if they are still there, if left out.
+        checkpoints: bundled names, files or folders of runs; several are shown side by side.
+        data: images like those it was trained on; by default those of the run, if they still exist.
         out: the .html file.
         quick: measure less: a minute for a small model.
-        classes: where they come from: auto, folders, names, file (dataset.json), ids, none or a column.
-        value_range: the values of black and white, 0,1 or 0,4095 or =-1,1, where their type does not tell.
-        alpha: what becomes of transparent pixels: refuse; drop (the colours below show); black or white.
-        seed: names all noise.
+        classes: source of the classes: auto, folders, names, file (dataset.json), ids, none or a column.
+        value_range: the values of black and white, 0,1 or 0,4095 or =-1,1, if the type does not imply them.
+        alpha: handling of transparent pixels: refuse; drop (keep their colours); black or white.
+        seed: of all noise.
         device: auto, cpu, cuda or cuda:1.
     """
     starting("report", f"loading {', '.join(checkpoints)}")

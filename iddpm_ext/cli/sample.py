@@ -56,39 +56,39 @@ def run(
 ) -> None:
     """Draws images and writes them.
 
-    Under torchrun, the batches are shared out among the processes; the first one writes.
+    Under torchrun, the processes divide the batches among them; the first one writes.
 
     Args:
-        checkpoint: a bundled name, one of our .safetensors files or an OpenAI .pt.
-        n: how many images; 16, or one a label.
+        checkpoint: a bundled name, one of this package's .safetensors files or an OpenAI .pt.
+        n: how many images; 16, or one per label.
         steps: 50; ddim50; 10,15,20 for sections; optimal-8, analytic-8
             or pictures-8 for a schedule of the checkpoint.
-        labels: class numbers or names, 0,1,boot; -1 for none; "all" for every class, n images in all.
+        labels: class numbers or names, 0,1,boot; -1 for none; "all" for all classes in turn.
         sampler: ancestral (ddpm), DDIM, or a solver for few steps: DPM-Solver++ (dpm++, dpm++3, with noise
             dpm++sde) or UniPC (unipc, unipc3).
         eta: the noise of DDIM, from 0 to 1.
-        variance: of ddpm and ddim: analytic, of the moments that `iddpm steps` stores, or optimal, of the
-            head that `iddpm covariance` trains; of ddpm: fixed_small or fixed_large; the network's own if not
-            given.
-        guidance_scale: of classifier-free guidance; 1 is without.
+        variance: with ddpm and ddim: analytic, by the moments that `iddpm steps` stores, or optimal, by the
+            heads that `iddpm covariance` trains; with ddpm: fixed_small or fixed_large; by default the
+            network's own.
+        guidance_scale: of classifier-free guidance; 1 for none.
         classifier: a classifier of noisy images that guides the samples to their labels: a .safetensors file,
             the folder of a run, or a .pt of guided-diffusion.
-        classifier_scale: what its gradient is multiplied by.
-        classifier_flags: of a .pt that needs them, "image_size=64 classifier_depth=2 ...".
-        seed: names all noise; random draws one and says which.
+        classifier_scale: factor of its gradient.
+        classifier_flags: for a .pt that needs them, "image_size=64 classifier_depth=2 ...".
+        seed: of all noise; random draws one and prints it.
         out: a .png for a grid, an .npz for arrays, no suffix for a folder of PNGs.
         animate: a .webp or .gif file for the chain.
         low_res: an .npz of uint8 images [N, h, w, C] (arr_0), for a super-resolution checkpoint.
         upsampler: a super-resolution checkpoint that enlarges the images, with the same labels.
-        upsampler_steps: its steps; as many as steps if not given.
-        flags: of an OpenAI .pt that needs them, "image_size=64 noise_schedule=cosine ...".
+        upsampler_steps: its steps; by default those of --steps.
+        flags: for an OpenAI .pt that needs them, "image_size=64 noise_schedule=cosine ...".
         columns: of the grid.
-        scale: pixels a pixel in the grid.
-        batch_size: most images at once.
+        scale: output pixels per image pixel in the grid.
+        batch_size: maximum number of images at once.
         clip: clamp every predicted image to [-1, 1].
         dtype: precision of the network.
         engine: use an engine where one supports the network.
-        exact: engines take only algorithms that round like direct convolution.
+        exact: engines use only algorithms as accurate as direct convolution.
         backend: of the op reverse_step: auto, reference, cpu, cuda or triton.
         device: auto, cpu, cuda or cuda:1.
     """
@@ -145,7 +145,7 @@ def run(
     began = time.perf_counter()
     frames: list[Tensor] = []
     if animate is not None:
-        # A hundred frames show the chain as well as thousands.
+        # At most a hundred frames.
         every = -(-request.spec.diffusion.num_timesteps // 100)
         frames = [step.x for step in loop.walk(request) if step.t % every == 0]
         x: Tensor | None = frames[-1]
@@ -198,7 +198,7 @@ def _labels(
     num_classes: int | None,
     class_names: Sequence[str] | None,
 ) -> list[int] | None:
-    """Class numbers of numbers, names and the word "all"."""
+    """Class numbers from numbers, names and the word "all"."""
     if given is None:
         return None
     if num_classes is None:

@@ -1,4 +1,4 @@
-"""Find the best steps to take for every number of steps, and store them in the checkpoint."""
+"""Find the best step schedule for every number of steps, and store them in the checkpoint."""
 
 from __future__ import annotations
 
@@ -33,30 +33,30 @@ def run(
     batch_size: int | None = None,
     device: str = "auto",
 ) -> None:
-    """Finds the schedules of 2 to `most` steps with the best bound; `--steps optimal-25` takes them then.
+    """Finds the schedules of 2 to `most` steps with the best bound, for `--steps optimal-25`.
 
-    With --for pictures, those whose images stay nearest to a fine walk's, for `--steps pictures-25`.
-    The moments that evaluations for the bound give are stored too, for `--variance analytic`.
+    With --for pictures: those whose images stay closest to those of many steps, for `--steps pictures-25`.
+    For the bound, the moments of the network's outputs are stored too, for `--variance analytic`.
 
-    After an interruption, the same call goes on where it was. Under torchrun, the steps are shared out
-    among the processes; the first one writes.
+    After an interruption, the same call continues. Under torchrun, the processes divide the
+    steps among them; the first one writes.
 
     Args:
-        checkpoint: a bundled name, one of our .safetensors files or an OpenAI .pt.
-        data: a folder, zip or array of images, of training best; classes are taken by their names. Needed for
-            the bound.
+        checkpoint: a bundled name, one of this package's .safetensors files or an OpenAI .pt.
+        data: a folder, zip or array of images, preferably training images; classes are matched by their
+            names. Needed for the bound.
         purpose: bound or pictures.
-        classes: where they come from: auto, folders, names, file (dataset.json), ids, none or a column.
-        value_range: the values of black and white, 0,1 or 0,4095 or =-1,1, where their type does not tell.
-        alpha: what becomes of transparent pixels: refuse; drop (the colours below show); black or white.
-        split: of data that has both.
-        n: how many images: of the data, a random choice of 64; for pictures, 256 that are drawn.
-        candidates: how many of the chain's steps may be chosen; each costs an evaluation an image. 500; for
-            pictures 128.
-        most: the most steps of a schedule: 250; for pictures 100.
-        out: the checkpoint to write; in place if not given.
-        seed: names the noise.
-        batch_size: most evaluations at once.
+        classes: source of the classes: auto, folders, names, file (dataset.json), ids, none or a column.
+        value_range: the values of black and white, 0,1 or 0,4095 or =-1,1, if the type does not imply them.
+        alpha: handling of transparent pixels: refuse; drop (keep their colours); black or white.
+        split: train or test, for data that has both.
+        n: how many images: by default 64 random ones of the data; for pictures 256, which are drawn.
+        candidates: how many of the chain's steps to consider; each costs an evaluation per image. By default
+            500; for pictures 128.
+        most: the largest number of steps: by default 250; for pictures 100.
+        out: the checkpoint to write; by default in place.
+        seed: of the noise.
+        batch_size: maximum number of evaluations at once.
         device: auto, cpu, cuda or cuda:1.
     """
     starting("steps", f"loading {checkpoint}")
@@ -89,7 +89,7 @@ def run(
             shuffle=True,
         )  # fmt: skip
         began = time.perf_counter()
-        # Beside the checkpoint, so that an interrupted search finds it.
+        # Beside the checkpoint, so that an interrupted search can continue.
         state = beside(target, ".steps")
         found = search(request, candidates, most, state, processes)
         seconds = time.perf_counter() - began
@@ -122,7 +122,7 @@ def _for_pictures(
     seed: int,
     batch_size: int | None,
 ) -> None:
-    """Stores the schedules whose images stay nearest to those of a fine walk."""
+    """Stores the schedules whose images stay closest to those of many steps."""
     from iddpm_ext.checkpoint import save
     from iddpm_ext.sampling.pictures import find_picture_schedules
 
@@ -135,7 +135,7 @@ def _for_pictures(
     seconds = time.perf_counter() - began
     shown = sorted({*_SHOWN, max(found.steps)} & set(found.steps))
     lines = [f"{n} images, {seconds:.0f} s"]
-    lines += [f"pictures-{k:<4} {found.distance[k]:.4f} from the fine walk, at most" for k in shown]
+    lines += [f"pictures-{k:<4} at most {found.distance[k]:.4f} from many steps" for k in shown]
     result(
         "\n".join([*lines, str(target)]),
         {

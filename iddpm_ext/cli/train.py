@@ -24,8 +24,7 @@ def run(
 
     Args:
         config: the run.
-        config_file: a JSON file of these settings, such as a run's config.json. Flags that are given go
-            before it.
+        config_file: a JSON file of these settings, such as a run's config.json. Flags override it.
     """
     starting("train", f"opening {config.data}")
     from iddpm_ext.training.loop import train
@@ -36,7 +35,7 @@ def run(
 
 
 def next_command(config: TrainConfig) -> str:
-    """What to type to see what the run has made."""
+    """The command that shows what the run has made."""
     out = shlex.quote(config.out)
     if config.classifier:
         return f"iddpm sample NETWORK --labels all --classifier {out} --out samples.png"
@@ -46,7 +45,7 @@ def next_command(config: TrainConfig) -> str:
 
 
 def bind(arguments: Sequence[str]) -> Callable[..., None]:
-    """`run` with the settings of the file that `arguments` name, if any, as the defaults of its flags."""
+    """`run` whose flags have the defaults of the configuration file in `arguments`, if there is one."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config-file", "--config_file", type=Path)
     file = parser.parse_known_args(arguments)[0].config_file

@@ -1,4 +1,4 @@
-"""Measure which convolutions are fastest on this CPU, for the sampling engine to follow."""
+"""Measure which convolution algorithms are fastest on this CPU, for the CPU engine to use."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ def run(
     rounds: int = 7,
     out: Path | None = None,
 ) -> None:
-    """Measures the convolutions of one network and stores what is fastest.
+    """Measures the convolutions of one network and stores the fastest algorithms.
 
     Args:
         checkpoint: a bundled name or a file: the network.
-        batch_sizes: numbers of images that are evaluated at once.
+        batch_sizes: batch sizes to measure.
         rounds: how often each operation is timed.
-        out: the table to write or update; the one in the user's cache directory if left out.
+        out: the table to write or update; by default the one in the user's cache directory.
     """
     import iddpm_ext
     from iddpm_ext.sampling import tune

@@ -1,4 +1,4 @@
-"""Images that are already one array: what every reader of a fixed-size format returns."""
+"""Images in one array, as every reader of a fixed-size format returns them."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ class ArrayData:
 
     Args:
         images: [N, H, W], [N, H, W, C] or [N, C, H, W] with C of 1 or 3; uint8, uint16, or floating
-            in [-1, 1], or of the `value_range`. May be memory-mapped: only what is asked for is read, but
-            floating values are all looked at once.
+            in [-1, 1], or of the `value_range`. May be memory-mapped: only requested images are read, except
+            that floating values are all checked once.
         labels: integers [N] from 0, or None.
-        class_names: one a class; the numbers if not given.
-        image_size: side of the square that each image is brought to; None keeps them as they are.
-        value_range: the values of black and white; None: those of the type, where that is not in doubt.
-        classes: "auto"; "ids" makes a class of each different label, whatever the numbers; "none" leaves
-            labels out.
-        notes: what is to be said of the data before it is used.
+        class_names: one per class; the numbers if not given.
+        image_size: side of the square that each image is resized to; None keeps them as they are.
+        value_range: the values of black and white; None: those of the type, if that is unambiguous.
+        classes: "auto"; "ids" makes a class of each different label, whatever the numbers; "none" ignores
+            labels.
+        notes: messages about the data.
 
     Raises:
         ValueError or TypeError for anything else.
@@ -53,7 +53,7 @@ class ArrayData:
         if images.dtype.kind not in "buif":
             raise TypeError(f"ArrayData: images must be numbers, got {images.dtype}")
         self._images = _channels_last(images)
-        #: The type of the values, and the least and largest of those that were looked at.
+        #: The type of the values, and the smallest and largest of those that were checked.
         self.dtype = images.dtype
         self.extremes = extremes(self._images)
         self._range = choose_range("ArrayData: images", images.dtype, self.extremes, value_range)
@@ -92,8 +92,8 @@ class ArrayData:
             indices: int64 [N].
 
         Returns:
-            float32 [N, C, H, W] in [-1, 1]; the indices; and no complaints, since an array has no
-            unreadable images.
+            float32 [N, C, H, W] in [-1, 1]; the indices; and an empty list, since an array has no unreadable
+            images.
 
         Raises:
             ValueError: values outside the range.
@@ -115,7 +115,7 @@ def _resized(image: np.ndarray, size: int) -> np.ndarray:
 
 
 def _channels_last(images: np.ndarray) -> np.ndarray:
-    """[N, H, W, C] for any of the layouts that ArrayData takes."""
+    """images as [N, H, W, C], from any of the layouts of `ArrayData`."""
     if images.ndim == 3 and images.shape[-1] in (1, 3):
         raise ValueError(
             "ArrayData: images must be [N, H, W, C] where they have channels, also one image alone, got "

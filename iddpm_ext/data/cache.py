@@ -1,4 +1,4 @@
-"""Images that are decoded once and then kept in memory."""
+"""Decodes images once and keeps them in memory."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _HALF = 127.5
 
 
 class CachedData:
-    """The images of `data`, all decoded at once; what `images` returns is what `data` returns, to the bit.
+    """All images of `data`, decoded in advance; `images` returns the same bits as that of `data`.
 
-    workers: processes that decode; 0 does it in this one. 8-bit images take a byte a channel, others four.
+    workers: processes that decode; 0 decodes in this one. 8-bit images take a byte per channel, others four.
 
-    Raises ValueError where they do not fit into memory, and whatever `data` raises.
+    Raises ValueError if they do not fit into memory, and whatever `data` raises.
     """
 
     def __init__(self, data: ImageData, workers: int = 0):
@@ -54,7 +54,7 @@ class CachedData:
         return len(self._data)
 
     def images(self, indices: Tensor) -> tuple[Tensor, Tensor, list[str]]:
-        """As of `ImageData`."""
+        """As in `ImageData`."""
         complaints = [
             line
             for i in indices.tolist()
@@ -64,12 +64,12 @@ class CachedData:
         return _as_floats(self._images[indices]), self._used[indices], complaints
 
     def labels(self, indices: Tensor) -> Tensor | None:
-        """As of `ImageData`."""
+        """As in `ImageData`."""
         return self._data.labels(indices)
 
 
 class _Chunk(NamedTuple):
-    """Consecutive images, uint8 where that is exact; complaints by number in the chunk."""
+    """Consecutive images, uint8 if that is exact; messages on unreadable ones, by index in the chunk."""
 
     images: Tensor
     used: Tensor
@@ -87,7 +87,7 @@ class _Chunks(Dataset):
         at = torch.tensor(indices, dtype=torch.int64, device="cpu")
         images, used, found = self._data.images(at)
         complaints = {}
-        if found:  # rare: again one by one, to know whose they are
+        if found:  # rare: read one by one, to attribute the messages
             each = {i: self._data.images(at[i : i + 1])[2] for i in range(len(at))}
             complaints = {i: lines for i, lines in each.items() if lines}
         levels = ((images + 1) * _HALF).round_().to(torch.uint8)
@@ -107,7 +107,7 @@ def _decoded(data: ImageData, workers: int) -> Iterator[_Chunk]:
         num_workers=workers,
         collate_fn=_first,
         worker_init_fn=ignore_signals,
-        # Its own generator: the loader would otherwise advance the global one.
+        # A separate generator, since the loader would otherwise advance the global one.
         generator=torch.Generator(device="cpu"),
     )
     return iter(loader)

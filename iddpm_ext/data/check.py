@@ -1,4 +1,4 @@
-"""What would go wrong in training on these images, found out before."""
+"""Checks data for problems before training."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _CHUNK = 1000
 
 @dataclass
 class DataReport:
-    """What `check_data` found. Counters map a property to the number of images that have it.
+    """The result of `check_data`. Counters map a property to the number of images that have it.
 
-    values: least and largest by the type of the values. unclear: what reading would refuse, as it could be
-    meant in more than one way, with the ways. notes: what it leaves out or changes.
+    values: smallest and largest, by type. unclear: what reading would refuse because it is ambiguous, with
+    the possible meanings. notes: what reading skips or changes.
     """
 
     path: str
@@ -45,7 +45,7 @@ class DataReport:
 
     @property
     def sound(self) -> bool:
-        """Whether training would meet every image as it expects it."""
+        """Whether training can use every image."""
         return not (self.unreadable or self.unclear or self.empty_classes)
 
     def __str__(self) -> str:
@@ -78,13 +78,13 @@ def check_data(
     value_range: Sequence[float] | None = None,
     alpha: str = "refuse",
 ) -> DataReport:
-    """Reads every image of one split and tells what they are, which cannot be read, and what reading changes.
+    """Reads every image of one split and reports its properties, unreadable images, and what reading changes.
 
     Args:
         path, split, classes, value_range, alpha: as `open_data` takes them.
 
     Raises:
-        FileNotFoundError or ValueError: there is nothing that could be checked.
+        FileNotFoundError or ValueError: there is nothing to check.
     """
     is_hub = str(path).startswith("hf:") or is_saved_dataset(Path(path))
     source = None if is_hub else file_source(path)

@@ -1,4 +1,4 @@
-"""Classes have names: what a label of the data means, and which class of a network that is."""
+"""Names of classes: of the data's labels, and which class of a network each of them is."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Names are made for numbers up to here without a question, or up to the number of images.
+# Labels up to this number, or up to the number of images, are accepted as class numbers.
 _MOST_CLASSES = 10_000
 _SHOWN = 10
 
 
 class Labelled(NamedTuple):
-    """labels: int64 [N] on the CPU, indices of names. names: one a class."""
+    """labels: int64 [N] on the CPU, indices of names. names: one per class."""
 
     labels: Tensor
     names: tuple[str, ...]
@@ -34,10 +34,10 @@ def of_numbers(
 ) -> Labelled:
     """The classes of images that are labelled by a whole number each.
 
-    A number is the class of this number, and names are the numbers where none are given. With `ids` the
-    different numbers are the classes, in ascending order: any numbers will do.
+    A label is the number of its class, and the names are the numbers unless given. With `ids` the distinct
+    labels, which may be any numbers, are the classes in ascending order.
 
-    Raises ValueError or TypeError for labels that are not that.
+    Raises ValueError or TypeError for other labels.
     """
     if labels.dtype.kind not in "iu":
         raise TypeError(f"{who}: labels must be integers, got {labels.dtype}")
@@ -68,16 +68,16 @@ def match_classes(
     network_names: Sequence[str] | None,
     network_classes: int,
 ) -> Tensor:
-    """The network's class of each class of the data, int64 [len(names)], -1 for those that are not used.
+    """The network's class for each class of the data, int64 [len(names)]; -1 for unused ones.
 
-    Names decide. Where the names are numbers and the network's are not, or it has none, a number is the
-    network's class of this number. A network without names takes others only if they are as many as its
-    classes: both count sorted names.
+    Classes are matched by name. If the data's names are numbers and the network's are not, or it has none,
+    they are the network's class numbers. Other names fit a network without names only if there are as many as
+    its classes: both are then taken for sorted names.
 
     Args:
         who: the function that errors name.
-        names: the data's, one a class. used: which of them occur.
-        network_names: the checkpoint's, one a class, or None. network_classes: how many it has.
+        names: the data's, one per class. used: which of them occur.
+        network_names: the checkpoint's, one per class, or None. network_classes: how many it has.
 
     Raises:
         ValueError: naming the difference.

@@ -1,4 +1,4 @@
-"""What image files lie in: a folder, or a zip archive."""
+"""Sources of image files: a folder, or a zip archive."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .classes import shown
 from .image import BadImage
 from .names import printable
 
-# A file or member that is, or claims to be, larger is refused unread.
+# Larger files and members are refused without reading them.
 _MAX_FILE_BYTES = 1 << 29
 
 
@@ -30,7 +30,7 @@ class Folder:
         self.path = path
 
     def survey(self) -> Survey:
-        """All that is there. The folders themselves go before links to them."""
+        """All files and folders. Real folders have priority over links to them."""
         files: list[str] = []
         folders: list[str] = []
         links: list[str] = []
@@ -39,7 +39,7 @@ class Folder:
         again: list[str] = []
         pending = [""]
         while pending or links:
-            # Every real folder first, so that a link never takes its place.
+            # All real folders before links.
             name = pending.pop() if pending else links.pop()
             try:
                 state = os.stat(self.path / name)
@@ -54,7 +54,7 @@ class Folder:
                         if entry.is_dir():
                             (links if entry.is_symlink() else pending).append(path)
                         elif entry.is_file() or entry.is_symlink():
-                            files.append(path)  # a broken link too: reading it names it
+                            files.append(path)  # broken links too, for an error on reading
                 if name:
                     folders.append(name)
             except OSError as error:
@@ -85,7 +85,7 @@ class Zip:
     def __init__(self, path: Path):
         self.path = path
         self._opened: tuple[int, zipfile.ZipFile] | None = None
-        # Some tools of Windows write backslashes.
+        # Some Windows tools write backslashes.
         self._members: dict[str, zipfile.ZipInfo] = {}
         self._twice: list[str] = []
         for info in self._archive().infolist():
@@ -95,7 +95,7 @@ class Zip:
             self._members[name] = info
 
     def survey(self) -> Survey:
-        """All that is there."""
+        """All files and folders."""
         notes = []
         if self._twice:
             names = shown(list(map(printable, self._twice)))
@@ -117,7 +117,7 @@ class Zip:
             raise BadImage(f"{shown_name}: must be readable, got {error}") from error
 
     def _archive(self) -> zipfile.ZipFile:
-        # A file position shared between forked workers would mix their reads.
+        # Opened anew in forked workers, which would otherwise share a file position.
         if self._opened is None or self._opened[0] != os.getpid():
             try:
                 self._opened = (os.getpid(), zipfile.ZipFile(self.path))

@@ -41,9 +41,10 @@ _PROBED = 64
 
 
 class Listing(NamedTuple):
-    """Which images there are. names: sorted; classes: or None; empty: folders of classes without a file.
+    """The images of a source.
 
-    notes: what a user may not expect.
+    names: sorted. classes: of each image, or None. empty: folders of classes without a file. notes: messages
+    on what a user may not expect.
     """
 
     names: list[str]
@@ -53,9 +54,9 @@ class Listing(NamedTuple):
 
 
 def list_images(source: Folder | Zip, split: str, classes: str) -> Listing:
-    """The images of a split with their classes, by names alone: none is opened.
+    """The images of a split with their classes, by names alone, without opening them.
 
-    Raises ValueError where there are none, or where it is not clear which they are.
+    Raises ValueError if there are none, or if it is ambiguous which they are.
     """
     if classes not in CLASSES:
         raise ValueError(f"open_data: classes must be one of {', '.join(CLASSES)}, got {classes!r}")
@@ -94,31 +95,31 @@ def list_images(source: Folder | Zip, split: str, classes: str) -> Listing:
 
 
 class FileData:
-    """Images in files, decoded when asked for.
+    """Images in files, decoded on request.
 
     Args:
         source: a `Folder` or a `Zip`.
-        split: "train" or "test"; where the top folders bear such names, only its own is read. "all": no
-            folder is taken for a split.
-        image_size: side of the square that each image is brought to; None demands that all have one size:
-            64 spread over the data must, and an image of another counts as unreadable.
-        channels: 1 or 3; None takes 1 where every one of the first images is grey.
+        split: "train" or "test"; if the top folders have such names, only the one of this name is read. With
+            "all" such folders are not splits.
+        image_size: side of the square that each image is resized to; None requires equal sizes: those of
+            64 images spread over the data are compared, and images of other sizes count as unreadable.
+        channels: 1 or 3; None takes 1 if all of the first images are grey.
         bad_images: "skip" replaces an unreadable image by the next readable one and names it;
             "stop" raises BadImage.
         classes: "auto": those of a dataset.json, else the first folders below the split, or else the file
-            names up to the first "_" (the original's rule), when that gives at least two classes with two
-            images each on average. "folders", "names", "file" (dataset.json), "ids" (its numbers, any) and
-            "none" say which.
+            names up to the first "_" (the original's rule), if that gives at least two classes with two
+            images each on average. "folders", "names", "file" (dataset.json), "ids" (arbitrary numbers in
+            dataset.json) and "none" select a source.
         value_range: the values of black and white in files of more than 8 bits, or of masks; None: 0 and
-            65535 of 16 bits, where that is not in doubt.
-        alpha: "refuse" images with transparent pixels; or "drop" the transparency, or lay images over
+            65535 for 16 bits, if that is unambiguous.
+        alpha: "refuse" images with transparent pixels; or "drop" the transparency, or composite images over
             "black" or "white".
 
-    notes: what of the files is left out or changed on the way, one line each.
+    notes: one line for everything in the files that is skipped or changed.
 
     Raises:
-        ValueError: no images, no readable ones among those 64, sizes that differ with no image_size given, or
-        images whose meaning is not certain.
+        ValueError: no images, no readable ones among those 64, different sizes without image_size, or
+        ambiguous values.
     """
 
     def __init__(
@@ -159,11 +160,11 @@ class FileData:
             indices: int64 [N].
 
         Returns:
-            float32 [N, C, H, W] in [-1, 1]; the indices of the images that these are, which differ from
-            those asked for where an image was unreadable; and a line for every unreadable one.
+            float32 [N, C, H, W] in [-1, 1]; their indices, which differ from the requested ones where an
+            image was unreadable; and a line for every unreadable one.
 
         Raises:
-            BadImage: an unreadable image with bad_images="stop", or a whole run of them.
+            BadImage: an unreadable image with bad_images="stop", or too many in a row.
         """
         complaints: list[str] = []
         found = [self._nearest(int(index), complaints) for index in indices]
@@ -176,7 +177,7 @@ class FileData:
         return None if self._labels is None else self._labels[indices]
 
     def label(self, index: int) -> str:
-        """How messages call an image."""
+        """The name of an image in messages."""
         return f"{printable(str(self.source.path))}/{printable(self.names[index])}"
 
     def _nearest(self, index: int, complaints: list[str]) -> tuple[np.ndarray, int]:
@@ -205,7 +206,7 @@ class FileData:
         return array
 
     def _probe(self, channels: int | None) -> tuple[int, int, int]:
-        """(C, H, W), from images spread over the data; what is unclear in one of them is raised."""
+        """(C, H, W), from images spread over the data; raises what is ambiguous in one of them."""
         chosen = np.unique(np.linspace(0, len(self) - 1, min(len(self), _PROBED)).astype(int))
         problem = ""
         sizes: Counter[tuple[int, int]] = Counter()
@@ -251,13 +252,13 @@ class FileData:
 
 
 class Extremes:
-    """The least and largest values of 8-bit images and of deeper ones, to tell what they mean."""
+    """The smallest and largest values of 8-bit images and of deeper ones, by which they are interpreted."""
 
     def __init__(self) -> None:
         self.found: dict[np.dtype, Range] = {}
 
     def add(self, image: Image.Image) -> None:
-        """Counts an opened image in; a palette's numbers are no values."""
+        """Adds an opened image; indices of palettes do not count."""
         values = deep_values(image) if is_deep(image) else np.asarray(image)
         if image.mode in ("1", "P", "PA"):
             return
@@ -266,13 +267,13 @@ class Extremes:
         self.found[values.dtype] = (min(low, least), max(high, most))
 
     def check(self, who: str, given: Range | None) -> None:
-        """ValueError where it is not clear which values are black and white."""
+        """ValueError if it is ambiguous which values are black and white."""
         for dtype, found in self.found.items():
             choose_range(f"{who}: images", dtype, found, given)
 
 
 def resizing_note(sizes: Counter[tuple[int, int]], size: int) -> list[str]:
-    """What is said of sizes (H, W) that are not `size` x `size`."""
+    """The message on sizes (H, W) that are not `size` x `size`."""
     others = [f"{w}x{h}" for (h, w), _ in sizes.most_common() if (h, w) != (size, size)]
     if not others:
         return []

@@ -1,4 +1,4 @@
-"""Readers of array files: NumPy's and CIFAR's binary batches. Nothing here is ever unpickled."""
+"""Readers of NumPy's array files and CIFAR's binary batches. Nothing here is ever unpickled."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class _Header(NamedTuple):
 
 
 def _read_header(file: Stream, size: int) -> _Header:
-    """What an array's file says of it; ValueError where it says nothing, or more than `size` bytes hold."""
+    """The header of an array's file; ValueError if it is malformed or describes more than `size` bytes."""
     start = file.read(8)
     if len(start) < 8 or start[:6] != b"\x93NUMPY":
         raise ValueError("a file that does not begin like an array")
@@ -101,7 +101,7 @@ def read_npz(path: Path) -> Arrays:
 
 
 def _read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
-    """One array. What its header claims is compared with what there is: it sizes no memory."""
+    """One array. Its header is compared with the actual size before any memory is allocated."""
     with archive.open(member) as file:
         shape, by_column, dtype, needed = _read_header(file, member.file_size)
         values = read_at_most(file, needed + 1)

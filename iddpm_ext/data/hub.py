@@ -32,13 +32,13 @@ class HubData:
         split: of the data set.
         image_size: side of the square that each image is brought to; None takes the first image's size.
         channels: 1 or 3; None takes 1 where the first images are all grey.
-        classes: "auto", "none", or the name of the column of classes, which must be given where there are
+        classes: "auto", "none", or the name of the column of classes, which must be given if there are
             several.
-        value_range, alpha: as of `FileData`.
+        value_range, alpha: as in `FileData`.
 
     Raises:
-        ImportError: `datasets` is not installed. ValueError: there is no image column, several columns could
-        be meant, or images cannot be read.
+        ImportError: `datasets` is not installed. ValueError: there is no image column, several columns are
+        possible, or images cannot be read.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class HubData:
             values = np.array(rows[column][:], dtype=np.int64)
             found = of_numbers("open_data", values, features[column].names)
             self._labels, self.class_names = found
-        # The library would decode images itself, with other limits than ours.
+        # Not decoded by the library, which has other limits.
         self._rows = rows.cast_column(self._column, datasets.Image(decode=False))
         self._size, self._reading = image_size, Reading(value_range, alpha)
         self.image_shape = self._probe(channels)

@@ -19,7 +19,7 @@ def read_idx(path: str | Path) -> np.ndarray:
     """The array of one IDX file, in native byte order.
 
     Layout: two zero bytes, a type code, the number of dimensions, each size as a big-endian uint32,
-    then the values. Raises ValueError when the file is not that, or is shorter or longer than it says.
+    then the values. Raises ValueError if the file is malformed, or shorter or longer than its header says.
     """
     path = Path(path)
     try:
@@ -49,10 +49,10 @@ def _read_array(path: Path, file: Stream) -> np.ndarray:
 
 
 def find_idx(path: Path, split: str) -> tuple[Path, Path | None] | None:
-    """The (images, labels) files of `path`: a folder of the family's file names, or one file of images.
+    """The (images, labels) files of `path`: a folder with MNIST's file names, or one file of images.
 
-    split is "train" or "test" and picks among a folder's files. The labels are None where no
-    file has the images' name with "images-idx3" as "labels-idx1". Returns None for anything else.
+    split: "train" or "test", selects among a folder's files. The labels are None if there is no file with the
+    images' name and "labels-idx1" instead of "images-idx3". Returns None for anything else.
     """
     if path.is_dir():
         stem = f"{_PREFIXES[split]}images-idx3-ubyte"

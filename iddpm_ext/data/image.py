@@ -1,4 +1,4 @@
-"""From the bytes of one image file to the square of float32 values that a network sees."""
+"""Decodes one image file to the square of float32 values that a network takes."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .values import Range, choose_range, to_signed_unit
 
-# More pixels than this are taken for a decompression bomb; Pillow only warns until twice its own limit.
+# Larger images are taken for decompression bombs; Pillow itself only warns up to twice its own limit.
 MAX_PIXELS = 100_000_000
 ALPHA = ("refuse", "drop", "black", "white")
-# No format whose decoder would start another program, as PostScript's does.
+# Without formats whose decoders start another program, such as PostScript.
 _FORMATS = (
     "PNG", "JPEG", "GIF", "WEBP", "BMP", "DIB", "TIFF", "PPM", "TGA", "JPEG2000", "AVIF",
 )  # fmt: skip
@@ -28,15 +28,15 @@ class BadImage(ValueError):
 
 
 class UnclearImage(BadImage):
-    """An image that could be meant in more than one way; the message says how to tell."""
+    """An ambiguous image; the message says how to resolve the ambiguity."""
 
 
 class Reading(NamedTuple):
-    """How images are to be understood where their files do not tell.
+    """How to interpret images whose files are ambiguous.
 
     value_range: black and white of images of more than 8 bits, or of 8-bit masks of 0 and 1; None for
-    0 .. 65535 of 16 bits. alpha: what becomes of transparent pixels, one of ALPHA: "drop" shows the colour
-    below them, "black" and "white" lay the image over that colour.
+    0 .. 65535 of 16 bits. alpha: handling of transparent pixels, one of ALPHA: "drop" keeps their colours,
+    "black" and "white" composite the image over that colour.
     """
 
     value_range: Range | None = None
@@ -46,14 +46,14 @@ class Reading(NamedTuple):
 def open_image(data: bytes | BinaryIO, name: str) -> Image.Image:
     """The first frame of an image file, complete and upright (EXIF orientation applied).
 
-    name: for the message of BadImage, which is raised when the file is empty, truncated, of no known format,
-    or claims more than MAX_PIXELS pixels.
+    name: for the message of BadImage, which is raised if the file is empty, truncated, of no known format,
+    or has more than MAX_PIXELS pixels.
     """
     return look_at(data, name)[0]
 
 
 def look_at(data: bytes | BinaryIO, name: str) -> tuple[Image.Image, list[str]]:
-    """The image as `open_image` gives it, and what of its file does not show in it."""
+    """The image as `open_image` returns it, and messages on what reading ignores or changes."""
     file = io.BytesIO(data) if isinstance(data, bytes) else data
     Image.init()
     formats = [kind for kind in _FORMATS if kind in Image.OPEN]
@@ -65,7 +65,7 @@ def look_at(data: bytes | BinaryIO, name: str) -> tuple[Image.Image, list[str]]:
                 raise BadImage(
                     f"{name}: must have at most {MAX_PIXELS} pixels, got {image.width}x{image.height}"
                 )
-            # A photograph's second picture (MPO) is its preview.
+            # The second image of a photograph (MPO) is its preview.
             moving = getattr(image, "is_animated", False) and image.format != "MPO"
             shortened = ";16" in str(image.tile) and image.mode not in _DEEP
             image.load()
@@ -107,19 +107,19 @@ def is_deep(image: Image.Image) -> bool:
 
 
 def bit_depth(image: Image.Image) -> int:
-    """Bits a channel of the file, as far as Pillow keeps them: 1, 8, 16 or 32."""
+    """Bits per channel of the file, as far as Pillow keeps them: 1, 8, 16 or 32."""
     return {"1": 1, "F": 32}.get(image.mode, 16 if image.mode in _DEEP else 8)
 
 
 def is_transparent(image: Image.Image) -> bool:
-    """Whether a pixel is not wholly opaque."""
+    """Whether any pixel is not opaque."""
     if not image.has_transparency_data:
         return False
     return int(np.asarray(image.convert("RGBA").getchannel("A")).min()) < 255
 
 
 def deep_values(image: Image.Image) -> np.ndarray:
-    """[H, W] of an image with `is_deep`: uint16 where values fit, else what the file has."""
+    """[H, W] of an image with `is_deep`: uint16 if the values fit, else of the file's type."""
     values = np.asarray(image)
     if values.dtype.kind == "f":
         return values
@@ -137,7 +137,7 @@ def to_array(
     """float32 [H, W, channels] in [-1, 1]; with `size`, resized and cropped to that square.
 
     16-bit values keep their precision (65535 becomes 1). name: for the message of BadImage, raised for
-    values outside the range that `reading` gives, and of UnclearImage, where it should give more.
+    values outside the range of `reading`, and of UnclearImage, raised if `reading` must be more specific.
     """
     reading = Reading() if reading is None else reading
     if image.mode in _DEEP:
@@ -163,7 +163,7 @@ def _deep_unit(image: Image.Image, reading: Reading, name: str) -> np.ndarray:
     if image.has_transparency_data and reading.alpha != "drop":
         raise UnclearImage(f"{name}: must be without transparency where it has 16 bits, got some")
     values, given = deep_values(image), reading.value_range
-    # Whether 16 bits are used to the full shows in many images, not in one.
+    # Whether all 16 bits are used is decided over many images, not here.
     if given is None and values.dtype == np.uint16:
         given = (0.0, 65535.0)
     if given is None and values.dtype.kind == "f":
@@ -183,7 +183,7 @@ def _unit(values: np.ndarray, given: Range | None, name: str) -> np.ndarray:
 
 
 def _fitted(image: Image.Image, size: int, name: str) -> Image.Image:
-    """`fit`, unless the longer side would grow with the shorter one beyond MAX_PIXELS."""
+    """`fit`, unless resizing would first enlarge the image beyond MAX_PIXELS."""
     short, long = sorted(image.size)
     if size * (long * size / short) > MAX_PIXELS:
         raise BadImage(
@@ -205,10 +205,10 @@ def _opaque(image: Image.Image, alpha: str, name: str) -> Image.Image:
 
 
 def fit(image: Image.Image, size: int) -> Image.Image:
-    """The largest centred square of `image`, brought to `size` x `size`, as the original does it.
+    """The largest centred square of `image`, resized to `size` x `size` like the original.
 
-    Halved by averaging while the shorter side is at least twice the goal, then bicubic so that the shorter
-    side fits, then cropped in the middle. Source: improved-diffusion's image_datasets.py.
+    Halved by averaging while the shorter side is at least twice `size`, then resized bicubically so that the
+    shorter side is `size`, then cropped at the centre. Source: improved-diffusion's image_datasets.py.
     """
     if image.size == (size, size):
         return image

@@ -29,11 +29,11 @@ def read_label_file(
 ) -> tuple[Labelled | None, list[str]]:
     """The labels of these images, None where the file has none; and notes.
 
-    name: of the file, for messages; its images' names are relative to its folder. The file holds
-    {"labels": [["00000/img00000000.png", 6], ...]}, whole numbers or names; null is for none.
+    name: of the file, for messages; names of images in it are relative to its folder. The file holds
+    {"labels": [["00000/img00000000.png", 6], ...]}, with whole numbers or names; null means no labels.
     ids: as in `of_numbers`.
 
-    Raises ValueError where it holds anything else, or leaves an image out.
+    Raises ValueError if it holds anything else, or lacks an image.
     """
     where = f"open_data: {printable(name)}"
     try:

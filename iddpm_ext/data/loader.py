@@ -15,9 +15,10 @@ from .source import ImageData
 
 
 class Batch(NamedTuple):
-    """positions: int64 [N] in the run; images: float32 [N, C, H, W] in [-1, 1]; labels: int64 [N] or None;
+    """A batch of a run.
 
-    complaints: a line for every image that could not be read and was replaced.
+    positions: int64 [N] in the run. images: float32 [N, C, H, W] in [-1, 1]. labels: int64 [N] or None.
+    complaints: a message for every image that could not be read and was replaced.
     """
 
     positions: Tensor
@@ -29,11 +30,11 @@ class Batch(NamedTuple):
 def batches(
     data: ImageData, order: Order, positions: Iterable[list[int]], workers: int = 0
 ) -> Iterator[Batch]:
-    """The batches at these lists of positions, in this order whatever the number of workers.
+    """The batches at these lists of positions, in this order for any number of workers.
 
-    workers: processes that read and decode; 0 does it in this one. They end with it, and by no signal
-        that asks for an end: whoever sends that to the whole process group means the run, which may want
-        more batches before it stops.
+    workers: processes that read and decode; 0 does it in this process. They ignore SIGTERM and SIGINT,
+        which are meant for the run even if sent to the whole process group: it may need more batches
+        before it stops.
     """
     loader = DataLoader(
         _Positions(data, order),
@@ -41,10 +42,10 @@ def batches(
         num_workers=workers,
         collate_fn=_only,
         worker_init_fn=ignore_signals,
-        # Its own generator: the loader would otherwise advance the global one.
+        # A separate generator, since the loader would otherwise advance the global one.
         generator=torch.Generator(device="cpu"),
     )
-    # The loader draws a seed on the default device, which its generator is not on.
+    # The loader draws a seed on the default device, but its generator is on the CPU.
     with torch.device("cpu"):
         return iter(loader)
 
@@ -63,7 +64,7 @@ class _Positions(Dataset):
 
 
 def ignore_signals(worker: int) -> None:
-    """What a worker process begins with."""
+    """Initialises a worker process."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 

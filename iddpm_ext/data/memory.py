@@ -1,4 +1,4 @@
-"""How much memory a file may take: what it holds decides, never what it claims."""
+"""Limits the memory that reading a file takes to its actual content, whatever its header says."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ _STEP = 1 << 22
 
 
 class Stream(Protocol):
-    """What bytes are read from, one after the other."""
+    """A stream of bytes to read."""
 
     def read(self, size: int, /) -> bytes:
         """Up to `size` bytes; none at the end."""
 
 
 def read_at_most(file: Stream, size: int) -> bytearray:
-    """Up to `size` bytes of a stream; memory grows with what comes, not with what was announced."""
+    """Up to `size` bytes of a stream; memory grows with the bytes that are read, not with `size`."""
     found = bytearray()
     while len(found) < size:
         part = file.read(min(_STEP, size - len(found)))
@@ -28,7 +28,7 @@ def read_at_most(file: Stream, size: int) -> bytearray:
 
 
 def free_memory() -> int | None:
-    """Bytes that the system can give without swapping; None where it does not tell."""
+    """Bytes of memory that are available without swapping; None if unknown."""
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):

@@ -1,4 +1,4 @@
-"""What the names of files say: which are images, of which split, of which class."""
+"""Derives from the names of files which are images, of which split, and of which class."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ _SPLITS = {
     "train": ("train", "training"),
     "test": ("test", "val", "validation", "valid"),
 }
-# What systems put beside a user's files: thumbnails, waste and settings of folders.
+# Files that operating systems create: thumbnails, rubbish bins, settings of folders.
 _SYSTEM = (
     "__macosx", ".ds_store", ".thumbnails", "@eadir", "@__thumb", ".@__thumb", "#recycle", "@recycle",
     "$recycle.bin", ".trash", "lost+found", "system volume information", "thumbs.db", "ehthumbs.db",
     "desktop.ini",
 )  # fmt: skip
-# Folders with such names only, 00000, 00001, ..., are parts of a large set.
+# Folders that all have such names, 00000, 00001, ..., are shards of a large set.
 _SHARD = re.compile(r"\d{5,}")
 _MAY_HOLD_LABELS = (".json", ".jsonl", ".csv", ".tsv", ".txt", ".xml", ".yaml", ".parquet", ".mat")
 
 
 def printable(name: str) -> str:
-    """The name with what no terminal can show, or would obey, as \\x.. or \\u....
+    """The name with control and unprintable characters as \\x.. or \\u....
 
-    Bytes that are not UTF-8, which Python keeps as lone surrogates, become themselves: \\xe9.
+    Bytes that are not UTF-8, which Python represents by lone surrogates, are shown as bytes: \\xe9.
     """
     return "".join(c if c.isprintable() else _escaped(c) for c in name)
 
@@ -47,7 +47,7 @@ def _escaped(character: str) -> str:
 
 
 def is_system(name: str) -> bool:
-    """Whether a path is of a system's own files, or below one of its folders."""
+    """Whether a path is a file of the operating system, or below a folder of it."""
     return _system_part(name) is not None
 
 
@@ -59,7 +59,7 @@ def _system_part(name: str) -> str | None:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a part of the path begins with a dot, as what leads out of the source does."""
+    """Whether a part of the path begins with a dot, including "..", which would leave the source."""
     return any(part.startswith(".") for part in PurePosixPath(name).parts)
 
 
@@ -96,10 +96,10 @@ def images_among(names: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def in_split(names: Sequence[str], split: str) -> tuple[list[str], list[str]]:
-    """The names of one split, where the top folders are named after splits, else all; and notes.
+    """The names of one split if the top folders are named like splits, else all; and notes.
 
     split: "train", "test", or "all" for all of them whatever the folders are called.
-    Raises ValueError where it is not clear whether the folders are splits, or where the split is missing.
+    Raises ValueError if it is ambiguous whether the folders are splits, or if the split is missing.
     """
     if split == "all":
         return list(names), []
@@ -138,7 +138,7 @@ def in_split(names: Sequence[str], split: str) -> tuple[list[str], list[str]]:
 
 
 def _first_choice(paths: Sequence[tuple[str, ...]]) -> int:
-    """How many folders all paths have in common before the first one that could be a split."""
+    """How many leading folders all paths share, before the first one that could be a split."""
     named = {*_SPLITS["train"], *_SPLITS["test"]}
     for depth in range(min((len(parts) for parts in paths), default=1)):
         tops = {parts[depth] for parts in paths}
@@ -150,11 +150,11 @@ def _first_choice(paths: Sequence[tuple[str, ...]]) -> int:
 def class_of_each(
     names: Sequence[str], classes: str = "auto"
 ) -> tuple[list[str] | None, list[str]]:
-    """Each file's class by its name, or None where there are no classes; and notes.
+    """Each file's class by its name, or None if there are no classes; and notes.
 
-    classes: "auto" takes the folder below the one that all have in common, else the name up to the first
-    "_" (the original's rule), where that gives at least two classes of two images each on average;
-    "folders" and "names" demand the one or the other.
+    classes: "auto" takes the first folder that not all have in common, else the name up to the first "_"
+    (the original's rule), if that gives at least two classes of two images each on average; "folders" and
+    "names" require one or the other.
     """
     depth = len(_common_folder(names).parts)
     relative = [PurePosixPath(*PurePosixPath(name).parts[depth:]) for name in names]
@@ -222,7 +222,7 @@ def _common_folder(names: Sequence[str]) -> PurePosixPath:
 def empty_class_folders(
     folders: Sequence[str], files: Sequence[str], images: Sequence[str]
 ) -> list[str]:
-    """Of folders beside those of the classes, those without any file, sorted."""
+    """Folders without any file beside those of the classes, sorted."""
     root = _common_folder(images)
     filled = {PurePosixPath(n).parts[: len(root.parts) + 1] for n in files if not is_system(n)}
     beside = [

@@ -13,8 +13,8 @@ _ORDER_DRAW = 1
 class Order:
     """Endless passes over `count` images, each pass in its own random order.
 
-    `at(positions)` tells which image stands at each position, position being the number of images
-    seen before it since the start of the run; so that number is all that a resumed run needs.
+    `at(positions)` returns the image at each position, the number of images before it since the start of the
+    run. So that number is all that a resumed run needs.
     """
 
     def __init__(self, count: int, seed: int):
@@ -36,7 +36,7 @@ class Order:
         if number not in self._passes:
             places = torch.arange(self.count, dtype=torch.int64, device="cpu")
             key = NoiseKey(self.seed, STREAM_CHOICE, places, number, _ORDER_DRAW)
-            # 63 bits, so that ties, which would fall to the lower index, do not occur in practice.
+            # 63 bits, so that ties, which favour the lower index, do not occur in practice.
             pair = words(key, (self.count, 2), "cpu")
             keys = (pair[:, 0] << 31) ^ pair[:, 1]
             kept = {n: p for n, p in self._passes.items() if n == number - 1}

@@ -1,4 +1,4 @@
-"""One string that names the data, whatever the format."""
+"""Opens data of any format by one string."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ SPLITS = ("train", "test", "all")
 
 
 class ImageData(Protocol):
-    """What training and likelihood ask of data.
+    """The interface of data for training and likelihood.
 
-    image_shape: (C, H, W) of every image. class_names: one a class, None without classes. notes: what
-    reading leaves out or changes, one line each.
+    image_shape: (C, H, W) of every image. class_names: one per class, None without classes. notes: one line
+    for everything that reading skips or changes.
     """
 
     class_names: tuple[str, ...] | None
@@ -39,7 +39,7 @@ class ImageData(Protocol):
     def __len__(self) -> int: ...
 
     def images(self, indices: Tensor) -> tuple[Tensor, Tensor, list[str]]:
-        """float32 [N, C, H, W] in [-1, 1], the indices really used, complaints about the others."""
+        """float32 [N, C, H, W] in [-1, 1], the indices that were used, messages about the others."""
         ...
 
     def labels(self, indices: Tensor) -> Tensor | None:
@@ -64,25 +64,25 @@ def open_data(
         path: a folder or zip of image files, a .npz or .npy file of arrays, IDX files (MNIST's family) or
             CIFAR's binary batches (one, or the folder with them), or "hf:name" and folders of
             `datasets.save_to_disk` with the `data` extra.
-        split: "train" or "test", of sources that have both; of folders and zips also "all", which takes no
-            folder for a split.
+        split: "train" or "test", for sources that have both; for folders and zips also "all", for which
+            folders of these names are not splits.
         image_size: side of the square that every image is resized and cropped to; None: as they are.
-        channels: 1 or 3 for image files; None: 1 where they are all grey.
+        channels: 1 or 3 for image files; None: 1 if they are all grey.
         bad_images: "skip" or "stop", see `FileData`.
-        classes: where classes come from: "auto"; "folders", "names" (up to the first "_") or "file"
-            (dataset.json) of image files; "ids" where labels are any numbers, of which each is a class; the
-            name of a column of a Hugging Face data set; "none" for none.
-        value_range: (black, white), the values that they have: (0, 1), (-1, 1), (0, 255), (0, 4095). None
-            where the type of the values tells: 8 bits, 16 bits that are used, floating in [-1, 1].
-        alpha: what becomes of image files with transparent pixels: "refuse"; "drop" shows the colours
-            below; "black" or "white" lays them over that.
+        classes: source of the classes: "auto"; "folders", "names" (up to the first "_") or "file"
+            (dataset.json) of image files; "ids" for labels that are arbitrary numbers, each of them a class;
+            the name of a column of a Hugging Face data set; "none" for none.
+        value_range: (black, white): (0, 1), (-1, 1), (0, 255), (0, 4095). None if the type of the values
+            implies them: 8 bits, 16 bits that are all used, floating in [-1, 1].
+        alpha: handling of transparent pixels in image files: "refuse"; "drop" keeps their colours; "black" or
+            "white" composites over that colour.
 
-    Nothing is dropped, rescaled or relabelled silently: `notes` of what is returned say what was, and where
-    it is not certain what was meant, the error says how to tell.
+    Nothing is dropped, rescaled or relabelled silently: `notes` of the result list what was, and errors on
+    ambiguous data say how to resolve the ambiguity.
 
     Raises:
-        FileNotFoundError: nothing is there. ValueError: it is of no known format, damaged or empty, or
-        could be meant in more than one way.
+        FileNotFoundError: nothing is there. ValueError: it is of no known format, damaged, empty or
+        ambiguous.
     """
     if split not in SPLITS:
         raise ValueError(f"open_data: split must be one of {', '.join(SPLITS)}, got {split!r}")
@@ -117,7 +117,7 @@ def open_data(
 
 
 def file_source(path: str | Path) -> Folder | Zip | None:
-    """The folder or zip of image files at `path`, or None where it holds data in another form.
+    """The folder or zip of image files at `path`, or None if it holds data in another form.
 
     Raises FileNotFoundError or ValueError as `open_data`.
     """

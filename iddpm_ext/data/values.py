@@ -1,4 +1,4 @@
-"""What the numbers of an image mean: which of them is black and which is white."""
+"""The meaning of an image's numbers: which of them is black and which is white."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 #: (black, white)
 Range = tuple[float, float]
 
-# Of 16 bits, cameras and scanners use 10, 12 or 14, seldom all: below this the top two are never set.
+# Cameras and scanners use 10, 12 or 14 of 16 bits, rarely all. Values below this leave the top two unused.
 _DEEP = 1 << 14
 _CHUNK_BYTES = 1 << 24
 _PROBED = 64
@@ -31,10 +31,10 @@ def check_value_range(value_range: object) -> Range | None:
 
 
 def choose_range(who: str, dtype: np.dtype, found: Range, given: Range | None) -> Range:
-    """The values of black and white of images of this type, between whose extremes `found` all values lie.
+    """The values of black and white for images of this type, with values from found[0] to found[1].
 
-    Raises ValueError where values are not finite or outside `given`, and where nothing is given and
-    more than one meaning is likely: the message names them.
+    Raises ValueError if values are not finite or outside `given`; and without `given` if more than one range
+    is likely, naming them.
     """
     low, high = found
     if not np.isfinite([low, high]).all():
@@ -63,11 +63,11 @@ def choose_range(who: str, dtype: np.dtype, found: Range, given: Range | None) -
 
 
 def _likely(dtype: np.dtype, low: float, high: float) -> list[Range]:
-    """What values of this type between these extremes could mean."""
+    """The likely ranges for values of this type between these extremes."""
     if dtype == np.uint8:
         return [(0, 1), (0, 255)] if high == 1 else [(0, 255)]
     if dtype == np.uint16:
-        # The least whole number of bits, and at least 8.
+        # The smallest sufficient number of bits, at least 8.
         bits = max(8, int(high).bit_length())
         return [(0, 2**bits - 1), (0, 65535)] if high < _DEEP else [(0, 65535)]
     if dtype.kind == "f" and low >= -1 and high <= 1:
@@ -83,9 +83,9 @@ def _likely(dtype: np.dtype, low: float, high: float) -> list[Range]:
 
 
 def extremes(images: np.ndarray) -> Range:
-    """The least and the largest value, of all images where they are floating (NaN if one is), else of some.
+    """The smallest and the largest value (NaN if any is NaN).
 
-    Whole numbers of 8 or 16 bits cannot be wrong one by one, so that 64 images spread over all do.
+    Of all images if they are floating; of 64 spread over the data if they are integers, which are all valid.
     """
     if images.dtype.kind in "ub" and images.dtype.itemsize <= 2:
         chosen = np.unique(np.linspace(0, len(images) - 1, _PROBED).astype(np.int64))

@@ -1,8 +1,7 @@
-"""A chain whose variances are computed, not learned: Analytic-DPM, and the two fixed ones.
+"""Chains whose variances are computed, not learned: Analytic-DPM, and the two fixed choices.
 
-The forward posterior that a sampler walks back along has variance lambda_t^2 (beta~_t of the ancestral
-chain, eta^2 beta~_t of DDIM) and a mean c1_t x_0 + c2_t x_t. With x_0 unknown, the best normal distribution
-for x_{t-1} has the variance
+Given x_0, a step of the sampler has variance lambda_t^2 (beta~_t in the ancestral chain, eta^2 beta~_t in
+DDIM) and mean c1_t x_0 + c2_t x_t. As x_0 is unknown, the best normal distribution of x_{t-1} has variance
 
     sigma_t^2 = lambda_t^2 + c1_t^2 V_t,    V_t = E Var(x_0 | x_t) / d
 
@@ -31,8 +30,8 @@ class AnalyticDiffusion(Diffusion):
     Args:
         chain: whose steps these are.
         x_0_variance: V_t of every step of the training chain, float64 [T], positive.
-        noise_levels: the noise of the last step that adds any is on average at most so many of 256
-            levels, as it goes into the image unseen by the network; None for no limit, as likelihoods want.
+        noise_levels: limits the noise of the last noisy step, which no later step removes, to so many
+            of 256 levels on average; None for no limit, for likelihoods.
 
     Source: Bao et al. 2022, "Analytic-DPM", theorem 1 and appendix F.2.
     """
@@ -89,7 +88,7 @@ class AnalyticDiffusion(Diffusion):
         plain = Diffusion.table(self, sampler=sampler, eta=eta, dtype=torch.float64)
         share = 1.0 if sampler == "ddpm" else eta * eta
         posterior = share * plain[:, Column.POSTERIOR_LOG_VARIANCE].exp()
-        posterior[0] = 0  # the table has the second step's, whose logarithm exists
+        posterior[0] = 0  # the table has the second step's in its place, as log 0 does not exist
         return posterior, plain[:, Column.MEAN_X0].square() * self._x_0_variance[self.timesteps]
 
     @property
@@ -100,7 +99,7 @@ class AnalyticDiffusion(Diffusion):
         return 2 * math.log(self._noise_levels * (2 / 255) / _MEAN_SIZE)
 
     def to_dict(self) -> dict[str, Any]:
-        """As `Diffusion.to_dict`, with V_t; no checkpoint holds it, which has the moments instead."""
+        """As `Diffusion.to_dict`, with V_t. Not for checkpoints, which hold the moments instead."""
         return {
             **super().to_dict(),
             "x_0_variance": self._x_0_variance.tolist(),

@@ -1,10 +1,10 @@
-"""What a network says of its own uncertainty: E|eps_theta|^2 of some steps, and what follows from it.
+"""Moments E|eps_theta|^2 of a network's outputs, and the variances and schedules that follow from them.
 
 For the best predictor, the variance of x_0 given x_t, averaged over x_t and the dimensions, is
 
     V_t = (1 - alpha_bar_t) / alpha_bar_t (1 - E|eps_theta(x_t, t)|^2 / d)        (Bao et al. 2022, theorem 1)
 
-and of images in [-1, 1] it is at most 1, the variance of two equal points at the ends (their theorem 2).
+and for images in [-1, 1] it is at most 1, the variance of -1 and 1 with equal probability (theorem 2).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .process import Diffusion
 from .shortest import JumpTerms, shortest_paths
 from .table import Chain
 
-# Below this, V_t is rounding; its logarithm is interpolated.
+# Smaller values of V_t are rounding errors.
 _LEAST_VARIANCE = 1e-10
 
 
@@ -39,23 +39,23 @@ class Moments:
     def x_0_variance(self, chain: Diffusion) -> Tensor:
         """V_t of every step of the training chain of `chain`, float64 [T], at least 1e-10 and at most 1.
 
-        log V_t is interpolated over the logarithm of the signal-to-noise ratio; beyond the known steps
-        the nearest one stands. No step has less than an earlier one: V_t only grows with t, but where
-        the noise is nearly all, what is left of 1 - E|eps_theta|^2 may have any sign.
+        log V_t is interpolated over log-SNR; beyond the known steps the nearest value is used. The result
+        never falls with t, as V_t cannot; the measured values can, near pure noise, where
+        1 - E|eps_theta|^2 / d cancels.
         """
         log_snr = training_log_snr(chain)
         known = log_snr[self.timesteps]
         variance = ((-known).exp() * (1 - self.eps_square)).clamp(_LEAST_VARIANCE, 1)
         variance = variance.cummax(0).values
-        # Interpolation wants ascending places, and log-SNR falls with t.
+        # np.interp needs ascending abscissas, and log-SNR falls with t.
         between = np.interp(-log_snr.numpy(), -known.numpy(), variance.log().numpy())
         return torch.from_numpy(between).exp()
 
     def best_steps(self, chain: Diffusion, count: int) -> list[int]:
-        """The `count` steps whose chain has the least bound with analytic variances, in the training chain.
+        """The `count` steps with the lowest bound for analytic variances, as indices in the training chain.
 
-        Its terms are known in closed form: with the variance sigma^2 = lambda^2 + c1^2 V_t that is best,
-        E KL(q || p) of a jump is log(sigma^2 / lambda^2) / 2 a dimension (Bao et al. 2022, theorem 3).
+        The terms have a closed form: with the optimal variance sigma^2 = lambda^2 + c1^2 V_t, E KL(q || p) of
+        a jump is log(sigma^2 / lambda^2) / 2 per dimension (Bao et al. 2022, theorem 3).
         """
         paths = shortest_paths(self._jump_terms(chain), count)
         if count not in paths:
@@ -68,16 +68,16 @@ class Moments:
         variance = self.x_0_variance(chain)[self.timesteps]
         log_snr = training_log_snr(chain)[self.timesteps]
         alpha_bar, rest = log_snr.sigmoid(), (-log_snr).sigmoid()
-        # Entry (i, j): the jump from step i to the earlier step j, as in a chain that has both.
+        # Entry (i, j): the jump from step i to the earlier step j.
         beta = 1 - alpha_bar[:, None] / alpha_bar[None, :]
         posterior = beta * rest[None, :] / rest[:, None]
         c1 = alpha_bar[None, :].sqrt() * beta / rest[:, None]
         jumps = (c1.square() * variance[:, None] / posterior).log1p() / (2 * math.log(2))
-        # The decoder's bits: a normal density times the width of a level of 8 bits, at least none.
+        # The decoder's bits: -log2 of a normal density times the width of an 8-bit level, at least 0.
         density = (2 * math.pi * math.e * variance).log2() / 2 + math.log2(127.5)
         decoders = density.clamp(min=0)[:, None].expand_as(jumps)
         prior = torch.full_like(alpha_bar, torch.inf)
-        prior[-1] = 0  # chains end where the training chain does: their L_T is the same
+        prior[-1] = 0  # all chains end at the last step, so L_T is the same constant
         earlier = torch.ones_like(jumps, dtype=torch.bool).tril(-1)
         zero = torch.zeros((), dtype=torch.float64, device="cpu")
         return JumpTerms(
@@ -85,7 +85,7 @@ class Moments:
         )
 
     def to_extra(self, weights: str) -> dict[str, Any]:
-        """What a checkpoint's `extra["moments"]` holds; weights: of `weights_fingerprint`."""
+        """The entry `extra["moments"]` of a checkpoint; weights: from `weights_fingerprint`."""
         return {
             "timesteps": self.timesteps.tolist(),
             "eps_square": self.eps_square.tolist(),
@@ -96,9 +96,9 @@ class Moments:
     def from_extra(
         cls, who: str, extra: Mapping[str, Any], weights: str, chain: Diffusion
     ) -> Moments:
-        """Those of a checkpoint's `extra`, which must be of the weights `weights` and the chain.
+        """The moments in a checkpoint's `extra`, checked to belong to these weights and this chain.
 
-        Raises ValueError, which names the function `who`.
+        Raises ValueError, in the name of the function `who`.
         """
         found = extra.get("moments")
         if found is None:

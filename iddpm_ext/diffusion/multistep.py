@@ -23,15 +23,15 @@ from .table import Chain
 def multistep_weights(chain: Chain, limit: float = math.inf, eta: float = 0.0) -> Tensor:
     """weight_t of every step of a chain, float64 [T].
 
-    limit: the largest h_t / (2 h_{t+1}). Steps that are even in t are uneven in lambda: the next to
-    last is several times longer than the one before it, and extrapolating that far costs more than
-    the second order gains. 1/2 extrapolates as if the step before had been at least as long; it
-    changes nothing where the steps are even in lambda.
+    limit: the largest h_t / (2 h_{t+1}). Steps that are evenly spaced in t are not so in lambda: the
+    penultimate one is several times longer than its predecessor, and the error of extrapolating that far
+    exceeds the gain of second order. 1/2 extrapolates as if the previous step had been at least as long; it
+    changes nothing for steps that are evenly spaced in lambda.
 
     eta: 1 for the stochastic equation, SDE-DPM-Solver++(2M): the same term with the ancestral c1.
 
-    The first step taken, t = T - 1, has no prediction before it, and the last one, t = 0, ends at
-    lambda = infinity, where only the first order is defined: there the weight is 0.
+    The weight is 0 at the first step, t = T - 1, which has no previous prediction, and at the last one,
+    t = 0, which ends at lambda = infinity, where only first order is defined.
     """
     log_snr = (chain.log_alpha_bar - chain.one_minus_alpha_bar.log()) / 2
     step = log_snr[:-1] - log_snr[1:]  # of t = 1 .. T-1
@@ -49,12 +49,12 @@ def multistep_update(
 
     Args:
         x_prev: DDIM's x_{t-1} [N, C, H, W], as `Diffusion.reverse_step(..., sampler="ddim")` gives it.
-        x_0: the prediction at this step, clipped where the sampler clips, like x_prev.
-        x_0_before: the prediction at the step before (t + 1), like x_0; None at the first step.
-        weight: of this step, from `Diffusion.multistep_weights()`.
+        x_0: the prediction at this step, clipped if the sampler clips, like x_prev.
+        x_0_before: the prediction at the previous step (t + 1), like x_0; None at the first step.
+        weight: that of this step, from `Diffusion.multistep_weights()`.
 
     Returns:
-        like x_prev; x_prev itself where the step is of first order.
+        like x_prev; x_prev itself if the step is of first order.
     """
     if x_0_before is None or weight == 0:
         return x_prev

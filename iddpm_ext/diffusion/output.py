@@ -1,4 +1,4 @@
-"""What networks return, whoever wrote them."""
+"""The output of networks, of this package and of diffusers, as a tensor."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from torch import Tensor
 
 
 def output_tensor(owner: str, output: Any) -> Tensor:
-    """What a network returned as a tensor: itself, or the `sample` of an output of diffusers.
+    """A network's output as a tensor: itself, or the attribute `sample` of an output of diffusers.
 
-    Raises TypeError for anything else, with the function `owner` in its text.
+    Raises TypeError for anything else, in the name of the function `owner`.
     """
     tensor = getattr(output, "sample", output)
     if not isinstance(tensor, Tensor):

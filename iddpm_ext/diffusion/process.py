@@ -32,7 +32,7 @@ OBJECTIVES = ("hybrid", "simple", "vlb")
 
 
 class MeanVariance(NamedTuple):
-    """p(x_{t-1} | x_t): mean, log-variance and the x_0 they come from, each [N, C, H, W]."""
+    """p(x_{t-1} | x_t): mean, log-variance and the predicted x_0, each [N, C, H, W]."""
 
     mean: Tensor
     log_variance: Tensor
@@ -40,11 +40,11 @@ class MeanVariance(NamedTuple):
 
 
 class Diffusion:
-    """A Gaussian diffusion process over T steps, and what a network's output means in it.
+    """A Gaussian diffusion process over T steps, including the meaning of the network's output.
 
-    Frozen: every method is a pure function. t counts the steps of this chain from 0, int64 [N].
-    Images are floating [N, C, H, W] in [-1, 1]; float64 images are computed with in float64, all
-    others in float32.
+    Immutable: every method is a pure function. t counts the steps of this chain from 0, int64 [N].
+    Images are floating [N, C, H, W] in [-1, 1]; computations are in float64 for float64 images, else in
+    float32.
 
     Args:
         schedule: ``"cosine"``, ``"linear"`` or ``"sigmoid"``; ignored where betas are given.
@@ -53,10 +53,10 @@ class Diffusion:
             log-variance), ``"fixed_large"`` (beta_t) or ``"fixed_small"`` (beta~_t).
         prediction: what the network predicts: ``"epsilon"``, ``"x_0"``, ``"x_prev"``, or
             ``"velocity"``, sqrt(alpha_bar) epsilon - sqrt(1 - alpha_bar) x_0, also called v.
-        rescale_timesteps: tell the network t * 1000/T instead of t.
-        betas: a schedule of one's own, [T] in (0, 1), in place of a named one.
+        rescale_timesteps: the network's timestep input is t * 1000/T instead of t.
+        betas: a custom schedule, [T] in (0, 1), instead of a named one.
         zero_terminal_snr: rescale the schedule so that the chain ends in pure noise, alpha_bar = 0
-            (Lin et al. 2024); there epsilon tells nothing of x_0 and may not be the prediction.
+            (Lin et al. 2024). There x_0 cannot be computed from epsilon, so another prediction is needed.
 
     Attributes:
         betas, alphas_cumprod: float64 [T] on the CPU.
@@ -111,7 +111,7 @@ class Diffusion:
             variance=variance,
             prediction=prediction,
             rescale_timesteps=bool(rescale_timesteps),
-            # Betas of one's own are kept as they are now.
+            # Custom betas are stored after rescaling.
             zero_terminal_snr=bool(zero_terminal_snr) and schedule != "custom",
             _train_betas=train_betas,
             _train_alpha_bars=alpha_bars,
@@ -155,7 +155,7 @@ class Diffusion:
         return shorter
 
     def predicting(self, prediction: str) -> Diffusion:
-        """The same chain, of a network that predicts something else."""
+        """The same chain for a network with another prediction."""
         _check_prediction(prediction, self._train_betas)
         other = object.__new__(type(self))
         other._set(**{**self.__dict__, "prediction": prediction, "_tables": {}})
@@ -171,12 +171,12 @@ class Diffusion:
     ) -> Tensor:
         """Every coefficient of this chain, [T, 16] on ``device``, columns as in ``COLUMNS``.
 
-        Computed in float64 and rounded once; kept, so that asking again costs nothing.
+        Computed in float64, rounded once, and cached.
 
         Args:
-            device: where the table lies.
+            device: of the result.
             sampler: ``"ddpm"`` or ``"ddim"``.
-            eta: noise of DDIM, 0 <= eta <= 1; no part of ``"ddpm"``.
+            eta: noise of DDIM, 0 <= eta <= 1; ignored by ``"ddpm"``.
             dtype: float32, or float64 for reference computations.
         """
         _check_name("sampler", sampler, SAMPLERS)
@@ -185,7 +185,7 @@ class Diffusion:
         device = torch.device(device)
         key = (device, sampler, float(eta) if sampler == "ddim" else 0.0, dtype)
         if key not in self._tables:
-            # Kept for later calls that may need gradients: it must not be an inference tensor.
+            # Cached for later calls, which may need gradients: no inference tensor.
             with torch.inference_mode(False):
                 table = build_table(
                     self._chain, self.timesteps, self.variance, self.prediction, sampler, key[2]
@@ -194,14 +194,14 @@ class Diffusion:
         return self._tables[key]
 
     def multistep_weights(self, limit: float = math.inf) -> Tensor:
-        """What `multistep_update` needs at every step of this chain, float64 [T] on the CPU.
+        """The weights of `multistep_update` for every step of this chain, float64 [T] on the CPU.
 
-        limit: of the extrapolation, h_t / (2 h_{t+1}); 1/2 for steps that are even in t.
+        limit: the largest factor of extrapolation, h_t / (2 h_{t+1}); 1/2 for steps evenly spaced in t.
         """
         return multistep_weights(self._chain, limit)
 
     def model_timesteps(self, t: Tensor) -> Tensor:
-        """What the network is told at step t: the training chain's index, rescaled if so set.
+        """The network's timestep input at step t: the index in the training chain, rescaled if so set.
 
         Args:
             t: int64 [N].
@@ -219,7 +219,7 @@ class Diffusion:
         Args:
             x_0: floating [N, C, H, W].
             t: int64 [N].
-            noise: like x_0, or the key of the noise to draw.
+            noise: like x_0, or a `NoiseKey`, by which it is drawn.
 
         Returns:
             like x_0. Differentiable in x_0.
@@ -238,8 +238,8 @@ class Diffusion:
                 (or [N, 2C, H, W], the second half unused).
             x_t: floating [N, C, H, W].
             t: int64 [N].
-            clip: clamp x_0 to [-1, 1] before the mean is formed from it (of an x_prev network
-                too; the original clamps only the x_0 that it reports of one).
+            clip: clamp x_0 to [-1, 1] before computing the mean. (For networks that predict x_prev too,
+                where the original clamps only the x_0 that it returns.)
 
         Returns:
             mean, log_variance and x_0, like x_t, at least float32. Differentiable in model_output
@@ -268,16 +268,16 @@ class Diffusion:
         clip: bool = True,
         backend: str = "auto",
     ) -> ReverseStep:
-        """x_{t-1} from x_t and the network's output, ancestral or DDIM: one ``ops.reverse_step``.
+        """x_{t-1} from x_t and the network's output, ancestral or DDIM, by ``ops.reverse_step``.
 
         Args:
-            model_output: as in ``p_mean_variance``; DDIM has no use for a variance.
+            model_output: as in ``p_mean_variance``; DDIM ignores the variance.
             x_t: floating [N, C, H, W].
             t: int64 [N].
-            noise: like x_t, or the key of the noise to draw; may be None for DDIM with eta = 0.
+            noise: like x_t, or a `NoiseKey`, by which it is drawn; may be None for DDIM with eta = 0.
             sampler: ``"ddpm"`` or ``"ddim"``.
             eta: noise of DDIM, 0 <= eta <= 1.
-            clip: clamp x_0 to [-1, 1] before x_{t-1} is formed from it.
+            clip: clamp x_0 to [-1, 1] before computing x_{t-1}.
             backend: of the op.
 
         Returns:
@@ -285,7 +285,7 @@ class Diffusion:
 
         Source: Ho et al. 2020, algorithm 2; Song et al. 2021, equation 12.
         """
-        # The table on the CPU: looking at its values makes no device wait.
+        # The table on the CPU, whose values can be read without waiting for a device.
         cpu_table = self.table(sampler=sampler, eta=eta)
         if noise is None and (sampler == "ddpm" or eta > 0):
             raise ValueError(
@@ -315,7 +315,7 @@ class Diffusion:
             x_0, x_t: floating [N, C, H, W].
             t: int64 [N].
             clip: clamp the predicted x_0 to [-1, 1].
-            exact: take the normal distribution function itself at t = 0, not its approximation.
+            exact: use the normal distribution function itself at t = 0, not its approximation.
 
         Returns:
             [N]. Differentiable in model_output.
@@ -333,7 +333,7 @@ class Diffusion:
         """
         checks.image_batch("prior_bpd", "x_0", x_0)
         alpha_bar = float(self.alphas_cumprod[-1])
-        # Apart and in double: these terms of the divergence cancel almost entirely.
+        # In float64 and apart from the mean's term, since these two cancel almost entirely.
         constant = -alpha_bar - math.log1p(-alpha_bar)
         square = x_0.to(compute_dtype(x_0)).square().flatten(1).mean(1)
         return (alpha_bar * square + constant) / (2 * math.log(2))
@@ -351,26 +351,26 @@ class Diffusion:
     ) -> dict[str, Tensor]:
         """The training objective for one step t of each example.
 
-        ``"simple"``: mse. ``"hybrid"``: mse + vlb_weight T vlb, in which vlb trains the variance
-        alone, the predicted mean being detached (equation 16). ``"vlb"``: T vlb. T is the length
-        of this chain; x_0 is never clipped.
+        ``"simple"``: mse. ``"hybrid"``: mse + vlb_weight T vlb, where vlb trains the variance alone,
+        because the mean is detached (equation 16). ``"vlb"``: T vlb. T is the length of this chain; x_0
+        is not clipped.
 
         Args:
             model: called with (x_t [N, C, H, W], model_timesteps float32 [N], **model_kwargs),
-                returns a tensor or, as networks of diffusers do, something whose `sample` is one.
+                returns a tensor or, like networks of diffusers, an object with a tensor `sample`.
             x_0: floating [N, C, H, W].
             t: int64 [N].
-            noise: like x_0, or the key of the noise to draw.
+            noise: like x_0, or a `NoiseKey`, by which it is drawn.
             objective: ``"hybrid"`` (needs a learned variance), ``"simple"`` or ``"vlb"``.
-            vlb_weight: weight of T vlb in ``"hybrid"``; 1/T weighs the one step's bits by 1.
+            vlb_weight: weight of T vlb in ``"hybrid"``; 1/T adds the bits of the one step.
             model_kwargs: further arguments of the model.
-            min_snr: gamma of the weights min(SNR, gamma) of the squared error in x_0, which multiply
-                mse in the loss (Hang et al. 2023); at the end of a chain of pure noise they are 0.
-                None for mse as it is. SNR = alpha_bar / (1 - alpha_bar).
+            min_snr: gamma of min-SNR weighting (Hang et al. 2023): the squared error in x_0 gets the
+                weight min(SNR, gamma), with SNR = alpha_bar / (1 - alpha_bar); 0 at pure noise. None for
+                unweighted mse.
 
         Returns:
-            ``loss``, ``mse`` and ``vlb`` (bits per dimension of the one step), each [N]. Of the
-            two parts, only those that the objective trains carry gradients.
+            ``loss``, ``mse`` and ``vlb`` (bits per dimension of the one step), each [N]. mse and vlb have
+            gradients only if the objective trains on them.
         """
         _check_name("objective", objective, OBJECTIVES)
         if objective == "hybrid" and not self.learns_variance:
@@ -407,9 +407,9 @@ class Diffusion:
         return {"loss": self.num_timesteps * vlb, "mse": mse.detach(), "vlb": vlb}
 
     def _min_snr_weight(self, gamma: float | None, x_0: Tensor, t: Tensor) -> Tensor | float:
-        """What multiplies each example's mse, [N]; 1 without gamma.
+        """The weight of each example's mse, [N]; 1 without gamma.
 
-        An error of the output is X0_FROM_OUT times as large in x_0.
+        min(SNR, gamma) in x_0, times X0_FROM_OUT squared, as mse is measured on the output.
         """
         if gamma is None:
             return 1.0
@@ -429,7 +429,7 @@ class Diffusion:
         return (target - out).square().flatten(1).mean(1)
 
     def to_dict(self) -> dict[str, Any]:
-        """What ``from_dict`` rebuilds this process from, in JSON's types."""
+        """A JSON-ready dict, from which ``from_dict`` rebuilds this process."""
         whole = self.num_timesteps == self.num_train_timesteps
         terminal = {"zero_terminal_snr": True} if self.zero_terminal_snr else {}
         return {

@@ -1,4 +1,4 @@
-"""Which steps of a chain a shorter chain keeps."""
+"""Respacing: which steps of a chain a shorter chain keeps."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ def space_timesteps(num_timesteps: int, spec: int | str | Sequence[int]) -> list
         num_timesteps: T, the length of the chain to choose from.
         spec: one of
             an int K: K evenly spread steps, both ends included for K > 1;
-            ``"a,b,c"``: the chain is cut into equal sections (the first ones take the remainder)
-            and a, b, c steps are spread over them, a section of one step keeping its first;
+            ``"a,b,c"``: the chain is divided into equal sections (the first ones longer by the
+            remainder) with a, b, c evenly spread steps; the first step of a section if it is one;
             ``"ddimN"``: every i-th step from 0, i the smallest stride that gives exactly N steps;
-            ``"dense-K"``: the steps of K and, besides, every one from 0 to T / K, for likelihoods;
+            ``"dense-K"``: K evenly spread steps and all steps from 0 to T / K, for likelihoods;
             a list of indices: those steps.
 
     Returns:
@@ -25,8 +25,8 @@ def space_timesteps(num_timesteps: int, spec: int | str | Sequence[int]) -> list
         ValueError: the steps asked for do not exist in this chain.
         TypeError: spec is of none of these kinds.
 
-    Source: the original code's rules, rounding included: positions accumulate in float64 and
-    halves round to even. "dense-K": appendix E of Improved DDPM.
+    Source: the original code, including its rounding: positions are accumulated in float64 and ties
+    rounded to even. "dense-K": appendix E of Improved DDPM.
     """
     if isinstance(spec, bool):
         raise TypeError(f"respace: spec must be an int, a string or indices, got {spec!r}")
@@ -53,7 +53,7 @@ def _spread(num_timesteps: int, counts: list[int]) -> list[int]:
                 f"taken from it must be from 0 to {length}, got {count}"
             )
         stride = (length - 1) / (count - 1) if count > 1 else 1.0
-        # Added up rather than multiplied: the rounding errors are part of the rule.
+        # Accumulated rather than multiplied, for the original's rounding errors.
         position = 0.0
         for _ in range(count):
             steps.append(start + round(position))

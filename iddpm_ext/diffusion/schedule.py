@@ -1,4 +1,4 @@
-"""Noise schedules: float64 tensors of betas, one for each step of the training chain."""
+"""Noise schedules: float64 tensors of betas, one per step of the training chain."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def cosine_beta_schedule(num_timesteps: int, s: float = 0.008, max_beta: float =
 
 
 def linear_beta_schedule(num_timesteps: int) -> Tensor:
-    """Betas of the linear schedule of DDPM, rescaled so that any T ends equally noisy.
+    """Betas of the linear schedule of DDPM, rescaled so that the final noise is the same for every T.
 
     beta_t runs evenly from 1e-4 * 1000/T to 0.02 * 1000/T.
 
@@ -78,7 +78,7 @@ def sigmoid_beta_schedule(
 
     Args:
         num_timesteps: T, at least 1.
-        start, end: the stretch of the sigmoid, start below end.
+        start, end: the interval of the sigmoid, start < end.
         max_beta: largest beta, in (0, 1).
 
     Returns:
@@ -107,7 +107,7 @@ def sigmoid_beta_schedule(
 
 
 def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
-    """Betas whose chain ends in pure noise, alpha_bar_{T-1} = 0, and begins as before.
+    """Betas rescaled so that the chain ends in pure noise, alpha_bar_{T-1} = 0; the first is kept.
 
     sqrt(alpha_bar_t) is shifted by its last value and scaled to keep its first one.
 
@@ -142,7 +142,7 @@ def betas_for_alpha_bar(
         float64 [T] on the CPU.
 
     Raises:
-        ValueError: an argument is out of range, or alpha_bar does not fall where it must.
+        ValueError: an argument is out of range, or alpha_bar is not falling.
 
     Source: Nichol & Dhariwal 2021, section 3.2.
     """
@@ -172,9 +172,9 @@ def named_betas(schedule: str, num_timesteps: int) -> Tensor:
 
 
 def check_betas(betas: Tensor | Sequence[float]) -> list[float]:
-    """Betas [T] fit for a chain: T >= 2, all in (0, 1), alpha_bar large enough for float32.
+    """Betas [T] as a list, checked: T >= 2, all in (0, 1), alpha_bar large enough for float32.
 
-    The last one may be 1: then the chain ends in pure noise.
+    The last one may be 1; the chain then ends in pure noise.
     """
     values = torch.as_tensor(betas, dtype=torch.float64, device="cpu")
     if values.dim() != 1:

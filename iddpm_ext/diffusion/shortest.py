@@ -1,4 +1,4 @@
-"""The best schedules of every length, by dynamic programming over the terms of single jumps."""
+"""Optimal schedules of every length, by dynamic programming over the terms of single jumps."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ class JumpTerms(NamedTuple):
 
 
 def shortest_paths(terms: JumpTerms, most: int) -> dict[int, list[int]]:
-    """For every K from 2 to `most` the K candidates with the least bound, ascending, by their numbers.
+    """For every K from 2 to `most`, the K candidates with the lowest bound, as ascending indices.
 
         B_2(i) = min_j decoders(j, i) + jumps(i, j),  B_K(i) = min_j B_{K-1}(j) + jumps(i, j),
 
-    and the bound of K steps is min_i B_K(i) + priors(i). Exact: no schedule of K candidates is better.
+    and the bound of K steps is min_i B_K(i) + priors(i). Exact over the candidates.
 
     Source: Watson et al. 2021, "Learning to Efficiently Sample from Diffusion Probabilistic Models".
     """

@@ -1,13 +1,13 @@
-"""Multistep solvers of the chain's differential equation: DPM-Solver++ of two and three steps, UniPC.
+"""Multistep solvers of the probability flow ODE: DPM-Solver++ of second and third order, UniPC.
 
 With lambda_t = log(sqrt(alpha_bar_t) / sqrt(1 - alpha_bar_t)) and h = lambda_{t-1} - lambda_t, the exact
 jump is
 
     x_{t-1} = c2 x_t + sqrt(alpha_bar_{t-1}) int_0^1 h e^{-h (1 - u)} D(lambda_t + u h) du
 
-and a solver puts a polynomial through known predictions D = x_0(.) for D. Through the last one alone it is
-DDIM; through three it is of third order. A corrector takes the jump again when the prediction at its end is
-known, which the next step evaluates anyway, and so costs no evaluation (UniPC).
+where a solver replaces D by a polynomial through known predictions x_0(.). Through the last one alone this is
+DDIM; through three it is of third order. A corrector repeats the jump with the prediction at its end, which
+the next step evaluates anyway, so that it costs no evaluation (UniPC).
 
 Source: Lu et al. 2022, "DPM-Solver++"; Zhao et al. 2023, "UniPC", algorithms 5 to 8 with B_2(h) = e^h - 1.
 """
@@ -24,19 +24,19 @@ from torch import Tensor
 from .multistep import multistep_update, multistep_weights
 from .process import Diffusion
 
-# Exact to rounding for every h below 20; longer steps end where D alone counts.
+# Exact to rounding for h below 20. For longer steps the exponential leaves only the end of the interval.
 _POINTS, _WEIGHTS = np.polynomial.legendre.leggauss(40)
 
 
 class Solver(NamedTuple):
-    """order: most predictions a jump uses. corrects: takes jumps again. eta: 1 for noise."""
+    """order: the most predictions a jump uses. corrects: has a corrector. eta: 1 for noise, else 0."""
 
     order: int
     corrects: bool = False
     eta: float = 0.0
 
 
-#: What `sample` calls them.
+#: By the names of `sample`.
 SOLVERS = {
     "dpm++": Solver(2),
     "dpm++3": Solver(3),
@@ -47,13 +47,13 @@ SOLVERS = {
 
 
 class SolverWalk:
-    """One walk down a chain by a solver, which remembers what it saw.
+    """One run of a chain by a solver, with the previous predictions.
 
     Args:
-        chain: whose steps are taken.
-        solver: which one.
-        limit: most h_t / (2 h_{t+1}), as of `Diffusion.multistep_weights`: where the steps before were
-            shorter, polynomials are laid as if they had 1 / (2 limit) times the jump's length at least.
+        chain: the respaced chain.
+        solver: its parameters.
+        limit: the largest h_t / (2 h_{t+1}), as in `Diffusion.multistep_weights`: previous steps count as at
+            least 1 / (2 limit) times as long as the jump.
     """
 
     def __init__(self, chain: Diffusion, solver: Solver, limit: float = 0.5) -> None:
@@ -64,14 +64,14 @@ class SolverWalk:
         ).numpy()
         self._c1, self._c2 = (c.numpy() for c in numbers.mean_coefficients(solver.eta))
         self._second = multistep_weights(numbers, limit, solver.eta).numpy()
-        self._known: list[Tensor] = []  # predictions, the last step's first
-        self._x: Tensor | None = None  # where the last jump began, corrected
+        self._known: list[Tensor] = []  # previous predictions, the latest first
+        self._x: Tensor | None = None  # the corrected start of the last jump
         self._next = -1
 
     def __call__(self, i: int, x_t: Tensor, x_prev: Tensor, x_0: Tensor) -> Tensor:
-        """x_{t-1} of step i; a step that does not follow the last one starts anew.
+        """x_{t-1} of step i; forgets previous predictions if i does not follow the last step.
 
-        x_t: [N, C, H, W]. x_prev: DDIM's x_{t-1} of it, with the noise if there is any. x_0: the prediction.
+        x_t: [N, C, H, W]. x_prev: DDIM's x_{t-1}, including noise. x_0: the prediction.
         """
         if i != self._next:
             self._known = []
@@ -98,7 +98,7 @@ class SolverWalk:
         return x_prev
 
     def _corrected(self, i: int, x_0: Tensor) -> Tensor:
-        """The end of the jump of step i, now that the prediction x_0 there is known."""
+        """The corrected end of the jump of step i, by the prediction x_0 at that end."""
         last, *before = self._known
         before = before[: self._solver.order - 1]
         assert self._x is not None
@@ -112,14 +112,14 @@ class SolverWalk:
         return corrected
 
     def _places(self, i: int, count: int) -> list[float]:
-        """Where the predictions of the steps before are, in units of the jump of step i."""
+        """The places of the previous predictions, in units of the jump of step i."""
         lambdas = self._half_log_snr[i - 1 : i + 1 + count]
         jump, *before = -np.diff(lambdas)
         lengths = np.maximum(np.asarray(before) / jump, self._shortest)
         return (-lengths.cumsum()).tolist()
 
     def _weights(self, i: int, places: Sequence[float]) -> list[float]:
-        """Of the predictions at `places`, for the jump of step i."""
+        """The weights of the predictions at `places` in the jump of step i."""
         h = float(self._half_log_snr[i - 1] - self._half_log_snr[i])
         u = (_POINTS + 1) / 2
         measure = _WEIGHTS / 2 * h * np.exp(-h * (1 - u))

@@ -1,8 +1,8 @@
-"""Every coefficient of a chain: one row of 16 numbers a step.
+"""The coefficient table of a chain: one row of 16 numbers per step.
 
-The products alpha_bar_t are kept as 512-bit fixed-point integers, so that alpha_bar, 1 - alpha_bar
-and the betas of a shortened chain are each correctly rounded, although two of them are
-differences of nearly equal numbers. The formulas below then add and multiply positive terms only.
+The products alpha_bar_t are 512-bit fixed-point integers, so that alpha_bar, 1 - alpha_bar and the betas of a
+respaced chain are all correctly rounded, although two of them are differences of nearly equal numbers. From
+these, the formulas below only add and multiply positive terms.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ def fixed_point_alpha_bars(betas: Iterable[float]) -> list[int]:
 
 @dataclass(frozen=True)
 class Chain:
-    """The numbers of one chain that every coefficient is made of, each float64 [T].
+    """The quantities of a chain from which coefficients are computed, each float64 [T].
 
-    beta_t = 1 - alpha_t; ``one_minus_*`` are held apart because the differences lose digits in
-    floating point; ``previous`` is t - 1, with alpha_bar = 1 before the first step.
+    beta_t = 1 - alpha_t; ``one_minus_*`` are stored because the differences would cancel in floating point;
+    ``previous`` means t - 1, with alpha_bar = 1 before the first step.
     """
 
     alpha: Tensor
@@ -113,7 +113,7 @@ def build_table(
 ) -> Tensor:
     """The coefficients of a chain, float64 [T, 16]; ``Column`` says what each means.
 
-    The pair of log_alpha_bar is a float32 number and what that leaves of the float64 one.
+    log_alpha_bar is stored as its float32 rounding and the remainder.
     """
     table = torch.zeros(len(steps), NUM_COLUMNS, dtype=torch.float64, device="cpu")
     posterior_c1, posterior_c2 = chain.mean_coefficients(1.0)
@@ -126,7 +126,7 @@ def build_table(
         table[:, Column.X0_FROM_OUT] = 1
         table[:, Column.TARGET_X0] = 1
     elif prediction == "velocity":
-        # sqrt(ab) noise - sqrt(1 - ab) x_0 (Salimans & Ho 2022, appendix D), which x_t determines x_0 with.
+        # v = sqrt(ab) noise - sqrt(1 - ab) x_0 (Salimans & Ho 2022, appendix D); x_0 follows from it and x_t.
         signal, noise = chain.alpha_bar.sqrt(), chain.one_minus_alpha_bar.sqrt()
         table[:, Column.X0_FROM_XT] = signal
         table[:, Column.X0_FROM_OUT] = -noise
@@ -160,7 +160,7 @@ def build_table(
     table[:, Column.SQRT_ALPHA_BAR] = chain.alpha_bar.sqrt()
     table[:, Column.SQRT_ONE_MINUS_ALPHA_BAR] = chain.one_minus_alpha_bar.sqrt()
     table[:, Column.LOG_ALPHA_BAR_HIGH] = high
-    # -inf, where the chain ends in pure noise, leaves nothing.
+    # -inf, at pure noise, has no remainder.
     table[:, Column.LOG_ALPHA_BAR_LOW] = torch.where(high.isinf(), 0.0, log_alpha_bar - high)
     table[:, Column.STEP] = steps.double()
     return table
@@ -177,5 +177,5 @@ def _log_variance(chain: Chain, variance: str) -> tuple[Tensor, Tensor]:
     small = chain.posterior_log_variance
     if variance == "fixed_small":
         return small, zero
-    # The decoder's likelihood is better with the smaller variance at the first step.
+    # beta~ at the first step, for a better likelihood of the decoder.
     return torch.cat([small[:1], chain.log_beta[1:]]), zero

@@ -1,8 +1,7 @@
 """Which step t each training example gets, and the weight that keeps the objective unbiased.
 
-t is a pure function of the seed, the example's global position and, for the importance sampler,
-the losses seen so far: it does not depend on how a batch is split over processes. Nothing here
-makes the host wait for a device.
+t is a pure function of the seed, the example's global position and, for the importance sampler, the losses so
+far: it does not depend on how a batch is split over processes. Nothing here makes the host wait for a device.
 """
 
 from __future__ import annotations
@@ -26,19 +25,19 @@ class WeightedTimesteps(NamedTuple):
 
 
 class TimestepSampler(Protocol):
-    """What training asks of a timestep sampler."""
+    """The interface of timestep samplers."""
 
     def sample(self, samples: Tensor) -> WeightedTimesteps:
         """Steps and weights of the examples at these global positions, int64 [N]."""
 
     def update(self, t: Tensor, losses: Tensor, *, capacity: int | None = None) -> None:
-        """Learn from the losses [N], not yet weighted, of the steps t int64 [N]."""
+        """Learns from the unweighted losses [N] of the steps t int64 [N]."""
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What has been learnt, for the checkpoint."""
+        """The learnt state, for the checkpoint."""
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take up what ``state_dict`` gave."""
+        """Restores what ``state_dict`` returned."""
 
 
 class UniformTimestepSampler:
@@ -72,7 +71,7 @@ class UniformTimestepSampler:
         return {}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Nothing to take up; ValueError where another sampler's state is given."""
+        """Nothing to restore; ValueError for another sampler's state."""
         _check_state("UniformTimestepSampler", state, {})
 
 
@@ -88,7 +87,7 @@ class LossSecondMomentSampler:
         seed: of the draws, stream 3 of the noise contract.
         history: losses kept for each step.
         uniform_prob: share of the uniform distribution, in [0, 1].
-        device: where the history lies and probabilities are computed.
+        device: of the history and of the probabilities.
 
     Source: Nichol & Dhariwal 2021, section 3.3.
     """
@@ -112,7 +111,7 @@ class LossSecondMomentSampler:
         self.seed = seed
         self.history = history
         self.uniform_prob = uniform_prob
-        # Row T takes what must not count: padding of uneven batches, surplus, non-finite losses.
+        # Row T collects entries to ignore: padding of uneven batches, surplus, non-finite losses.
         self._losses = torch.zeros(num_timesteps + 1, history, dtype=torch.float64, device=device)
         self._counts = torch.zeros(num_timesteps + 1, dtype=torch.int64, device=device)
 
@@ -134,20 +133,20 @@ class LossSecondMomentSampler:
         cumulative = probabilities.cumsum(0)
         key = NoiseKey(self.seed, STREAM_CHOICE, samples, 0)
         u = uniform(key, (len(samples), 1), probabilities.device)[:, 0] * cumulative[-1]
-        # right: a step of probability 0 spans nothing and is never chosen.
+        # right=True, so that a step of probability 0 is never chosen.
         t = torch.searchsorted(cumulative, u, right=True).clamp(max=self.num_timesteps - 1)
         return WeightedTimesteps(t, (1 / (self.num_timesteps * probabilities[t])).float())
 
     def update(self, t: Tensor, losses: Tensor, *, capacity: int | None = None) -> None:
-        """Enter losses into the history, those of every process in the order of the ranks.
+        """Adds losses to the history, those of all processes in the order of the ranks.
 
-        With an initialised process group every rank must call this, with batches of any sizes.
+        With an initialised process group every rank must call this; batch sizes may differ.
 
         Args:
             t: int64 [N].
-            losses: [N], not yet weighted; entries that are not finite are left out.
-            capacity: the largest N of any rank, where the caller knows it; otherwise the ranks
-                agree on it first, for which the host waits.
+            losses: [N], unweighted; entries that are not finite are ignored.
+            capacity: the largest N of any rank, if known; otherwise the ranks agree on it first, for
+                which the host waits.
 
         Raises:
             ValueError: shapes differ, or N exceeds capacity.
@@ -163,7 +162,7 @@ class LossSecondMomentSampler:
         self._enter(torch.where(losses.isfinite(), t, self.num_timesteps), losses)
 
     def _enter(self, t: Tensor, losses: Tensor) -> None:
-        """First in, first out for each step, as if the losses came one after another."""
+        """First in, first out for each step, in the order of the losses."""
         t, order = t.sort(stable=True)
         added = torch.zeros_like(self._counts).scatter_add_(0, t, torch.ones_like(t))
         rank = torch.arange(len(t), device=t.device, dtype=torch.int64) - torch.searchsorted(t, t)
@@ -173,11 +172,11 @@ class LossSecondMomentSampler:
         self._counts += added
 
     def state_dict(self) -> dict[str, Tensor]:
-        """``losses`` float64 [T, history], a ring for each step, and ``counts`` int64 [T]."""
+        """``losses`` float64 [T, history], a ring buffer for each step, and ``counts`` int64 [T]."""
         return {"losses": self._losses[:-1].clone(), "counts": self._counts[:-1].clone()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take up what ``state_dict`` gave; ValueError where its shapes are not this sampler's."""
+        """Restores what ``state_dict`` returned; ValueError if its shapes do not fit."""
         _check_state("LossSecondMomentSampler", state, self.state_dict())
         self._losses[:-1].copy_(state["losses"])
         self._counts[:-1].copy_(state["counts"])

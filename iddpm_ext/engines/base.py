@@ -1,4 +1,4 @@
-"""What the engines of every device share: the refusal, the setting of a call, and its arguments."""
+"""What the engines of every device share: their exception, PyTorch's modes while they run, checks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class NotSupported(ValueError):
 
 
 def old_names(module: str, **names: str) -> Callable[[str], Any]:
-    """A module's `__getattr__` for names that it had before (old=new): they warn, and are the new ones."""
+    """A module's `__getattr__` for renamed names (old=new): the old ones warn and give the new objects."""
 
     def get(name: str) -> Any:
         if name not in names:
@@ -32,13 +32,13 @@ def old_names(module: str, **names: str) -> Callable[[str], Any]:
     return get
 
 
-if not TYPE_CHECKING:  # to a checker it would say that every name exists
+if not TYPE_CHECKING:  # a type checker would take every name for an existing one
     __getattr__ = old_names(__name__, NotServed="NotSupported")
 
 
 @contextlib.contextmanager
 def undisturbed(device_type: str) -> Iterator[None]:
-    """Where nothing is recorded for gradients, and dtypes are as written whatever surrounds the call."""
+    """A context without gradients and without autocast, whatever the caller has switched on."""
     with torch.no_grad(), no_autocast(device_type):
         yield
 
@@ -49,14 +49,17 @@ def with_low_res(x: Tensor, low_res: Tensor | None) -> Tensor:
 
 
 def upsampled(low_res: Tensor, x: Tensor) -> Tensor:
-    """low_res [N, C, h, w] in the size and dtype of x, as the network takes it."""
+    """low_res [N, C, h, w] upsampled to the size of x and in its dtype, as the network takes it."""
     return F.interpolate(low_res.to(x.dtype), x.shape[2:], mode="bilinear")
 
 
 def require_labels(
     where: str, classes: int | None, labels: Tensor | None, n: int | None = None
 ) -> None:
-    """Labels [n], or [N] of any length, from -1 to classes - 1; None for an unconditional network."""
+    """The labels [n], or [N] of any length where n is None; ValueError unless in [-1, classes - 1].
+
+    An unconditional network (classes None) takes None alone.
+    """
     if (labels is None) != (classes is None):
         rule = "None" if classes is None else f"given, as the network has {classes} classes"
         got = "None" if labels is None else list(labels.shape)

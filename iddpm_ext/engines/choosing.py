@@ -1,8 +1,8 @@
 """Which engine evaluates a network.
 
-A network is told the chain's timesteps and the labels once, then called with a step's number. It
-belongs to one call of the public function: what it remembers is its own, and the weights are those that
-the model has when it is chosen.
+A `Network` gets the chain's timesteps and the labels once, by `begin`, and is then called with the index
+of a step. Every call of a public function chooses its own, so no state is shared between calls; its
+weights are those that the model has at that moment.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Network(Protocol):
     def begin(
         self, timesteps: Tensor, labels: Tensor | None = None, low_res: Tensor | None = None
     ) -> None:
-        """For the calls that follow: timesteps float32 [T], labels int64 [n], low_res [n, C, h, w]."""
+        """Sets timesteps float32 [T], labels int64 [n] and low_res [n, C, h, w] of the calls that follow."""
 
     def __call__(self, x: Tensor, step: int, /) -> Tensor:
         """The output for x [n, C, H, W] at `timesteps[step]`."""
@@ -46,7 +46,7 @@ class Network(Protocol):
         labels: Tensor | None = None,
         low_res: Tensor | None = None,
     ) -> Tensor:
-        """The output for x [n, C, H, W] at timesteps float32 [n], one a sample."""
+        """The output for x [n, C, H, W] at timesteps float32 [n], one per sample."""
 
 
 def choose_network(spec: NetworkSpec, batch_size: int) -> Network:
@@ -60,7 +60,7 @@ def choose_network(spec: NetworkSpec, batch_size: int) -> Network:
 
 
 class PlainNetwork:
-    """Any callable, evaluated as it is: a module in evaluation mode, under autocast for a dtype."""
+    """Any callable, run without an engine: modules in evaluation mode; under autocast for a half dtype."""
 
     name = "plain"
 
@@ -100,7 +100,7 @@ class PlainNetwork:
             out = spec.model(x, timesteps, **kwargs)
         if not isinstance(out, Tensor):
             raise TypeError(f"{spec.who}: model must return a tensor, got {type(out).__name__}")
-        # The kernels read halves and float32 beside a float32 state.
+        # The kernels of the chain take half precision and float32 beside a float32 x_t, not float64.
         return out.to(x.dtype) if out.dtype == torch.float64 else out
 
 
@@ -110,7 +110,7 @@ def _named(labels: Tensor | None, low_res: Tensor | None) -> dict[str, Tensor]:
 
 
 class _Evaluating:
-    """Modules in evaluation mode for as long as any thread evaluates them; then as they were."""
+    """Keeps modules in evaluation mode while any thread evaluates them, then restores their modes."""
 
     def __init__(self) -> None:
         self._users: dict[int, tuple[int, list[nn.Module]]] = {}
@@ -163,7 +163,7 @@ def _cpu_network(spec: NetworkSpec, batch_size: int) -> Network | None:
         return kept_of(ours).engine(ours, kind, lambda: content_of(structure.parameters), build)
     except NotSupported as reason:
         if dtype == torch.bfloat16:
-            # Autocast costs more than it brings on most CPUs.
+            # Worth a warning: on most CPUs autocast is slower than float32.
             kept_of(ours).say(
                 f"{spec.who}: the module runs under autocast, without the engine: {reason}"
             )
@@ -198,7 +198,7 @@ def _cuda_network(spec: NetworkSpec, batch_size: int) -> Network | None:
 
 
 def _structure(spec: NetworkSpec, why_not_supported: Callable[[], str | None]) -> Structure | None:
-    """The model's, if it is a network and no more; otherwise says why no engine runs it, once a model."""
+    """The model's structure if it is a plain `UNet`; else None, with one warning per model of the reason."""
     assert isinstance(spec.model, nn.Module)
     kept = kept_of(spec.model)
     if isinstance(spec.model, UNet):
@@ -206,7 +206,7 @@ def _structure(spec: NetworkSpec, why_not_supported: Callable[[], str | None]) -
     else:
         found = f"the network is wrapped by a {type(spec.model).__name__}"
     if isinstance(found, Structure):
-        # Weights on two devices have no one checksum, and no engine.
+        # Weights spread over several devices have no engine.
         together = all(p.device == spec.device for p in found.parameters)
         return found if together else None
     if why_not_supported() is None:
@@ -215,7 +215,7 @@ def _structure(spec: NetworkSpec, why_not_supported: Callable[[], str | None]) -
 
 
 class SplicedNetwork:
-    """The two networks of a `Splice`, each run as it is best run alone."""
+    """The two networks of a `Splice`, each run by the engine that is chosen for it."""
 
     def __init__(self, splice: Splice, ends: Network, between: Network) -> None:
         self._splice, self._ends, self._between = splice, ends, between

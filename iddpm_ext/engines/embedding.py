@@ -1,7 +1,7 @@
-"""The timestep path of the engines: every block's embedding projection, computed ahead.
+"""The timestep path of the engines: every block's embedding projection, computed in advance.
 
-In a sampler the timesteps are known before the first step, so all projections of a schedule are one
-matrix product. The path up to the projection is float64: it costs nothing and is exact in t.
+A sampler knows its timesteps before the first step, so all projections of a schedule are one matrix
+product. The path up to the projection is float64, which costs next to nothing here and resolves every t.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from torch import Tensor
 from iddpm_ext.engines.base import undisturbed
 from iddpm_ext.networks.unet import ResBlock, UNet, timestep_embedding
 
-_TABLE_BYTES = 256 << 20  # a larger table is made step by step
+_TABLE_BYTES = 256 << 20  # larger tables are computed step by step
 
 
 class Projections:
     """The embedding projections of all residual blocks, side by side in the network's order.
 
-    Lies, and computes, where the model does, with the weights that this has now.
+    Holds copies of the model's present weights, and computes on its device.
     """
 
     def __init__(self, model: UNet):
@@ -53,7 +53,7 @@ class Projections:
 
 
 class Schedule:
-    """Projections of all steps of a schedule and all labels of a batch, and which rows a sample takes.
+    """The projections of all steps of a schedule for all labels of a batch, and the row of each sample.
 
     timesteps: [S]. labels: int64 [N], -1 for none; None for an unconditional network.
     """
@@ -62,7 +62,7 @@ class Schedule:
         self.timesteps, self.labels = timesteps, labels
         self._project = project
         self._distinct: Tensor | None = None
-        #: of each sample its row among those of one step, int64 [N], or [1] where all share it
+        #: the row of each sample among those of one step, int64 [N], or [1] where all share one
         self.which = torch.zeros(1, dtype=torch.int64, device=project.device)
         if labels is not None:
             self._distinct, self.which = labels.unique(return_inverse=True)
@@ -83,11 +83,11 @@ class Schedule:
         return self._project(timesteps, labels)
 
     def rows(self, step: int, n: int) -> tuple[Tensor, Tensor]:
-        """(table, number of each of n samples' rows in it) of one step."""
+        """The table of projections, and the row of each of n samples in it, for one step."""
         which = self.which[:n] if self.labels is not None else self.which.expand(n)
         if self._whole is not None:
             return self._whole, which + step * self.rows_a_step
-        single = self._single  # which another thread may replace
+        single = self._single  # read once: another thread may replace it
         if single is None or single[0] != step:
             self._single = single = step, self.block(step, step + 1)
         return single[1], which

@@ -1,4 +1,4 @@
-"""What a forked process has to do without: the threads of OpenMP, which do not survive a fork."""
+"""Forked processes, in which OpenMP's threads are missing."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ os.register_at_fork(after_in_child=_note)
 
 
 def go_on_after_fork(who: str) -> None:
-    """In a forked process computes with one thread, and says so: PyTorch would wait for lost ones forever."""
+    """Sets PyTorch to one thread in a forked process, and warns: it would wait for the lost ones forever."""
     if _forked and torch.get_num_threads() > 1:
         warnings.warn(
-            f"{who}: this process was forked, so PyTorch computes with one thread from here on: those "
-            "that OpenMP started before the fork are lost (start processes by 'spawn' for more)",
+            f"{who}: this process was forked, so PyTorch computes with one thread from here on: the "
+            "threads that OpenMP started before the fork are lost (start processes by 'spawn' for more)",
             RuntimeWarning,
             stacklevel=3,
         )

@@ -1,7 +1,7 @@
-"""What is kept of a model between calls: programs, which take long to build, and what was said.
+"""What is kept with a model between calls: compiled programs, and which warnings were given.
 
-Programs never change while a call uses them, so calls of many threads share them. A lock is held
-where they are looked up and built, never where a network is evaluated.
+Programs never change while a call uses them, so calls in several threads share them. A lock is held while
+they are looked up and built, never while a network is evaluated.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ _PROGRAMS = 2
 
 
 class Program(Protocol):
-    """Weights in an engine's form, and what it does with them."""
+    """A network in an engine's form: its weights in that layout, and what to do with them."""
 
     def engine(self) -> Any:
-        """For one call, with memory of its own."""
+        """An engine for one call, with memory of its own."""
 
     def renew(self, model: UNet, /) -> bool:
-        """Takes the model's weights as they are now; False where it cannot, or is in use."""
+        """Takes over the model's present weights; False where that is impossible, or the program in use."""
 
 
 class Kept:
-    """Of one model, and its shallow copies. No deep copy of the model, and no pickle, takes it along."""
+    """The programs and given warnings of one model and its shallow copies; not copied with deep copies."""
 
     def __init__(self) -> None:
         self._lock = Lock()
@@ -45,7 +45,7 @@ class Kept:
         return (Kept, ())
 
     def structure(self, model: UNet) -> Structure | str:
-        """The network's modules and parameters as they are now, or what makes it more than a `UNet`."""
+        """The network's present modules and parameters; or why it is not a plain `UNet`."""
         with self._lock:
             known = self._structure
             if known is not None and known.holds(model):
@@ -61,16 +61,16 @@ class Kept:
         content: Callable[[], Hashable],
         build: Callable[[], Program],
     ) -> Any:
-        """For one call, by the program of these settings and weights, built or renewed if need be.
+        """An engine for one call, of a kept program or one that is renewed or built for it.
 
-        content: what tells the weights apart as they are now.
+        kind: the engine's settings. content: returns what identifies the present content of the weights.
         """
         now = content()
         with self._lock:
             program = self._programs.pop((kind, now), None)
             if program is None:
                 program = self._renewed(model, kind) or build()
-                if content() != now:  # someone wrote meanwhile: this is a program of neither
+                if content() != now:  # weights were written meanwhile: a mixture, which is not kept
                     return program.engine()
             self._programs[kind, now] = program
             while len(self._programs) > _PROGRAMS:
@@ -84,7 +84,7 @@ class Kept:
         return None
 
     def say(self, text: str) -> None:
-        """Warns, once a model."""
+        """Warns, once per model and text."""
         with self._lock:
             new = text not in self._said
             self._said.add(text)

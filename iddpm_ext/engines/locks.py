@@ -1,4 +1,4 @@
-"""Locks that a forked process may go on with, and the garbage collector may come upon."""
+"""Locks that are safe across forks, and in code that the garbage collector runs."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import weakref
 class Lock:
     """A `threading.RLock` that is free in a forked process, whichever thread of the parent held it.
 
-    The thread that holds it may take it again: what it allocates may have the collector end an engine,
-    which gives its memory back under the same lock.
+    Reentrant, because an allocation under the lock can make the garbage collector finalise an engine, which
+    returns its memory under the same lock.
     """
 
     def __init__(self) -> None:
@@ -19,7 +19,7 @@ class Lock:
         _everyone.add(self)
 
     def renew(self) -> None:
-        """Nobody holds it."""
+        """Makes it a new, free lock."""
         self._lock = threading.RLock()
 
     def __enter__(self) -> None:

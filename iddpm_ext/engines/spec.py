@@ -1,4 +1,4 @@
-"""Which network a call evaluates, and how: what every public function that runs a network begins with."""
+"""Which network a call evaluates, and how: the checks that every public function on networks begins with."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from iddpm_ext.networks.unet import UNet
 from iddpm_ext.ops.spec import resolve_backend
 
 Steps = int | str | Sequence[int] | None
-#: How schedules are asked for -> where a checkpoint's `extra` holds them.
+#: Name of a stored schedule in `steps` -> its key in a checkpoint's `extra`.
 _STORED = {"optimal": "step_schedules", "pictures": "picture_schedules"}
 _NETWORK_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -29,10 +29,10 @@ _NETWORK_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 class NetworkSpec:
     """A network, its chain and its inputs, resolved: every tensor on `device`.
 
-    who: the public function that errors and warnings name. diffusion: the chain that is walked.
-    image_shape: (C, H, W). dtype: what the network is evaluated in; None for the weights' own.
-    labels: int64 [n] or None. low_res: [n, C, h, w] or None. state: dtype of the chain.
-    finish: makes of the network's output and the steps t int64 [n] what the chain reads; None for the output.
+    who: the public function, for errors and warnings. diffusion: the respaced chain. image_shape:
+    (C, H, W). dtype: in which the network is evaluated; None for that of its weights. labels: int64 [n]
+    or None. low_res: [n, C, h, w] or None. state: dtype of x_t. finish: called with the network's output
+    and the steps t int64 [n], returns the output that the chain reads; None for the output itself.
     """
 
     who: str
@@ -51,14 +51,14 @@ class NetworkSpec:
 
     @property
     def network_takes_labels(self) -> bool:
-        """Whether the labels are the network's, or those of classifier guidance alone."""
+        """Whether the network takes the labels; otherwise they are for classifier guidance alone."""
         ours = describing(self.model)
         own = isinstance(ours, UNet) and ours.config.num_classes is None
         return self.labels is not None and not own
 
 
 def describing(model: object) -> UNet | Splice | None:
-    """The network that says what a model is: itself, or the one that a wrapper of PyTorch's holds."""
+    """The `UNet` or `Splice` that a model is or, in a wrapper of PyTorch's, holds; None for other models."""
     inside = unwrapped(model)
     return inside if isinstance(inside, (UNet, Splice)) else None
 
@@ -79,10 +79,10 @@ def check_network(
     images: tuple[str, Tensor | None] = ("x_T", None),
     labels_for_guidance: bool = False,
 ) -> NetworkSpec:
-    """Checks what a public function is told of a network, and fills in what that leaves open.
+    """Checks the arguments of a public function that concern the network, and fills in their defaults.
 
     who: the function, for its errors. images: name and value of the images that the chain starts from,
-    which say where and in which dtype. labels_for_guidance: labels are welcome without the network's.
+    which determine device and dtype. labels_for_guidance: labels are allowed for an unconditional network.
 
     Raises ValueError, TypeError or RuntimeError as `sample` documents.
     """
@@ -130,13 +130,13 @@ def check_flags(who: str, **flags: bool) -> None:
 
 
 def check_seed(who: str, seed: int) -> None:
-    """ValueError unless it is a number of 64 bits."""
+    """ValueError unless it is an int of 64 bits, unsigned."""
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 64:
         raise ValueError(f"{who}: seed must be an int from 0 to 2^64 - 1, got {seed!r}")
 
 
 def count_of(who: str, n: int | None, default: int, **tensors: Tensor | None) -> int:
-    """How many images: n, or the length of what is given, which must agree."""
+    """How many images: n, or the length of the tensors that are given, which must agree."""
     if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n < 1):
         raise ValueError(f"{who}: n must be an int above 0, got {n!r}")
     lengths = {name: len(value) for name, value in tensors.items() if value is not None}
@@ -152,7 +152,7 @@ def count_of(who: str, n: int | None, default: int, **tensors: Tensor | None) ->
 def batch_size_of(
     who: str, given: int | None, n: int, shape: tuple[int, int, int], device: torch.device
 ) -> int:
-    """Most images at once: at most n."""
+    """How many images are evaluated at once, at most n."""
     if given is None:
         given = default_batch_size(shape, device)
     elif isinstance(given, bool) or not isinstance(given, int) or given < 1:
@@ -161,7 +161,7 @@ def batch_size_of(
 
 
 def default_batch_size(shape: tuple[int, int, int], device: torch.device) -> int:
-    """Enough images (C, H, W) to fill the device, few enough that a large one's activations fit."""
+    """A batch size that fills the device with images (C, H, W), and whose activations fit its memory."""
     most, pixels = (16, 1 << 16) if device.type == "cpu" else (256, 1 << 20)
     return max(1, min(most, pixels // (shape[1] * shape[2])))
 
@@ -243,7 +243,7 @@ def _analytic(who: str, diffusion: Diffusion, steps: str, ours: object) -> list[
 
 
 def _positions(who: str, diffusion: Diffusion, steps: str, wanted: Sequence[int]) -> list[int]:
-    """Where steps of the training chain are in this one."""
+    """The indices in this chain of steps of the training chain."""
     position = {int(step): i for i, step in enumerate(diffusion.timesteps)}
     missing = [step for step in wanted if int(step) not in position]
     if missing:
@@ -255,7 +255,7 @@ def _positions(who: str, diffusion: Diffusion, steps: str, wanted: Sequence[int]
 
 
 def moments_of(who: str, model: object, diffusion: Diffusion) -> Moments:
-    """The moments that the checkpoint holds, of its own weights; ValueError where there are none."""
+    """The moments that the checkpoint holds for its present weights; ValueError where there are none."""
     ours = describing(model)
     if not isinstance(ours, nn.Module):
         raise ValueError(
@@ -266,7 +266,7 @@ def moments_of(who: str, model: object, diffusion: Diffusion) -> Moments:
 
 
 def weights_fingerprint(model: nn.Module) -> str:
-    """Which weights these are, to bfloat16, so that a checkpoint stored in it keeps what it has."""
+    """A hash of the weights rounded to bfloat16, so that storing a checkpoint in bfloat16 keeps it."""
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         digest.update(name.encode())

@@ -1,8 +1,8 @@
-"""Whether a network is what its configuration says, and nothing more.
+"""Whether a network computes exactly what its configuration describes.
 
-An engine reads weights and knows what layers do with them. Whatever makes a module compute something
-else (hooks, wrappers, other layers, methods of its own, other settings) is found here, so that such a
-module is run itself.
+An engine reads weights and assumes what layers do with them. Whatever makes a module compute something
+else (hooks, wrappers, replaced layers or methods, other settings) is found here; such a module is then
+run itself, without an engine.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from torch.nn.modules import module as torch_module
 from iddpm_ext.networks.config import UNetConfig
 from iddpm_ext.networks.unet import FORWARDS, UNet
 
-# Of every module: what says how and not what it computes, or nothing in evaluation mode (p, of dropout).
+# Attributes of modules that do not change what is computed in evaluation mode (p is dropout's).
 _IGNORED = frozenset({"training", "backend", "config", "extra", "gradient_checkpointing", "p"})
 _GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
 
 
 class Structure:
-    """The modules and parameters of a network that was found to be as its configuration says.
+    """The modules and parameters of a network that was found to match its configuration.
 
-    `holds` tells in some 0.1 ms that it is still so, by comparing references alone.
+    `holds` finds out in some 0.1 ms whether it still does, by comparing references alone.
     """
 
     def __init__(self, model: UNet) -> None:
@@ -49,7 +49,7 @@ class Structure:
     def holds(self, model: UNet) -> bool:
         """Whether nothing but the content of the parameters has changed since.
 
-        A shallow copy of the model shares its layers, and may have a method of its own.
+        False for a shallow copy of the model, which shares its layers but may have another method.
         """
         if self._modules[0] is not model:
             return False
@@ -63,20 +63,20 @@ class Structure:
                 and not any(self._hooks)
                 and not _everywhere()
             )
-        except (RuntimeError, TypeError, ValueError):  # tensors or arrays that were compared
+        except (RuntimeError, TypeError, ValueError):  # attributes that are tensors or arrays
             return False
 
 
 def why_more(model: nn.Module) -> str | None:
-    """None if a `UNet` is what its configuration says, else what is different, naming the layer."""
+    """None if a `UNet` matches its configuration, else what differs, naming the layer."""
     if type(model) is not UNet:
-        return f"the network is of the class {type(model).__name__}, of which it knows nothing"
+        return f"the network is of the class {type(model).__name__}, which no engine knows"
     everywhere = _everywhere()
     return everywhere or _difference("", model, _expected(model.config))
 
 
 def why_hooked(model: nn.Module) -> str | None:
-    """None if nothing stands around a module's own `forward`, else what; its children aside."""
+    """None if calling the module runs its class's `forward` alone, else why not; ignores its children."""
     if "forward" in model.__dict__:
         return "has a forward of its own"
     if model._forward_hooks or model._forward_pre_hooks:
@@ -87,7 +87,7 @@ def why_hooked(model: nn.Module) -> str | None:
 
 
 def has_global_hooks() -> bool:
-    """Whether hooks are called around the forward of every module."""
+    """Whether global hooks run around the forward of every module."""
     return any(getattr(torch_module, name) for name in _GLOBAL_HOOKS)
 
 
@@ -102,7 +102,7 @@ def _everywhere() -> str | None:
 
 @dataclass(frozen=True)
 class _Module:
-    """What is expected of a module."""
+    """What a module must look like to match the configuration."""
 
     kind: type
     children: Mapping[str, _Module]

@@ -1,4 +1,4 @@
-"""What a model's weights are at one moment: told apart by content, whoever wrote to them and how."""
+"""Identifies the content of a model's weights at one moment, however they were changed."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _WORD_KEY = 0x9E3779B97F4A7C15
 
 
 def content_of(tensors: Sequence[Tensor]) -> Hashable:
-    """Equal for the same numbers in the same layout: dtypes, shapes, strides and a 64-bit checksum.
+    """Compares equal for the same bits in the same layout: dtypes, shapes, strides and a 64-bit checksum.
 
-    tensors: on one device, the CPU or a CUDA device, where the sum is computed: one pass over their
-    memory, and on a CUDA device one wait for the result.
+    tensors: all on the CPU or on one CUDA device, which computes the checksum in one pass over memory; on
+    a CUDA device the host waits for the result once.
     """
     layout = tuple((t.dtype, t.shape, t.stride()) for t in tensors)
     return layout, checksum([t if _is_dense(t) else t.contiguous() for t in tensors])
@@ -31,7 +31,7 @@ def _is_dense(tensor: Tensor) -> bool:
 
 
 def checksum(tensors: Sequence[Tensor]) -> int:
-    """A 64-bit checksum of the memory of tensors without gaps, all on one device."""
+    """A 64-bit checksum of the memory of dense tensors on one device."""
     if not tensors:
         return 0
     device = tensors[0].device
@@ -66,5 +66,5 @@ def checksum_reference(tensors: Sequence[Tensor]) -> int:
 
 
 def _signed(number: int) -> int:
-    """The int64 of the same 64 bits."""
+    """The int64 with the same 64 bits."""
     return (number + (1 << 63)) % (1 << 64) - (1 << 63)

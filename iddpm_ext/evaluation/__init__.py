@@ -1,4 +1,4 @@
-"""Samples against a reference: where images come from, what extracts features, what is reported."""
+"""Evaluates samples against a reference: sources of images, feature extractors, scores."""
 
 from __future__ import annotations
 

@@ -40,13 +40,13 @@ from iddpm_ext.networks.foreign import unwrapped
 from iddpm_ext.networks.unet import UNet
 
 METRICS = ("fid", "sfid", "kid", "inception_score", "precision_recall")
-# What the original evaluator compares neighbourhoods with.
+# Reference images that neighbourhoods are computed from, as in the original evaluator.
 _KEPT = 10_000
 
 
 @dataclass(frozen=True)
 class Score:
-    """A number and its 95 % interval, None where none was asked for or can be told."""
+    """A number and its 95 % interval; None if it was not requested or cannot be estimated."""
 
     value: float
     ci95: Interval | None
@@ -54,7 +54,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate` found.
+    """The result of `evaluate`.
 
     scores: by name: fid, sfid, kid for FID's Inception and fd, sfd, kd for any other network,
     inception_score, precision_k3, recall_k3 and so on, each followed by "-" and the extractor.
@@ -127,33 +127,33 @@ def evaluate(
     Args:
         samples: a folder, zip, .npz (`arr_0`) or anything else that `open_data` reads; a tensor or
             an iterable of tensors [N, C, H, W], floating in [-1, 1] or uint8; a `UNet` or a name or
-            file of `load`, which is sampled while features are extracted. Its classes take turns: those
-            that the reference has, by their names, where it has any.
+            file of `load`, which is sampled while features are extracted. Its classes take turns; if the
+            reference has classes, only those of the same names.
         reference: the same; usually the training data.
-        extractor: what `open_extractor` takes: FID's Inception is a file that you have.
-        metrics: of "fid", "sfid", "kid", "inception_score", "precision_recall". With an extractor
+        extractor: as in `open_extractor`; for FID's Inception a file that you have.
+        metrics: any of "fid", "sfid", "kid", "inception_score", "precision_recall". With an extractor
             other than FID's Inception the first three are called fd, sfd and kd.
-        n: how many samples; all, or 10,000 of a model. The paper takes 50,000.
+        n: how many samples; by default all, or 10,000 of a model. The paper uses 50,000.
         reference_n: how many reference images; all if None.
-        split: of data that has "train" and "test".
-        image_size: side of the square that images of files are resized and cropped to, as in training; None:
-            the model's where a model is sampled, else as they are. Both sets must have one size in the end.
-        classes, value_range, alpha: of `open_data`, for both where they are paths.
-        steps, sampler, eta, guidance_scale, seed: of `sample`, for a model.
-        neighbours: the k of precision and recall, whose real neighbourhoods are those of the first
-            10,000 reference images; "kid" compares with these too.
-        resamples: halves of the samples that an interval is made of; 0 for no intervals, and for
-            feature vectors that are kept for "kid" and "precision_recall" alone.
+        split: "train" or "test", for data that has both.
+        image_size: side of the square that images of files are resized and cropped to, as in training;
+            None: the size of the model if one is sampled, else no change. The sizes of both sets must agree.
+        classes, value_range, alpha: as in `open_data`, for both sets if they are paths.
+        steps, sampler, eta, guidance_scale, seed: as in `sample`, for a model.
+        neighbours: the k of precision and recall, with real neighbourhoods of the first 10,000 reference
+            images; "kid" compares with these too.
+        resamples: number of random halves of the samples for the intervals; 0 for no intervals, so that
+            feature vectors are stored for "kid" and "precision_recall" alone.
         batch_size: images at once.
-        device: of the model that samples and of the extractor.
+        device: of the sampled model and of the extractor.
         cache: folder for the reference's statistics, .npz files; `iddpm_ext` in the user's cache
             folder if None, "" for none.
-        progress: show a bar where stderr is a terminal.
+        progress: show a bar if stderr is a terminal.
 
     Returns:
-        an `Evaluation`. Intervals are over the samples, the reference held fixed (of recall: over
-        the reference); see `half_sample_interval`. They know nothing of the bias that few samples
-        give a Fréchet distance.
+        an `Evaluation`. Intervals are over the samples for a fixed reference (for recall: over the
+        reference); see `half_sample_interval`. They do not include the bias of a Fréchet distance of few
+        samples.
 
     Raises:
         ValueError, TypeError, FileNotFoundError, RuntimeError: for an argument that cannot be used.
@@ -190,11 +190,11 @@ def _open_both(
     batch_size: int,
     device: torch.device | str,
 ) -> tuple[ImageSet, ImageSet]:
-    """Both sets, of one size. of_samples, of_reference: how a model samples, and the most images."""
+    """Both sets, with equal sizes. of_samples, of_reference: how to sample a model, and the most images."""
     given = {"samples": samples, "reference": reference}
     wanted = {"samples": of_samples, "reference": of_reference}
     sources: dict[str, Any] = {}
-    # Models first: they say which size files are brought to.
+    # Models first: their size is that of the files.
     for name, images in sorted(given.items(), key=lambda pair: not is_model(pair[1])):
         sources[name] = open_source(name, images, reading, device)
         model = unwrapped(sources[name])
@@ -223,7 +223,7 @@ def _open_both(
 
 
 def _named(metric: str, extractor: Extractor) -> str:
-    """FID is the Fréchet distance of one network only."""
+    """The metric's name for this extractor: FID only for FID's Inception, else FD."""
     if extractor.name != INCEPTION:
         metric = {"fid": "fd", "sfid": "sfd", "kid": "kd"}.get(metric, metric)
     return f"{metric}-{extractor.name}"
@@ -232,7 +232,7 @@ def _named(metric: str, extractor: Extractor) -> str:
 def _fid(
     a: FeatureSet, b: FeatureSet, extractor: Extractor, _: tuple[int, ...], resamples: int
 ) -> dict[str, Score]:
-    # Few samples are quicker as they are than as a covariance.
+    # With fewer samples than dimensions, features are faster than their covariance.
     few = len(a.features) == a.count <= a.features.shape[1]
     value = frechet_distance(a.features if few else a.statistics, b.statistics)
 
@@ -251,7 +251,7 @@ def _sfid(
             "evaluate: metrics must be without 'sfid' where the extractor gives no spatial "
             f"features, got {extractor.name}"
         )
-    # Its features are 2023 an image and are not kept: no interval.
+    # Its 2023 features per image are not stored, so there is no interval.
     return {_named("sfid", extractor): Score(frechet_distance(a.spatial, b.spatial), None)}
 
 
@@ -314,7 +314,7 @@ def _interval(value: float, count: int, of_half: Any, resamples: int) -> Interva
     if resamples == 0 or count < 4:
         return None
     with warnings.catch_warnings():
-        # That a half has few samples was said of the whole, or is of no interest.
+        # The warning of few samples was given for the whole set, or does not matter for halves.
         warnings.simplefilter("ignore", UserWarning)
         return half_sample_interval(value, count, of_half, resamples=resamples)
 

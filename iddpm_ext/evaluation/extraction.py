@@ -1,4 +1,4 @@
-"""Features of an image set, streamed into moments and kept where a metric needs them all."""
+"""Extracts features of an image set: accumulates moments, and stores features if a metric needs them."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ _FORMAT = 2
 
 @dataclass(frozen=True, eq=False)
 class FeatureSet:
-    """What is known of one set of images.
+    """The features of one set of images.
 
-    statistics: of features; spatial: of sFID's features, or None. features: [M, D] of the
+    statistics: moments of all features. spatial: those of sFID's features, or None. features: [M, D] of the
     first M images. probabilities: float32 [N, K] of all, or None. count: N.
     """
 
@@ -54,7 +54,7 @@ def extract(
         disable=None if progress else True,
     ) as bar:  # fmt: skip
         for batch in images:
-            # A score is one of the extractor as it is: not of what the caller's autocast makes of it.
+            # Independent of the caller's autocast.
             with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
                 found = extractor(batch)
             features = found.features.cpu()
@@ -84,16 +84,17 @@ def extract(
 def cached_extract(
     images: ImageSet, extractor: Extractor, *, keep: int, cache: Path | None, progress: bool
 ) -> FeatureSet:
-    """`extract`, or what it gave before for the same images, extractor and `keep`.
+    """`extract`, or its cached result for the same images, extractor and `keep`.
 
-    cache: a folder of .npz files; None, or a set or extractor without fingerprint, for none.
-    Probabilities are not kept: only samples need them. Where the folder cannot be written to or read, the
-    features are extracted all the same, and a warning says that they are not kept.
+    cache: a folder of .npz files; nothing is cached if it is None, or the set or extractor has no
+    fingerprint.
+    Probabilities are not cached, since only samples need them. If the folder cannot be read or written, there
+    is a warning, and nothing is cached.
     """
     if cache is None or not images.fingerprint or not extractor.fingerprint:
         return extract(images, extractor, keep=keep, progress=progress)
     key = json.dumps([_FORMAT, images.fingerprint, extractor.fingerprint, keep])
-    # An extractor may be called after a file, whose name may be as long as the system allows.
+    # Shortened, since an extractor can have the name of a file, as long as the system allows.
     path = cache / f"{extractor.name[:50]}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
     try:
         if path.exists():

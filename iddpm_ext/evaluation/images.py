@@ -1,4 +1,4 @@
-"""Where the images of an evaluation come from: files, tensors, or a model while it samples."""
+"""The images of an evaluation: from files, tensors, or a model that is sampled."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ Images = str | os.PathLike[str] | Tensor | UNet | ImageData | Iterable[Tensor]
 class ImageSet:
     """Images in batches.
 
-    what: for people. count: how many; None if only the end will tell. size: (H, W) of every image.
-    fingerprint: changes whenever the images could; empty where that cannot be told.
+    what: a description. count: how many; None if unknown. size: (H, W) of every image. fingerprint: changes
+    whenever the images could; empty if changes cannot be noticed.
     """
 
     what: str
@@ -52,9 +52,9 @@ class ImageSet:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a model samples: the arguments of `iddpm_ext.sample`, n of them images.
+    """How to sample a model: arguments of `iddpm_ext.sample`, for n images.
 
-    classes: those that take turns; None for all.
+    classes: the classes, which take turns; None for all.
     """
 
     n: int = 10_000
@@ -68,7 +68,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Reading:
-    """How a path is opened: arguments of `open_data`."""
+    """How to open a path: arguments of `open_data`."""
 
     split: str = "train"
     image_size: int | None = None
@@ -93,9 +93,9 @@ def is_model(images: object) -> bool:
 
 
 def open_source(argument: str, images: Images, reading: Reading, device: torch.device | str) -> Any:
-    """What has the images: a model, opened data, a tensor or an iterable. Paths are read, checkpoints loaded.
+    """The source of images: a model, opened data, a tensor or an iterable. Opens paths and checkpoints.
 
-    What reading leaves out or changes becomes a warning.
+    Warns of what reading skips or changes.
     """
     if is_checkpoint(images):
         return iddpm_ext.load(cast(str, images), device)
@@ -125,10 +125,9 @@ def open_images(
     recipe: Recipe,
     reading: Reading,
 ) -> ImageSet:
-    """The first n images of a source that `open_source` gave for `images`, or all; of a model, n new ones.
+    """The first n images, or all, of a source that `open_source` returned; n new ones of a model.
 
-    Floating images are in [-1, 1] and are rounded to the 256 levels that files have; uint8 ones
-    are taken as they are.
+    Floating images are in [-1, 1] and rounded to 256 levels, as in files; uint8 ones are taken as they are.
     """
     path = os.fspath(images) if isinstance(images, (str, os.PathLike)) else None
     if isinstance(unwrapped(source), UNet):
@@ -163,9 +162,9 @@ def open_images(
 def model_classes(
     argument: str, model: UNet, data: object, name: str
 ) -> tuple[tuple[int, ...] | None, str]:
-    """The classes of `model` that the data has, by their names, and words for them; None for all of them.
+    """The classes of `model` that occur in the data, by name, and a description; None for all.
 
-    data: of the other side; anything that has no classes leaves the model all of its own.
+    data: the other set; without classes, all of the model's are taken.
     """
     classes = model.config.num_classes
     if classes is None or not _is_data(data):
@@ -210,7 +209,7 @@ def _sampled(model: nn.Module, recipe: Recipe, batch_size: int, name: str) -> Im
         batch_size=batch_size, progress=False,
     )  # fmt: skip
     network = network_of(request)
-    # Image i is the i-th of one call of `sample`, though a batch is drawn when it is asked for.
+    # Image i is that of one call of `sample`, though batches are drawn on demand.
     parts = batches(request.n, request.batch_size)
     drawn = (_levels(run(request, [images], network=network)) for images in parts)
     what = f"{recipe.n} samples of {name} ({recipe.sampler}, {recipe.steps} steps)"
@@ -220,7 +219,7 @@ def _sampled(model: nn.Module, recipe: Recipe, batch_size: int, name: str) -> Im
 
 def _read(data: ImageData, n: int | None, batch_size: int, what: str, fingerprint: str) -> ImageSet:
     count = len(data) if n is None else min(n, len(data))
-    # In a random order, the same each time: files are sorted by class.
+    # In a fixed random order, since files are sorted by class.
     generator = torch.Generator(device="cpu").manual_seed(0)
     order = torch.randperm(len(data), generator=generator, dtype=torch.int64, device="cpu")[:count]
     parts = (_levels(data.images(part.sort().values)[0]) for part in order.split(batch_size))
@@ -252,7 +251,7 @@ def _checked(
 
 
 class _Meaning:
-    """Whether tensors, that may come one after the other, are clearly of [-1, 1] or of 0 .. 255."""
+    """Checks, over several tensors, that floating images are clearly in [-1, 1]."""
 
     def __init__(self, argument: str):
         self._argument = argument
@@ -260,7 +259,7 @@ class _Meaning:
         self._low, self._high = math.inf, -math.inf
 
     def add(self, images: Tensor) -> None:
-        """Refuses images that are not finite, or outside [-1, 1] by more than rounding takes back."""
+        """Refuses images that are not finite, or outside [-1, 1] by more than the rounding of a level."""
         if images.dtype == torch.uint8:
             return
         low, high = float(images.min()), float(images.max())
@@ -274,7 +273,7 @@ class _Meaning:
             )
 
     def require(self) -> None:
-        """Refuses images of which none goes below 0: they could be in [0, 1]."""
+        """Refuses images without a value below 0, which could be in [0, 1]."""
         if self._floating and self._low >= 0:
             raise ValueError(
                 f"evaluate: {self._argument} must be floating in [-1, 1] or uint8, got values from "
@@ -295,14 +294,14 @@ def _check(argument: str, images: object) -> None:
 
 
 def _levels(images: Tensor) -> Tensor:
-    """uint8 [N, C, H, W] on the CPU, of levels or of values in [-1, 1]."""
+    """uint8 [N, C, H, W] on the CPU, from levels or from values in [-1, 1]."""
     if images.dtype == torch.uint8:
         return images.cpu()
     return ((images.float() + 1) * 127.5).round().clamp(0, 255).byte().cpu()
 
 
 def _files(path: Path) -> str:
-    """Names, sizes and times of the files at a path: what a change of the images would change."""
+    """Names, sizes and times of the files at a path, which change with the images."""
     files = Folder(path).survey().files if path.is_dir() else [""]
     digest = hashlib.sha256()
     for name in files:

@@ -1,4 +1,4 @@
-"""Others' networks on our operators."""
+"""`accelerate`: runs networks of other libraries on this package's operators."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ __all__ = ["Acceleration", "accelerate"]
 def accelerate(
     model: nn.Module, *, attention: bool = True, convolutions: bool = True
 ) -> Acceleration:
-    """Runs a foreign network on this package's operators, to rounding the same function.
+    """Runs a foreign network on this package's operators, which changes its results by rounding only.
 
     In networks of diffusers: the residual blocks' GroupNorm, scale-shift and SiLU in one pass each,
     and self-attention. In any network: a GroupNorm directly before a SiLU in an `nn.Sequential`, and
-    on the CPU 3x3 convolutions, which take channels_last and, where gradients are recorded, are
-    `ops.conv3x3`. Only modules of exactly these classes, without hooks, are touched. Works in
-    training and inference, on every device; the output may lie in memory as channels_last.
+    on the CPU 3x3 convolutions, which run in channels_last and, where gradients are recorded, by
+    `ops.conv3x3`. Only modules of exactly these classes, without hooks, are changed. Works in training and
+    inference, on every device; the output may be channels_last.
 
     Args:
         model: changed in place.

@@ -1,4 +1,4 @@
-"""A `UNet` as a `UNet2DModel` of diffusers, and back: an exact bijection of the weights."""
+"""Converts a `UNet` to a `UNet2DModel` of diffusers and back, without changing the weights."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ def to_diffusers(model: UNet, *, stock: bool | None = None) -> Any:
     """The network as a `UNet2DModel`, with copies of the weights, in evaluation mode.
 
     Args:
-        model: a UNet; its diffusion process is another object there, an `IDDPMScheduler`.
-        stock: True for the stock class; False for `IDDPMUNet2DModel`, which can do more (several
-            widths of a head, the label -1, super-resolution); None for the stock class where it
-            computes the same on every input.
+        model: a UNet. Its diffusion process is converted separately, to an `IDDPMScheduler`.
+        stock: True for the stock class; False for `IDDPMUNet2DModel`, which supports more (heads of
+            several widths, the label -1, super-resolution); None for the stock class if it computes the
+            same on every input.
 
     Returns:
         the same function up to rounding: `unet(x, t, class_labels=y).sample` is `model(x, t, y)`.
 
     Raises:
-        ValueError: the class asked for has no such network.
+        ValueError: the requested class has no such network.
     """
     if not isinstance(model, UNet):
         raise TypeError(f"to_diffusers: model must be a UNet, got {type(model).__name__}")
@@ -43,15 +43,15 @@ def from_diffusers(unet: Any, *, diffusion: Diffusion | None = None) -> UNet:
     """A `UNet` that computes what a `UNet2DModel` does, with copies of its weights.
 
     Args:
-        unet: a `UNet2DModel` or `IDDPMUNet2DModel` of the paper's kind: sinusoids of the time
-            without a shift, 32 groups, eps 1e-5, SiLU.
+        unet: a `UNet2DModel` or `IDDPMUNet2DModel` like the paper's: timestep sinusoids without a shift,
+            32 groups, eps 1e-5, SiLU.
         diffusion: the process it was trained for, `scheduler.diffusion` of an `IDDPMScheduler`.
 
     Returns:
         a UNet in evaluation mode, its `diffusion` set.
 
     Raises:
-        ValueError: no UNet computes the same, with everything in which they differ.
+        ValueError: no UNet computes the same; the message lists all differences.
     """
     if not isinstance(unet, UNet2DModel):
         raise TypeError(f"from_diffusers: unet must be a UNet2DModel, got {type(unet).__name__}")

@@ -1,4 +1,4 @@
-"""What is used of the optional library diffusers, or an error that says how to get it."""
+"""The imports from the optional library diffusers, or an error that says how to install it."""
 
 from __future__ import annotations
 

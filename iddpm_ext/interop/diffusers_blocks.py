@@ -1,4 +1,4 @@
-"""The blocks of diffusers on our operators, for `accelerate`."""
+"""The blocks of diffusers on this package's operators, for `accelerate`."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class FusedResnetBlock2D(ResnetBlock2D):
 class QKVAttentionProcessor:
     """Self-attention over a feature map by `ops.qkv_attention`; q, k and v in one product.
 
-    before: the processor for what this one does not take, a mask or another sequence.
+    before: the processor for calls that this one does not support, with a mask or another sequence.
     """
 
     def __init__(self, before: Any) -> None:
@@ -84,7 +84,7 @@ class QKVAttentionProcessor:
 
 
 def accelerate(model: nn.Module, done: Acceleration, *, attention: bool) -> None:
-    """Replaces the blocks of diffusers in a model and enters what it did, or why not, in `done`."""
+    """Replaces the blocks of diffusers in a model and records in `done` which, or why not."""
     for name, module in model.named_modules():
         if type(module) is ResnetBlock2D:
             if reason := _resnet_obstacle(module):
@@ -133,7 +133,7 @@ def _attention_obstacle(attn: Any, wanted: bool) -> str | None:
         and attn.to_q.out_features == attn.to_k.out_features == attn.to_v.out_features
         and attn.scale_qk
     )
-    # QKVs of their own, masks and adapters come with other processors.
+    # Other processors mean fused qkv, masks or adapters.
     if not plain or type(attn.processor) not in (AttnProcessor, AttnProcessor2_0):
         return "Attention of another kind than over one feature map"
     for part in (attn.group_norm, attn.to_q, attn.to_k, attn.to_v):

@@ -1,4 +1,4 @@
-"""The network for other runtimes: `torch.export` and ONNX."""
+"""Exports the network to other runtimes: `torch.export` and ONNX."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from iddpm_ext.files import flush, temporary_name
 from iddpm_ext.networks.unet import UNet
 
-# Above this ONNX keeps weights in a second file: protocol buffers end at 2 GiB.
+# Larger weights are in a second file, as protocol buffers are limited to 2 GiB.
 _SINGLE_FILE_BYTES = 1_900_000_000
 
 
@@ -26,11 +26,10 @@ def export_program(model: UNet, *, image_size: int | None = None) -> torch.expor
 
     Args:
         model: a UNet; its weights are shared, not copied.
-        image_size: the side of its images, as the graph fixes it; the configuration's if None.
+        image_size: the side of its images, which is fixed in the graph; the configuration's if None.
 
     Returns:
-        a program that takes what `model` takes, by the same names: x, timesteps, and y or low_res
-        where the network has them.
+        a program with the arguments of `model`: x, timesteps, and y or low_res if the network has them.
 
     Raises:
         ValueError, TypeError: image_size does not fit the network, or model is no UNet.
@@ -52,8 +51,8 @@ def export_onnx(
     """Writes the network as an ONNX model that ONNX Runtime and others run, with any batch size.
 
     Inputs are x float32 [N, C, H, W], timesteps float32 [N], and y int64 [N] or low_res where the
-    network has them; the output is `output`. The sampling chain is the caller's. The file appears
-    under its name when it is whole.
+    network has them; the output is `output`. The sampling chain is not included. The file is written
+    atomically.
 
     Args:
         model: a UNet.
@@ -94,7 +93,7 @@ def export_onnx(
     temporary.mkdir()
     try:
         exported.save(temporary / target.name, external_data=size > _SINGLE_FILE_BYTES)
-        # The model names its weights: they come first, so that it never stands there without them.
+        # Weights first, so that the model never exists without them.
         for file in sorted(temporary.iterdir(), key=lambda file: file.suffix == ".onnx"):
             flush(file)
             os.replace(file, target.parent / file.name)
@@ -106,7 +105,7 @@ def export_onnx(
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what the exporter says of its own parts: nothing that a caller could change."""
+    """A context that hides the exporter's warnings about itself, which callers cannot change."""
     logger = logging.getLogger("torch.onnx")
     before = logger.level
     logger.setLevel(logging.ERROR)
@@ -119,7 +118,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _plain_copy(model: UNet) -> UNet:
-    """The network on the same weights, by PyTorch's own functions, in evaluation mode."""
+    """The network with the same weights, by PyTorch's own functions, in evaluation mode."""
     with torch.device("meta"):
         plain = UNet(model.config)
     plain.load_state_dict(model.state_dict(), assign=True)
@@ -128,7 +127,7 @@ def _plain_copy(model: UNet) -> UNet:
 
 
 def _example(model: UNet, image_size: int | None) -> dict[str, Tensor]:
-    """Inputs to trace with: a batch of two, since one would be taken for a constant."""
+    """Inputs for tracing: a batch of two, since a batch of one would be traced as a constant."""
     config = model.config
     size = config.image_size if image_size is None else image_size
     if (

@@ -1,4 +1,4 @@
-"""Folders of diffusers: a network, or a pipeline around one, as its `from_pretrained` reads it."""
+"""Reads and writes folders of diffusers: a network, or a pipeline around one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 def read_folder(path: str | os.PathLike[str]) -> UNet:
-    """The network of a folder of diffusers as a `UNet`, with its process where a scheduler is there.
+    """The network of a folder of diffusers as a `UNet`, with its process if there is a scheduler.
 
     Only JSON and safetensors files are read; diffusers itself need not be installed.
 
@@ -52,16 +52,16 @@ def read_folder(path: str | os.PathLike[str]) -> UNet:
 
 
 def write_folder(model: UNet, path: str | os.PathLike[str], *, stock: bool | None = None) -> Path:
-    """Writes the network as a folder of diffusers, complete under its name or not at all.
+    """Writes the network as a folder of diffusers, atomically.
 
-    With a diffusion process it is a pipeline, for `DDPMPipeline.from_pretrained` where the network
-    is a stock `UNet2DModel`, else for `iddpm_ext.IDDPMPipeline.from_pretrained`; without one the
-    network's folder alone.
+    With a diffusion process it is a pipeline, for `DDPMPipeline.from_pretrained` if the network is a stock
+    `UNet2DModel`, else for `iddpm_ext.IDDPMPipeline.from_pretrained`; without one, the network's folder
+    alone.
 
     Args:
         model: a UNet.
         path: a name that does not exist, or an empty folder.
-        stock: as of `to_diffusers`.
+        stock: as in `to_diffusers`.
 
     Raises:
         ValueError, OSError: the network has no such form, or the folder cannot be written.
@@ -104,7 +104,7 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
     names = [_WEIGHTS]
     index = folder / f"{_WEIGHTS}.index.json"
     if index.is_file():
-        # Only names within the folder: an index could point anywhere.
+        # Reduced to names within the folder, since an index could contain any path.
         names = sorted({Path(str(n)).name for n in dict(_json(index)["weight_map"]).values()})
     tensors: dict[str, Tensor] = {}
     for name in names:

@@ -1,7 +1,7 @@
-"""Which part of `UNet2DModel` is which part of a `UNet`, and the one's configuration from the other's.
+"""The correspondence of `UNet2DModel` and `UNet`: their parts and their configurations.
 
-Apart from names, only the attention's projections differ: one qkv tensor against three. In the
-legacy order its rows are [heads, (q, k, v), width of a head], in the new one [(q, k, v), heads, width].
+Apart from names, only the attention's projections differ: one qkv tensor instead of three. In the legacy
+order its rows are [heads, (q, k, v), width of a head], in the new one [(q, k, v), heads, width].
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from iddpm_ext.networks.config import NUM_GROUPS, UNetConfig
 
-# Module of a residual block or an attention block, ours and theirs; qkv is apart.
+# Names of the modules of residual and attention blocks: UNet's -> UNet2DModel's; qkv is treated separately.
 RES_BLOCK = {
     "in_layers.0": "norm1",
     "in_layers.2": "conv1",
@@ -23,7 +23,7 @@ RES_BLOCK = {
 }
 ATTENTION = {"norm": "group_norm", "proj_out": "to_out.0"}
 
-# What a UNet2DModel must have for a UNet to compute the same; the first value is what ours becomes.
+# Settings that a UNet2DModel must have for a UNet to compute the same; the first value is used for writing.
 _REQUIRED: dict[str, tuple[Any, ...]] = {
     "center_input_sample": (False,),
     "time_embedding_type": ("positional",),
@@ -57,7 +57,7 @@ _NEEDED = (
 
 
 class Block(NamedTuple):
-    """A part of both networks. kind: "res", "attention" or "plain" (same tensors, other name)."""
+    """A part of both networks. kind: "res", "attention" or "plain" (equal tensors, another name)."""
 
     ours: str
     theirs: str
@@ -66,7 +66,7 @@ class Block(NamedTuple):
 
 
 def blocks(config: UNetConfig) -> Iterator[Block]:
-    """Every part that has tensors, in the order of our state dict."""
+    """Every part that has tensors, in the order of the UNet's state dict."""
     yield Block("time_embed.0", "time_embedding.linear_1", "plain")
     yield Block("time_embed.2", "time_embedding.linear_2", "plain")
     if config.num_classes is not None:
@@ -112,7 +112,7 @@ def blocks(config: UNetConfig) -> Iterator[Block]:
 
 
 def heads_of(config: UNetConfig) -> tuple[list[int], list[int]]:
-    """Attention heads of every level, on the way down and on the way up."""
+    """Attention heads of every level, in the encoder and in the decoder."""
     width = config.num_head_channels
     levels = range(len(config.channel_mult))
     if width is not None:
@@ -140,9 +140,9 @@ def _head_widths(config: UNetConfig) -> set[int]:
 
 
 def unet2d_arguments(config: UNetConfig, *, stock: bool) -> dict[str, Any]:
-    """The arguments of `UNet2DModel`, or of `IDDPMUNet2DModel`, for a network like ours.
+    """The arguments of `UNet2DModel`, or of `IDDPMUNet2DModel`, for the network of a UNet.
 
-    Raises ValueError where that class has no such network.
+    Raises ValueError if that class has no such network.
     """
     if not config.conv_resample:
         raise ValueError(
@@ -175,7 +175,9 @@ def unet2d_arguments(config: UNetConfig, *, stock: bool) -> dict[str, Any]:
         "downsample_type": resample,
         "upsample_type": resample,
         "dropout": config.dropout,
-        "attention_head_dim": math.gcd(*widths),  # whole heads, whatever their number becomes
+        "attention_head_dim": math.gcd(
+            *widths
+        ),  # divides all widths; the number of heads is set later
         "attn_norm_num_groups": NUM_GROUPS,
         "resnet_time_scale_shift": "scale_shift" if config.use_scale_shift_norm else "default",
         "num_class_embeds": config.num_classes,
@@ -191,7 +193,7 @@ def unet2d_arguments(config: UNetConfig, *, stock: bool) -> dict[str, Any]:
 def config_of_unet2d(theirs: Mapping[str, Any]) -> UNetConfig:
     """The configuration of a UNet that computes what a `UNet2DModel` of this configuration does.
 
-    Raises ValueError with everything in which no UNet is like it.
+    Raises ValueError if there is none, listing all differences.
     """
     absent = [name for name in _NEEDED if name not in theirs]
     if absent:
@@ -254,7 +256,7 @@ def config_of_unet2d(theirs: Mapping[str, Any]) -> UNetConfig:
 def _heads_of_unet2d(
     theirs: Mapping[str, Any], channels: list[int], attended: list[bool]
 ) -> tuple[int, dict[str, Any]]:
-    """(num_heads, further options) of our configuration."""
+    """(num_heads, further options) of the UNet's configuration."""
     if theirs.get("num_attention_heads") is not None:
         return theirs["num_attention_heads"], {}
     width = theirs.get("attention_head_dim", 8)
@@ -269,7 +271,7 @@ def _heads_of_unet2d(
 
 
 def _resampling(theirs: Mapping[str, Any], name: str) -> str:
-    """How it resamples: blocks of one kind do by a residual block whatever the setting says."""
+    """How it resamples; some types of blocks use a residual block, whatever the setting."""
     side = "down_block_types" if name == "downsample_type" else "up_block_types"
     if any(kind.startswith("Resnet") for kind in theirs[side]):
         return "resnet"

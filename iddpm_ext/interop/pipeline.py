@@ -19,17 +19,17 @@ from iddpm_ext.interop.diffusers_api import (
     randn_tensor,
 )
 
-# What `custom_pipeline="pipeline"` of diffusers runs in a saved folder.
+# The file that diffusers runs for `custom_pipeline="pipeline"` in a saved folder.
 _CUSTOM = b"# For labels and guidance.\nfrom iddpm_ext import IDDPMPipeline\n"
 
 
 class IDDPMPipeline(DDPMPipeline):
     """`DDPMPipeline` with class labels, classifier-free guidance and low-resolution input.
 
-    The state stays float32 where the network is of half precision.
+    x_t is float32 even if the network is in half precision.
 
-    A saved one names the stock `DDPMPipeline`, which diffusers knows, as its class: `DiffusionPipeline.
-    from_pretrained` opens it, with `custom_pipeline="pipeline", trust_remote_code=True` as this class.
+    Saved folders have the stock `DDPMPipeline` as their class, so that `DiffusionPipeline.from_pretrained`
+    opens them; with `custom_pipeline="pipeline", trust_remote_code=True` it opens them as this class.
 
     Args:
         unet: a `UNet2DModel` or `IDDPMUNet2DModel`.
@@ -37,14 +37,14 @@ class IDDPMPipeline(DDPMPipeline):
     """
 
     def to_json_string(self) -> str:
-        """The configuration as JSON, of a class that diffusers finds by its name."""
+        """The configuration as JSON, with the stock class that diffusers finds by its name."""
         config = json.loads(super().to_json_string())
         return json.dumps({**config, "_class_name": DDPMPipeline.__name__}, indent=2) + "\n"
 
     def save_config(
         self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any
     ) -> None:
-        """Writes model_index.json, and pipeline.py, by which diffusers finds this class."""
+        """Writes model_index.json, and pipeline.py for `custom_pipeline`."""
         Path(save_directory).mkdir(parents=True, exist_ok=True)
         write_whole(Path(save_directory) / "pipeline.py", _CUSTOM)
         super().save_config(save_directory, push_to_hub, **kwargs)
@@ -66,22 +66,22 @@ class IDDPMPipeline(DDPMPipeline):
         """Draws images.
 
         Args:
-            batch_size: how many; the number of labels or of low_res, where they are given.
+            batch_size: how many; the number of labels or of low_res images, if given.
             generator: of all noise.
-            num_inference_steps: what the scheduler's `set_timesteps` takes.
+            num_inference_steps: as in the scheduler's `set_timesteps`.
             output_type: "pil", "np" or "pt".
             return_dict: False for a tuple.
             class_labels: integers [N]; -1 for an unlabelled image of an `IDDPMUNet2DModel`.
             guidance_scale: s of classifier-free guidance, eps = eps_none + s (eps_label - eps_none);
                 needs an `IDDPMUNet2DModel` that was trained with unlabelled images too.
-            low_res: floating [N, C, h, w] in [-1, 1], of a super-resolution network.
+            low_res: floating [N, C, h, w] in [-1, 1], for a super-resolution network.
             callback: called with the step's number and x_{t-1} after each step.
 
         Returns:
             an `ImagePipelineOutput`, or its images in a tuple.
 
         Raises:
-            ValueError: lengths differ, or guidance is asked for without labels.
+            ValueError: lengths differ, or there is guidance without labels.
         """
         device = self._execution_device
         labels = class_labels

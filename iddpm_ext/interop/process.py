@@ -1,7 +1,7 @@
-"""A `Diffusion` from the configuration of a diffusers scheduler, and the configuration from it.
+"""Converts a `Diffusion` to the configuration of a diffusers scheduler and back.
 
-Field names and values are those of `diffusers.DDPMScheduler`, so that either scheduler is made from
-the other's configuration. `"squaredcos_cap_v2"` is diffusers' name of the paper's cosine schedule.
+Field names and values are those of `diffusers.DDPMScheduler`, so that either scheduler can be built from the
+other's configuration. `"squaredcos_cap_v2"` is diffusers' name of the paper's cosine schedule.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from iddpm_ext.diffusion import Diffusion, linear_beta_schedule
 
 _COSINE = ("squaredcos_cap_v2", "cosine")
 _SCHEDULES = (*_COSINE, "linear", "scaled_linear", "sigmoid")
-# The head of "learned" is a variance in diffusers and a log-variance in the paper's code, so a
-# configuration of diffusers' own with that value means another network.
+# With "learned" the network outputs a variance in diffusers and a log-variance in the paper's code, so
+# diffusers' own configurations with that value describe other networks.
 _VARIANCES = {
     "learned_range": "learned_range",
     "learned": "learned",
@@ -33,7 +33,7 @@ _PREDICTIONS = {
 def diffusion_of(config: Mapping[str, Any]) -> Diffusion:
     """The training process of a scheduler's configuration.
 
-    Raises ValueError for what this package has no process for.
+    Raises ValueError if this package has no such process.
     """
     steps, betas = int(config["num_train_timesteps"]), config.get("trained_betas")
     schedule = config.get("beta_schedule", "linear")
@@ -62,7 +62,7 @@ def diffusion_of(config: Mapping[str, Any]) -> Diffusion:
         )
         return Diffusion(betas=root.square(), **common)
     if schedule == "sigmoid":
-        # Of the betas, in diffusers, where the process of that name has one of alpha_bar.
+        # In diffusers a sigmoid of the betas; `Diffusion`'s schedule of this name is one of alpha_bar.
         slope = torch.linspace(-6, 6, steps, dtype=torch.float64, device="cpu").sigmoid()
         return Diffusion(betas=first + slope * (last - first), **common)
     raise ValueError(
@@ -73,8 +73,7 @@ def diffusion_of(config: Mapping[str, Any]) -> Diffusion:
 def config_of(diffusion: Diffusion) -> dict[str, Any]:
     """The arguments of `IDDPMScheduler` that describe a whole training process.
 
-    Raises ValueError for a process that visits only some of its training steps: a scheduler chooses
-    its steps itself.
+    Raises ValueError for a respaced process: a scheduler chooses its steps itself.
     """
     if diffusion.num_timesteps != diffusion.num_train_timesteps:
         raise ValueError(
@@ -99,7 +98,7 @@ def config_of(diffusion: Diffusion) -> dict[str, Any]:
 
 
 def _ends(config: Mapping[str, Any], steps: int) -> tuple[float, float]:
-    """First and last beta; those of the linear schedule rescaled to T where none are given."""
+    """First and last beta; by default those of the linear schedule rescaled to T."""
     first, last = config.get("beta_start"), config.get("beta_end")
     if (first is None or last is None) and steps >= 20:
         betas = linear_beta_schedule(steps)

@@ -1,4 +1,4 @@
-"""The paper's samplers behind the scheduler interface of diffusers."""
+"""The paper's samplers as a scheduler of diffusers."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ class IDDPMScheduler(SchedulerMixin, ConfigMixin):
     """Samples networks with a learned variance inside the pipelines of diffusers.
 
     Tables are float64, rounded once; steps are spaced as in the original code, both ends included;
-    the last step adds no noise. `timesteps` are what a pipeline tells the network: the indices as
-    int64, or floats, index * 1000 / T, where it was trained on rescaled timesteps. In `step` and
-    `add_noise` a floating timestep is such a number, an integer one the index itself.
+    the last step adds no noise. `timesteps` are the network's inputs: int64 indices or, for networks that
+    were trained on rescaled timesteps, floats, index * 1000 / T. `step` and `add_noise` take either: a
+    floating timestep is rescaled, an integer one is the index.
 
-    Training code of diffusers draws integer indices, which it gives to `add_noise` and to the network.
-    With `rescale_timesteps` the network is to be told `model_timesteps(t)` of them instead.
+    Training code of diffusers draws integer indices, which it passes to `add_noise` and to the network.
+    With `rescale_timesteps` the network must get `model_timesteps(t)` instead.
 
     `betas`, `alphas` and `alphas_cumprod` are those of the whole training chain, float32 [T] on the CPU.
 
@@ -43,27 +43,27 @@ class IDDPMScheduler(SchedulerMixin, ConfigMixin):
         beta_schedule: "squaredcos_cap_v2" (the paper's cosine), "linear", "scaled_linear" or diffusers'
             "sigmoid".
         beta_start, beta_end: of the last three; None for 1e-4 and 0.02, times 1000 / T.
-        trained_betas: a schedule of one's own, [T] in (0, 1), in place of a named one.
-        variance_type: "learned_range", "learned" (the head is the log-variance), "fixed_large" or
+        trained_betas: a custom schedule, [T] in (0, 1), instead of a named one.
+        variance_type: "learned_range", "learned" (the output is the log-variance), "fixed_large" or
             "fixed_small".
         prediction_type: "epsilon", "sample" (x_0), "x_prev" or "v_prediction" (the velocity).
         clip_sample: clamp every predicted x_0 to [-1, 1].
-        rescale_timesteps: the network is told index * 1000 / T instead of the index, as OpenAI's are;
-            `from_diffusion` takes it from the process.
+        rescale_timesteps: the network's timestep input is index * 1000 / T instead of the index, as for
+            OpenAI's; `from_diffusion` takes it from the process.
         rescale_betas_zero_snr: the chain ends in pure noise; not with "epsilon".
         sampler: "ddpm" (ancestral), "ddim", or one of the solvers of `iddpm_ext.sample`: "dpm++",
-            "dpm++3", "dpm++sde", "unipc", "unipc3"; all but "ddpm" leave the variance head unused.
+            "dpm++3", "dpm++sde", "unipc", "unipc3"; only "ddpm" uses a learned variance.
         eta: noise of DDIM, from 0 to 1.
-        extrapolation_limit: of DPM-Solver++, see `Diffusion.multistep_weights`; None for none, as in
+        extrapolation_limit: of DPM-Solver++, see `Diffusion.multistep_weights`; None for no limit, as in
             diffusers' own solver.
 
-    Raises ValueError for a value that is none of these.
+    Raises ValueError for other values.
 
     Source: Nichol & Dhariwal 2021; Song et al. 2021; Lu et al. 2022.
     """
 
     config: Any
-    # Of diffusers, those that take a learned variance along.
+    # The schedulers of diffusers that accept a learned variance.
     _compatibles = [  # noqa: RUF012
         "DDPMScheduler",
         "DPMSolverMultistepScheduler",
@@ -92,12 +92,12 @@ class IDDPMScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(
                 f"IDDPMScheduler: sampler must be one of {', '.join(_SAMPLERS)}, got {sampler!r}"
             )
-        # Another class that is made from this configuration puts its own defaults in the place of
-        # values that are marked as defaults here.
+        # Otherwise a class that is built from this configuration would replace values that are marked as
+        # defaults by its own defaults.
         self.register_to_config(_use_default_values=[])
         self.diffusion = diffusion_of(self.config)
         if trained_betas is None and beta_schedule == "linear":
-            # Diffusers' own schedulers cannot read a None here.
+            # Schedulers of diffusers do not accept None here.
             betas = self.diffusion.betas
             self.register_to_config(beta_start=float(betas[0]), beta_end=float(betas[-1]))
         _require_eta(sampler, eta)
@@ -112,7 +112,7 @@ class IDDPMScheduler(SchedulerMixin, ConfigMixin):
     def from_diffusion(cls, diffusion: Diffusion, **arguments: Any) -> IDDPMScheduler:
         """The scheduler of a process such as `iddpm_ext.load(...).diffusion`.
 
-        arguments: sampler, eta and clip_sample, as of the class.
+        arguments: sampler, eta and clip_sample, as for the class.
         """
         if not isinstance(diffusion, Diffusion):
             raise TypeError(
@@ -122,13 +122,13 @@ class IDDPMScheduler(SchedulerMixin, ConfigMixin):
 
     @classmethod
     def from_config(cls, config: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """The scheduler of a configuration, this class's or that of a scheduler of diffusers.
+        """The scheduler of a configuration, of this class or of a scheduler of diffusers.
 
-        Those tell the network the index itself, and take "learned" for a variance: it is refused.
+        The latter's networks take the index itself. Its "learned" means a variance, and is refused.
         """
         values = dict(config)
         if "rescale_timesteps" not in values:
-            # What another class had by default is not what this one has.
+            # This class has other defaults.
             values.pop("_use_default_values", None)
             values["rescale_timesteps"] = False
             if values.get("variance_type") == "learned":
@@ -140,9 +140,9 @@ class IDDPMScheduler(SchedulerMixin, ConfigMixin):
 
     @property
     def compatibles(self) -> list[type]:
-        """Classes of diffusers that walk this chain when they are made from this configuration.
+        """Classes of diffusers that run this chain if they are built from this configuration.
 
-        None where they would misread it: they tell the network the index, know no x_{t-1} as a
+        None if they would misread it: they pass the index to the network, do not support x_{t-1} as a
         prediction, and take "learned" for a variance.
         """
         config = self.config
@@ -164,9 +164,9 @@ class IDDPMScheduler(SchedulerMixin, ConfigMixin):
         """Chooses the steps of the next chain.
 
         Args:
-            num_inference_steps: what `Diffusion.respace` takes: 50, "ddim50", "10,15,20".
+            num_inference_steps: as in `Diffusion.respace`: 50, "ddim50", "10,15,20".
             device: of `timesteps`.
-            timesteps: in its place, descending indices in the training chain.
+            timesteps: descending indices in the training chain, instead of num_inference_steps.
         """
         if (num_inference_steps is None) == (timesteps is None):
             raise ValueError(
@@ -197,13 +197,13 @@ class IDDPMScheduler(SchedulerMixin, ConfigMixin):
         self._by_index = {int(value): i for i, value in enumerate(chain.timesteps)}
         limit = self.config.extrapolation_limit
         solver = SOLVERS.get(self.config.sampler)
-        # After a jump in the timesteps it starts anew.
+        # A new chain has no previous predictions.
         self._solver = None
         if solver is not None:
             self._solver = SolverWalk(chain, solver, math.inf if limit is None else limit)
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
-        """The sample itself: the paper's networks see x_t."""
+        """The sample itself: the paper's networks take x_t."""
         return sample
 
     def step(
@@ -221,10 +221,10 @@ class IDDPMScheduler(SchedulerMixin, ConfigMixin):
         Args:
             model_output: floating [N, 2C, H, W] where the variance is learned, else [N, C, H, W].
             timestep: one of `timesteps`, or an integer index of this chain's steps.
-            sample: x_t, floating [N, C, H, W]; half precision is computed with in float32.
-            eta: of DDIM, in place of the configuration's.
-            generator: of the noise, as `randn_tensor` of diffusers takes it.
-            variance_noise: like sample, in place of drawn noise.
+            sample: x_t, floating [N, C, H, W]; half precision is computed in float32.
+            eta: of DDIM, instead of the configuration's.
+            generator: of the noise, as in `randn_tensor` of diffusers.
+            variance_noise: like sample, instead of drawn noise.
             return_dict: False for a tuple.
 
         Returns:
@@ -267,8 +267,8 @@ class IDDPMScheduler(SchedulerMixin, ConfigMixin):
         Args:
             original_samples: x_0, floating [N, C, H, W].
             noise: like original_samples.
-            timesteps: [N] or one for all: integer indices in the training chain, or floating ones
-                as the network is told them.
+            timesteps: [N] or one for all: integer indices in the training chain, or floating inputs of the
+                network.
 
         Returns:
             like original_samples.
@@ -277,10 +277,10 @@ class IDDPMScheduler(SchedulerMixin, ConfigMixin):
         return self.diffusion.q_sample(original_samples, t, noise)
 
     def previous_timestep(self, timestep: Tensor | float | int) -> Tensor:
-        """The timestep that a step from this one leads to, as `timesteps` has it; -1 after the last.
+        """The timestep after a step from this one, as in `timesteps`; -1 after the last.
 
         Args:
-            timestep: as of `step`.
+            timestep: as in `step`.
         """
         i = self._position(timestep)
         if i == 0:
@@ -288,14 +288,14 @@ class IDDPMScheduler(SchedulerMixin, ConfigMixin):
         return self.timesteps[len(self.timesteps) - i]
 
     def model_timesteps(self, t: Tensor) -> Tensor:
-        """What the network is told at training steps t, int64 [N] -> float32 [N]."""
+        """The network's timestep inputs for training steps t, int64 [N] -> float32 [N]."""
         return self.diffusion.model_timesteps(t)
 
     def __len__(self) -> int:
         return self.diffusion.num_timesteps
 
     def _position(self, timestep: Tensor | float | int) -> int:
-        """The number of a step in the chain."""
+        """The index of a step in the chain."""
         value = timestep.item() if isinstance(timestep, Tensor) else timestep
         known: dict[Any, int] = self._by_index if isinstance(value, int) else self._by_told
         if value not in known:
@@ -322,6 +322,6 @@ def _require_eta(sampler: str, eta: float) -> None:
         )
 
 
-# Where diffusers looks the class up when it reads a pipeline's model_index.json: `import iddpm_ext`
-# is then all that has to come before.
+# Where diffusers looks the class up when it reads a pipeline's model_index.json, so that `import iddpm_ext`
+# is sufficient.
 IDDPMScheduler.__module__ = "iddpm_ext"

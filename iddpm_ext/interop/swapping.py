@@ -1,8 +1,7 @@
-"""What accelerated networks are made of: modules of other classes on our operators, and the way back.
+"""Swaps the classes of modules for accelerated subclasses, and back.
 
-A module keeps its parameters, buffers, name and place; only its class is another while the
-acceleration lasts. So state dicts, optimizers, copies and pickles are untouched, and undoing it is
-giving the old class back.
+A module keeps its parameters, buffers, name and place; only its class changes. So state dicts, optimizers,
+copies and pickles are not affected, and undoing it restores the class.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ class FastConv3x3(nn.Conv2d):
         """input [N, C, H, W]."""
         if input.device.type != "cpu" or input.dim() != 4:
             return super().forward(input)
-        # From the first convolution on the network runs in this order, which these read and write.
+        # From the first convolution on, the features stay channels_last.
         input = input.contiguous(memory_format=torch.channels_last)
         trains = torch.is_grad_enabled() and (self.weight.requires_grad or input.requires_grad)
         if trains and input.dtype in (torch.float32, torch.bfloat16):
@@ -61,10 +60,10 @@ class FastConv3x3(nn.Conv2d):
 
 @dataclass
 class Acceleration:
-    """What `accelerate` did to a model, and the way back.
+    """The changes of `accelerate` to a model, and how to undo them.
 
-    replaced: (module's name, operator) of every place that runs on our operators now.
-    left: (module's name, reason) of every place that could have been one and is not.
+    replaced: (module's name, operator) of every module that runs on this package's operators now.
+    left: (module's name, reason) of every module that was not replaced.
     As a context manager it undoes itself at the end.
     """
 
@@ -73,12 +72,12 @@ class Acceleration:
     _undo: list[Callable[[], object]] = field(default_factory=list, repr=False)
 
     def undo(self) -> None:
-        """Gives every module its own class back. Calling it again does nothing."""
+        """Restores every module's class. Calling it again does nothing."""
         while self._undo:
             self._undo.pop()()
 
     def swap(self, module: nn.Module, kind: type[nn.Module], name: str, what: str) -> None:
-        """Makes `module` one of `kind`, a subclass of its class with the same attributes."""
+        """Changes the class of `module` to `kind`, a subclass of it with the same attributes."""
         old = type(module)
         assert issubclass(kind, old), f"{kind} is no {old}"
         module.__class__ = kind
@@ -87,7 +86,7 @@ class Acceleration:
             self.replaced.append((name, what))
 
     def on_undo(self, restore: Callable[[], object]) -> None:
-        """Adds a step to the way back."""
+        """Adds a function for `undo` to call."""
         self._undo.append(restore)
 
     def __enter__(self) -> Acceleration:

@@ -1,4 +1,4 @@
-"""The tensors of a `UNet` under the names and in the shapes of `UNet2DModel`, and back."""
+"""Converts the tensors of a `UNet` to the names and shapes of `UNet2DModel`, and back."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from iddpm_ext.networks.unet import UNet
 
 
 def tensors_to_diffusers(ours: Mapping[str, Tensor], config: UNetConfig) -> dict[str, Tensor]:
-    """Our state dict under the names and in the shapes of `UNet2DModel`; every tensor a copy."""
+    """The state dict of a UNet with the names and shapes of `UNet2DModel`; every tensor is a copy."""
     return _translated(ours, config, _split_attention, to_theirs=True)
 
 
@@ -30,7 +30,7 @@ def tensors_from_diffusers(theirs: Mapping[str, Tensor], config: UNetConfig) -> 
 
 
 def _expected(config: UNetConfig) -> set[str]:
-    """The names in the state dict of a UNet2DModel like ours."""
+    """The names in the state dict of the corresponding UNet2DModel."""
     with torch.device("meta"):
         return set(tensors_to_diffusers(UNet(config).state_dict(), config))
 
@@ -63,7 +63,7 @@ def _translated(
 def _split_attention(
     ours: Mapping[str, Tensor], block: mapping.Block, order: str
 ) -> dict[str, Tensor]:
-    """qkv and proj_out of ours as the four linear layers of theirs."""
+    """qkv and proj_out of a UNet as the four linear layers of a UNet2DModel."""
     result: dict[str, Tensor] = {}
     for suffix in (".weight", ".bias"):
         qkv = ours[f"{block.ours}.qkv{suffix}"].detach()

@@ -1,4 +1,4 @@
-"""A `UNet` in the place of a `UNet2DModel` on the CPU, where the engine runs the one and not the other."""
+"""A `UNet` with the weights of a `UNet2DModel`, for the CPU engine, which runs only the former."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _ATTRIBUTE = "_iddpm_twin"
 
 
 class _Kept:
-    """The twin and what it was made of. Copies and pickles of the network go without."""
+    """The twin and what identifies its weights. Not part of copies and pickles of the network."""
 
     def __init__(self, signature: object = None, model: UNet | None = None) -> None:
         self.signature, self.model = signature, model
@@ -28,11 +28,10 @@ class _Kept:
 
 
 def twin(unet: nn.Module) -> UNet | None:
-    """A UNet with the weights of a `UNet2DModel` as they are now, or None where there is none.
+    """A UNet with the present weights of a `UNet2DModel`, or None if there is none.
 
-    None for networks on another device or of another dtype than float32, of another kind than the
-    paper's, and for those that someone has changed: with hooks, adapters or processors of their own.
-    It is kept with the network until a weight changes.
+    None for networks that are not on the CPU or not float32, that are not like the paper's, or that were
+    changed, by hooks, adapters or other processors. It is cached with the network until a weight changes.
     """
     parameters = list(unet.parameters())
     if any(p.device.type != "cpu" or p.dtype != torch.float32 for p in parameters):
@@ -42,7 +41,7 @@ def twin(unet: nn.Module) -> UNet | None:
     signature = content_of(parameters)
     kept: _Kept = unet.__dict__.get(_ATTRIBUTE, _Kept())
     if kept.signature != signature:
-        # A new one, which other threads see whole or not at all.
+        # Replaced by a new object, so that other threads never see an incomplete one.
         kept = unet.__dict__[_ATTRIBUTE] = _Kept(signature, _converted(unet))
     return kept.model
 
@@ -57,7 +56,7 @@ def _converted(unet: Any) -> UNet | None:
 
 
 def _is_changed(unet: nn.Module) -> bool:
-    """Whether the network computes something else than its configuration and tensors say."""
+    """Whether the network computes something else than its configuration and tensors describe."""
     from iddpm_ext.interop.diffusers_api import AttnProcessor, AttnProcessor2_0, UNet2DModel
     from iddpm_ext.interop.diffusers_blocks import QKVAttentionProcessor
     from iddpm_ext.interop.unet2d import IDDPMUNet2DModel

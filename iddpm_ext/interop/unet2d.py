@@ -1,4 +1,4 @@
-"""`UNet2DModel` of diffusers with what the paper's networks need beyond it."""
+"""`UNet2DModel` of diffusers, extended for the paper's networks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from iddpm_ext.interop.diffusers_api import Attention, UNet2DModel, UNet2DOutput
 
 
 def _with_arguments_of(parent: type) -> Callable[[Any], Any]:
-    """Shows the parent's arguments in an __init__'s signature: what diffusers saves and reads."""
+    """Adds the parent's arguments to the signature of an __init__, by which diffusers saves and reads."""
 
     def decorate(init: Any) -> Any:
         own = inspect.signature(init).parameters.values()
@@ -27,7 +27,7 @@ def _with_arguments_of(parent: type) -> Callable[[Any], Any]:
 
 
 class UnlabelledEmbedding(nn.Embedding):
-    """An embedding in which the label -1, an unlabelled image, is zero."""
+    """An embedding that is zero for the label -1, of unlabelled images."""
 
     def forward(self, input: Tensor) -> Tensor:
         """input int64 [N] -> [N, dim]."""
@@ -37,12 +37,12 @@ class UnlabelledEmbedding(nn.Embedding):
 class IDDPMUNet2DModel(UNet2DModel):
     """A `UNet2DModel` with a fixed number of heads, unlabelled images and low-resolution input.
 
-    The stock class knows one width of a head for all levels. OpenAI's ImageNet-64 networks have four
-    heads at each of two widths: it loads their tensors and computes something else.
+    The stock class has one width of a head for all levels. OpenAI's ImageNet-64 networks have four heads at
+    each of two widths; the stock class would load their tensors and compute something else.
 
     Args:
-        num_attention_heads: heads of every attention block, in place of `attention_head_dim`.
-        num_attention_heads_up: of those on the way up (None: the same).
+        num_attention_heads: heads of every attention block, instead of `attention_head_dim`.
+        num_attention_heads_up: those of the decoder (None: the same).
         super_resolution: the network takes `low_res`, upsampled and concatenated to its input;
             in_channels counts both.
         The others are those of `UNet2DModel`.
@@ -81,7 +81,7 @@ class IDDPMUNet2DModel(UNet2DModel):
         return_dict: bool = True,
         low_res: Tensor | None = None,
     ) -> UNet2DOutput | tuple[Tensor]:
-        """As `UNet2DModel.forward`; labels may be -1, low_res is [N, C, h, w] where it is asked for."""
+        """As `UNet2DModel.forward`; labels may be -1; low_res is [N, C, h, w] with super_resolution."""
         if (low_res is not None) != self.config.super_resolution:
             rule = "given" if self.config.super_resolution else "None"
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Whether a converted network computes what it was converted from."""
+"""Compares a converted network with its original."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _FRACTIONS = (0.0, 0.001, 0.25, 0.5, 0.75, 1.0)
 
 
 def compare(model: UNet, target: str | os.PathLike[str]) -> Iterator[str]:
-    """Lines that say how far the outputs of the file or folder `target` lie from the network's.
+    """Lines with the differences of the outputs of the file or folder `target` from the network's.
 
-    What was written is read back and run by its own library: diffusers, ONNX Runtime, or this
-    package. Inputs are random, of the network's own size, at six times from the first to the last.
+    `target` is read back and run by its own library: diffusers, ONNX Runtime, or this package. Inputs are
+    random, of the network's image size, at six timesteps from the first to the last.
     """
     run = _runner(Path(target))
     worst, scale = 0.0, 0.0
@@ -37,7 +37,7 @@ def compare(model: UNet, target: str | os.PathLike[str]) -> Iterator[str]:
 
 
 def _times(model: UNet) -> list[float]:
-    """What the network is told, from the first step of its process to the last."""
+    """Timestep inputs of the network, from the first step of its process to the last."""
     if model.diffusion is None:
         return [fraction * 999 for fraction in _FRACTIONS]
     last = model.diffusion.num_timesteps - 1

@@ -1,4 +1,4 @@
-"""Bits per dimension with error bars, and the best steps to take."""
+"""Bits per dimension with error bars, and step schedules that optimise them."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""A network in continuous time: what it predicts at any log-SNR between those of its chain's ends.
+"""A network in continuous time: its prediction at any log-SNR between those of its chain's ends.
 
-Between the chain's steps log-SNR is linear in t, and the network is told the t between.
+Between the chain's steps log-SNR is interpolated linearly in t, and the network gets a fractional t.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ _PREDICTIONS = ("epsilon", "x_0")
 
 
 class ContinuousTime:
-    """log-SNR and what the network is told of it. spec: of the whole training chain.
+    """The map between log-SNR and the network's timestep input. spec: with the whole training chain.
 
-    Raises ValueError where the chain was shortened, or the network predicts neither epsilon nor x_0.
+    Raises ValueError for a respaced chain, or a network that predicts neither epsilon nor x_0.
     """
 
     def __init__(self, spec: NetworkSpec, method: str) -> None:
@@ -43,13 +43,13 @@ class ContinuousTime:
         self.most, self.least = float(self._log_snr[0]), float(self._log_snr[-1])
 
     def timesteps(self, log_snr: Tensor) -> Tensor:
-        """t at these log-SNR, float64, between the steps."""
+        """t at these log-SNR, float64, fractional."""
         steps = np.arange(len(self._log_snr), dtype=np.float64)
         at = np.interp(-log_snr.double().numpy(), -self._log_snr, steps)
         return torch.from_numpy(np.atleast_1d(at)).view(log_snr.shape)
 
     def told(self, log_snr: Tensor) -> Tensor:
-        """What the network is told, float32."""
+        """The network's timestep input, float32."""
         return (self.timesteps(log_snr) * self._scale).float()
 
     def eps(self, x_t: Tensor, out: Tensor, log_snr: Tensor, clip: bool) -> Tensor:
@@ -75,7 +75,10 @@ def by_image(
     evaluate: Callable[[Tensor], Tensor],
     bar: Callable[[int], object],
 ) -> Tensor:
-    """`evaluate` of all images in batches, int64 [n] -> float32 [n, width]; shared out and kept on disk."""
+    """Runs `evaluate`, indices int64 [n] -> float32 [n, width], on all images in batches.
+
+    They are divided among the processes, and results are kept on disk.
+    """
     count = len(request.x_0)
     values = torch.full((count, width), torch.nan, dtype=torch.float32, device="cpu")
     values[journal.ids] = journal.values

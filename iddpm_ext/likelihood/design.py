@@ -1,23 +1,23 @@
-"""Which steps are evaluated for which image, and with what weight.
+"""The design of the estimator: which steps are evaluated for which image, and with what weight.
 
 An image's bound is B_i = L_T + sum_t E[l_it], l_it the term of step t for one draw of the noise. Every
 design is a list of pairs of evaluations, and its estimate is the sum of a + b over the pairs,
 a = scale_a l_a and b = scale_b l_b:
 
-* a step by itself: two draws of its noise, scale 1/2 each. E[a + b] = E[l_t].
-* a stratum: the steps t >= e, laid along [0, 1) by a proposal p, are cut into K equal parts of that line,
-  and each part gets two independent points. A point falls on t with density, over all parts, p_t K within
-  its part, so with scale 1 / (2 K p_t) the K pairs add up to sum_{t >= e} E[l_t] in expectation.
+* a single step: two draws of its noise, scale 1/2 each. E[a + b] = E[l_t].
+* a stratum: a proposal p maps the steps t >= e to intervals of length p_t in [0, 1), which is divided into K
+  equal strata with two independent points each. With scale 1 / (2 K p_t) the K pairs add up to
+  sum_{t >= e} E[l_t] in expectation.
 
-So the estimate of every image is unbiased whatever p > 0 is; p comes from other draws (`pilot_plan`), and
-given p the images are independent. In both kinds a and b are independent and equally distributed:
+So the estimate of every image is unbiased for any p > 0; p comes from other draws (`make_plan`), and given p
+the images are independent. In both kinds a and b are independent and identically distributed:
 Var(a + b) = E[(a - b)^2], and sum (a - b)^2 is an unbiased estimate of the variance, over t and noise. The
-noise is named by (image, step in the training chain, how often this image drew that step before), so that
-nothing depends on the order of work.
+key of the noise is (image, step in the training chain, how often this image drew that step before), so that
+results do not depend on the order of evaluation.
 
-The full sum draws every step once. Steps whose neighbours' terms differ much (`doubled`) are drawn twice,
-as above; the others pair up with their neighbours with scale 1, and (a - b)^2 overstates their variance by
-the square of the difference of their terms: little, and on the safe side.
+The full sum draws every step once. Steps whose terms differ much from their neighbours' (`doubled`) are drawn
+twice, as above; the others form pairs of neighbours with scale 1, for which (a - b)^2 overestimates the
+variance by the square of the difference of their terms, which is small.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from torch import Tensor
 
 from iddpm_ext.random import STREAM_CHOICE, NoiseKey, uniform
 
-#: The `draw` of the pilot's noise; replicates count from 0.
+#: The `draw` of the pilot's noise; those of replicates count from 0.
 PILOT_DRAW = 1 << 20
 _DOUBLED = 64
-# Of the keys of stream 3: 0 names drawn labels, 1 the order of the data.
+# The `draw` of these choices in stream 3, where 0 is for labels and 1 for the order of the data.
 _CHOICE_DRAW = 2
 _PILOT_IMAGES = 16
 _PILOT_STEPS = 256
-# The proposal's share of the uniform distribution: no weight exceeds T / _UNIFORM.
+# Share of the uniform distribution in the proposal: no weight exceeds T / _UNIFORM.
 _UNIFORM = 0.05
 
 
@@ -45,7 +45,7 @@ _UNIFORM = 0.05
 class Design:
     """The evaluations of N images: columns 2k and 2k + 1 are a pair, except where M = 1.
 
-    t: int64 [N, M], steps of the chain. scale: float64 [N, M]. draw: int64 [N, M], which replicate of the
+    t: int64 [N, M], steps of the chain. scale: float64 [N, M]. draw: int64 [N, M], the replicate of the
     noise of (image, t).
     """
 
@@ -56,7 +56,7 @@ class Design:
 
 @dataclass(frozen=True)
 class Plan:
-    """How a budget is spent: `pilot_images` and `pilot_steps` int64, then `columns` evaluations an image.
+    """How a budget is spent: `pilot_images` and `pilot_steps` int64, then `columns` evaluations per image.
 
     columns is None for the full sum.
     """
@@ -67,7 +67,7 @@ class Plan:
 
 
 def make_plan(images: int, timesteps: Tensor, budget: float | None) -> Plan:
-    """Divides `budget` evaluations an image (at least 1; None: all steps) between pilot and estimate.
+    """Divides `budget` evaluations per image (at least 1; None: all steps) between pilot and estimate.
 
     timesteps: int64 [T], the chain's steps in the training chain.
     """
@@ -77,7 +77,7 @@ def make_plan(images: int, timesteps: Tensor, budget: float | None) -> Plan:
     total = int(images * budget)
     columns = total // images
     pilot_images, pilot_steps = none, none
-    # With fewer than three evaluations an image there is none to spare for a pilot.
+    # Fewer than three evaluations per image leave none for a pilot.
     allowed = min(total // 8, _PILOT_IMAGES * _PILOT_STEPS)
     if columns >= 3 and allowed >= 8:
         count = min(images, _PILOT_IMAGES, max(1, allowed // 24))
@@ -88,16 +88,16 @@ def make_plan(images: int, timesteps: Tensor, budget: float | None) -> Plan:
 
 
 def doubled(timesteps: Tensor) -> Tensor:
-    """Which steps the full sum draws twice, bool [T]: those less than 64 of their jumps from the beginning.
+    """Which steps the full sum draws twice, bool [T]: those within 64 jumps (t_i - t_{i-1}) of t = 0.
 
-    Terms fall like jump / t^2, so that all others differ from the next one by some 3 % at most.
+    Terms fall like jump / t^2, so the terms of all others differ from the next one by some 3 % at most.
     """
     jump = timesteps.diff(prepend=timesteps[:1] - 1)
     return timesteps < _DOUBLED * jump
 
 
 def full_design(images: int, timesteps: Tensor) -> Design:
-    """Every step of every image; see the head of this file. timesteps: int64 [T]."""
+    """The design of the full sum; see the docstring of this file. timesteps: int64 [T]."""
     twice_at = doubled(timesteps)
     twice, once = twice_at.nonzero()[:, 0], (~twice_at).nonzero()[:, 0]
     if len(once) % 2:
@@ -123,7 +123,7 @@ def sampled_design(images: int, columns: int, proposal: Tensor, seed: int) -> De
     )
     part = torch.arange(rest, dtype=torch.int64, device="cpu") // 2
     point = (uniform(key, (images, rest)) + part) / max(1, rest // 2)
-    # right: a point on the border belongs to the step above.
+    # right=True: a point on a border belongs to the next step.
     chosen = torch.searchsorted(conditional.cumsum(0), point, right=True)
     chosen = chosen.clamp(max=len(conditional) - 1)
     first = torch.arange(2 * alone, dtype=torch.int64, device="cpu") // 2
@@ -139,9 +139,9 @@ def sampled_design(images: int, columns: int, proposal: Tensor, seed: int) -> De
 
 
 def _alone(proposal: Tensor, pairs: int) -> int:
-    """How many of the first steps get a pair of their own: those worth at least half a stratum.
+    """How many of the first steps get a pair of their own: those of at least half a stratum's mass.
 
-    Their terms are the largest and have the heaviest tails over the images. A pair is left for the rest.
+    Their terms are the largest and vary the most over the images. At least one pair is left for the others.
     """
     left, alone = 1.0, 0
     while alone < min(pairs, len(proposal)) - 1:
@@ -153,7 +153,7 @@ def _alone(proposal: Tensor, pairs: int) -> int:
 
 
 def _occurrence(t: Tensor) -> Tensor:
-    """How many columns to the left hold the same step, [N, M]."""
+    """How many earlier columns of the row hold the same step, [N, M]."""
     ordered, order = t.sort(dim=1, stable=True)
     ordered = ordered.contiguous()
     rank = torch.arange(t.shape[1], dtype=torch.int64, device="cpu") - torch.searchsorted(
@@ -174,7 +174,7 @@ def learn_proposal(steps: Tensor, terms: Tensor, num_timesteps: int) -> Tensor:
     if len(steps):
         root = terms.double().square().mean(0).sqrt()
         if float(root.max()) > 0:
-            # An L_t of nothing would keep its neighbours from ever being drawn.
+            # With an L_t of 0, its neighbours would never be drawn.
             root = root.clamp(min=1e-9 * float(root.max()))
             log_root = np.interp(log_t, np.log1p(steps.numpy()), root.log().numpy())
             size = torch.from_numpy(np.exp(log_root))

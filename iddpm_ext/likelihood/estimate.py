@@ -1,4 +1,4 @@
-"""From evaluated terms to a mean with its intervals."""
+"""The mean bound and its confidence intervals, from evaluated terms."""
 
 from __future__ import annotations
 
@@ -26,9 +26,8 @@ def estimate(design: Design, terms: Tensor, prior: Tensor) -> Estimate:
 
     terms: [N, M] of the design. prior: [N].
 
-    ci95 is that of Student's distribution, with the degrees of freedom of Satterthwaite for a sum of
-    variances which have one each. Where there are no pairs (M = 1), the variance of the images' estimates
-    stands in, which is larger.
+    ci95 is that of Student's distribution, with Satterthwaite's degrees of freedom for a sum of variances
+    with one degree each. Without pairs (M = 1) it uses the variance between images, which is larger.
     """
     values = design.scale * terms.double()
     per_image = values.sum(1) + prior.double()
@@ -42,7 +41,7 @@ def estimate(design: Design, terms: Tensor, prior: Tensor) -> Estimate:
         return Estimate(mean, population, population, per_image)
     squares = (values[:, 0::2] - values[:, 1::2]).square()
     total = float(squares.sum())
-    # E[v^2] = 3 V^2 for a normal difference: corrected, one pair has one degree of freedom.
+    # E[v^2] = 3 V^2 for a normal difference; the correction gives a single pair one degree of freedom.
     freedom = 3 * total**2 / max(float(squares.square().sum()), 1e-300) - 2 if total else math.inf
     error = math.sqrt(total) / count
     return Estimate(mean, interval(mean, error, max(1.0, freedom)), population, per_image)

@@ -1,4 +1,4 @@
-"""One network evaluation a row: noise an image, run the network, take what is measured."""
+"""Evaluates the network on noised images and measures the terms of the bound and errors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from iddpm_ext.likelihood.request import LikelihoodRequest
 from iddpm_ext.ops.columns import Column
 from iddpm_ext.random import STREAM_FORWARD, NoiseKey
 
-#: Of each evaluation: L_t in bits/dim; mean squared errors of x_0 and eps; share of v outside [-1, 1].
+#: What is measured: L_t in bits/dim; mean squared errors of x_0 and eps; share of v outside [-1, 1].
 MEASURED = ("bpd", "x_0_mse", "eps_mse", "v_outside")
 
 
@@ -38,7 +38,7 @@ class Outputs(NamedTuple):
 class Evaluator:
     """Evaluates rows of a request's images.
 
-    batch_size: the most rows of a call. The weights are those that the model has now.
+    batch_size: rows per call at most. The weights are the model's present ones.
     """
 
     def __init__(self, request: LikelihoodRequest, batch_size: int):
@@ -56,7 +56,7 @@ class Evaluator:
         chain, device = spec.diffusion, spec.device
         x_0 = request.x_0[rows.image].to(device)
         t = rows.t.to(device)
-        # A key names one replicate; there are few in a batch.
+        # A `NoiseKey` has one replicate; a batch has few different ones.
         x_t = torch.empty_like(x_0)
         for draw in rows.draw.unique().tolist():
             which = (rows.draw == draw).nonzero()[:, 0]
@@ -74,7 +74,7 @@ class Evaluator:
         return Outputs(x_0, x_t, out, t)
 
     def measure(self, rows: Rows) -> Tensor:
-        """What `MEASURED` names, float32 [n, 4] on the CPU; NaN for v where the variance has none."""
+        """The columns of `MEASURED`, float32 [n, 4] on the CPU; NaN for v unless the variance is a range."""
         with undisturbed(self.request.spec.device.type):
             return self._measure(rows)
 
@@ -108,7 +108,7 @@ def progress_bar(total: int, done: int, shown: bool) -> Any:
     """A bar of evaluations, where stderr is a terminal."""
     from tqdm import tqdm
 
-    # None: shown where stderr is a terminal.
+    # tqdm takes None for: disabled unless stderr is a terminal.
     disable = None if shown else True
     return tqdm(
         total=total, initial=done, desc="likelihood", unit="evaluation", leave=False,

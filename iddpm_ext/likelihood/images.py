@@ -1,4 +1,4 @@
-"""The images whose likelihood is asked for: 8-bit levels in [-1, 1], with their labels."""
+"""The images whose likelihood is computed: 8-bit levels in [-1, 1], with their labels."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from iddpm_ext.data import ImageData, Order, open_data
 
-# Of a level, in float32 and in arithmetic that others do on the way to [-1, 1].
+# Tolerance in levels, for float32 and for other people's arithmetic on the way to [-1, 1].
 _ROUNDING = 1e-2
 #: What `nll` takes: images in a tensor, opened data, or a path to open.
 Data = Tensor | ImageData | str | os.PathLike[str]
@@ -20,7 +20,7 @@ Data = Tensor | ImageData | str | os.PathLike[str]
 class Images(NamedTuple):
     """x_0: float32 [N, C, H, W], 8-bit levels in [-1, 1]. labels: int64 [N], or None.
 
-    class_names: what labels mean, or None. used: the labels that occur in the whole data.
+    class_names: the names of the labels, or None. used: the labels that occur in the whole data.
     """
 
     x_0: Tensor
@@ -32,12 +32,12 @@ class Images(NamedTuple):
 def read_images(
     data: Data, *, who: str, split: str, limit: int | None, size: int | None, shuffle: bool = False
 ) -> Images:
-    """All images of `data`, or the first `limit`, brought to `size` where they come from files.
+    """All images of `data`, or the first `limit`; images from files are resized to `size`.
 
-    shuffle: `limit` images of opened data are a choice of all of them, always the same one.
+    shuffle: take `limit` images of opened data at random, always the same ones.
 
-    The bound is that of 8-bit images. A tensor must hold such levels; what a file gives (16 bits, resized
-    images) is rounded to them, and a warning says so, as one does of what reading leaves out or changes.
+    The bound is for 8-bit images. A tensor must hold such levels; images from files that do not (16 bits,
+    resized) are rounded to them with a warning. There are also warnings of all that reading skips or changes.
     """
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
         raise ValueError(f"{who}: limit must be an int above 0, got {limit!r}")
@@ -58,7 +58,7 @@ def read_images(
     levels = given.round()
     if bool(((given - levels).abs() > _ROUNDING).any()):
         warnings.warn(
-            f"{who}: images are rounded to the 256 levels that the bound is told of, as they have others",
+            f"{who}: images are rounded to 256 levels, which the bound is for, as they have others",
             stacklevel=4,
         )
     labels = data.labels(indices)

@@ -1,16 +1,16 @@
-"""The information-theoretic estimator: bits from the errors of denoising at every signal-to-noise ratio.
+"""The information-theoretic estimator: bits from the denoising errors at all signal-to-noise ratios.
 
 In the limit of many steps, with lambda the log-SNR, the bound of an image is
 
     -log P(x) <= L_T + L_0 + 1/2 int E|eps - eps_theta(x_lambda, lambda)|^2 d lambda
 
-between the ends of the network's chain, whatever variance it learned. For discrete x and the best predictor
-the integral over all lambda is -log P(x) itself (Kong et al. 2023). Beyond the ends the network was not
-trained; there the same identity, with the normal distribution at one end and the decoder's discretised one
-at the other in the network's place, makes the tails what the bound has too: L_T and L_0.
+between the ends of the network's chain, whatever the learned variance. For discrete x and the optimal
+predictor, the integral over all lambda is exactly -log P(x) (Kong et al. 2023). Outside the chain the network
+is not trained; there the tails are those of the bound, L_T and L_0, which follow from the same identity with
+a normal prior at one end and the discretised decoder at the other.
 
-lambda is placed by importance, in strata of two points each, with a density in proportion to the root mean
-square of a pilot's errors. The estimate has a standard deviation and no bias of quadrature.
+lambda is drawn by importance sampling in strata of two points each, with a density proportional to the root
+mean square of the errors of a pilot. The estimate has a standard error, and no bias from quadrature.
 """
 
 from __future__ import annotations
@@ -24,11 +24,10 @@ from torch import Tensor
 
 from iddpm_ext.likelihood.continuous import ContinuousTime, by_image, scales
 from iddpm_ext.likelihood.design import PILOT_DRAW, Design
-from iddpm_ext.likelihood.estimate import estimate
 from iddpm_ext.likelihood.evaluate import Evaluator, Rows, progress_bar
 from iddpm_ext.likelihood.journal import Journal
 from iddpm_ext.likelihood.request import LikelihoodRequest
-from iddpm_ext.likelihood.result import Likelihood, facts_of, summarize_steps
+from iddpm_ext.likelihood.result import Likelihood, facts_of, likelihood_of, summarize_steps
 from iddpm_ext.random import STREAM_CHOICE, STREAM_FORWARD, NoiseKey, normal, uniform
 from iddpm_ext.sampling.distributed import Processes
 
@@ -36,11 +35,11 @@ POINTS = 1000
 _PILOT_IMAGES = 8
 _CELLS = 64
 _UNIFORM = 0.05
-# Draws of L_0, whose share of the bits is large and whose variance is small.
+# Evaluations of L_0 per image: a large part of the bits with a small variance.
 _DECODER = 4
-# Of the keys of the stream of choices: 0 to 2 have other uses.
+# The `draw` of these choices in stream 3, where 0 to 2 have other uses.
 _CHOICE_DRAW = 3
-# Of the forward stream's: replicates count from 0.
+# The `draw` of the noise; those of the bound's replicates count from 0.
 _NOISE_DRAW = 1 << 21
 
 
@@ -51,7 +50,7 @@ class Proposal(NamedTuple):
     mass: Tensor
 
     def at(self, point: Tensor) -> tuple[Tensor, Tensor]:
-        """log-SNR where the distribution reaches `point` in [0, 1), and the density there."""
+        """The quantiles (log-SNR) at `point` in [0, 1), and the density there."""
         right = self.mass.cumsum(0)
         cell = torch.searchsorted(right, point.contiguous(), right=True).clamp(max=len(right) - 1)
         within = ((point - right[cell] + self.mass[cell]) / self.mass[cell]).clamp(0, 1)
@@ -62,7 +61,7 @@ class Proposal(NamedTuple):
 def compute_information(
     request: LikelihoodRequest, state: Path | None, processes: Processes
 ) -> Likelihood:
-    """The estimate with `request.budget` points an image, 1,000 where that is None."""
+    """The estimate with `request.budget` points per image; 1,000 if that is None."""
     time = ContinuousTime(request.spec, "information")
     images, points = len(request.x_0), POINTS if request.budget is None else int(request.budget)
     points = max(2, points // 2 * 2)
@@ -99,14 +98,10 @@ def compute_information(
         torch.cat([half_bits, decoder], 1),
         torch.zeros(images, width, dtype=torch.int64, device="cpu"),
     )
-    prior = torch.cat([chain.prior_bpd(part) for part in request.x_0.split(256)])
-    mean, ci95, population, per_image = estimate(design, values, prior)
-    return Likelihood(
-        bpd=mean,
-        ci95=ci95,
-        population_ci95=population,
-        prior_bpd=float(prior.double().mean()),
-        per_image_bpd=per_image,
+    return likelihood_of(
+        request,
+        design,
+        terms=values,
         per_step=summarize_steps(
             Design(nearest, half_bits, design.draw[:, :points]),
             _measured(values[:, :points], log_snr),
@@ -118,7 +113,7 @@ def compute_information(
 
 
 class _Errors:
-    """|eps - eps_theta|^2 / d of images at log-SNR of their own."""
+    """Computes |eps - eps_theta|^2 / d of images, each at its own log-SNR."""
 
     def __init__(self, request: LikelihoodRequest, evaluator: Evaluator, time: ContinuousTime):
         self._request, self._evaluator, self._time = request, evaluator, time
@@ -140,7 +135,7 @@ class _Errors:
 
 
 def _proposal(errors: _Errors, time: ContinuousTime, images: int, batch_size: int) -> Proposal:
-    """In proportion to the errors of the first images in the middle of each of 64 equal cells."""
+    """Proportional to the first images' RMS errors at the centres of 64 equal cells of log-SNR."""
     edges = torch.linspace(time.least, time.most, _CELLS + 1, dtype=torch.float64, device="cpu")
     parts = torch.arange(images, dtype=torch.int64, device="cpu").split(batch_size)
     sizes = []
@@ -154,7 +149,7 @@ def _proposal(errors: _Errors, time: ContinuousTime, images: int, batch_size: in
 
 
 def _measured(errors: Tensor, log_snr: Tensor) -> Tensor:
-    """What `MEASURED` names, of which there are the errors of eps and of x_0."""
+    """The columns of `MEASURED`: the errors of eps and of x_0; the others are NaN."""
     nothing = torch.full_like(errors, torch.nan)
     x_0 = errors.double() * (-log_snr).exp()
     return torch.stack([nothing.double(), x_0, errors.double(), nothing.double()], 2)

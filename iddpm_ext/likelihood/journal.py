@@ -1,8 +1,8 @@
-"""Evaluations on disk: an interrupted run goes on where it was, and loses at most one batch.
+"""Evaluations on disk: an interrupted run continues where it was, and loses at most one batch.
 
-A folder holds one file a process, `RUN.PROCESS.rows`, RUN being the first half of the run's fingerprint. A
-file is a sequence of blocks, one a batch: the number of rows, their ids, their values, a checksum. A file
-is only ever appended to; what follows the last sound block is cut off when the file is opened again.
+A folder holds one file per process, `RUN.PROCESS.rows`, where RUN is the first half of the run's fingerprint.
+A file is a sequence of blocks, one per batch: the number of rows, their ids, their values, a checksum. Files
+are only appended to; when one is opened again, all that follows the last valid block is cut off.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import os
 import struct
 import zlib
 from pathlib import Path
-from types import TracebackType
 
 import torch
 from torch import Tensor
@@ -24,15 +23,15 @@ _MAGIC = b"rows"
 
 
 class Journal:
-    """The rows of one run: id -> `width` float32 values. Without a folder nothing is kept.
+    """The rows of one run: id -> `width` float32 values.
 
     Args:
-        folder: made if it is not there; None keeps nothing.
+        folder: created if absent; None stores nothing.
         run: the run's fingerprint, hexadecimal.
         process: number of this process, which writes its own file and reads those of all.
-        width: values a row.
+        width: values per row.
 
-    Raises RuntimeError where another run works in the folder, OSError where it cannot be written.
+    Raises RuntimeError if another run uses the folder, OSError if it cannot be written.
     """
 
     def __init__(self, folder: Path | None, run: str, process: int, width: int):
@@ -60,7 +59,7 @@ class Journal:
         self._file = open(own, "ab")
 
     def _parse(self, data: bytes) -> tuple[list[tuple[Tensor, Tensor]], int]:
-        """The sound blocks at the beginning of `data`, and where they end."""
+        """The valid blocks at the beginning of `data`, and where they end."""
         blocks, at = [], 0
         while at + _HEAD.size <= len(data):
             magic, count = _HEAD.unpack_from(data, at)
@@ -86,7 +85,7 @@ class Journal:
         self._file.flush()
 
     def remove(self) -> None:
-        """Deletes the run's files, which its result has made superfluous."""
+        """Deletes the run's files, once its result exists."""
         if self._file is not None:
             self._file.close()
             for path in self._paths:
@@ -98,12 +97,7 @@ class Journal:
     def __enter__(self) -> Journal:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._file is not None:
             self._file.close()
         self._lock.close()

@@ -1,4 +1,4 @@
-"""E|eps_theta|^2 of the steps of a chain: what analytic variances are made of."""
+"""Computes E|eps_theta|^2 at the steps of a chain, from which analytic variances follow."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def find_moments(
 ) -> Moments:
     """E|eps_theta|^2 / d of 128 steps, half of them evenly spaced in t and half in log-SNR.
 
-    Costs 128 network evaluations an image; `find_schedules` has the moments of its candidates besides.
+    Costs 128 network evaluations per image. (`find_schedules` also returns the moments of its candidates.)
 
-    Args: as of `find_schedules`; ten images suffice.
+    Args: as in `find_schedules`; ten images suffice.
 
     Returns:
         `Moments`; `extra["moments"] = moments.to_extra(weights_fingerprint(model))` makes
@@ -69,10 +69,10 @@ def find_moments(
 
 
 def eps_squares(chain: Diffusion, outputs: Outputs) -> Tensor:
-    """|eps_theta|^2 / d of evaluations, float64 [n], with the noise's own |eps|^2 / d in the place of 1.
+    """1 + (|eps_theta|^2 - |eps|^2) / d of evaluations, float64 [n].
 
-    E|eps|^2 / d = 1, and where the noise is all there is, it varies as |eps_theta|^2 does: what counts,
-    1 - |eps_theta|^2 / d, comes out with little noise.
+    The expectation is that of |eps_theta|^2 / d, as E|eps|^2 / d = 1; but near pure noise the two vary
+    together, so that 1 - E|eps_theta|^2 / d, which matters, is estimated with little variance.
     """
     x_0, x_t, out, t = outputs
     row = chain.table(x_t.device, dtype=torch.float64)[t][:, :, None, None, None]

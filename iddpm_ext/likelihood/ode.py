@@ -1,12 +1,11 @@
-"""Likelihood by the probability-flow equation, as papers of score-based models report it.
+"""Likelihood by the probability flow ODE, as papers on score-based models report it.
 
 With lambda = log(sqrt(alpha_bar) / sqrt(1 - alpha_bar)), images flow along
 
     dx / d lambda = sigma^2 x - sigma eps_theta(x, lambda),    sigma^2 = 1 - alpha_bar,
 
-and log p along with them by minus the divergence, which Hutchinson's trace estimates as z . J z with z of
-random signs. Levels are spread evenly over their width first: an expectation over that is a bound on their
-bits.
+and log p changes by minus the divergence, estimated by Hutchinson's z . J z with random signs z.
+First, uniform noise of a level's width dequantises the images; the expectation bounds the bits of the levels.
 
 Source: Song et al. 2021, "Score-Based Generative Modeling through SDEs", appendix D.2; Dormand & Prince 1980.
 """
@@ -34,9 +33,9 @@ from iddpm_ext.sampling.distributed import Processes
 
 _DRAWS = 2
 _MOST_EVALUATIONS = 3000
-# Of the keys of these streams.
+# The `draw` of these numbers in their streams.
 _SIGN_DRAW, _SPREAD_DRAW = 16, 1 << 22
-# Dormand & Prince, of fifth order, and what its embedded fourth order differs by.
+# Dormand & Prince's method of fifth order, and the difference from its embedded fourth order.
 _STAGES = (
     (),
     (1 / 5,),
@@ -57,8 +56,8 @@ def compute_ode(request: LikelihoodRequest, state: Path | None, processes: Proce
     spec, images = request.spec, len(request.x_0)
     if request.budget is not None:
         raise ValueError(
-            f"{spec.who}: budget must be None with method 'ode', whose tolerance says how many "
-            f"evaluations there are, got {request.budget}"
+            f"{spec.who}: budget must be None with method 'ode', whose tolerance determines the "
+            f"number of evaluations, got {request.budget}"
         )
     flow = _Flow(request)
     evaluations = 0
@@ -99,14 +98,14 @@ def compute_ode(request: LikelihoodRequest, state: Path | None, processes: Proce
 
 
 class _Flow:
-    """The equation of a request's network, which is evaluated as a module: gradients are taken of it."""
+    """The ODE of a request's network, which runs as a module, without an engine, for its gradients."""
 
     def __init__(self, request: LikelihoodRequest):
         self._request = request
         self._time = ContinuousTime(request.spec, "ode")
 
     def bits(self, images: Tensor, draw: int) -> tuple[Tensor, int]:
-        """-log2 p of some images a dimension, float64 [n], and how many evaluations that took."""
+        """-log2 p per dimension of some images, float64 [n], and how many evaluations that took."""
         request, spec, time = self._request, self._request.spec, self._time
         x_0 = request.x_0[images].to(spec.device)
         device_images = images.to(spec.device)
@@ -135,7 +134,7 @@ class _Flow:
         return uniform(key, (len(images), like[0].numel())).view(like.shape)
 
     def _slope(self, half_log_snr: float, x: Tensor, z: Tensor, images: Tensor) -> State:
-        """dx / d lambda, and the divergence by Hutchinson's trace."""
+        """dx / d lambda, and the divergence by Hutchinson's estimator."""
         spec = self._request.spec
         log_snr = torch.full((len(x),), 2 * half_log_snr, dtype=torch.float64, device="cpu")
         _, rest = scales(log_snr[0])
@@ -160,14 +159,14 @@ def integrate(
     tolerance: float,
     who: str,
 ) -> tuple[State, int]:
-    """The state at `end` of d state / d t = slope(t, x), where state is (x, a number an image).
+    """The state at `end` of d state / d t = slope(t, x), where state is (x, a number per image).
 
-    A step is kept where the estimated error of the worst image, root mean square a dimension, is at most
-    tolerance (1 + |x|); that of the number is counted a dimension too.
+    A step is accepted if the estimated error of the worst image is at most tolerance (1 + |x|), as root mean
+    square over the dimensions; so is that of the number, divided by the dimensions.
 
     Returns the state and the number of evaluations.
 
-    Raises RuntimeError where the tolerance is not met in 3,000 evaluations, or steps vanish.
+    Raises RuntimeError if the tolerance is not met in 3,000 evaluations, or steps become too small.
     """
     (x, number), at, step = start, begin, (end - begin) / 100
     size, count = x[0].numel(), 1
@@ -193,7 +192,7 @@ def integrate(
             at, x, slopes = at + step, there, slopes[-1:]
         else:
             slopes = slopes[:1]
-        # A NaN shortens the step until the error above is raised.
+        # A NaN shortens the steps until the error above is raised.
         step *= min(5.0, max(0.2, 0.9 * ratio**-0.2)) if ratio > 0 else (5.0 if ratio == 0 else 0.2)
     return (x, number), count
 

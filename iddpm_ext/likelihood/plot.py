@@ -1,4 +1,4 @@
-"""The terms of the bound against the step: Figure 2 of Improved DDPM."""
+"""Plots the terms of the bound against the step: Figure 2 of Improved DDPM."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one call of `nll` asks for, checked in full before any work."""
+"""The arguments of one call of `nll`, checked in full before any work."""
 
 from __future__ import annotations
 
@@ -37,9 +37,8 @@ _FORMAT = 1
 class LikelihoodRequest:
     """The arguments of `nll`, resolved.
 
-    spec: the network, its chain and its inputs. x_0: float32 [N, C, H, W] on the CPU. batch_size: most
-    evaluations at once. budget: evaluations an image, or None. exact: the decoder's likelihood without
-    approximation. clip: clamp every predicted x_0. method, tolerance: as in `nll`.
+    spec: the network, its chain and its inputs. x_0: float32 [N, C, H, W] on the CPU. batch_size: evaluations
+    at once, at most. All else as in `nll`.
     """
 
     spec: NetworkSpec
@@ -54,9 +53,9 @@ class LikelihoodRequest:
     tolerance: float = 1e-4
 
     def fingerprint(self, more: str = "") -> str:
-        """sha256 of everything that the result depends on, batches and processes not among it.
+        """sha256 of everything that the result depends on; not of batches and processes.
 
-        more: text for what the caller adds.
+        more: text of what the caller adds.
         """
         spec, digest = self.spec, hashlib.sha256()
         facts = {
@@ -90,7 +89,7 @@ class LikelihoodRequest:
 
 
 def _describe(model: object) -> str:
-    """What tells models apart beside their weights; of a foreign one, only its name can be asked."""
+    """What identifies a model besides its weights; for foreign models the name of its class alone."""
     kind = type(model)
     name = getattr(model, "__qualname__", kind.__qualname__)
     return f"{kind.__module__}.{name} {getattr(model, 'config', '')}"
@@ -131,7 +130,7 @@ def make_likelihood_request(
     number = isinstance(budget, (int, float)) and not isinstance(budget, bool)
     if budget is not None and not (number and budget >= 1 and budget < float("inf")):
         raise ValueError(
-            f"{who}: budget must be at least 1 evaluation an image, or None for every step, "
+            f"{who}: budget must be at least 1 evaluation per image, or None for every step, "
             f"got {budget!r}"
         )
     if not isinstance(exact, bool):
@@ -148,7 +147,7 @@ def make_likelihood_request(
         )
     if budget is not None and budget < 2 and len(images.x_0) == 1:
         raise ValueError(
-            f"{who}: budget must be at least 2 for one image alone, to tell its error, got {budget}"
+            f"{who}: budget must be at least 2 for a single image, to estimate the error, got {budget}"
         )
     labels = _labels(who, ours, config, images, labels)
     check_flags(who, clip=clip, progress=progress)
@@ -160,7 +159,7 @@ def make_likelihood_request(
     spec = with_variance(spec, variance, sampling=False)
     n = len(images.x_0)
     count_of(who, n, n, labels=spec.labels, low_res=low_res)
-    if batch_size is None:  # more than there are images, as a call evaluates an image many times
+    if batch_size is None:  # can exceed the number of images, each of which is evaluated many times
         batch_size = default_batch_size(spec.image_shape, spec.device)
     else:
         batch_size_of(who, batch_size, n, spec.image_shape, spec.device)
@@ -195,7 +194,7 @@ def _labels(
     images: Images,
     labels: Sequence[int] | Tensor | None,
 ) -> Sequence[int] | Tensor | None:
-    """Those that are given, else the data's, as the classes that the network has for their names."""
+    """The given labels, else the data's, matched to the network's classes by their names."""
     if labels is not None:
         return labels
     classes = None if config is None else config.num_classes

@@ -1,4 +1,4 @@
-"""What `nll` returns, and how it is written."""
+"""The result of `nll`, and its files."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ from torch import Tensor
 
 from iddpm_ext.files import write_whole
 from iddpm_ext.likelihood.design import Design
+from iddpm_ext.likelihood.estimate import estimate
 from iddpm_ext.likelihood.evaluate import MEASURED
 from iddpm_ext.likelihood.request import LikelihoodRequest
 
 
 @dataclass(frozen=True, eq=False)
 class PerStep:
-    """Means over what was evaluated of each step, float64 [T], NaN where nothing was.
+    """Means over the evaluations of each step, float64 [T]; NaN for steps without any.
 
     bpd: the term L_t in bits/dim; bpd_error: its standard error over images and noise (NaN below two
-    evaluations). x_0_mse, eps_mse: squared errors a dimension. v_outside: share of v outside [-1, 1].
+    evaluations). x_0_mse, eps_mse: mean squared errors. v_outside: share of v outside [-1, 1].
     count: int64 [T], evaluations. timesteps: int64 [T], the step's index in the training chain.
     """
 
@@ -38,7 +39,7 @@ class PerStep:
     v_outside: Tensor
 
     def to_csv(self) -> str:
-        """A header and one line a step."""
+        """A header and one line per step."""
         names = ("timesteps", "count", "bpd", "bpd_error", "x_0_mse", "eps_mse", "v_outside")
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
@@ -54,10 +55,10 @@ class Likelihood:
     """Bits per dimension of images, by the method that `facts` names.
 
     bpd: the mean over the images. ci95: (low, high) over steps and noise, for these images.
-    population_ci95: (low, high) with the images as a sample of many; NaN for one image.
+    population_ci95: (low, high) for the distribution that the images were drawn from; NaN for one image.
     prior_bpd: the mean of L_T, which is part of bpd. per_image_bpd: float64 [N]. per_step: see `PerStep`;
-    `per_step_bpd` and `per_step_count` [T] are its columns. evaluations: of the network, the pilot's
-    included. By "ode" there are no steps, and prior_bpd is NaN. facts: how it was computed, JSON-ready.
+    `per_step_bpd` and `per_step_count` [T] are its columns. evaluations: of the network, including the
+    pilot's. Method "ode" has no steps, and its prior_bpd is NaN. facts: how it was computed, JSON-ready.
     """
 
     bpd: float
@@ -111,8 +112,32 @@ class Likelihood:
         return (
             f"{self.bpd:.4f} bits/dim, 95 % {_range(self.ci95)} over steps and noise, "
             f"{_range(self.population_ci95)} over images ({len(self.per_image_bpd)} images, "
-            f"{self.evaluations / len(self.per_image_bpd):.1f} evaluations an image)"
+            f"{self.evaluations / len(self.per_image_bpd):.1f} evaluations per image)"
         )
+
+
+def likelihood_of(
+    request: LikelihoodRequest,
+    design: Design,
+    terms: Tensor,
+    per_step: PerStep,
+    evaluations: int,
+    facts: dict[str, Any],
+) -> Likelihood:
+    """The likelihood from evaluated terms [N, M] of a design, with the prior's term."""
+    chain = request.spec.diffusion
+    prior = torch.cat([chain.prior_bpd(part) for part in request.x_0.split(256)])
+    mean, ci95, population, per_image = estimate(design, terms, prior)
+    return Likelihood(
+        bpd=mean,
+        ci95=ci95,
+        population_ci95=population,
+        prior_bpd=float(prior.double().mean()),
+        per_image_bpd=per_image,
+        per_step=per_step,
+        evaluations=evaluations,
+        facts=facts,
+    )
 
 
 def facts_of(request: LikelihoodRequest, network: str, **more: Any) -> dict[str, Any]:
@@ -131,7 +156,7 @@ def facts_of(request: LikelihoodRequest, network: str, **more: Any) -> dict[str,
 
 
 def summarize_steps(design: Design, measured: Tensor, timesteps: Tensor) -> PerStep:
-    """Means a step of what was measured, [N, M, 4] of a design with timesteps.shape[0] steps."""
+    """The means for each step of measurements [N, M, 4] of a design with timesteps.shape[0] steps."""
     t, total = design.t.flatten(), len(timesteps)
     values = measured.double().flatten(0, 1)
     count = torch.bincount(t, minlength=total)

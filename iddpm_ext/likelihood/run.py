@@ -19,14 +19,13 @@ from iddpm_ext.likelihood.design import (
     make_plan,
     sampled_design,
 )
-from iddpm_ext.likelihood.estimate import estimate
 from iddpm_ext.likelihood.evaluate import MEASURED, Evaluator, Rows, progress_bar
 from iddpm_ext.likelihood.images import Data
 from iddpm_ext.likelihood.information import compute_information
 from iddpm_ext.likelihood.journal import Journal
 from iddpm_ext.likelihood.ode import compute_ode
 from iddpm_ext.likelihood.request import LikelihoodRequest, make_likelihood_request
-from iddpm_ext.likelihood.result import Likelihood, facts_of, summarize_steps
+from iddpm_ext.likelihood.result import Likelihood, facts_of, likelihood_of, summarize_steps
 from iddpm_ext.sampling.distributed import Processes
 
 
@@ -54,41 +53,42 @@ def nll(
     state: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> Likelihood:
-    """Bits per dimension of images under the variational bound, with its error.
+    """Bits per dimension of images by the variational bound, with confidence intervals.
 
         bpd = L_T + sum_t L_t,  equations (4) to (7) of Improved DDPM
 
-    in full, or with a budget by an unbiased estimate: the steps are drawn by importance in strata of two
-    draws, the first ones are evaluated by themselves, and the proposal comes from a pilot pass that the
-    estimate does not use (`likelihood/design.py` has the mathematics). What is estimated is the expectation
-    over the noise, of which the full sum is one draw. The noise of an evaluation is named by the seed, the
-    image, the step and the replicate: the result does not depend on batches, processes or the order
-    of work, up to the network's rounding.
+    either the full sum or, within a budget, an unbiased estimate by stratified importance sampling of the
+    steps: strata have two draws each, the first steps are always evaluated, and the proposal comes from a
+    pilot pass that the estimate does not use (`likelihood/design.py` has the mathematics). The estimated
+    quantity is the expectation over the noise; the full sum is one draw of it. The noise of an evaluation
+    depends on the seed, the image, the step and the replicate alone, so the result does not depend on
+    batches, processes or order of evaluation, up to the network's rounding.
 
     Args:
         model: as in `sample`.
         data: float [N, C, H, W] of 8-bit levels in [-1, 1]; what `open_data` returns; or a path for it.
         labels: integers [N], -1 for an unlabelled image; None takes those of the data.
         low_res: [N, C, h, w] in [-1, 1], for a super-resolution model.
-        budget: network evaluations an image on average, the pilot included, at least 1; None for the full
-            sum, which evaluates every step once and those at jumps in the terms (64 of 4000) twice, to know
-            its error.
+        budget: network evaluations per image on average, including the pilot's, at least 1; None for the
+            full sum, which evaluates every step once, and those whose terms differ much from their
+            neighbours' (64 of 4000) twice, to estimate its error.
         steps: a shorter chain, as in `sample`; "dense-K" also visits every one of the first T/K steps,
-            "optimal-K" and "analytic-K" are schedules of the checkpoint; None for the whole chain.
+            "optimal-K" and "analytic-K" are the checkpoint's schedules; None for the whole chain.
         clip: clamp every predicted x_0 to [-1, 1].
-        exact: take the decoder's likelihood as it is, not the original's approximation.
-        batch_size: most evaluations at once; chosen by device and image size if None.
-        seed: 0 <= seed < 2^64, names the noise and the drawn steps.
-        split: "train" or "test", of a path that has both. limit: only the first images.
+        exact: compute the decoder's likelihood by the normal distribution function, not by the original's
+            approximation.
+        batch_size: maximum number of evaluations at once; by device and image size if None.
+        seed: 0 <= seed < 2^64; determines the noise and the drawn steps.
+        split: "train" or "test", for a path that has both. limit: use only the first images.
         diffusion, dtype, engine, backend: as in `sample`; backend is that of `q_sample` and `vlb_terms`.
-        variance: of p(x_{t-1} | x_t), as in `sample`; None for the chain's own, learned where it is.
-        method: "bound", with a budget or without; "full", the bound's full sum; "information" (Kong et al.
-            2023), with `budget` points an image, 1,000 where that is None; or "ode", the probability flow's
-            density (Song et al. 2021). `docs/likelihood.md` says which numbers may be compared.
-        tolerance: of "ode", relative and absolute, of every step.
-        state: a folder that keeps every evaluation until the run is done, so that the same call after an
-            interruption goes on where it was.
-        progress: show a bar where stderr is a terminal.
+        variance: of p(x_{t-1} | x_t), as in `sample`; None for the chain's own, such as a learned one.
+        method: "bound", with or without a budget; "full", the bound's full sum; "information" (Kong et al.
+            2023), with `budget` points per image (None: 1,000); or "ode", the density by the probability
+            flow ODE (Song et al. 2021). `docs/likelihood.md` says which numbers may be compared.
+        tolerance: of "ode", relative and absolute, per step.
+        state: a folder that keeps evaluations until the run is done: the same call, repeated after an
+            interruption, continues.
+        progress: show a bar if stderr is a terminal.
 
     Returns:
         `Likelihood`: bpd, ci95, population_ci95, prior_bpd, per_image_bpd, per_step and more.
@@ -98,7 +98,7 @@ def nll(
         OSError: if `state` cannot be written. RuntimeError: if an explicit backend does not support the call,
             or the tolerance is not met.
 
-    Not differentiable. Source: Nichol & Dhariwal 2021; the estimator is this project's.
+    Not differentiable. Source: Nichol & Dhariwal 2021; the estimator was designed for this package.
     """
     request = make_likelihood_request(
         model, data, labels=labels, low_res=low_res, budget=budget, steps=steps, clip=clip,
@@ -110,7 +110,7 @@ def nll(
 
 
 def compute(request: LikelihoodRequest, state: Path | None, processes: Processes) -> Likelihood:
-    """The likelihood of a request, shared out among `processes` by image, the same in all of them."""
+    """The likelihood of a request, the same in all `processes`, which divide the images among them."""
     if request.method == "information":
         return compute_information(request, state, processes)
     if request.method == "ode":
@@ -125,7 +125,7 @@ def compute(request: LikelihoodRequest, state: Path | None, processes: Processes
         if plan.columns is None:
             design = full_design(images, chain.timesteps)
         else:
-            # In batches of a fixed size: the proposal must not depend on the user's, not even by rounding.
+            # In batches of a fixed size, for a proposal that does not depend on the user's, even by rounding.
             size = default_batch_size(spec.image_shape, spec.device)
             terms = work.evaluate(pilot, -1 - _count(len(pilot.t)), size, by_batch=True)[:, 0]
             terms = terms.view(len(plan.pilot_images), len(plan.pilot_steps))
@@ -142,7 +142,7 @@ def compute(request: LikelihoodRequest, state: Path | None, processes: Processes
 
 
 class _Work:
-    """Evaluates rows that the journal does not have, this process's share, and brings all together."""
+    """Evaluates this process's share of the rows that the journal lacks, and gathers those of all."""
 
     def __init__(self, request: LikelihoodRequest, journal: Journal, processes: Processes):
         self._request, self._journal, self._processes = request, journal, processes
@@ -150,10 +150,10 @@ class _Work:
         self.network_name = self._evaluator(request.batch_size).network.name
 
     def evaluate(self, rows: Rows, ids: Tensor, batch_size: int, by_batch: bool = False) -> Tensor:
-        """What `MEASURED` names of all rows, float32 [n, 4].
+        """The columns of `MEASURED` for all rows, float32 [n, 4].
 
-        ids: int64 [n], 0, 1, 2... or -1, -2, -3...: the signs tell two lists apart in the journal.
-        by_batch: keep together what belongs to one batch of the whole list, also when parts are known.
+        ids: int64 [n], 0, 1, 2... or -1, -2, -3...: the sign distinguishes two lists in the journal.
+        by_batch: evaluate the whole batches of the list, even if the journal has parts of them.
         """
         count = len(ids)
         shape = (count, len(MEASURED))
@@ -207,16 +207,11 @@ def _pilot_rows(images: Tensor, steps: Tensor) -> Rows:
 def _result(
     request: LikelihoodRequest, design: Design, measured: Tensor, pilot: int, work: _Work
 ) -> Likelihood:
-    chain = request.spec.diffusion
-    prior = torch.cat([chain.prior_bpd(part) for part in request.x_0.split(256)])
-    mean, ci95, population, per_image = estimate(design, measured[:, :, 0], prior)
-    return Likelihood(
-        bpd=mean,
-        ci95=ci95,
-        population_ci95=population,
-        prior_bpd=float(prior.double().mean()),
-        per_image_bpd=per_image,
-        per_step=summarize_steps(design, measured, chain.timesteps),
+    return likelihood_of(
+        request,
+        design,
+        terms=measured[:, :, 0],
+        per_step=summarize_steps(design, measured, request.spec.diffusion.timesteps),
         evaluations=pilot + design.t.numel(),
         facts=facts_of(request, work.network_name, method=request.method, pilot_evaluations=pilot),
     )

@@ -1,8 +1,8 @@
-"""Optimal step schedules: the K steps of a chain whose shorter chain has the best bound.
+"""Optimal step schedules: the K steps of a chain whose respaced chain has the best bound.
 
-The bound of a chain is a sum over its jumps, L(t -> s), its decoder's term and its prior's. One evaluation of
-the network at t gives all jumps from t (`vlb_to_all`), so one pass over the candidate steps of some images
-gives the sum of any schedule, and `shortest.py` finds the best ones.
+The bound of a chain is the sum of the terms L(t -> s) of its jumps, of its decoder and of its prior. One
+evaluation of the network at t gives the terms of all jumps from t (`vlb_to_all`), so evaluating some images
+at all candidate steps gives the bound of any schedule, and `shortest.py` finds the best ones.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from iddpm_ext.likelihood.moments import eps_squares
 from iddpm_ext.likelihood.request import LikelihoodRequest, make_likelihood_request
 from iddpm_ext.sampling.distributed import Processes
 
-#: All of the first steps are candidates: the terms change fastest there.
+#: So many of the first steps are all candidates, because the terms change fastest there.
 _EVERY_EARLY = 64
 
 
@@ -35,9 +35,9 @@ _EVERY_EARLY = 64
 class StepSchedules:
     """What `find_schedules` found.
 
-    steps: K -> its K indices in the training chain, ascending. bpd: K -> the mean bound of the images that
-    it was found on. timesteps: the candidates, indices in the training chain. moments: of the candidates,
-    for `variance="analytic"`.
+    steps: K -> K indices in the training chain, ascending. bpd: K -> the mean bound on the images that were
+    given. timesteps: the candidates, indices in the training chain. moments: those of the candidates, for
+    `variance="analytic"`.
     """
 
     steps: dict[int, list[int]]
@@ -46,7 +46,7 @@ class StepSchedules:
     moments: Moments
 
     def to_extra(self) -> dict[str, list[int]]:
-        """What a checkpoint's `extra["step_schedules"]` holds."""
+        """The schedules as a checkpoint's `extra["step_schedules"]` holds them."""
         return {str(count): indices for count, indices in self.steps.items()}
 
 
@@ -69,19 +69,19 @@ def find_schedules(
     state: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> StepSchedules:
-    """For every K up to `most`, the K steps whose chain has the least bound on these images.
+    """For every K up to `most`, the K steps whose chain has the lowest bound on these images.
 
-    Costs `candidates` network evaluations an image. Best over the candidates only: all of the first 64
-    steps, and from there on steps in a geometric progression.
+    Costs `candidates` network evaluations per image. The candidates are the first 64 steps and then a
+    geometric progression.
 
     Args:
         model, labels, clip, exact, batch_size, seed, diffusion, engine, backend, state, progress: as in
             `nll`.
-        data: as in `nll`; images of training rather than those that the schedules are judged on.
-        limit: a random choice of so many images (of a tensor: the first); None takes all.
-        candidates: how many steps may be chosen, at least 4; all of the chain where it has no more.
+        data: as in `nll`; training images rather than those on which the schedules are evaluated.
+        limit: how many images to take at random (of a tensor: the first ones); None takes all.
+        candidates: how many steps to consider, at least 4; at most those of the chain.
         most: the largest K, at least 2.
-        split: "train" or "test", of a path that has both.
+        split: "train" or "test", for a path that has both.
 
     Returns:
         `StepSchedules`; `extra["step_schedules"] = schedules.to_extra()` makes `steps="optimal-K"` work.
@@ -108,7 +108,7 @@ def search(
     state: Path | None,
     processes: Processes,
 ) -> StepSchedules:
-    """`find_schedules` of a request, shared out among `processes` by candidate, the same in all."""
+    """`find_schedules` for a request, the same in all `processes`, which divide the candidates."""
     chain = request.spec.diffusion
     steps = candidate_steps(chain.num_timesteps, candidates)
     terms, eps_square = jump_terms(request, steps, state, processes)
@@ -132,7 +132,7 @@ def check_counts(candidates: int, most: int) -> None:
 
 
 def candidate_steps(num_timesteps: int, count: int) -> Tensor:
-    """At most `count` steps of a chain, ascending, the first ones and the last among them; int64."""
+    """At most `count` steps of a chain, ascending, including the first ones and the last; int64."""
     if count >= num_timesteps:
         return torch.arange(num_timesteps, dtype=torch.int64, device="cpu")
     early = min(_EVERY_EARLY, count // 2)
@@ -143,7 +143,7 @@ def candidate_steps(num_timesteps: int, count: int) -> Tensor:
 def jump_terms(
     request: LikelihoodRequest, steps: Tensor, state: Path | None, processes: Processes
 ) -> tuple[JumpTerms, Tensor]:
-    """The mean terms of all jumps between these steps of the chain, and E|eps_theta|^2 / d of each step."""
+    """The mean terms of all jumps between these steps of the chain, and E|eps_theta|^2 / d at each."""
     chain, images, count = request.spec.diffusion, len(request.x_0), len(steps)
     evaluator = Evaluator(request, request.batch_size)
     means = torch.full((count, count + 1), torch.nan, dtype=torch.float32, device="cpu")
@@ -174,9 +174,10 @@ def jump_terms(
 
 
 def _from_step(request: LikelihoodRequest, evaluator: Evaluator, steps: Tensor, i: int) -> Tensor:
-    """Means over the images of the jumps to the steps before steps[i] and the decoders before those after.
+    """Means over the images of all terms that the network's outputs at steps[i] give, float32 [G + 1].
 
-    float32 [G + 1]; 0 at i itself, and E|eps_theta|^2 / d at the end.
+    Entry j < i: the jump to steps[j]. Entry k > i: the decoder in a chain whose second step is steps[k].
+    Entry i is 0, the last one E|eps_theta|^2 / d.
     """
     spec = request.spec
     chain, device = spec.diffusion, spec.device

@@ -1,4 +1,4 @@
-"""Metrics of sets of images, on arrays of features [N, D]. Pure arithmetic in float64, no network."""
+"""Metrics of sets of images, computed in float64 from arrays of features [N, D]."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every metric asks of a feature array."""
+"""Checks of feature arrays."""
 
 from __future__ import annotations
 

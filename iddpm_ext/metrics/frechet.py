@@ -1,4 +1,4 @@
-"""The Fréchet distance between two sets of features, each taken for a normal distribution."""
+"""The Fréchet distance between the normal distributions of two sets of features."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ def frechet_distance(a: Features | FeatureStatistics, b: Features | FeatureStati
 
         |mean_a - mean_b|^2 + tr C_a + tr C_b - 2 tr (C_a C_b)^(1/2)
 
-    The last trace is the sum of the square roots of the eigenvalues of C_a C_b. With C_b = F F^T
-    these are the eigenvalues of F^T C_a F, which is symmetric: they cannot turn complex, as a
-    matrix square root does. F is the centred features themselves where they are fewer than their
-    dimensions, so that few samples cost little.
+    The last trace is the sum of the square roots of the eigenvalues of C_a C_b. With C_b = F F^T these are
+    the eigenvalues of the symmetric F^T C_a F, and therefore real, unlike those of a numerical matrix
+    square root.
+    If there are fewer samples than dimensions, F is the matrix of centred features, which is cheaper.
 
     Args:
         a, b: floating [N, D], N at least 2, or their `FeatureStatistics`. With N <= D a
@@ -40,7 +40,7 @@ def frechet_distance(a: Features | FeatureStatistics, b: Features | FeatureStati
         first, second = second, first
     factor = second.factor.to(first.mean.device)
     eigenvalues = torch.linalg.eigvalsh(first.between(factor))
-    # Below this they are rounding, of which the square roots would add up.
+    # Eigenvalues below this are rounding errors, whose square roots would add up.
     floor = eigenvalues[-1:].clamp(min=0) * len(eigenvalues) * torch.finfo(torch.float64).eps
     overlap = eigenvalues.where(eigenvalues > floor, 0).sqrt().sum()
     shift = (first.mean - second.mean.to(first.mean.device)).square().sum()
@@ -48,7 +48,7 @@ def frechet_distance(a: Features | FeatureStatistics, b: Features | FeatureStati
 
 
 class _Normal:
-    """A mean [D] and a covariance: as it is, or as centred features where these are fewer than D."""
+    """A mean [D] and a covariance, stored as a matrix or, if smaller, as centred features."""
 
     def __init__(self, mean: Tensor, rows: Tensor | None, whole: FeatureStatistics | None) -> None:
         self.mean, self._rows, self._whole = mean, rows, whole
@@ -77,14 +77,14 @@ class _Normal:
 
     @property
     def trace(self) -> Tensor:
-        """Of the covariance."""
+        """The trace of the covariance."""
         if self._rows is not None:
             return self._rows.square().sum()
         assert self._whole is not None
         return self._whole.covariance.diagonal().sum()
 
     def between(self, factor: Tensor) -> Tensor:
-        """F^T C F [r, r] of a factor F [D, r]."""
+        """F^T C F [r, r], for a factor F [D, r] of the other covariance."""
         if self._rows is not None:
             product = self._rows @ factor
             return product.T @ product

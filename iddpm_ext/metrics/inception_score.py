@@ -18,12 +18,12 @@ class InceptionScore(NamedTuple):
 
 
 def inception_score(probabilities: Features, *, splits: int = 10, seed: int = 0) -> InceptionScore:
-    """exp of the mean over images of KL(p(y | x) || p(y)), p(y) the mean over a split.
+    """exp of the mean over images of KL(p(y | x) || p(y)), where p(y) is the mean over a split.
 
     Args:
         probabilities: floating [N, K], each row a distribution.
-        splits: parts of equal size (to one), each of which gives one score.
-        seed: names the order in which the images are split.
+        splits: number of parts of (nearly) equal size, each of which has one score.
+        seed: of the order in which the images are split.
 
     Returns:
         mean and standard deviation over the splits, from 1 to K.
@@ -44,7 +44,7 @@ def inception_score(probabilities: Features, *, splits: int = 10, seed: int = 0)
     scores = []
     for part in p[order].tensor_split(splits):
         marginal = part.mean(0)
-        # xlogy: what is never predicted adds nothing.
+        # xlogy: classes of probability 0 contribute 0.
         divergence = torch.special.xlogy(part, part) - torch.special.xlogy(part, marginal)
         scores.append(float(divergence.sum(1).mean().exp()))
     each = torch.tensor(scores, dtype=torch.float64, device="cpu")

@@ -30,18 +30,17 @@ def kernel_distance(
 
         mean_{i != j} k(a_i, a_j) + mean_{i != j} k(b_i, b_j) - 2 mean_{i, j} k(a_i, b_j)
 
-    averaged over random subsets, as is usual for KID. Unlike the Fréchet distance it is right on
-    average for any number of samples.
+    averaged over random subsets, as is usual for KID. Unlike the Fréchet distance it is unbiased for any
+    number of samples.
 
     Args:
         a, b: floating [N, D], N at least 2.
         subsets: how many to average.
         subset_size: samples in each; the smaller of 1000 and both N if None.
-        seed: names the subsets.
+        seed: of the choice of subsets.
 
     Returns:
-        mean and standard deviation over the subsets. A subset that is all of a set is the same
-        each time.
+        mean and standard deviation over the subsets (0 if each is the whole set).
 
     Raises:
         TypeError, ValueError: for an argument of a wrong type, shape or value.

@@ -1,4 +1,4 @@
-"""Precision and recall: is one set within the neighbourhoods of the other's members?"""
+"""Precision and recall by neighbourhoods of feature vectors."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _ROWS = 1024  # of distances held at once
 
 
 class PrecisionRecall(NamedTuple):
-    """Shares from 0 to 1: generated images that look real, real ones that are generated."""
+    """Shares from 0 to 1: of generated images that look real, of real ones that could be generated."""
 
     precision: float
     recall: float
 
 
 class Neighbourhoods:
-    """A set of feature vectors, each with the distance to its k-th nearest other member as radius.
+    """Balls around feature vectors; the radius is the distance to the k-th nearest other vector of the set.
 
     features: floating [N, D], N above k. k: at least 1.
     """
@@ -30,7 +30,7 @@ class Neighbourhoods:
     def __init__(self, features: Features, k: int = 3) -> None:
         checks.positive("Neighbourhoods", "k", k)
         self._features = checks.features("Neighbourhoods", "features", features, least=k + 1)
-        # A member is its own nearest neighbour, at distance 0.
+        # Every vector is its own nearest neighbour, at distance 0.
         blocks = _squared_distances(self._features, self._features)
         self._squared_radii = torch.cat([part.kthvalue(k + 1, dim=1).values for part in blocks])
 
@@ -47,8 +47,8 @@ def precision_recall(real: Features, generated: Features, k: int = 3) -> Precisi
     """Improved precision and recall by k nearest neighbours.
 
     precision: the share of generated vectors within the distance of some real vector to its k-th
-    nearest real neighbour; recall: the same with the two exchanged. Both depend on how many
-    vectors there are; the original evaluator takes 10,000 real ones and k = 3.
+    nearest real neighbour; recall: the same with the two sets exchanged. Both depend on the numbers of
+    vectors; the original evaluator uses 10,000 real ones and k = 3.
 
     Args:
         real, generated: floating [N, D], more than k each.
@@ -71,8 +71,8 @@ def precision_recall(real: Features, generated: Features, k: int = 3) -> Precisi
 def _squared_distances(x: Tensor, y: Tensor) -> Iterator[Tensor]:
     """Squared distances of x's rows to all of y, some rows at a time.
 
-    By |x|^2 + |y|^2 - 2 x.y, which leaves rounding where vectors are equal: what is below a
-    millionth of their size (a square below 1e-12) is 0, so that a copy is at distance 0.
+    By |x|^2 + |y|^2 - 2 x.y, which has rounding errors for equal vectors: squares below 1e-12 of those of the
+    vectors are set to 0, so that copies are at distance 0.
     """
     centre = y.mean(0)
     y = y - centre

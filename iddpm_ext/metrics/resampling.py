@@ -1,4 +1,4 @@
-"""How far a metric would move with other samples."""
+"""Confidence intervals of metrics, by resampling."""
 
 from __future__ import annotations
 
@@ -29,18 +29,17 @@ def half_sample_interval(
 ) -> Interval:
     """value +- 1.96 standard deviations of the metric over random halves of the samples.
 
-    The halves are drawn without replacement: the bootstrap's repeated samples would shrink a
-    covariance's rank, put neighbours at distance 0 and add k(x, x) to a kernel's mean. A half has
-    twice the variance of the whole set, and what the halves share takes half of that away again
-    (the delete-half jackknife). Only what varies is seen: a bias that depends on the number of
-    samples, such as the Fréchet distance's, moves all halves alike.
+    The halves are drawn without replacement: repeated samples, as in the bootstrap, would reduce a
+    covariance's rank, put neighbours at distance 0 and add k(x, x) to a kernel's mean. The variance over a
+    half is twice that over the whole set, and the overlap of the halves cancels that factor (delete-half
+    jackknife). A bias that depends on the number of samples, such as the Fréchet distance's, is not included.
 
     Args:
         value: the metric of all samples.
         count: how many there are, at least 4.
-        metric: from int64 [count // 2], which samples, to the metric of these.
+        metric: indices of samples, int64 [count // 2] -> the metric of these.
         resamples: how many halves.
-        seed: names them.
+        seed: of their choice.
 
     Source: Shao & Wu 1989.
     """

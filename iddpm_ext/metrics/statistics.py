@@ -1,4 +1,4 @@
-"""Mean and covariance of features, of a whole array or gathered batch by batch."""
+"""Mean and covariance of features, of a whole array or accumulated batch by batch."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ class FeatureStatistics:
 
     @cached_property
     def factor(self) -> Tensor:
-        """F [D, D] with F F^T the covariance, kept: a reference is compared with many sets."""
+        """F [D, D] with F F^T the covariance; cached, since a reference is compared with many sets."""
         eigenvalues, vectors = torch.linalg.eigh(self.covariance.double())
         return vectors * eigenvalues.clamp(min=0).sqrt()
 
 
 class Moments:
-    """Mean and covariance gathered batch by batch, in float64, about the running mean.
+    """Mean and covariance accumulated batch by batch, in float64, about the running mean.
 
-    The parts are joined by the pairwise update of Chan, Golub & LeVeque 1983, so nothing like
-    E[x^2] - E[x]^2 loses digits. Needs D^2 numbers, however many samples there are.
+    Uses the pairwise update of Chan, Golub & LeVeque 1983, which does not cancel like E[x^2] - E[x]^2. Needs
+    D^2 numbers, however many samples there are.
     """
 
     def __init__(self) -> None:

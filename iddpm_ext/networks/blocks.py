@@ -1,4 +1,4 @@
-"""The layers and blocks of the U-Net, and the way down that the classifier has in common with it.
+"""The layers and blocks of the U-Net, and the encoder that it shares with the classifier.
 
 Attribute names such as `in_layers` and `emb_layers`, and the numbering inside them, are the keys of
 OpenAI's checkpoints and therefore fixed. The time embedding `emb` is [N, 4 * model_channels].
@@ -40,7 +40,7 @@ _forced: ContextVar[str | None] = ContextVar("backend", default=None)
 
 @contextlib.contextmanager
 def plain_backend() -> Iterator[None]:
-    """Within, and in this thread alone, every network computes as with the backend "plain"."""
+    """A context in which every network computes as with the backend "plain", in this thread alone."""
     token = _forced.set("plain")
     try:
         yield
@@ -49,16 +49,16 @@ def plain_backend() -> Iterator[None]:
 
 
 def backend_of(own: str) -> str:
-    """The backend in force for a module whose own is `own`."""
+    """The backend that a module with `backend=own` uses now: "plain" within `plain_backend`."""
     if torch.compiler.is_compiling():
         return own
     return "plain" if is_transformed() else _forced.get() or own
 
 
 def is_transformed() -> bool:
-    """Whether a transform of `torch.func` (vmap, jvp, grad) is at work.
+    """Whether a transform of `torch.func` (vmap, jvp, grad) is active.
 
-    They know PyTorch's own functions only, and values are not there to be looked at.
+    Transforms support PyTorch's own functions only, and hide the values of tensors.
     """
     return torch._C._functorch.peek_interpreter_stack() is not None
 
@@ -66,8 +66,8 @@ def is_transformed() -> bool:
 class GroupNormSiLU(nn.GroupNorm):
     """SiLU(GroupNorm(x + channel_bias) * (1 + scale) + shift), or without the SiLU, in 32 groups.
 
-    Statistics are at least float32. In the checkpoints' numbering the SiLU has a place of its own,
-    which an `nn.Identity` holds.
+    Statistics are at least float32. The checkpoints number the SiLU as a layer of its own; an `nn.Identity`
+    takes that number.
     """
 
     def __init__(self, channels: int, silu: bool = True):
@@ -102,9 +102,9 @@ class GroupNormSiLU(nn.GroupNorm):
 
 
 def trains_on_cpu(x: Tensor, weight: Tensor, backend: str) -> bool:
-    """Whether the project's own convolutions are used: on the CPU, and where gradients are recorded.
+    """Whether `ops.conv3x3` computes the convolution: on the CPU, where gradients are recorded.
 
-    Without gradients the module keeps PyTorch's convolutions: the sampling engine is the fast way there.
+    Without gradients PyTorch's is used: for inference there are the engines.
     """
     return (
         backend in ("auto", "cpu")
@@ -116,7 +116,7 @@ def trains_on_cpu(x: Tensor, weight: Tensor, backend: str) -> bool:
 
 
 class Conv3x3(nn.Conv2d):
-    """A 3x3 convolution with padding 1; before it the image is doubled by nearest neighbour if `upscale`."""
+    """A 3x3 convolution with padding 1, after doubling the image by nearest neighbour if `upscale`."""
 
     def __init__(self, channels: int, out_channels: int):
         super().__init__(channels, out_channels, 3, padding=1)
@@ -129,9 +129,9 @@ class Conv3x3(nn.Conv2d):
             if torch.is_autocast_enabled("cpu"):
                 x = x.to(
                     torch.get_autocast_dtype("cpu")
-                )  # as autocast does; the weights stay whole
-            # In float32 a gradient errs less than PyTorch's own by the transforms of small rounding
-            # error, which take no longer here; bfloat16 rounds more than either.
+                )  # as autocast does for x; the weights stay float32
+            # In float32 the transforms of small rounding error make gradients more accurate than
+            # PyTorch's at no cost; in bfloat16 the rounding of x outweighs that of either transform.
             exact = x.dtype == torch.float32
             return conv3x3(x, self.weight, self.bias, upscale=upscale, exact=exact, backend=backend)
         return super().forward(_doubled(x) if upscale else x)
@@ -145,12 +145,12 @@ def _doubled(x: Tensor) -> Tensor:
 
 
 def upscaled(conv: nn.Module, h: Tensor) -> Tensor:
-    """`conv`, the project's own or another, of the image doubled by nearest neighbour."""
+    """`conv` of the image doubled by nearest neighbour; fused into it if it is a `Conv3x3`."""
     return conv(h, upscale=True) if isinstance(conv, Conv3x3) else conv(_doubled(h))
 
 
 def is_bare(layer: nn.Module, kind: type[_Layer]) -> TypeGuard[_Layer]:
-    """Whether a layer is that of PyTorch itself, so that its weights say all that it does."""
+    """Whether a layer is exactly of this class of PyTorch's, so that its weights determine its result."""
     return (
         type(layer) is kind
         and "forward" not in layer.__dict__
@@ -159,18 +159,18 @@ def is_bare(layer: nn.Module, kind: type[_Layer]) -> TypeGuard[_Layer]:
 
 
 def _pointwise(conv: nn.Module, h: Tensor) -> Tensor:
-    """A convolution of one tap, h [N, C, T]; keeps the channels of a position side by side."""
+    """A 1x1 convolution of h [N, C, T], which keeps a channels_last layout."""
     if not is_by_token(h) or not is_bare(conv, nn.Conv1d):
         return conv(h)
     weight, bias = conv.weight, conv.bias
     if h.device.type == "cpu":
-        # As images of one row, which oneDNN reads where they lie, faster than a matrix product.
+        # As images of height 1, which oneDNN reads in place, faster than a matrix product.
         return F.conv2d(h.unsqueeze(2), weight.unsqueeze(2), bias).squeeze(2)
     return F.linear(h.transpose(1, 2), weight.squeeze(2), bias).transpose(1, 2)
 
 
 def zeroed(conv: nn.Module) -> nn.Module:
-    """The last convolution of a residual branch starts at zero: the block starts as its skip."""
+    """`conv` with its parameters set to 0: a new residual block is the identity."""
     for parameter in conv.parameters():
         nn.init.zeros_(parameter)
     return conv
@@ -292,7 +292,7 @@ class Downsample(nn.Module):
 
 
 class Block(nn.Sequential):
-    """Layers in sequence; residual blocks, and what is put in their places, get the time embedding."""
+    """Layers in sequence; residual blocks, and modules put in their places, also get the time embedding."""
 
     def __init__(self, *layers: nn.Module):
         super().__init__(*layers)
@@ -309,14 +309,14 @@ class Block(nn.Sequential):
 def res_block_of(
     c: UNetConfig, channels: int, out_channels: int, resample: str | None = None
 ) -> ResBlock:
-    """A residual block as the configuration wants them."""
+    """A residual block of this configuration."""
     emb_channels = 4 * c.model_channels
     scale_shift = c.use_scale_shift_norm
     return ResBlock(channels, emb_channels, out_channels, c.dropout, scale_shift, resample)
 
 
 def time_embed_of(c: UNetConfig) -> nn.Sequential:
-    """The layers between the sinusoids of a timestep and its embedding."""
+    """The layers from the sinusoids of a timestep to its embedding."""
     width, emb_channels = c.model_channels, 4 * c.model_channels
     return nn.Sequential(
         nn.Linear(width, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels)
@@ -324,7 +324,7 @@ def time_embed_of(c: UNetConfig) -> nn.Sequential:
 
 
 def encoder_of(c: UNetConfig) -> tuple[nn.ModuleList, Block, list[int]]:
-    """The blocks on the way down, the middle block, and the width of each block on the way down."""
+    """The encoder's blocks, the middle block, and the output channels of each encoder block."""
     width = c.channels(0)
     first_in = 2 * c.in_channels if c.super_resolution else c.in_channels
     blocks = nn.ModuleList([Block(Conv3x3(first_in, width))])

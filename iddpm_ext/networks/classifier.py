@@ -1,19 +1,18 @@
-"""The classifier of noisy images that guided diffusion (Dhariwal & Nichol 2021) is guided by.
+"""The classifier of noisy images of guided diffusion (Dhariwal & Nichol 2021).
 
-It is the U-Net's way down and a pooling, with the state-dict keys of openai/guided-diffusion.
+It is the U-Net's encoder and a pooling, with the state-dict keys of openai/guided-diffusion.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from iddpm_ext.networks import plain
-from iddpm_ext.networks.config import NUM_GROUPS, UNetConfig
+from iddpm_ext.networks.config import NUM_GROUPS, JsonConfig, UNetConfig
 from iddpm_ext.networks.unet import GroupNormSiLU, encoder_of, time_embed_of, timestep_embedding
 
 if TYPE_CHECKING:
@@ -24,12 +23,12 @@ _SPATIAL_WIDTH = 2048
 
 
 @dataclass(frozen=True)
-class ClassifierConfig:
+class ClassifierConfig(JsonConfig):
     """What determines the tensors of a `Classifier` and what it computes. Raises as `UNetConfig`.
 
-    num_classes: logits an image. pool: how features become logits: "attention" over the positions of
+    num_classes: logits per image. pool: how features become logits: "attention" over the positions of
     the last map, "adaptive" (their mean), "spatial" and "spatial_v2" (the means of every block's map).
-    All else is as in `UNetConfig`; the defaults are those of the 64x64 classifier's family.
+    All else is as in `UNetConfig`; the defaults are those of the released 64x64 classifier.
     """
 
     image_size: int = 64
@@ -62,34 +61,18 @@ class ClassifierConfig:
             )
 
     def encoder(self) -> UNetConfig:
-        """The U-Net whose way down this is."""
+        """The configuration of the U-Net whose encoder this is."""
         values = {k: v for k, v in vars(self).items() if k != "pool"}
         return UNetConfig(**values, out_channels=self.in_channels)
 
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready dict, with lists for tuples; `from_dict` is its inverse."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> ClassifierConfig:
-        """The configuration of a dict; a missing key takes its default, an unknown one raises."""
-        if not isinstance(values, Mapping):
-            raise TypeError(f"ClassifierConfig.from_dict: values must be a mapping, got {values!r}")
-        unknown = sorted(set(values) - {f.name for f in fields(cls)})
-        if unknown:
-            raise ValueError(
-                f"ClassifierConfig.from_dict: keys must be fields of ClassifierConfig, got {unknown}"
-            )
-        return cls(**values)
-
 
 class AttentionPool(nn.Module):
-    """Attention of a map's mean over the map's positions: [N, C, side, side] -> [N, out_channels]."""
+    """Attention from the mean of a feature map to its positions: [N, C, side, side] -> [N, out_channels]."""
 
     def __init__(self, side: int, channels: int, head_channels: int, out_channels: int):
         super().__init__()
         self.num_heads = channels // head_channels
-        # As the layers beside it, which follow the defaults.
+        # The defaults of PyTorch, which the other layers follow as well.
         dtype, device = torch.get_default_dtype(), torch.get_default_device()
         positions = torch.randn(channels, side**2 + 1, dtype=dtype, device=device) / channels**0.5
         self.positional_embedding = nn.Parameter(positions)
@@ -97,7 +80,7 @@ class AttentionPool(nn.Module):
         self.c_proj = nn.Conv1d(channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The logits, at the place of the mean."""
+        """The logits: the output at the position of the mean."""
         h = x.flatten(2)
         h = torch.cat([h.mean(dim=2, keepdim=True), h], dim=2)
         h = self.qkv_proj(h + self.positional_embedding.to(h.dtype))
@@ -108,7 +91,7 @@ class Classifier(nn.Module):
     """Class logits of noisy images, p(y | x_t) before the softmax.
 
     config: a `ClassifierConfig`. The state dict has the keys and shapes of openai/guided-diffusion.
-    `diffusion` is the process whose noisy images it was trained on, None where that is not known;
+    `diffusion` is the process whose noisy images it was trained on, None if unknown;
     `extra` holds JSON-ready facts that travel in the checkpoint.
     Source: Dhariwal & Nichol 2021, section 4.
     """
@@ -130,7 +113,7 @@ class Classifier(nn.Module):
     def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
         """x [N, C, H, W] floating, timesteps [N] -> logits [N, num_classes] in the dtype of x.
 
-        timesteps: as the U-Net is told them. pool "attention" needs H = W = image_size.
+        timesteps: as for the U-Net. pool "attention" needs H = W = image_size.
         Differentiable in x and weights. Raises ValueError or TypeError.
         """
         self._require_inputs(x, timesteps)

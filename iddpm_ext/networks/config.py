@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, TypeVar
 
 NUM_GROUPS = 32
 ATTENTION_ORDERS = ("legacy", "new")
@@ -19,26 +19,49 @@ _COUNTS = (
 _FLAGS = ("use_scale_shift_norm", "conv_resample", "super_resolution", "resblock_updown")
 
 
+_Config = TypeVar("_Config", bound="JsonConfig")
+
+
+class JsonConfig:
+    """A configuration dataclass that is stored as JSON."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dict, with lists for tuples; `from_dict` is its inverse."""
+        values = asdict(self)  # type: ignore[call-overload]
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+    @classmethod
+    def from_dict(cls: type[_Config], values: Mapping[str, Any]) -> _Config:
+        """The configuration of a dict; a missing key takes its default, an unknown one raises."""
+        name = cls.__name__
+        if not isinstance(values, Mapping):
+            raise TypeError(f"{name}.from_dict: values must be a mapping, got {values!r}")
+        unknown = sorted(set(values) - {f.name for f in fields(cls)})  # type: ignore[arg-type]
+        if unknown:
+            raise ValueError(f"{name}.from_dict: keys must be fields of {name}, got {unknown}")
+        return cls(**values)
+
+
 @dataclass(frozen=True)
-class UNetConfig:
+class UNetConfig(JsonConfig):
     """What determines the tensors of a `UNet` and what it computes. Raises ValueError or TypeError.
 
-    image_size: the side that `attention_resolutions` are counted from; `forward` takes other sizes.
+    image_size: the side at level 0 for `attention_resolutions`; `forward` takes other sizes too.
     in_channels, out_channels: of image and output (2 * in_channels for a learned variance).
     model_channels, channel_mult: level i has model_channels * channel_mult[i] channels, a multiple of
         32; a multiplier may be a fraction.
-    num_res_blocks: residual blocks of a level on the way down; one more on the way up.
+    num_res_blocks: residual blocks per level of the encoder; the decoder has one more.
     attention_resolutions: the feature-map sides, image_size / 2^level, whose levels get attention.
-    num_heads, num_heads_upsample: attention heads on the way down and up (None: the same).
+    num_heads, num_heads_upsample: attention heads of encoder and decoder (None: the same).
     dropout: probability, in every residual block.
     num_classes: rows of the label embedding; None for an unconditional network.
-    use_scale_shift_norm: the time embedding scales and shifts a normalised map, else is added.
+    use_scale_shift_norm: the time embedding scales and shifts normalised features; else it is added.
     conv_resample: resample by a learned convolution, else by average pooling and repetition.
     super_resolution: the network takes `low_res`, upsampled and concatenated to its input.
-    num_head_channels: width of a head in every attention block, in place of the numbers of heads.
-    attention_order: "legacy" splits qkv into heads first, "new" into q, k and v first. The tensors
-        are alike, the outputs are not.
-    resblock_updown: a residual block resamples between levels, in place of a lone convolution.
+    num_head_channels: width of a head in every attention block, instead of the numbers of heads.
+    attention_order: "legacy" splits qkv into heads first, "new" into q, k and v first. Weights have the
+        same shapes in both, and mean different things.
+    resblock_updown: a residual block resamples between levels, instead of a single convolution.
     The last three are options of openai/guided-diffusion.
     """
 
@@ -123,7 +146,7 @@ class UNetConfig:
         return int(self.model_channels * self.channel_mult[level])
 
     def heads(self, channels: int, *, up: bool = False) -> int:
-        """Attention heads of a block with `channels` channels, on the way down or up."""
+        """Attention heads of a block with `channels` channels, in the encoder or (`up`) the decoder."""
         if self.num_head_channels is not None:
             return channels // self.num_head_channels
         return self.heads_up if up else self.num_heads
@@ -131,22 +154,6 @@ class UNetConfig:
     def has_attention(self, level: int) -> bool:
         """Whether the blocks of `level` carry attention."""
         return self.image_size // 2**level in self.attention_resolutions
-
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready dict, with lists for tuples; `from_dict` is its inverse."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> UNetConfig:
-        """The configuration of a dict; a missing key takes its default, an unknown one raises."""
-        if not isinstance(values, Mapping):
-            raise TypeError(f"UNetConfig.from_dict: values must be a mapping, got {values!r}")
-        unknown = sorted(set(values) - {f.name for f in fields(cls)})
-        if unknown:
-            raise ValueError(
-                f"UNetConfig.from_dict: keys must be fields of UNetConfig, got {unknown}"
-            )
-        return cls(**values)
 
 
 def _require_count(name: str, value: object) -> None:

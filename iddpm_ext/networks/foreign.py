@@ -1,6 +1,6 @@
-"""Networks that are not this package's own: what they are, what is inside them, how they are called.
+"""Networks of other libraries, and PyTorch's wrappers: recognised, unwrapped, called.
 
-Nothing here imports diffusers: a network is known by what it has.
+Nothing here imports diffusers: its classes are recognised by their attributes.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class UNet2DNetwork(nn.Module):
 
     @property
     def image_shape(self) -> tuple[int, int, int] | None:
-        """(C, H, W) of its images, where its configuration says so."""
+        """(C, H, W) of its images, if its configuration has them."""
         config: Any = self.unet.config
         size = config.sample_size
         if size is None:

@@ -1,4 +1,4 @@
-"""The network's two fused operators in PyTorch's own functions: for export, and as a yardstick."""
+"""The network's two fused operators in PyTorch's own functions: for export, and for comparison."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ def group_norm_silu(
 def qkv_attention(qkv: Tensor, num_heads: int, order: str = "legacy") -> Tensor:
     """Self-attention; qkv [N, 3C, T] -> [N, C, T].
 
-    order: "legacy" where the heads are split first, then each head's channels into q, k and v;
-        "new" where q, k and v are split first, then each into heads.
+    order: "legacy" splits channels into heads, then each head into q, k and v; "new" into q, k and v, then
+        each into heads.
     """
     n, width, length = qkv.shape
     if order == "legacy":
         q, k, v = qkv.reshape(n * num_heads, width // num_heads, length).chunk(3, dim=1)
     else:
         q, k, v = qkv.reshape(n, 3, num_heads, -1, length).transpose(0, 1).flatten(1, 2)
-    # Scaling q and k by the fourth root each keeps the product in range for half precision.
+    # Scaling q and k by the fourth root of d each keeps the product within the range of float16.
     root = 1 / math.sqrt(math.sqrt(q.shape[1]))
     logits = torch.einsum("bct,bcs->bts", q * root, k * root)
     work = torch.promote_types(qkv.dtype, torch.float32)

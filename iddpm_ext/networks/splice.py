@@ -1,4 +1,4 @@
-"""Two networks as one: one at the ends of the chain, the other in between."""
+"""Two networks as one: one for both ends of the chain, the other in between."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _SHARED = ("image_size", "in_channels", "out_channels", "num_classes", "super_re
 
 
 class Splice(nn.Module):
-    """Takes one network at both ends of the training chain and another one in between.
+    """Evaluates one network at both ends of the training chain and another one in between.
 
-    With weights of L_vlb at the ends and of L_hybrid in between, samples are as good as those of L_hybrid
-    and likelihoods nearly those of L_vlb. `sample` and `nll` take it like a `UNet`.
+    With a network trained on L_vlb at the ends and one trained on L_hybrid in between, samples are as good
+    as the latter's and likelihoods nearly those of the former. `sample` and `nll` take it like a `UNet`.
 
     Args:
         ends: used at the first `low` and the last `high` steps, of L_vlb in the paper.
@@ -76,7 +76,7 @@ class Splice(nn.Module):
 
     @property
     def extra(self) -> dict[str, Any]:
-        """What the checkpoint of the network in between told."""
+        """The `extra` of the network in between."""
         return self.between.extra
 
     def at_ends(self, timesteps: Tensor) -> Tensor:
@@ -110,9 +110,9 @@ class Splice(nn.Module):
 def joined(
     first: Tensor, of_first: Callable[[Tensor], Tensor], of_others: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """A tensor of one part for the rows where `first` bool [N] holds and another for the others.
+    """One tensor of the rows that two functions compute: `of_first` where `first` (bool [N]) holds.
 
-    of_first, of_others: row numbers int64 [n] -> [n, ...]; called only where there are such rows.
+    of_first, of_others: indices of rows int64 [n] -> [n, ...]; called only if there are such rows.
     """
     parts, places = [], []
     for call, chosen in ((of_first, first), (of_others, ~first)):

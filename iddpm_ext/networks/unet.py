@@ -64,9 +64,9 @@ class UNet(nn.Module):
 
     config: a `UNetConfig`. The state dict has the keys and shapes of openai/improved-diffusion, and
         with its options those of openai/guided-diffusion.
-    Attributes that change how, not what, it computes: `gradient_checkpointing` (False) recomputes
-    each block in the backward pass instead of keeping its activations; `backend` ("auto"). Where
-    gradients are recorded on the CPU, "auto" and "cpu" compute 3x3 convolutions by `ops.conv3x3`.
+    Attributes that do not change the results: `gradient_checkpointing` (False) recomputes each block in
+    the backward pass instead of keeping its activations; `backend` ("auto") is that of the ops. On the CPU,
+    where gradients are recorded, "auto" and "cpu" compute 3x3 convolutions by `ops.conv3x3`.
     `extra` holds JSON-ready facts that travel in the checkpoint, such as step schedules.
     """
 
@@ -113,11 +113,11 @@ class UNet(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the convolutions' weights, and so of the activations."""
+        """The dtype of the convolutions' weights, and so of the activations."""
         return self._first_weight().dtype
 
     def _first_weight(self) -> Tensor:
-        # A plain tensor in `torch.func.functional_call`, a property where it is parametrized.
+        # `torch.func.functional_call` puts a plain tensor there, a parametrization a property.
         weight = getattr(self.input_blocks[0][0], "weight", None)  # type: ignore[index]
         return weight if isinstance(weight, Tensor) else next(self.input_blocks.parameters())
 
@@ -134,10 +134,10 @@ class UNet(nn.Module):
 
     @property
     def backend(self) -> str:
-        """Which backend the operators take.
+        """The backend of the network's operators.
 
-        "plain" is PyTorch's own functions without registered operators, as an export needs them.
-        An operator without a kernel of that backend (attention has none in Triton) takes "auto".
+        "plain" uses PyTorch's own functions without registered operators, which exports need. Operators
+        without a kernel of that backend (attention has none in Triton) use "auto".
         """
         return self._backend
 
@@ -161,7 +161,7 @@ class UNet(nn.Module):
         x: [N, C, H, W] floating point, H and W multiples of 2^(levels - 1).
         timesteps: [N], indices in the training chain, rescaled by the caller where that applies.
         y: [N] int64 labels of a class-conditional network, -1 for an unlabelled image. Their range
-            is checked on the CPU only: elsewhere looking would stall the device.
+            is checked on the CPU only: reading them elsewhere would wait for the device.
         low_res: [N, C, h, w] of a super-resolution network.
         Returns [N, out_channels, H, W] in the dtype of x. Differentiable in x, low_res and weights.
         Raises ValueError or TypeError.
@@ -172,9 +172,9 @@ class UNet(nn.Module):
         h, emb = h.to(self.dtype), emb.to(self.dtype)
         trains = trains_on_cpu(h, self._first_weight(), backend_of(self._backend))
         if trains:
-            h = h.contiguous(memory_format=torch.channels_last)  # as convolutions read and write it
-        # The noise of the first steps is finer than bfloat16 can tell apart on pixels near -1 or 1,
-        # so the network's two ends, and with them the residual stream, keep their precision.
+            h = h.contiguous(memory_format=torch.channels_last)  # the layout of convolutions
+        # bfloat16 does not resolve the noise of the first steps on pixels near -1 or 1, so the first and
+        # last convolution, and with them the residual stream, are exempt from autocast.
         with no_autocast(x.device.type):
             h = self._run(self.input_blocks[0], h, emb)
         skips = [h]
@@ -194,7 +194,7 @@ class UNet(nn.Module):
         return block(h, emb)
 
     def embed(self, timesteps: Tensor, y: Tensor | None) -> Tensor:
-        """The embedding [N, 4 model_channels] of timesteps and labels as of `forward`, at least float32."""
+        """The embedding [N, 4 model_channels] of timesteps and labels (see `forward`), at least float32."""
         # bfloat16 cannot tell step 3999 from step 4000, so this path is at least float32.
         work = torch.promote_types(self.dtype, torch.float32)
         with no_autocast(timesteps.device.type):
@@ -279,7 +279,7 @@ def upsample_to(low_res: Tensor, x: Tensor) -> Tensor:
     return F.interpolate(low_res.to(x.dtype), x.shape[2:], mode="bilinear")
 
 
-#: What the layers' classes compute, as they are here: someone may put other methods in their places.
+#: The classes' own methods, to find out later whether they were replaced.
 FORWARDS = {
     kind: kind.forward
     for kind in (

@@ -1,4 +1,4 @@
-"""The project's ops: each on several backends, all computing what its `reference.py` says."""
+"""The project's ops: each has several backends, all of which compute what its `reference.py` does."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How tensors reach the compiled kernels: addresses and strides as integers."""
+"""How tensors are passed to the compiled kernels: addresses and strides as integers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from iddpm_ext import _native
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
-#: The view of a tensor that is not there.
+#: The view of an absent tensor.
 NO_PLANE = (0, 0, 0, 0)
 
 
@@ -28,7 +28,7 @@ class Plane(NamedTuple):
 
 
 def _strides(x: Tensor) -> tuple[int, int, int] | None:
-    """Strides of sample, channel and pixel; None where no one stride walks a channel's pixels in order."""
+    """Strides of sample, channel and pixel; None if the pixels of a channel have no constant stride."""
     _, _, height, width = x.shape
     sample, channel, row, column = x.stride()
     if row == width * column or height == 1:
@@ -37,7 +37,7 @@ def _strides(x: Tensor) -> tuple[int, int, int] | None:
 
 
 def plane(x: Tensor) -> Plane:
-    """[N, C, H, W] of any strides; copies only where no single stride walks a channel's pixels."""
+    """x [N, C, H, W] of any strides, for a kernel; copied only if its pixels have no constant stride."""
     strides = _strides(x)
     if strides is None:
         x = x.contiguous()
@@ -64,14 +64,14 @@ def empty_images(x: Tensor, channels: int | None = None) -> Tensor:
 def noise_key(
     samples: Tensor | None, steps: Tensor | None, seed: int, stream_draw: int
 ) -> tuple[int, int, int, int]:
-    """A `NoiseKey` as kernels take it; null addresses draw nothing. Both tensors must be contiguous."""
+    """A `NoiseKey` as kernels take it; without tensors nothing is drawn. Both must be contiguous."""
     if samples is None or steps is None:
         return (0, 0, 0, 0)
     return (seed % (1 << 64), stream_draw, samples.data_ptr(), steps.data_ptr())
 
 
 def stream(x: Tensor) -> int:
-    """The CUDA stream that PyTorch runs on now: asked at every launch, because it may change."""
+    """PyTorch's current CUDA stream: read at every launch, because it may change."""
     return torch.cuda.current_stream(x.device).cuda_stream
 
 

@@ -1,8 +1,7 @@
-"""Checks that ops share, with one text: `<op>: <argument> must be <rule>, got <value>`.
+"""Checks that ops share; errors read `<op>: <argument> must be <rule>, got <value>`.
 
-Values are looked at only where that costs no synchronisation: on the CPU, outside of tracing. On a GPU
-types, shapes and devices alone are checked; there the kernels themselves write NaN for a step outside of the
-table, so an unchecked call cannot crash.
+Values are checked only where that costs no synchronisation: on the CPU, outside of tracing. On a GPU only
+types, shapes and devices are; for a step outside the table the kernels write NaN, so nothing crashes.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ def image_batch(op: str, name: str, value: Any) -> None:
 
 
 def shape(op: str, name: str, value: Tensor, expected: tuple[int, ...], rule: str) -> None:
-    """A tensor of exactly this shape; `rule` says which in words."""
+    """A tensor of exactly this shape; `rule` describes it in the error."""
     if tuple(value.shape) != expected:
         raise ValueError(
             f"{op}: {name} must be {rule} {list(expected)}, got shape {list(value.shape)}"
@@ -110,12 +109,12 @@ def model_output(op: str, value: Any, x_t: Tensor, table: Tensor) -> None:
         )
 
 
-#: (noise, samples, steps, seed, stream + 16 draw): noise as an operator's schema takes it.
+#: (noise, samples, steps, seed, stream + 16 draw): the arguments for noise in an operator's schema.
 NoiseArguments = tuple[Tensor | None, Tensor | None, Tensor | None, int, int]
 
 
 def noise_arguments(op: str, noise: Any, like: Tensor) -> NoiseArguments:
-    """Checks noise, a tensor of the shape of `like`, a `NoiseKey` or None, and flattens it."""
+    """Checks noise (a tensor of the shape of `like`, a `NoiseKey` or None) and turns it into those."""
     if noise is None:
         return (None, None, None, 0, 0)
     if isinstance(noise, Tensor):
@@ -136,6 +135,6 @@ def noise_arguments(op: str, noise: Any, like: Tensor) -> NoiseArguments:
             raise TypeError(f"{op}: noise.{name} must be an int64 tensor [N], got {value!r}")
         shape(op, f"noise.{name}", value, (batch,), "[N] =")
         same_device(op, like, **{f"noise.{name}": value})
-    # A schema's integers are signed; kernels read the same 64 bits as unsigned.
+    # A schema's integers are signed; kernels take the same 64 bits for an unsigned seed.
     seed = noise.seed - (1 << 64) if noise.seed >= 1 << 63 else noise.seed
     return (None, noise.samples, steps, seed, noise.stream + 16 * noise.draw)

@@ -1,7 +1,7 @@
-"""The columns of the coefficient table, float32 [T, 16]: one 64-byte row a step.
+"""The columns of the coefficient table, float32 [T, 16]: one 64-byte row per step.
 
-`Diffusion.table` fills it; every op of the diffusion process reads it, so that schedules, predictions,
-variances and samplers differ in numbers only, never in code.
+`Diffusion.table` fills it and every op of the diffusion process reads it, so that schedules, predictions,
+variances and samplers differ in coefficients only, not in code.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import enum
 
 
 class Column(enum.IntEnum):
-    """x_0 = X0_FROM_XT x_t + X0_FROM_OUT out; the rest as each name says."""
+    """The first two: x_0 = X0_FROM_XT x_t + X0_FROM_OUT out. The others are explained one by one."""
 
     X0_FROM_XT = 0
     X0_FROM_OUT = 1
@@ -26,7 +26,7 @@ class Column(enum.IntEnum):
     POSTERIOR_LOG_VARIANCE = 7
     SQRT_ALPHA_BAR = 8
     SQRT_ONE_MINUS_ALPHA_BAR = 9
-    #: what the network is trained to give: TARGET_X0 x_0 + TARGET_XT x_t + TARGET_NOISE noise
+    #: the network's regression target: TARGET_X0 x_0 + TARGET_XT x_t + TARGET_NOISE noise
     TARGET_X0 = 10
     TARGET_XT = 11
     TARGET_NOISE = 12

@@ -23,7 +23,7 @@ def normal_kl(
         the broadcast shape. Differentiable in all four.
     """
     difference = log_variance_1 - log_variance_2
-    # expm1(d) - d, not exp(d) - d - 1: nearly equal variances are the usual case.
+    # expm1(d) - d instead of exp(d) - d - 1, which cancels for nearly equal variances, the usual case.
     return 0.5 * (
         torch.expm1(difference)
         - difference
@@ -44,14 +44,14 @@ def discretized_gaussian_log_likelihood(
 ) -> Tensor:
     """Log-probability in nats that a Gaussian gives to 8-bit values.
 
-    log of the integral of N(mean, exp(log_scale)^2) over x +- 1/255; the lowest level's bin
-    reaches to minus, the highest one's to plus infinity.
+    log of the integral of N(mean, exp(log_scale)^2) over x +- 1/255; the bins of the lowest and highest
+    level extend to minus and plus infinity.
 
     Args:
         x: values 0..255 mapped to [-1, 1], floating, any shape.
         mean, log_scale: like x; log_scale is the log of the standard deviation.
-        exact: False takes the tanh approximation of the integral with every probability floored
-            at 1e-12 (no gradient below), the original's numbers; True takes the integral itself.
+        exact: False takes the tanh approximation of the integral with probabilities clamped to at
+            least 1e-12 (no gradient below), as the original does; True takes the integral itself.
 
     Returns:
         like x. Differentiable in mean and log_scale.
@@ -70,11 +70,11 @@ def _approximate_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> T
 
 
 def _exact_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
-    # float64 throughout: a bin narrow beside the scale is a difference of close logarithms.
+    # float64 throughout: for a bin much narrower than the scale, two close values are subtracted.
     centred, inverse_scale = (x - mean).double(), torch.exp(-log_scale.double())
     upper = inverse_scale * (centred + HALF_BIN)
     lower = inverse_scale * (centred - HALF_BIN)
-    # The same integral mirrored into the left tail, where log Phi keeps its digits.
+    # Mirrored to the left tail, where log Phi is accurate.
     mirrored = centred > 0
     left, right = torch.where(mirrored, -upper, lower), torch.where(mirrored, -lower, upper)
     log_right = torch.special.log_ndtr(right)

@@ -1,4 +1,4 @@
-"""One element's term of the variational bound in Triton; csrc/common/gaussian.h explains the forms."""
+"""One element's term of the variational bound in Triton; csrc/common/gaussian.h explains the formulas."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _exp_series(x):
 
 @triton.jit
 def kl_term(difference, true_lv, lv):
-    """KL(N(mean + difference, e^true_lv) || N(mean, e^lv)) in nats; value, by the mean, by lv."""
+    """KL(N(mean + difference, e^true_lv) || N(mean, e^lv)) in nats: value, and derivatives in mean and lv."""
     gap = true_lv - lv
     ratio = tl.exp(gap)
     pull = difference * tl.exp(-lv)
@@ -36,7 +36,7 @@ def _bounded(x):
 
 @triton.jit
 def decoder_term(x, mean, lv):
-    """-log of the probability of x's bin by the tanh approximation, floored at 1e-12."""
+    """-log of the probability of x's bin by the tanh approximation, clamped to at least 1e-12."""
     k = 2.0 * 0.7978845608028654
     cubic = 0.044715
     half_bin = 0.00392156862745098
@@ -67,10 +67,10 @@ def decoder_term(x, mean, lv):
 
 @triton.jit
 def _log_normal_cdf(x):
-    # erf by itself where it keeps digits, else the asymptotic series of the left tail.
+    # By erf where that is accurate, else by a continued fraction for the left tail.
     near = 0.5 * (1.0 + tl.math.erf(tl.where(x < -3.0, 0.0, x) * 0.7071067811865476))
     far = tl.where(x < -3.0, x, -3.0)
-    # Lentz's continued fraction of Mills' ratio, from the inside out.
+    # The continued fraction of Mills' ratio, evaluated from its innermost term.
     fraction = -far + 0.0 * far
     for k in tl.static_range(60):
         fraction = -far + (60 - k) / fraction
@@ -80,7 +80,7 @@ def _log_normal_cdf(x):
 
 @triton.jit
 def expm1(x):
-    """e^x - 1, by its series where the difference would keep no digits."""
+    """e^x - 1, by its series where the difference would cancel."""
     series = x * (1.0 + x * (0.5 + x * (1.0 / 6.0 + x * (1.0 / 24.0 + x * (1.0 / 120.0)))))
     return tl.where(tl.abs(x) < 0.02, series, tl.exp(x) - 1.0)
 

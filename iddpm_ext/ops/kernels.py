@@ -1,4 +1,4 @@
-"""The kernels of an op by backend, out of one function that lays its arguments out."""
+"""Builds the kernels of an op for every backend from one function that prepares their arguments."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from iddpm_ext import _native
 from iddpm_ext.ops.arguments import check_launch, stream
 
-#: Results to fill, the compiled launcher's arguments, and what must outlive the launch.
+#: Results to fill, the compiled launcher's arguments, and objects to keep alive during the launch.
 Prepared = tuple[Any, tuple[object, ...], object]
 
 
@@ -30,12 +30,12 @@ def kernels(
     the op's module `triton`, which is imported when it is first called.
 
     Args:
-        op: its name, in errors and as the name of its folder.
-        prepare: gets the operator's arguments without the backend and returns `Prepared`.
-        launcher: the op's name if not given.
-        of_nothing: what results are where the first argument has no elements. Nothing is launched then:
-            a mean over no pixels is NaN, a sum 0.
-        backends: those that there are.
+        op: its name, for errors and as the name of its folder.
+        prepare: takes the operator's arguments without the backend and returns `Prepared`.
+        launcher: by default the op's name.
+        of_nothing: the value of all results if the first argument is empty, when nothing is launched:
+            NaN for a mean over no pixels, 0 for a sum.
+        backends: those that the op has kernels for.
     """
     name = launcher or op
 
@@ -61,7 +61,7 @@ def kernels(
 
 
 def _something(inputs: tuple[Any, ...], results: Any, of_nothing: float) -> bool:
-    """Whether there is something to launch; if not, the results are filled."""
+    """Whether the first argument has elements; if not, fills the results with `of_nothing`."""
     results = (results,) if isinstance(results, Tensor) else results
     if inputs[0].numel() and results[0].numel():
         return True

@@ -1,4 +1,4 @@
-"""What PyTorch may do to tensors beside computing with them: trace, watch and transform."""
+"""PyTorch's modes in which a kernel must not read memory: tracing, dispatch modes, transforms."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ from torch.autograd import forward_ad
 
 
 def transformed() -> bool:
-    """Whether `torch.func` or forward-mode differentiation looks through tensors now.
+    """Whether a transform of `torch.func` or forward-mode differentiation is active.
 
-    A kernel reads a tensor's memory, in which there is neither a tangent nor the dimension of `vmap`.
+    A kernel reads a tensor's memory, which has neither the tangents nor the dimension of `vmap`.
     """
     if forward_ad._current_level >= 0:
         return True
-    # A compiler cannot trace the other question; its graphs have the operator, and no zeros of it: a batch
-    # is taken apart, a gradient of a gradient raises.
+    # A compiler cannot trace the query below. Its graphs contain the operator, under which `vmap` falls back
+    # to a loop and second derivatives raise: no wrong results.
     if torch.compiler.is_compiling():
         return False
     return torch._C._functorch.maybe_current_level() is not None
 
 
 def batched_gradients() -> bool:
-    """Whether a backward pass gets a batch of gradients at once, by `is_grads_batched` of PyTorch."""
+    """Whether the backward pass runs for a batch of gradients (`is_grads_batched` of torch.autograd.grad)."""
     return torch._C._dispatch_tls_is_dispatch_key_included("VmapMode")
 
 
 def observed() -> bool:
-    """Whether somebody watches, traces or transforms what is called now."""
+    """Whether calls are being traced, profiled, transformed, or seen by a dispatch mode."""
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0

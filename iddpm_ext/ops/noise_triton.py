@@ -1,4 +1,4 @@
-"""Normals in Triton kernels: the definition of `iddpm_ext.random`, four to a Philox counter."""
+"""Normal numbers in Triton kernels, as `iddpm_ext.random` defines them: four per Philox counter."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def _uniform(word):
 
 @triton.jit
 def _sincos_turn(u):
-    """sin and cos of 2 pi u for u in [0, 1]: tl.sin would bring a float64 path for huge arguments."""
+    """sin and cos of 2 pi u for u in [0, 1]; tl.sin would include a float64 path for huge arguments."""
     quarter = tl.floor(4.0 * u + 0.5)
     x = (u - 0.25 * quarter) * 6.283185307179586
     y = x * x

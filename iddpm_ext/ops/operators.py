@@ -1,16 +1,15 @@
-"""Registration with `torch.library`, and the short way around it.
+"""Registration of kernels with `torch.library`, and direct calls that bypass the dispatcher.
 
-Operators of kernels are defined and implemented from Python. The backend is their last argument, so the
-choice that the public function made is part of a compiled graph too. The reference never comes here: it
-is called as the PyTorch that it is, so that autograd and compilers see through it.
+The operators are defined and implemented from Python. The backend is their last argument, so a compiled
+graph keeps the choice that the public function made. The reference is not registered: it is called as plain
+PyTorch, which autograd and compilers see through.
 
-The dispatcher takes 8 microseconds a call, and 50 with a gradient, which is longer than many kernels. So
-plain tensors in eager mode, where nobody traces or transforms, go straight to the kernel, and get
-their gradient from an `autograd.Function`; all else goes through the operator.
+The dispatcher takes 8 microseconds per call, and 50 with a gradient, which is longer than many kernels. So
+in eager mode, where nothing traces or transforms, calls go straight to the kernel, with an
+`autograd.Function` for the gradient; all others go through the operator.
 
-A kernel's gradient is not differentiable again. Where a graph of it is asked for (`create_graph`, the
-derivatives of derivatives), the backward pass differentiates the reference instead, on the same inputs:
-PyTorch's own functions, which it can differentiate any number of times.
+The gradient that a kernel computes cannot be differentiated again. Where that is asked for (`create_graph`),
+the backward pass differentiates the reference instead, on the same inputs; this works any number of times.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ _DIRECT: dict[str, _Direct] = {}  # by the operator's name
 
 
 class _Direct:
-    """An operator that takes the short way where it may."""
+    """An operator that calls its kernel directly where that is possible."""
 
     def __init__(self, overload: Callable[..., Any], kernels: Mapping[str, Callable[..., Any]]):
         self.overload, self.kernels = overload, kernels
@@ -55,10 +54,10 @@ class _Direct:
 def define(
     schema: str, kernels: Mapping[str, Callable[..., Any]], fake: Callable[..., Any]
 ) -> Callable[..., Any]:
-    """Defines `iddpm_ext::<schema>` and returns what calls it.
+    """Defines `iddpm_ext::<schema>` and returns the function to call.
 
-    The schema's last argument is `str backend`, which picks from `kernels`; `fake` computes shapes,
-    dtypes and strides for tracing and is given every argument.
+    The schema's last argument is `str backend`, which selects from `kernels`; `fake` takes every argument and
+    returns results of the right shapes, dtypes and strides for tracing.
     """
     name = schema[: schema.index("(")]
     LIBRARY.define(schema, tags=(torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag))
@@ -81,10 +80,9 @@ def differentiate(
 ) -> None:
     """Gives `iddpm_ext::<name>` a gradient.
 
-    `setup(ctx, inputs, output)` saves, `backward(ctx, *gradients)` computes, and so does
-    `formula(ctx, *gradients)`, in PyTorch's functions, where a graph of the gradient is asked for.
-    One registration holds for every backend and compiled code; both return one value an argument of the
-    schema, the backend included.
+    `setup(ctx, inputs, output)` saves what `backward(ctx, *gradients)` needs. `formula(ctx, *gradients)`
+    computes the same in PyTorch's functions, for a gradient that is to be differentiated again. Both return
+    one value per argument of the schema, the backend included. They hold for every backend and compiled code.
     """
 
     def either(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
@@ -95,7 +93,7 @@ def differentiate(
     torch.library.register_autograd(f"iddpm_ext::{name}", either, setup_context=setup, lib=LIBRARY)
     kernels = _DIRECT[name].kernels
 
-    # Without a `setup_context` of its own, whose arguments PyTorch binds by inspection at every call.
+    # Without `setup_context`, for which PyTorch inspects the arguments at every call.
     def forward(ctx: Any, *args: Any) -> Any:
         output = kernels[args[-1]](*args[:-1])
         setup(ctx, args, output)
@@ -111,9 +109,9 @@ def vector_jacobian(
     wanted: Sequence[bool],
     gradients: Sequence[Tensor | None],
 ) -> list[Tensor | None]:
-    """Gradients of the wanted `inputs` of `function`, given those of its results; differentiable again.
+    """Gradients in the wanted `inputs` of `function`, given those in its results; differentiable again.
 
-    `function` is made of PyTorch's functions. A result whose gradient is None has no part in it.
+    `function` consists of PyTorch's functions. Results whose gradient is None are ignored.
     """
     keeps_graph = torch.is_grad_enabled()
     at = [
@@ -125,7 +123,7 @@ def vector_jacobian(
     found: list[Tensor | None] = [None] * len(own)
     with torch.enable_grad(), no_autocast(_device_of(inputs)):
         for i in at:
-            # A view of each: a tensor that is two of the arguments has a gradient as either.
+            # A view, so that a tensor that is passed as two arguments has a gradient in each.
             own[i] = inputs[i].view_as(inputs[i])  # type: ignore[union-attr, arg-type]
         pairs = [
             (result, gradient)

@@ -1,6 +1,6 @@
-"""Passes over a channels_last feature map as a matrix of pixels x channels.
+"""Sums over the pixels and additions per channel of a channels_last feature map, a matrix pixels x channels.
 
-What PyTorch's own reductions and additions of a vector a channel take several times their bytes for.
+On a GPU, PyTorch's own reductions and broadcast additions take several times as long as moving the bytes.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def images_of(rows: Tensor, like: Tensor) -> Tensor:
 
 
 def channel_sums(rows: Tensor, backend: str = "auto") -> Tensor:
-    """Sums over the pixels, in an order that depends on their number alone.
+    """Sums over the pixels, added in an order that depends on their number alone.
 
     rows: [R, C], the channels of a pixel side by side. backend: "auto", "reference" or "cuda".
     Returns float32 [C], or float64 for float64. Not differentiable.
@@ -38,10 +38,10 @@ def channel_sums(rows: Tensor, backend: str = "auto") -> Tensor:
 def settle(
     x: Tensor, residual: Tensor | None, bias: Tensor | None, backend: str = "auto"
 ) -> Tensor:
-    """x = x + residual + bias in place, one rounding on a GPU; returns x.
+    """x = x + residual + bias in place, rounded once on a GPU; returns x.
 
     x, residual: channels_last images [N, C, H, W] of one dtype. bias: float32 [C].
-    backend: as of `channel_sums`. Differentiable in all of them.
+    backend: as in `channel_sums`. Differentiable in all of them.
     """
     if torch.is_grad_enabled() and any(
         value is not None and value.requires_grad for value in (x, residual, bias)
@@ -69,7 +69,7 @@ class _Settle(torch.autograd.Function):
 
 
 def choose(backend: str, x: Tensor) -> str:
-    """ "cuda" or "reference": what `backend` means for x."""
+    """The backend for x: "cuda" or "reference"."""
     if backend == "auto":
         supported = x.device.type == "cuda" and x.dtype in DTYPE_CODES
         return "cuda" if supported and _native.cuda_absence() is None else "reference"
@@ -77,7 +77,7 @@ def choose(backend: str, x: Tensor) -> str:
 
 
 def _settled(x: Tensor, residual: Tensor | None, bias: Tensor | None, backend: str) -> Tensor:
-    rows = x.permute(0, 2, 3, 1).view(-1, x.shape[1])  # never a copy, as it is written to
+    rows = x.permute(0, 2, 3, 1).view(-1, x.shape[1])  # a view, since it is written to
     others = None if residual is None else rows_of(residual)
     if choose(backend, x) == "reference":
         if others is not None:

@@ -1,4 +1,4 @@
-"""Where an element of a sample lies, in Triton kernels."""
+"""Addresses of a sample's elements, in Triton kernels."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import triton.language as tl
 @triton.jit
 def offset(at, hw, channel_stride, pixel_stride, DENSE: tl.constexpr):
     """Offset of element `at` (NCHW order) within its sample."""
-    # A dense sample is one run of memory: no division, and vector loads.
+    # A dense sample is one range of memory: no division, and vector loads.
     if DENSE:
         return at
     else:

@@ -1,7 +1,7 @@
-"""Random calls of the ops for property tests: sizes, layouts and magnitudes that nobody thinks of.
+"""Random calls of the ops for property tests: any sizes, layouts and magnitudes.
 
-`cases.property_inputs(draw, device, dtype)` of an op makes one call out of a `Draw`, which the test
-implements by hypothesis, so that this package needs none.
+`cases.property_inputs(draw, device, dtype)` of an op makes one call from a `Draw`. The tests implement
+`Draw` by hypothesis, so that the package does not depend on it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Draw(Protocol):
 
 
 def _expanded(x: Tensor) -> Tensor:
-    """Every sample the same memory."""
+    """The first sample, expanded over the batch: all samples share its memory."""
     return x[:1].expand(x.shape)
 
 
@@ -51,13 +51,13 @@ def image_shape(draw: Draw) -> tuple[int, int, int, int]:
 
 
 def relayout(draw: Draw, x: Tensor, *, expand: bool = True) -> Tensor:
-    """The same values (of the first sample, where expanded) in another layout of memory."""
+    """The same values in a random memory layout; if expanded, those of the first sample for all."""
     names = [name for name in LAYOUTS if expand or name != "expanded"]
     return LAYOUTS[draw.choice(names)](x)
 
 
 def plant(draw: Draw, x: Tensor) -> Tensor:
-    """x, seldom with an infinity or a NaN in one place."""
+    """x, in rare cases with an infinity or a NaN in one place."""
     value = draw.choice((None, None, None, None, None, None, _INFINITY, -_INFINITY, _NAN))
     if value is not None and x.numel():
         x.view(-1)[draw.integer(0, x.numel() - 1)] = value
@@ -73,7 +73,7 @@ def values(
     means: Sequence[float] = (0.0, 1.0, -1000.0),
     deviations: Sequence[float] = (1.0, 1e-3, 1000.0),
 ) -> Tensor:
-    """Contiguous normal numbers of some magnitude, seldom with one that is not finite."""
+    """Contiguous normal numbers of a random magnitude, in rare cases with one that is not finite."""
     seeded = synthetic.Tensors(draw.integer(0, 2**20), device, dtype)
     return plant(draw, seeded.normal(shape, draw.choice(means), draw.choice(deviations)))
 
@@ -97,7 +97,7 @@ def timesteps(draw: Draw, n: int, device: str) -> Tensor:
 def noise(
     draw: Draw, shape: tuple[int, int, int, int], device: str, dtype: torch.dtype
 ) -> Tensor | NoiseKey:
-    """Given, or drawn in the kernel."""
+    """Noise as a tensor, or a `NoiseKey` by which the kernel draws it."""
     if draw.choice((True, False)):
         return images(draw, shape, device, dtype, means=(0.0,), deviations=(1.0,))
     samples = torch.arange(shape[0], device=device, dtype=torch.int64) + draw.integer(0, 2**30)
@@ -107,7 +107,7 @@ def noise(
 def bound_call(
     draw: Draw, device: str, dtype: torch.dtype, *, learned: bool | None = None
 ) -> dict[str, Any]:
-    """What `vlb_terms` takes: see `synthetic.bound_call`, here of any quality, steps and layout."""
+    """Arguments of `vlb_terms` as `synthetic.bound_call` makes them, of random quality, steps and layout."""
     shape = image_shape(draw)
     if learned is None:
         learned = draw.choice((True, False))

@@ -1,4 +1,4 @@
-"""What an op is, where it is listed, and which of its backends takes a call."""
+"""`OpSpec`, the registry of ops, and the choice of a backend for a call."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Case(NamedTuple):
 class BadCase(NamedTuple):
     """Arguments that an op must refuse, with the error's type and a part of its text.
 
-    of_values: found by a look at a tensor's values, which is only taken on the CPU (`ops.checks`).
+    of_values: the error depends on the values of a tensor, which are checked on the CPU only (`ops.checks`).
     """
 
     label: str
@@ -49,15 +49,14 @@ class BadCase(NamedTuple):
 
 @dataclass(frozen=True)
 class OpSpec:
-    """One op: its public function, its backends and what they take.
+    """One op: its public function and its backends.
 
-    `kernels` maps a backend's name to the function that computes it; all take the same arguments, those
-    of the registered operator without the trailing backend. `dtypes` says which dtypes of the first
-    tensor each kernel takes ("reference" takes every floating dtype). `stops_gradient` is true where
-    a part of the gradient is left out on purpose, so that numerical differentiation must differ. A
-    float32 result is never asked to be closer to float64 than `roundings` of its largest value. `batched`
-    names the arguments that have one entry a sample, whose results must not depend on the others. Cases
-    for tests and benchmarks live in `iddpm_ext/ops/<name>/cases.py` and are imported only when asked for.
+    kernels: a function for each backend; all take the arguments of the registered operator without the
+    trailing backend. dtypes: the dtypes of the first tensor that each kernel supports ("reference" supports
+    every floating dtype). stops_gradient: a part of the gradient is left out on purpose, so numerical
+    differentiation differs. roundings: tests allow float32 results an error of so many roundings of their
+    largest value. batched: arguments with one entry per sample; a sample's result must not depend on the
+    others. Cases for tests and benchmarks are in `iddpm_ext/ops/<name>/cases.py`, imported when used.
     """
 
     name: str
@@ -84,7 +83,7 @@ class OpSpec:
         return self._cases().bad_inputs(device)
 
     def benchmark_inputs(self, device: str) -> Iterator[Case]:
-        """Calls at the sizes of the field."""
+        """Calls at the sizes of common networks."""
         return self._cases().benchmark_inputs(device)
 
     def property_inputs(self, draw: Any, device: str, dtype: torch.dtype) -> dict[str, Any]:
@@ -92,7 +91,7 @@ class OpSpec:
         return self._cases().property_inputs(draw, device, dtype)
 
     def in_pytorch(self) -> Callable[..., Any] | None:
-        """The same as `public` of PyTorch's fused functions, where there are some: they round otherwise."""
+        """`public` by fused functions of PyTorch, for tests to compare the rounding with; None if none."""
         return getattr(self._cases(), "in_pytorch", None)
 
     def minimum_bytes(self, kwargs: dict[str, Any]) -> int:
@@ -100,19 +99,19 @@ class OpSpec:
         return self._cases().minimum_bytes(kwargs)
 
     def flops(self, kwargs: dict[str, Any]) -> int | None:
-        """Floating-point operations of the forward pass, where they and not the bytes are its floor."""
+        """Floating-point operations of the forward pass, if they rather than bytes bound its time."""
         count = getattr(self._cases(), "flops", None)
         return None if count is None else count(kwargs)
 
 
 REGISTRY: dict[str, OpSpec] = {}
 
-# Asked once: tracing sees constants, and a call costs nothing.
+# Computed once: constants when traced, and free at every call.
 _ABSENCE = {"cpu": _native.cpu_absence(), "cuda": _native.cuda_absence()}
 
 
 def register(spec: OpSpec) -> OpSpec:
-    """Lists an op; its name must be new and its backends known."""
+    """Adds an op to the registry; its name must be new and its backends known."""
     assert spec.name not in REGISTRY, f"op {spec.name} is registered twice"
     assert set(spec.kernels) <= set(BACKENDS) and "reference" in spec.kernels
     REGISTRY[spec.name] = spec
@@ -125,7 +124,7 @@ def _triton_missing() -> bool:
 
 
 def triton_interpreted() -> bool:
-    """Whether Triton kernels run in Triton's interpreter (TRITON_INTERPRET=1), which takes CPU tensors."""
+    """Whether Triton's interpreter is on (TRITON_INTERPRET=1), which runs kernels on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -155,7 +154,7 @@ def unavailable(name: str, backend: str, device_type: str, dtype: torch.dtype) -
 
 
 def _without_gradient(fixed: Mapping[str, Any]) -> str | None:
-    """Why a kernel cannot differentiate a call, whose gradient in the tensors of `fixed` it does not have."""
+    """Why a kernel does not support a call that needs gradients in `fixed`, or None."""
     if torch.is_grad_enabled():
         for name, value in fixed.items():
             if isinstance(value, torch.Tensor) and value.requires_grad:
@@ -170,11 +169,11 @@ def resolve_backend(
     dtype: torch.dtype,
     fixed: Mapping[str, Any] = types.MappingProxyType({}),
 ) -> str:
-    """The backend that takes a call of op `name` on `device` with a first tensor of `dtype`.
+    """The backend for a call of op `name` on `device` with a first tensor of `dtype`.
 
-    `fixed` are the arguments, by name, in which only the reference is differentiable. "auto" takes the first
-    of `PREFERENCE` that can; an explicit backend that cannot raises RuntimeError with the reason and
-    the backends that can, an unknown one raises ValueError.
+    fixed: the arguments in which only the reference is differentiable. "auto" takes the first of
+    `PREFERENCE` that supports the call. An explicit backend that does not raises RuntimeError, with the
+    reason and the backends that do; an unknown one ValueError.
     """
 
     def obstacle(candidate: str) -> str | None:

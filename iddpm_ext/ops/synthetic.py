@@ -1,4 +1,4 @@
-"""Made-up arguments for the ops' tests and benchmarks: reproducible tensors, a table, odd memory layouts."""
+"""Synthetic arguments for tests and benchmarks of the ops: tensors, a table, unusual memory layouts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Tensors:
         self._device, self._dtype = device, dtype
 
     def normal(self, shape: Sequence[int], mean: float = 0.0, std: float = 1.0) -> Tensor:
-        """Normal numbers; drawn in float32, so that every dtype rounds the same ones."""
+        """Normal numbers, drawn in float32 and rounded to the dtype."""
         values = (
             torch.randn(tuple(shape), generator=self._generator, dtype=torch.float32, device="cpu")
             * std
@@ -30,7 +30,7 @@ class Tensors:
         return values.to(self._device, self._dtype)
 
     def timesteps(self, n: int) -> Tensor:
-        """Steps of `table`'s chain, the first and the last among them where n allows."""
+        """Steps of `table`'s chain, including the first and the last if n allows."""
         t = torch.randint(
             0, NUM_TIMESTEPS, (n,), generator=self._generator, dtype=torch.int64, device="cpu"
         )
@@ -39,9 +39,10 @@ class Tensors:
 
 
 def table(device: str, *, learned: bool = True, sampler: str = "ddpm", eta: float = 0.0) -> Tensor:
-    """A cosine chain's table, float32 [50, 16]; `Diffusion.table` is the real one, a layer above.
+    """A cosine chain's table, float32 [50, 16].
 
-    Written again from the equations, so that a slip in one of the two shows in the tests.
+    `Diffusion.table`, a layer above, is the real one. This is written independently from the equations, so
+    that tests find errors in either.
     """
     steps = torch.arange(NUM_TIMESTEPS + 1, dtype=torch.float64, device="cpu") / NUM_TIMESTEPS
     curve = torch.cos((steps + 0.008) / 1.008 * torch.pi / 2) ** 2
@@ -81,7 +82,7 @@ def table(device: str, *, learned: bool = True, sampler: str = "ddpm", eta: floa
 
 
 def _sliced(x: Tensor) -> Tensor:
-    """Every second row of a larger batch, from an odd offset of storage on."""
+    """Every second sample of a larger batch, from an odd offset of storage on."""
     room = torch.full((2 * x.shape[0] + 1, *x.shape[1:]), float("nan"), dtype=x.dtype, device="cpu")
     room = room.to(x.device)
     view = room[1::2]
@@ -89,7 +90,7 @@ def _sliced(x: Tensor) -> Tensor:
 
 
 def _pitched(x: Tensor) -> Tensor:
-    """channels_last with other channels between the pixels, as the gradient of a concatenation is."""
+    """channels_last with gaps between the pixels, like the gradient of a part of a concatenation."""
     n, c, h, w = x.shape
     room = torch.full((n, h, w, c + 3), float("nan"), dtype=x.dtype, device=x.device)
     view = room[..., 1 : c + 1].permute(0, 3, 1, 2)
@@ -97,7 +98,7 @@ def _pitched(x: Tensor) -> Tensor:
 
 
 def _cropped(x: Tensor) -> Tensor:
-    """A window of larger images: no single stride walks its pixels."""
+    """A window of larger images: its pixels have no constant stride."""
     n, c, h, w = x.shape
     room = torch.full((n, c, h + 2, w + 3), float("nan"), dtype=x.dtype, device=x.device)
     view = room[:, :, 1 : h + 1, 2 : w + 2]
@@ -129,9 +130,9 @@ def bound_call(
     spread: float = 1.0,
     last: bool = False,
 ) -> dict[str, Any]:
-    """What `vlb_terms` takes: 8-bit images, x_t drawn from them, and a network that nearly knows its noise.
+    """Arguments of `vlb_terms`: 8-bit images, x_t drawn from them, and outputs close to the true noise.
 
-    `spread` scales the network's error; x_0 holds both edge levels; `last` puts every example at t = 0.
+    spread: scale of the outputs' error. x_0 contains both extreme levels. last: every example is at t = 0.
     """
     draw = Tensors(1, device, torch.float32)
     levels = (draw.normal(shape) * 60 + 128).clamp(0, 255).round()
@@ -156,7 +157,7 @@ def bound_call(
 
 
 def bad_bound_calls(bad: Callable[..., Any], good: dict[str, Any]) -> Iterator[Any]:
-    """Bad arguments that `vlb_terms` and its kin refuse alike; `bad(label, error, match, **change)`."""
+    """Bad arguments for `vlb_terms`, `hybrid_loss` and `vlb_to_all`; `bad(label, error, match, **change)`."""
     t, out = good["t"], good["model_output"]
     yield bad("x_t not a tensor", TypeError, "x_t must be a tensor", x_t=[1.0])
     yield bad("x_t rank", ValueError, r"x_t must be \[N, C, H, W\]", x_t=good["x_t"][0])

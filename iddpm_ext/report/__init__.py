@@ -1,7 +1,7 @@
 """One self-contained HTML page about a trained model: samples, likelihood, cost, training.
 
-`write_report` measures and writes; `parts` has one function for each part of the page, `page.html.jinja`
-what it looks like.
+`write_report` measures and writes; `parts` has the functions that make its parts, `page.html.jinja` is
+its template.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Drawings of numbers as SVG that follows the page: its text colour, its width, light and dark."""
+"""Charts as SVG that adapts to the page: to its text colour, its width, light and dark mode."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-# Stands for the colour of the text around, which is not known when the chart is drawn.
+# Placeholder for the page's text colour, which is unknown when the chart is drawn.
 _INK = "#010203"
-# Told apart on white and on black, and without colours by the markers.
+# Distinguishable on white and on black; markers distinguish lines without colours.
 _COLOURS = ("#2f7ed8", "#d9730d", "#2f9e44", "#c2417c")
 _MARKERS = ("o", "s", "^", "D")
 _SIZE = (5.2, 3.3)  # inches of 72 CSS pixels: as wide as a phone, so that its text stays legible
@@ -18,9 +18,9 @@ _SIZE = (5.2, 3.3)  # inches of 72 CSS pixels: as wide as a phone, so that its t
 
 @dataclass(frozen=True)
 class Line:
-    """Points with a name. marked: with a marker each. labels: beside the points.
+    """Points with a name. marked: draw a marker at each. labels: texts beside the points.
 
-    low, high: around y, as error bars where the points are marked, else as a band.
+    low, high: bounds of y, drawn as error bars for marked points, else as a band.
     """
 
     name: str
@@ -41,7 +41,7 @@ def chart(
     x_log: bool = False,
     y_log: bool = False,
 ) -> str:
-    """An <svg> element of lines, with their bands, a legend where there are several, and a grid."""
+    """An <svg> element of lines, with their bands, a grid, and a legend if there are several."""
     matplotlib = require_matplotlib()
     settings = {
         "svg.fonttype": "none", "svg.hashsalt": title, "font.family": "sans-serif", "font.size": 10,
@@ -55,7 +55,7 @@ def chart(
             _draw(axes, line, colour, marker)
         axes.set(title=title, xlabel=x_label, ylabel=y_label)
         axes.set(xscale="log" if x_log else "linear", yscale="log" if y_log else "linear")
-        if x_log:  # its own choice of labels runs into one another on a short axis
+        if x_log:  # matplotlib's own labels would overlap on a short axis
             axes.xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5), numticks=8))
             axes.xaxis.set_major_formatter("{x:g}")
             axes.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
@@ -82,7 +82,7 @@ def _draw(axes: Any, line: Line, colour: str, marker: str) -> None:
 
 
 def _embedded(svg: str) -> str:
-    """The element alone, without what belongs to a file of its own, in the text's colour."""
+    """The <svg> element alone, without the headers of a file, in the text's colour."""
     element = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     element = re.sub(r'^(<svg[^>]*?) (width|height)="[^"]*"', r"\1", element)
     element = re.sub(r'^(<svg[^>]*?) (width|height)="[^"]*"', r"\1", element)

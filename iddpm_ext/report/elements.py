@@ -1,4 +1,4 @@
-"""What a part of the page is made of. Plain data: the template knows how each is shown."""
+"""The elements of the page's parts: plain data, which the template renders."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import ClassVar
 
 
 class Missing(Exception):
-    """A part cannot be made, for the reason that the page then gives in its place."""
+    """A part cannot be made; the page shows the message instead."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Command:
-    """What to type to make the numbers or pictures above it again."""
+    """The command that reproduces the numbers or pictures above it."""
 
     kind: ClassVar[str] = "command"
     text: str
@@ -28,7 +28,7 @@ class Command:
 
 @dataclass(frozen=True)
 class Picture:
-    """An image. source: a data: address. width: on the screen, in CSS pixels."""
+    """An image. source: a data: URL. width: on the screen, in CSS pixels."""
 
     kind: ClassVar[str] = "picture"
     source: str
@@ -38,7 +38,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Chart:
-    """A drawing. svg: an element of its own, its colours of text those around it."""
+    """A chart. svg: an <svg> element in the page's text colour."""
 
     kind: ClassVar[str] = "chart"
     svg: str
@@ -50,7 +50,7 @@ Cell = str | Picture
 
 @dataclass(frozen=True)
 class Table:
-    """head: one a column. rows: the first cell of each names the row."""
+    """A table. head: one per column. rows: the first cell of each is the row's name."""
 
     kind: ClassVar[str] = "table"
     caption: str
@@ -62,8 +62,8 @@ class Table:
 class Film:
     """Frames that are played one after the other.
 
-    sources: data: addresses of one picture each, in which the frames stand below one another; they are
-    shown side by side under their `names`. width, height: of a frame, in pixels. captions: one a frame.
+    sources: data: URLs of pictures that contain all frames, one below the other; they are shown side by side
+    under their `names`. width, height: of a frame, in pixels. captions: one per frame.
     """
 
     kind: ClassVar[str] = "film"
@@ -80,7 +80,7 @@ Element = Text | Command | Picture | Chart | Table | Film
 
 @dataclass(frozen=True)
 class Body:
-    """What a part says of one model. facts: what stands in the table at the top of the page."""
+    """The content of a part for one model. facts: entries of the table at the top of the page."""
 
     elements: tuple[Element, ...]
     facts: dict[str, str] = field(default_factory=dict)

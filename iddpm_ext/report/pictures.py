@@ -1,4 +1,4 @@
-"""Images in the page: small files in its own text."""
+"""Images embedded in the page."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from PIL import Image
 from torch import Tensor
 
 _GAP = 2
-# A page of a few hundred images stays below 5 MB: larger ones are reduced, and then compressed with loss.
+# Larger images are reduced and compressed lossily, so that a page of a few hundred stays below 5 MB.
 _LARGEST = 128
 _LOSSLESS_UP_TO = 64
-_SHOWN_SIDE = 56  # a 28-pixel image is seen better at twice its size
-_TALLEST = 16_000  # of WebP
+_SHOWN_SIDE = 56  # smaller images are enlarged by a whole factor
+_TALLEST = 16_000  # pixels, limited by WebP
 
 
 def strip(x: Tensor, columns: int | None = None) -> tuple[str, int]:
-    """Images [N, C, H, W] in [-1, 1] as one: its data: address, and the width to show it at."""
+    """Images [N, C, H, W] in [-1, 1] in one picture: its data: URL, and the width to show it at."""
     lossy = max(x.shape[2:]) > _LOSSLESS_UP_TO
     picture = _grid(_reduced(x, _LARGEST), columns or len(x))
     shown = max(1.0, _SHOWN_SIDE / min(x.shape[3], _LARGEST))
@@ -29,7 +29,7 @@ def strip(x: Tensor, columns: int | None = None) -> tuple[str, int]:
 
 
 def film(frames: Sequence[Tensor], columns: int) -> tuple[str, int, int]:
-    """Batches [N, C, H, W], one below the other: data: address, width and height of a frame."""
+    """Batches [N, C, H, W], one below the other: data: URL, width and height of a frame."""
     grids = [_grid(_reduced(frame, _LOSSLESS_UP_TO), columns) for frame in frames]
     width, height = grids[0].size
     if height * len(grids) > _TALLEST:
@@ -52,7 +52,7 @@ def _reduced(x: Tensor, side: int) -> Tensor:
 def _grid(x: Tensor, columns: int) -> Image.Image:
     n, _, height, width = x.shape
     if x.shape[1] not in (1, 3):
-        x = x[:, :1]  # of other kinds of channels, the first
+        x = x[:, :1]  # the first of other numbers of channels
     levels = ((x + 1) * 127.5).clamp(0, 255).round().to(torch.uint8).permute(0, 2, 3, 1)
     cell, rows = (height + _GAP, width + _GAP), math.ceil(n / columns)
     shape = (rows * cell[0] - _GAP, columns * cell[1] - _GAP, levels.shape[3])

@@ -1,4 +1,4 @@
-"""The model that a page is about, what is known of its run, and the data beside it."""
+"""The model that a page is about, with its training run and data."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from iddpm_ext.report.elements import Missing
 
 @dataclass(frozen=True)
 class DataArguments:
-    """What `open_data` is told of the data beside the models; path None where there is none."""
+    """Arguments of `open_data` for the data; path is None if there is none."""
 
     path: str | None = None
     classes: str = "auto"
@@ -30,7 +30,7 @@ class DataArguments:
 
 @dataclass(frozen=True)
 class Effort:
-    """How much is measured: numbers of images, of steps and of network evaluations."""
+    """How much to measure: numbers of images, of steps and of network evaluations."""
 
     per_class: int
     most_classes: int
@@ -59,7 +59,7 @@ FULL = Effort(
 
 @dataclass(frozen=True)
 class Subject:
-    """A loaded model. name: what the user called it. run: the folder of its training, if it is one."""
+    """A loaded model. name: as the user gave it. run: the folder of its training run, if known."""
 
     name: str
     model: UNet
@@ -71,19 +71,19 @@ class Subject:
 
     @property
     def word(self) -> str:
-        """The name as it is typed in a shell."""
+        """The name, quoted for a shell."""
         return shlex.quote(self.name)
 
     @property
     def class_names(self) -> list[str] | None:
-        """One a class; numbers where the checkpoint has no names; None without classes."""
+        """One per class; numbers if the checkpoint has no names; None without classes."""
         count = self.model.config.num_classes
         if count is None:
             return None
         return list(self.model.extra.get("class_names") or map(str, range(count)))
 
     def require_sampling(self) -> None:
-        """Raises Missing where images cannot be drawn from noise alone."""
+        """Raises Missing if images cannot be drawn from noise alone."""
         if self.model.diffusion is None:
             raise Missing("The checkpoint holds no diffusion process, so nothing can be drawn.")
         if self.model.config.super_resolution:
@@ -92,7 +92,7 @@ class Subject:
             )
 
     def open(self, split: str) -> ImageData:
-        """The data's images as the network takes them. Raises Missing where there are none."""
+        """The data's images as the network takes them. Raises Missing if there are none."""
         if self.data.path is None:
             raise Missing("This needs images: give them with --data.")
         opened = open_data(
@@ -110,7 +110,7 @@ class Subject:
         return opened
 
     def data_flags(self) -> str:
-        """The part of a command that names the data."""
+        """The flags of a command for the data."""
         data = self.data
         words = ["--data", str(data.path)]
         words += ["--classes", data.classes] if data.classes != "auto" else []
@@ -123,7 +123,7 @@ class Subject:
 def open_subject(
     name: str, data: DataArguments, effort: Effort, seed: int, device: torch.device
 ) -> Subject:
-    """Loads a model; a run brings the data that it was trained on where no other is given."""
+    """Loads a model; without `data`, that of its training run is used."""
     model = iddpm_ext.load(name).to(device)
     run = run_folder(Path(name))
     if data.path is None and run is not None:
@@ -132,7 +132,7 @@ def open_subject(
 
 
 def run_folder(path: Path) -> Path | None:
-    """The folder of the run that `path`, or one of the two folders above it, is."""
+    """`path` or one of the two folders above it, if it is the folder of a run; else None."""
     if not path.is_dir() or not is_run(path):
         return None
     places = [
@@ -144,7 +144,7 @@ def run_folder(path: Path) -> Path | None:
 
 
 def _data_of(run: Path) -> DataArguments:
-    """What the run was trained on, where it is still there."""
+    """The data of the run, if it still exists."""
     try:
         config: dict[str, Any] = json.loads((run / "config.json").read_text())
         path = str(config["data"])

@@ -36,20 +36,20 @@ def write_report(
     device: torch.device | str = "cpu",
     progress: bool = True,
 ) -> Path:
-    """Writes one HTML file about a model, or about several side by side. It asks nothing of any network.
+    """Writes one HTML file about a model, or about several side by side. Nothing is downloaded.
 
-    What cannot be measured (no data, no run, no diffusion process) is left out with the reason.
+    For what cannot be measured (no data, no run, no diffusion process) the page gives the reason.
 
     Args:
-        checkpoints: what `load` takes, or several of that: names, files, folders of runs.
-        out: the file; it appears whole or not at all.
-        data: images like those it was trained on, as of `open_data`; None takes those of a run, if they
-            are still there.
-        classes, value_range, alpha: as of `open_data`.
+        checkpoints: as in `load`, one or several: names, files, folders of runs.
+        out: the file, which is written atomically.
+        data: images like those it was trained on, as in `open_data`; None takes those of the run, if they
+            still exist.
+        classes, value_range, alpha: as in `open_data`.
         quick: measure less: about a minute for a small model.
-        seed: names all noise.
-        device: where the networks run.
-        progress: show a bar, or a line for each part where stderr is no terminal.
+        seed: of all noise.
+        device: of the networks.
+        progress: show a bar, or a line for each part if stderr is no terminal.
 
     Returns:
         the path.
@@ -87,7 +87,7 @@ def write_report(
 
 
 def _measure(subjects: Sequence[Subject], progress: bool) -> dict[tuple[str, int], Body]:
-    """Every part of every model, by its id and the model's number."""
+    """Every part of every model, by its id and the model's index."""
     from tqdm import tqdm
 
     jobs = [(part, i) for part in PARTS for i in range(len(subjects))]
@@ -111,7 +111,7 @@ def _body(part: Part, subject: Subject) -> Body:
 
 
 def _facts(bodies: dict[tuple[str, int], Body], count: int) -> list[tuple[str, list[str]]]:
-    """The table at the top: what is known, for each model."""
+    """The table at the top: the facts about each model."""
     merged: list[dict[str, str]] = [{} for _ in range(count)]
     for (_, i), body in bodies.items():
         merged[i].update(body.facts)
@@ -140,7 +140,7 @@ def _template() -> Any:
         raise ImportError("report: the page must have Jinja2: pip install Jinja2") from error
     environment = Environment(
         loader=PackageLoader("iddpm_ext.report", package_path=""),
-        # What files say, class names among it, is text and never markup.
+        # Text from files, such as class names, must not be taken for markup.
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -1,4 +1,4 @@
-"""Sampling: the reverse chain, and the engines that run a network fast."""
+"""Sampling: the reverse chain, its solvers and guidance, inversion, two stages."""
 
 from __future__ import annotations
 

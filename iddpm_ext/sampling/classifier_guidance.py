@@ -1,4 +1,4 @@
-"""Classifier guidance: a step of the chain, moved along the gradient of log p(y | x_t)."""
+"""Classifier guidance: every step of the chain is shifted along the gradient of log p(y | x_t)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from iddpm_ext.networks.classifier import Classifier
 from iddpm_ext.networks.unet import UNet
 from iddpm_ext.ops.columns import Column
 
-#: (x_t [N, C, H, W], timesteps float32 [N], y=, low_res= where there are) -> like x_t
+#: (x_t [N, C, H, W], timesteps float32 [N], y= and low_res= where the call has them) -> like x_t
 CondFn = Callable[..., Tensor]
 
 
@@ -32,7 +32,7 @@ def classifier_gradient(classifier: Callable[..., Tensor], scale: float = 1.0) -
 
     def gradient(x_t: Tensor, timesteps: Tensor, *, y: Tensor, **_: Tensor) -> Tensor:
         with torch.inference_mode(False), torch.enable_grad():
-            # Copies, since no gradient is taken of tensors that inference mode made.
+            # Copies, since autograd refuses tensors that were made in inference mode.
             x, timesteps, y = x_t.clone().requires_grad_(), timesteps.clone(), y.clone()
             log_p = classifier(x, timesteps).log_softmax(dim=-1)
             chosen = log_p.gather(1, y.clamp(min=0)[:, None])[:, 0]
@@ -43,21 +43,22 @@ def classifier_gradient(classifier: Callable[..., Tensor], scale: float = 1.0) -
 
 
 def require_same_noise(classifier: Classifier, model: UNet) -> None:
-    """Refuses a classifier of other noisy images than the network's, where it is known what it saw.
+    """Raises ValueError if the classifier was trained on other noise than the network.
 
-    Raises ValueError: the schedules differ, or what the networks are told of the same step.
+    That is, if their schedules differ, or the timestep values that they get for the same step. A classifier
+    or network that does not say how it was trained passes.
     """
     if classifier.diffusion is None or model.diffusion is None:
         return
     if _noise(classifier.diffusion) != _noise(model.diffusion):
         raise ValueError(
             f"classifier must be one for the network's noise, {model.diffusion!r}, got one for "
-            f"{classifier.diffusion!r}, or one that is told rescaled timesteps and the other is not"
+            f"{classifier.diffusion!r}, or only one of them takes rescaled timesteps"
         )
 
 
 def _noise(diffusion: Diffusion) -> dict[str, object]:
-    """What a training process makes of an image at a step, and what the step is called."""
+    """The settings that determine x_t at a step of training, and the network's timestep input there."""
     described = diffusion.to_dict()
     steps = described["num_timesteps"]
     return {

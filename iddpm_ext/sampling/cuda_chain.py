@@ -1,8 +1,8 @@
-"""Whole chains on the CUDA engine: one graph takes a step, and is replayed for every step.
+"""Whole chains on the CUDA engine: one graph computes a step, and is replayed for every step.
 
-The graph holds the network, guidance and the update of x with its noise. What differs between steps
-and calls (the step, the seed, coefficients, embeddings, the guidance scale) lies in device memory,
-and the graph moves on to the next step by itself, so the host does nothing but replay.
+The graph holds the network, guidance and the update of x with its noise. What differs between steps and
+calls (t, the seed, coefficients, embeddings, the guidance scale) is in device memory, and the graph itself
+moves on to the next step, so the host only replays it.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from iddpm_ext.random import STREAM_REVERSE
 from iddpm_ext.sampling.predict import Predictor
 from iddpm_ext.sampling.request import Request
 
-_WINDOW_BYTES = 64 << 20  # of embeddings that lie ready for the graph
-_LEAST_STEPS = 64  # that a graph has room for, so that most chains share one
+_WINDOW_BYTES = 64 << 20  # of embeddings on the device at a time
+_LEAST_STEPS = 64  # a graph has room for at least so many, so that most chains share one graph
 
 
 def supports(request: Request, network: Network) -> bool:
-    """Whether `prepare` takes this request: nothing of the caller's enters a step."""
+    """Whether `prepare` can run this request: no function of the caller takes part in a step."""
     spec = request.spec
     return (
         isinstance(network, CUDAEngine)
@@ -44,9 +44,10 @@ def supports(request: Request, network: Network) -> bool:
 def prepare(
     request: Request, network: Network, samples: Tensor, x: Tensor
 ) -> Callable[[int], None]:
-    """A function that takes the steps of the chain of some images, T - 1 first; x is written by the last.
+    """A function of i that takes step i of the chain of some images, called from T - 1 down to 0.
 
-    samples: int64 [n], their numbers. x: float32 [n, C, H, W], x_T; contiguous, overwritten.
+    samples: int64 [n], the images' indices. x: float32 [n, C, H, W], x_T; contiguous, overwritten by the
+    last step.
     """
     assert isinstance(network, CUDAEngine)
     engine, chain = network, request.spec.diffusion
@@ -72,7 +73,7 @@ def prepare(
             task.low_res.copy_(low_res)
         task.table[:steps].copy_(table)
         task.samples.copy_(samples)
-        # A kernel's argument, not a copy from the host, which would wait.
+        # fill_ passes the number as a kernel argument; a copy from the host would wait.
         task.seed.fill_(request.seed - (request.seed >> 63 << 64))
         task.scale.fill_(request.guidance_scale)
     lowest = steps
@@ -90,7 +91,7 @@ def prepare(
 
 
 class _ChainTask:
-    """A step of chains of one shape: x_t becomes x_{t-1}, and t and the embeddings' rows move on."""
+    """A step of chains of one shape: replaces x_t by x_{t-1} and moves on t and the rows of embeddings."""
 
     def __init__(
         self,
@@ -104,7 +105,7 @@ class _ChainTask:
         clip: bool,
         low_res: Tensor | None,
     ):
-        # Not the engine, which lives for one call: later calls use the task again.
+        # Without a reference to the engine, which lives for one call: later calls reuse the task.
         self._network, self._guided, self._noisy, self._clip = engine.network, guided, noisy, clip
         device, n = engine.device, len(x)
         self._evaluated = 2 * n if guided else n
@@ -118,13 +119,13 @@ class _ChainTask:
         self.scale = torch.ones(1, dtype=torch.float32, device=device)
         room_for = max(rows, _WINDOW_BYTES // (4 * floats))
         self._window = torch.zeros(room_for, floats, dtype=torch.float32, device=device)
-        # t, and of each evaluated image (or of all) its row in the window; what a step takes from
-        # them, nothing as long as the graph is tried out.
+        # t, then the row of each evaluated image (or of all) in the window of embeddings; and what a
+        # step subtracts from them: 0 during warm-up and capture.
         self._state = torch.zeros(1 + rows, dtype=torch.int64, device=device)
         self._stride = torch.zeros_like(self._state)
 
     def load(self, schedule: Schedule, i: int) -> int:
-        """Gets ready for steps i and below, as many as there is room for; returns the lowest."""
+        """Loads embeddings for step i and as many below as there is room for; returns the lowest."""
         each = schedule.rows_a_step
         lowest = max(0, i + 1 - len(self._window) // each)
         rows = schedule.block(lowest, i + 1)
@@ -169,12 +170,12 @@ def launch_step(
     scale: Tensor,
     clip: bool,
 ) -> None:
-    """As `reverse_step` in place, with every number that may change read from the device.
+    """`reverse_step` in place, with guidance; reads everything that changes between replays on the device.
 
-    x: float32 [N, C, H, W], x_t before and x_{t-1} after. model_output: [N, C or 2C, H, W] float32 or
-    a half, and like it `unlabelled`, the output without labels: the guided one is unlabelled + scale
-    (model_output - unlabelled), with the variance of model_output. t, seed: int64, the first element
-    counts. table: float32 [T, 16]. samples: int64 [N], or None for no noise. scale: float32 [1].
+    x: float32 [N, C, H, W], x_t before and x_{t-1} after. model_output: [N, C or 2C, H, W], float32 or half
+    precision; unlabelled: like it, the output without labels. The guided output is unlabelled + scale
+    (model_output - unlabelled), with the variance of model_output. t, seed: int64, only the first element is
+    read. table: float32 [T, 16]. samples: int64 [N], or None for no noise. scale: float32 [1].
     """
     n, c, height, width = x.shape
     labelled = plane(model_output)

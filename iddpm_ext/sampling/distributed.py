@@ -1,6 +1,6 @@
-"""Work in several processes, started by torchrun: images are dealt out in turn.
+"""Sampling in several processes, started by torchrun: process r takes images r, r + size, ...
 
-Noise is named by an image's number, so the images are those of one process with the same batches.
+Noise depends on an image's index alone, so the images are those of one process with the same batches.
 """
 
 from __future__ import annotations
@@ -23,14 +23,12 @@ def world_size() -> int:
 
 
 def rank() -> int:
-    """Which of them this is."""
+    """The rank of this process; 0 without torchrun."""
     return int(os.environ.get("RANK", 0))
 
 
 class Processes:
-    """Those that share a piece of work, and this one's number among them.
-
-    A context: with several, the group is there for as long as it lasts.
+    """The processes that share some work, as a context that holds a process group if there are several.
 
     Args:
         rank, size: which process this is, of how many.
@@ -42,7 +40,7 @@ class Processes:
 
     @classmethod
     def of_torchrun(cls) -> Processes:
-        """The processes that torchrun started; this one alone without it."""
+        """The processes that torchrun started; without it, this one alone."""
         return cls(rank(), world_size())
 
     def __enter__(self) -> Processes:
@@ -57,7 +55,7 @@ class Processes:
             self._began = False
 
     def gather(self, own: Any) -> list[Any]:
-        """What every process gave, in the order of their ranks, in each of them."""
+        """The objects `own` of all processes, in the order of their ranks; in every process."""
         if self.size == 1:
             return [own]
         parts: list[Any] = [None] * self.size
@@ -65,13 +63,13 @@ class Processes:
         return parts
 
     def wait(self) -> None:
-        """Until all processes are here."""
+        """Waits until all processes have called this."""
         if self.size > 1:
             dist.barrier()
 
 
 def run_shared(request: Request) -> Tensor | None:
-    """This process's share of the request, brought together in the first one.
+    """Runs this process's share of the request, and gathers all images in the process of rank 0.
 
     Every process must make the same request.
 

@@ -1,4 +1,4 @@
-"""DDIM backwards: from an image to the x_T that DDIM would draw it from, and between two x_T."""
+"""DDIM inversion: the x_T from which DDIM draws a given image; and interpolation between two x_T."""
 
 from __future__ import annotations
 
@@ -46,17 +46,16 @@ def invert(
 
         x_{t+1} = sqrt(ab_{t+1}) x_0(x_t) + sqrt(1 - ab_{t+1}) eps(x_t)
 
-    from the first step of the chain, whose x_t the image is taken for, to its last. eps is that of
-    x_t, where the way back uses that of x_{t+1}; each refinement puts the latter in its place (a
-    fixed-point iteration of DDIM's own step), for one more evaluation a step. A class-conditional
-    `UNet` without labels is run unlabelled.
+    from the first step of the chain, taking the image for its x_t, to the last. eps is evaluated at x_t,
+    whereas DDIM evaluates it at x_{t+1}; each refinement is one fixed-point iteration towards the latter,
+    for one more evaluation per step. A class-conditional `UNet` without labels is run unlabelled.
 
     Args:
         model, steps, guidance_scale, low_res, clip, batch_size, diffusion, dtype, engine, exact,
-            backend, progress: as of `sample`, and the same as there to come back.
+            backend, progress: as in `sample`; the way back needs the same.
         x_0: float32 or float64 [n, C, H, W] in [-1, 1].
-        refinements: 0 or more; the first ones help most (`fashion-mnist` at 20 steps comes back to
-            0.26, 0.17 and 0.14 rms with 0, 1 and 2).
+        refinements: 0 or more; the first ones help most (`fashion-mnist` at 20 steps returns with an
+            RMS error of 0.26, 0.17 and 0.14 after 0, 1 and 2).
         labels: integers [n], -1 for an unlabelled image.
 
     Returns:
@@ -103,7 +102,7 @@ def _climb(
     refinements: int,
     update: Callable[[], object],
 ) -> Tensor:
-    """x_T of one batch, x [n, C, H, W]."""
+    """x_T of one batch of images x [n, C, H, W]."""
     table = spec.diffusion.table(spec.device, sampler="ddim", dtype=x.dtype)
     signal = table[:, Column.SQRT_ALPHA_BAR]
     noise = table[:, Column.SQRT_ONE_MINUS_ALPHA_BAR]
@@ -127,14 +126,14 @@ def _climb(
 
 
 def interpolate(a: Tensor, b: Tensor, weights: Tensor | Sequence[float]) -> Tensor:
-    """Noise between two noises, along the arc between them, which keeps their length.
+    """Spherical interpolation between two noises, which keeps their norm.
 
         sin((1 - w) angle) / sin(angle) a + sin(w angle) / sin(angle) b
 
-    What lies between two x_T becomes, by DDIM, what lies between their images.
+    DDIM turns noise between two x_T into images between theirs.
 
     Args:
-        a, b: floating [...], of one shape, dtype and device, such as x_T of `invert`.
+        a, b: floating [...], of one shape, dtype and device, such as the results of `invert`.
         weights: [K], 0 for a, 1 for b.
 
     Returns:

@@ -23,10 +23,9 @@ from iddpm_ext.sampling.sampler_step import SamplerStep
 class SampleStep(NamedTuple):
     """The images after one step of the chain.
 
-    x: x_{t-1}, [N, C, H, W]. x_0: the images that the network saw in x_t, like x.
-    t: the step of the chain that was taken, T-1 first and 0 last.
-    timestep: its index in the training chain.
-    first: which image of the call x begins with.
+    x: x_{t-1}, [N, C, H, W]. x_0: the network's prediction from x_t, like x.
+    t: the step that was taken, T-1 first and 0 last. timestep: its index in the training chain.
+    first: index of the first of these images among those of the call.
     """
 
     x: Tensor
@@ -62,56 +61,58 @@ def sample(
     progress: bool = True,
     callback: Callable[[SampleStep], Any] | None = None,
 ) -> Tensor:
-    """Draws images from a model by walking its chain backwards.
+    """Draws images from a model by running its chain backwards.
 
         x_{t-1} = mean(x_t, x_0) + exp(log_variance / 2) z,  x_0 from the network's output
 
-    ancestrally (equations 11 and 15 of Improved DDPM), by DDIM (equation 12 of Song et al. 2021)
-    or by a solver of several steps (Lu et al. 2022; Zhao et al. 2023). All but the first leave a
-    learned variance unused. Image i
-    depends on the seed and i, not on the batches, up to the network's rounding.
+    by ancestral sampling (equations 11 and 15 of Improved DDPM), DDIM (equation 12 of Song et al. 2021) or
+    a multistep solver (Lu et al. 2022; Zhao et al. 2023). Only ancestral sampling uses a learned variance.
+    Image i depends on the seed and i, not on the batches, up to the network's rounding.
 
     Args:
         model: a `UNet`, or any callable (x [N, C, H, W], timesteps float32 [N], **kwargs) ->
-            [N, C, H, W], or [N, 2C, H, W] with the variance. It gets `y` where there are labels and
-            `low_res` where that is given. Modules run in evaluation mode.
+            [N, C, H, W], or [N, 2C, H, W] with the variance. It is passed `y` if there are labels and
+            `low_res` if that is given. Modules run in evaluation mode.
         steps: what `Diffusion.respace` takes (50, [0, 100, 3999], "ddim50", "10,15,20"), counted
-            in the steps of `diffusion`; "optimal-K" (best bound), "analytic-K" (best bound of analytic
-            variances) or "pictures-K" for a schedule of the checkpoint; None for every step.
+            in the steps of `diffusion`; "optimal-K" (K steps with the best likelihood bound),
+            "analytic-K" (the same with analytic variances) or "pictures-K" (K steps for image quality),
+            if the checkpoint has them; None for every step.
         n: how many images; 16, or the length of labels, low_res or x_T, which must agree.
         sampler: "ddpm" (ancestral), "ddim", or, for few steps, a solver: "dpm++" (DPM-Solver++(2M)) and
             "dpm++3" of second and third order, "unipc" and "unipc3" with a corrector that costs no
-            evaluation, "dpm++sde" with noise. None extrapolates further than the step before was long.
+            evaluation, "dpm++sde" with noise. Extrapolation is limited to the length of the previous step.
         eta: the noise of DDIM, from 0 (none) to 1.
-        variance: None for the chain's own; of "ddpm" and "ddim" "analytic" (the checkpoint needs the moments
-            that `iddpm steps` stores) or "optimal" (the head that `iddpm covariance` trains, of a `UNet` that
-            is no more than one); of "ddpm" "fixed_small" or "fixed_large".
-        labels: integers [n], -1 for an unlabelled image. A class-conditional `UNet` draws those
-            that are not given.
+        variance: None for the chain's own; "analytic" (with "ddpm" and "ddim"; the checkpoint needs the
+            moments that `iddpm steps` stores); "optimal" (with the same, for an unmodified `UNet`; the
+            checkpoint needs the heads that `iddpm covariance` trains); "fixed_small" or "fixed_large"
+            (with "ddpm").
+        labels: integers [n], -1 for an unlabelled image. For a class-conditional `UNet` they are drawn
+            if not given.
         guidance_scale: s of classifier-free guidance, eps = eps_none + s (eps_label - eps_none);
-            every step evaluates 2N images then.
+            unless it is 1, every step evaluates 2N images.
         cond_fn: classifier guidance: called with (x_t [N, C, H, W], timesteps float32 [N]), `y` and
             `low_res` where there are, it returns the gradient of log p(y | x_t), scale included,
             like x_t (`classifier_gradient` makes one). An ancestral mean moves by variance * gradient,
-            DDIM's eps by -sqrt(1 - alpha_bar) * gradient. Labels of an unconditional network are its alone.
-        denoised_fn: takes every predicted x_0 [N, C, H, W], before it is clamped, and returns what stands
-            in its place, such as one that is thresholded, or known where a mask says so.
+            DDIM's eps by -sqrt(1 - alpha_bar) * gradient. With it, an unconditional network may have
+            labels, which only cond_fn is passed.
+        denoised_fn: takes every predicted x_0 [N, C, H, W], before it is clamped, and returns its
+            replacement, such as a thresholded one, or one with known pixels put in (inpainting).
         low_res: [n, C, h, w] in [-1, 1], for a super-resolution model.
-        seed: 0 <= seed < 2^64, names all noise and the drawn labels.
-        x_T: [n, C, H, W] to start from, instead of noise from the seed; float64 makes the whole
-            chain float64 (on the reference backend).
+        seed: 0 <= seed < 2^64; determines all noise and the drawn labels.
+        x_T: [n, C, H, W] to start from, instead of noise from the seed; if float64, the whole chain is
+            float64 (on the reference backend).
         clip: clamp every x_0 to [-1, 1].
-        batch_size: most images to evaluate at once; chosen by device and image size if None.
+        batch_size: maximum number of images to evaluate at once; by device and image size if None.
         diffusion: the process; for a `UNet` its own, or a respacing of it.
-        image_shape: (C, H, W), where the model or x_T does not say it.
-        dtype: bfloat16 or float16 to evaluate the network at that precision, the chain stays float32.
-            On a GPU float16 is as fast and closer to float32; its narrower range is checked at the end.
-        engine: run a `UNet` by an engine where one supports it; False for the module itself.
-        exact: engines take only algorithms that round like direct convolution.
-        backend: of the op `reverse_step`; "reference" also takes the network's plain formulation.
+        image_shape: (C, H, W), if neither the model nor x_T determines it.
+        dtype: bfloat16 or float16 evaluates the network in that precision; the chain stays float32. On a
+            GPU float16 is as fast and more accurate; overflow of its narrower range raises at the end.
+        engine: run a `UNet` by an engine where one supports it; False runs the module itself.
+        exact: engines use only algorithms as accurate as direct convolution.
+        backend: of the op `reverse_step`; "reference" also runs the network by PyTorch's functions alone.
         progress: show a bar where stderr is a terminal.
-        callback: called with a `SampleStep` after every step of every batch. What it writes into `x`, in
-            place, the chain goes on from; writing into `x_0` changes nothing but what dpm++ remembers.
+        callback: called with a `SampleStep` after every step of every batch. The chain continues from what
+            it writes into `x` in place; what it writes into `x_0` affects only solvers, which keep x_0.
 
     Returns:
         float32 [n, C, H, W] on the model's device, in [-1, 1] where clip is set.
@@ -158,11 +159,11 @@ def sample_progressive(
     progress: bool = True,
     callback: Callable[[SampleStep], Any] | None = None,
 ) -> Iterator[SampleStep]:
-    """Yields all n images after every step: the last `x` is what `sample` returns.
+    """Yields a `SampleStep` of all n images after every step; the last `x` is what `sample` returns.
 
-    The chain goes on from its own images: what is written into those that are yielded has no effect on it.
+    Writing into the yielded images has no effect on the chain.
 
-    Arguments, and errors (raised by this call, not by the first `next`), as of `sample`.
+    Arguments and errors as in `sample`; errors are raised by this call, not by the first `next`.
     """
     request = make_request(
         "sample_progressive", model, steps, n=n, sampler=sampler, eta=eta, labels=labels,
@@ -175,12 +176,12 @@ def sample_progressive(
 
 
 def batches(n: int, size: int) -> list[range]:
-    """The numbers of the images that are computed together."""
+    """The indices of 0 .. n - 1 that form a batch each."""
     return [range(i, min(i + size, n)) for i in range(0, n, size)]
 
 
 def network_of(request: Request) -> Network:
-    """The network that the request's chains call, with the weights that it has now."""
+    """The network that the request's chains call, with the model's present weights."""
     return choose_network(request.spec, evaluated(request.batch_size, request.guidance_scale))
 
 
@@ -190,9 +191,9 @@ def run(
     callback: Callable[[SampleStep], Any] | None = None,
     network: Network | None = None,
 ) -> Tensor:
-    """The images of some of a request's batches, one batch after the other, float32 [N, C, H, W].
+    """The images of some of a request's batches, computed one after the other, float32 [N, C, H, W].
 
-    network: of `network_of`, where several runs shall have the same weights.
+    network: from `network_of`, for several runs with the same weights.
     """
     spec = request.spec
     none = torch.empty(0, *spec.image_shape, dtype=torch.float32, device=spec.device)
@@ -215,9 +216,10 @@ def run(
 
 
 def _require_finite(spec: NetworkSpec, x: Tensor) -> None:
-    """Looked at once a call and in float16 alone, the one dtype whose range a sound network can leave.
+    """Raises RuntimeError if the network overflowed float16, the only dtype that is checked.
 
-    A feature that overflows makes the statistics of its group NaN, and so x from then on.
+    Once per call, on the final images: an overflowing feature makes the statistics of its group NaN, and so
+    every later x.
     """
     if spec.dtype == torch.float16 and not bool(x.isfinite().all()):
         raise RuntimeError(
@@ -230,14 +232,14 @@ _Prepare = Callable[[Request, Network, Tensor, Tensor], Callable[[int], None]]
 
 
 def _whole_chains(request: Request, network: Network) -> _Prepare | None:
-    """What takes this request's chains whole, if anything does."""
+    """The `prepare` of the engine that runs this request's chains as a whole, if one does."""
     return next((c.prepare for c in (cpu_chain, cuda_chain) if c.supports(request, network)), None)
 
 
 def _run_prepared(
     request: Request, network: Network, images: range, prepare: _Prepare, bar: Any
 ) -> Tensor:
-    """The last x of `_walk_batch`, faster, as nobody looks at the steps."""
+    """The last x of `_walk_batch`, faster, because no step's result is needed."""
     samples = numbers(images, request.spec.device)
     x = initial(request, samples).contiguous()
     with undisturbed(request.spec.device.type):
@@ -251,7 +253,7 @@ def _run_prepared(
 def walk(
     request: Request, callback: Callable[[SampleStep], Any] | None = None
 ) -> Iterator[SampleStep]:
-    """All images of a request after every step: its batches advance in turn."""
+    """All images of a request after every step; its batches take each step one after the other."""
     return _walk(request, network_of(request), callback)
 
 
@@ -276,7 +278,7 @@ def _walk(
 
 
 def _walk_batch(request: Request, network: Network, images: range) -> Iterator[SampleStep]:
-    """The chain of one batch. Walks that share a network may be advanced in turn."""
+    """The chain of one batch. Walks that share a network may be interleaved."""
     spec = request.spec
     chain, samples = spec.diffusion, numbers(images, spec.device)
     x = initial(request, samples)
@@ -291,7 +293,7 @@ def _walk_batch(request: Request, network: Network, images: range) -> Iterator[S
 
 
 def numbers(images: range, device: torch.device) -> Tensor:
-    """Of some images, int64 [n]."""
+    """The indices of some images as a tensor, int64 [n]."""
     return torch.arange(images.start, images.stop, dtype=torch.int64, device=device)
 
 
@@ -304,15 +306,15 @@ def initial(request: Request, samples: Tensor) -> Tensor:
 
 
 def evaluated(batch_size: int, guidance_scale: float) -> int:
-    """Most images that the network sees at once."""
+    """How many images the network sees at once: twice the batch with guidance."""
     return batch_size * (1 if guidance_scale == 1.0 else 2)
 
 
 def progress_bar(spec: NetworkSpec, chains: int, shown: bool, name: str = "sampling") -> Any:
-    """A bar over the steps of some chains, where it shall be shown and stderr is a terminal."""
+    """A bar over the steps of some chains, if `shown` and stderr is a terminal."""
     from tqdm import tqdm
 
     total = chains * spec.diffusion.num_timesteps
-    # None: shown where stderr is a terminal.
+    # tqdm takes None for: disabled unless stderr is a terminal.
     disable = None if shown else True
     return tqdm(total=total, desc=name, unit="step", leave=False, disable=disable)

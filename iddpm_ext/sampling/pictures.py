@@ -1,14 +1,14 @@
-"""Steps for pictures: the K steps whose walk stays nearest to a fine one.
+"""Step schedules for image quality: the K steps with which DDIM stays closest to DDIM with many steps.
 
-In x / sqrt(alpha_bar) the flow is dx / ds = eps(x, s) with s = sqrt((1 - alpha_bar) / alpha_bar), and a jump
-of DDIM from s_i to s_j is Euler's step. From the points of a fine walk, the error of every jump is known
-without a further evaluation:
+For x / sqrt(alpha_bar) the probability flow ODE is dx / ds = eps(x, s) with
+s = sqrt((1 - alpha_bar) / alpha_bar), and a DDIM step from s_i to s_j is an Euler step. From the points of a
+trajectory of many steps, the error of every such step follows without another evaluation:
 
     e(i, j) = E|x(s_j) - x(s_i) - (s_j - s_i) eps(x(s_i), s_i)|
 
-What becomes of it on the way to s = 0 is estimated by the flow of normal data of the images' deviation d,
-which shrinks it by d / sqrt(d^2 + s_j^2). The sum over a schedule's jumps bounds the error of its images to
-first order, and `shortest_paths` finds the schedule of every length for which it is least.
+On the way to s = 0 it shrinks; by d / sqrt(d^2 + s_j^2), if the data were normal with the images' standard
+deviation d. The sum over the steps of a schedule bounds the error of its images to first order, and
+`shortest_paths` finds the schedule of every length that minimises it.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from iddpm_ext.sampling.request import make_request
 class PictureSchedules:
     """What `find_picture_schedules` found.
 
-    steps: K -> its K indices in the training chain, ascending. distance: K -> the bound of its error a
-    dimension, root mean square.
+    steps: K -> K indices in the training chain, ascending. distance: K -> the bound of their error, as root
+    mean square over the dimensions of an image.
     """
 
     steps: dict[int, list[int]]
     distance: dict[int, float]
 
     def to_extra(self) -> dict[str, list[int]]:
-        """What a checkpoint's `extra["picture_schedules"]` holds."""
+        """The schedules as a checkpoint's `extra["picture_schedules"]` holds them."""
         return {str(count): indices for count, indices in self.steps.items()}
 
 
@@ -57,14 +57,14 @@ def find_picture_schedules(
     engine: bool = True,
     progress: bool = True,
 ) -> PictureSchedules:
-    """For every K up to `most`, the K steps whose images stay nearest to those of a fine walk.
+    """For every K up to `most`, the K steps whose images stay closest to those of many steps.
 
-    Costs `candidates` network evaluations an image, and no data.
+    Costs `candidates` network evaluations per image, and needs no data.
 
     Args:
         model, labels, batch_size, seed, diffusion, image_shape, engine, progress: as in `sample`.
-        n: how many images are walked. candidates: how many of the chain's steps may be chosen, at
-            least 4: half evenly spaced in t and half in log-SNR; the last step is in every schedule.
+        n: how many images are drawn. candidates: how many of the chain's steps are considered, at least
+            4, half of them evenly spaced in t and half in log-SNR; the last step is in every schedule.
         most: the largest K, at least 2.
 
     Returns:
@@ -112,11 +112,13 @@ def find_picture_schedules(
 
 
 def jump_errors(chain: Diffusion, x: Sequence[Tensor], x_0: Sequence[Tensor]) -> Tensor:
-    """e(i, j) as it arrives at s = 0, a mean over images, root mean square, float64 [G, G + 1].
+    """The error of every jump when it arrives at s = 0, float64 [G, G + 1].
 
-    x: of G + 1 points of a fine walk, s = 0 and the steps of `chain`, each [N, C, H, W]. x_0: what the
-    network saw at each step. Entry (i, 0) is the jump from step i to s = 0, (i, j + 1) that to step j; those
-    to no earlier place are 0.
+    Root mean square over dimensions, mean over images. Entry (i, 0) is the jump from step i to s = 0,
+    (i, j + 1) that to step j < i; all other entries are 0.
+
+    x: the G + 1 points of the trajectory at s = 0 and at the steps of `chain`, each [N, C, H, W]. x_0: the
+    network's prediction at each step.
     """
     row = chain.table(dtype=torch.float64)
     root = row[:, Column.SQRT_ALPHA_BAR]
@@ -136,7 +138,7 @@ def jump_errors(chain: Diffusion, x: Sequence[Tensor], x_0: Sequence[Tensor]) ->
 
 
 def _as_terms(errors: Tensor) -> JumpTerms:
-    """For `shortest_paths`: the jump to s = 0 in the place of the decoder, and no end but the last."""
+    """As terms for `shortest_paths`: the decoder's is the jump to s = 0; paths begin at the last step."""
     ends = torch.full((len(errors),), torch.inf, dtype=torch.float64, device="cpu")
     ends[-1] = 0
     return JumpTerms(errors[:, 1:].tril(-1), errors[:, :1].expand(-1, len(errors)).triu(1), ends)

@@ -1,4 +1,4 @@
-"""The network's output along a chain: labels, classifier-free guidance and low_res applied."""
+"""The network's output along a chain, with labels, classifier-free guidance and low_res."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from iddpm_ext.engines.spec import NetworkSpec
 
 
 class Predictor:
-    """The guided network, for some of the images of a call. Several may share a network in turn.
+    """The guided network for some of the images of a call; several predictors may share a network.
 
-    samples: int64 [n], the numbers of the images.
+    samples: int64 [n], the indices of the images.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class Predictor:
         self.timesteps = spec.diffusion.model_timesteps(all_steps(spec)).to(spec.device)
 
     def begin(self) -> None:
-        """Gives the network the timesteps, labels and low-resolution images of the calls that follow."""
+        """Gives the network the timesteps, labels and low-resolution images of the following calls."""
         self._network.begin(self.timesteps, self._network_labels, self._network_low_res)
 
     def __call__(self, x: Tensor, step: int) -> Tensor:
@@ -49,9 +49,10 @@ class Predictor:
 
 
 def _guide(out: Tensor, channels: int, scale: float) -> Tensor:
-    """Outputs of the labelled, then of the unlabelled images -> the guided output; v is the labelled.
+    """The guided output, from the outputs with labels followed by those without; v is that with labels.
 
-    x_0, x_prev and the velocity are affine in eps, so what holds for eps holds for each of them.
+    The combination is the same for networks that predict eps, x_0, x_prev or the velocity, as each of these
+    is affine in the others.
     """
     labelled, unlabelled = out.chunk(2)
     predicted = unlabelled[:, :channels].lerp(labelled[:, :channels], scale)

@@ -1,4 +1,4 @@
-"""What one call of `sample` asks for, checked in full before any work."""
+"""The arguments of one call of `sample`, checked in full before any work."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _DEFAULT_N = 16
 class Request:
     """The arguments of `sample`, resolved, with every default filled in.
 
-    spec: the network, its chain and its inputs. x_T: [n, C, H, W] or None, for noise from the seed.
+    spec: the network, its chain and its inputs. x_T: [n, C, H, W], or None for noise from the seed.
     """
 
     spec: NetworkSpec
@@ -58,7 +58,7 @@ class Request:
 
     @property
     def solver(self) -> Solver | None:
-        """The multistep solver that the sampler is, if it is one."""
+        """The sampler's multistep solver, if it has one."""
         return SOLVERS.get(self.sampler)
 
     @property
@@ -70,7 +70,7 @@ class Request:
     def table(self, chain: Diffusion | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
         """The coefficients of the sampler's `reverse_step`, [T, 16] on the device.
 
-        chain: the request's own, or None for it, or the same of another prediction.
+        chain: None for the request's own, or that chain with another prediction.
         """
         chain, solver = chain or self.spec.diffusion, self.solver
         if self.sampler == "ddpm":
@@ -129,8 +129,8 @@ def make_request(
     spec = with_variance(spec, variance, sampling=True, sampler=sampler, eta=float(eta))
     if cond_fn is not None and sampler != "ddpm" and float(spec.diffusion.alphas_cumprod[-1]) == 0:
         raise ValueError(
-            f"{who}: cond_fn must be left out with ddim and the solvers for a chain that begins in pure "
-            "noise, whose eps moves x_0 without bound, got one"
+            f"{who}: cond_fn must be None with ddim and the solvers for a chain of zero terminal SNR, "
+            "at whose last step eps moves x_0 without bound, got a function"
         )
     count = count_of(who, n, _DEFAULT_N, labels=spec.labels, low_res=low_res, x_T=x_T)
     ours = describing(spec.model)
@@ -166,7 +166,7 @@ def network_spec(
     engine: bool,
     **others: Any,
 ) -> NetworkSpec:
-    """`check_network`, which takes all else, for networks and pipelines of diffusers as well."""
+    """`check_network` that also takes networks and pipelines of diffusers."""
     if foreign.is_pipeline(model):
         pipeline: Any = model
         model = pipeline.unet

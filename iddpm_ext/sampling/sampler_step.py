@@ -1,4 +1,4 @@
-"""One step of a sampler: the fused op, and what guidance and the second order add to its result."""
+"""One step of a sampler: the fused op, then classifier guidance and the terms of a multistep solver."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from iddpm_ext.sampling.request import Request
 
 
 class SamplerStep:
-    """x_{t-1} and x_0 from x_t and the network's output, for one walk down the chain.
+    """x_{t-1} and x_0 from x_t and the network's output, for one run of the chain.
 
-    Every sampler is one call of `reverse_step` with its table; solvers add terms to DDIM's.
+    Every sampler calls `reverse_step` with its own table; solvers add terms to DDIM's result.
     """
 
     def __init__(self, request: Request, predict: Predictor, dtype: torch.dtype) -> None:
@@ -25,9 +25,9 @@ class SamplerStep:
         self._own_table = request.table(request.spec.diffusion, dtype)
         self._table = self._own_table
         if request.denoised_fn is not None:
-            # What is made of x_0 goes on as the output of a network that predicts it.
+            # The replaced x_0 is passed on as the output of a network that predicts x_0.
             self._table = request.table(request.spec.diffusion.predicting("x_0"), dtype)
-        # beta~_0 is 0 and its logarithm clipped: the original's guidance moves by the former.
+        # beta~_0 is 0, but the table's logarithm is clipped: as in the original, no guidance at that step.
         fixed = request.spec.diffusion.variance == "fixed_small"
         self._last_is_fixed = request.sampler == "ddpm" and fixed
         solver = request.solver
@@ -36,7 +36,7 @@ class SamplerStep:
     def __call__(
         self, x_t: Tensor, model_output: Tensor, i: int, noise: NoiseKey
     ) -> tuple[Tensor, Tensor]:
-        """x_{t-1} and x_0, each [N, C, H, W], of step i of the chain; noise is drawn where needed."""
+        """x_{t-1} and x_0, each [N, C, H, W], of step i of the chain; noise if the sampler adds any."""
         request = self._request
         if request.denoised_fn is not None:
             model_output = self._with_denoised(x_t, model_output, i)
@@ -61,7 +61,7 @@ class SamplerStep:
         return x_prev, x_0
 
     def _with_denoised(self, x_t: Tensor, model_output: Tensor, i: int) -> Tensor:
-        """`denoised_fn` of the predicted x_0 in the place of the output, before it is clamped."""
+        """The output with the predicted x_0, not yet clamped, replaced by `denoised_fn` of it."""
         denoised_fn = self._request.denoised_fn
         assert denoised_fn is not None
         channels, row = x_t.shape[1], self._own_table[i]

@@ -1,4 +1,4 @@
-"""Large images in two stages: a small image from one network, its details from an upsampler."""
+"""Large images in two stages: one network draws small images, an upsampler enlarges them."""
 
 from __future__ import annotations
 
@@ -13,13 +13,16 @@ from iddpm_ext.networks.unet import UNet
 from iddpm_ext.sampling.loop import batches, network_of, run
 from iddpm_ext.sampling.request import Request, make_request
 
-# The upsampler's seed is the other's with this bit flipped: no number of the noise is used twice.
+# Flipped in the seed for the upsampler, so that the stages share no noise.
 _SEED_BIT = 1 << 63
 
 
 class TwoStage(NamedTuple):
-    """images: float32 [n, C, H, W]. low_res: [n, C, h, w] as the upsampler saw them, whole levels of
-    8 bits. labels: int64 [n], or None where neither network takes them."""
+    """The results of `sample_two_stage`.
+
+    images: float32 [n, C, H, W]. low_res: [n, C, h, w], the upsampler's input, rounded to 8 bits. labels:
+    int64 [n], or None where neither network takes them.
+    """
 
     images: Tensor
     low_res: Tensor
@@ -49,14 +52,14 @@ def sample_two_stage(
 ) -> TwoStage:
     """Draws small images from `base` and enlarges them by `upsampler`, with the same labels.
 
-    Between the stages images are rounded to 8 bits, as files of them are (the original's upsampler
-    reads such files, whose levels it truncates instead).
+    Between the stages images are rounded to 8 bits, as in image files. (The original writes such files
+    between the stages, truncating instead of rounding.)
 
     Args:
-        base, upsampler: of the same image channels on the same device; the second one with
-            super_resolution. Where both take labels, they have the same classes.
-        steps, upsampler_steps: as `sample`'s steps, of each chain; None for as many as `steps`.
-        guidance_scale: of the base alone. batch_size: of the base; the upsampler's follows its size.
+        base, upsampler: networks for the same image channels on the same device; the upsampler has
+            super_resolution. If both take labels, their classes must agree.
+        steps, upsampler_steps: as `steps` of `sample`, for each stage; upsampler_steps=None means `steps`.
+        guidance_scale: for the base alone. batch_size: for the base; the upsampler chooses by image size.
         All else as in `sample`, for both stages.
 
     Returns:
@@ -85,7 +88,7 @@ def sample_two_stage(
 
 
 def upsampler_request(base: Request, upsampler: Callable[..., Tensor], steps: Steps) -> Request:
-    """The second stage of what `base` asks for, checked; its `low_res` has the shape and no content."""
+    """The checked request of the second stage; its `low_res` is a placeholder of the right shape."""
     spec, ours, first = base.spec, describing(upsampler), describing(base.spec.model)
     if not isinstance(ours, UNet) or not ours.config.super_resolution:
         got = "a network without" if isinstance(ours, UNet) else type(upsampler).__name__
@@ -108,5 +111,5 @@ def upsampler_request(base: Request, upsampler: Callable[..., Tensor], steps: St
 
 
 def rounded_to_levels(x: Tensor) -> Tensor:
-    """Images in [-1, 1] at the nearest of the 256 levels of 8 bits, as a file of them would give."""
+    """Images in [-1, 1] rounded to the nearest of 256 levels, as an image file stores them."""
     return ((x + 1) * 127.5).clamp(0, 255).round() / 127.5 - 1

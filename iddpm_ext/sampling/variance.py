@@ -1,4 +1,4 @@
-"""Which variances a chain takes: its own, fixed ones, analytic ones from moments, or those of a head."""
+"""The variances of a chain: its own, a fixed choice, analytic ones from moments, or those of heads."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from iddpm_ext.networks.head import last_convolution, with_last_convolution
 from iddpm_ext.networks.unet import UNet
 
 FIXED = ("fixed_small", "fixed_large")
-#: From what is known of x_0 given x_t; of ancestral steps and of DDIM's.
+#: Estimated from the variance of x_0 given x_t; with ancestral steps and DDIM's.
 COMPUTED = ("analytic", "optimal")
 CHOICES = (*FIXED, *COMPUTED)
-# On average at most so much of the noise of the last step that adds any, in levels of 8 bits.
+# Standard deviation of the noise that remains in the images, in levels of 8 bits, on average at most.
 _NOISE_LEVELS = 1.0
 
 
@@ -31,7 +31,8 @@ def with_variance(
 ) -> NetworkSpec:
     """`spec` with a chain, and where need be a network, of these variances; None leaves it as it is.
 
-    sampling: limit the noise that no later step sees. sampler, eta: as in `sample`.
+    sampling: limit the noise of the last noisy step, which no later step removes. sampler, eta: as in
+    `sample`.
 
     Raises ValueError for an unknown name, or where the checkpoint has no moments or head of its weights.
     """

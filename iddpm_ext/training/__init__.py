@@ -1,4 +1,4 @@
-"""Training: one configuration, one loop, checkpoints that survive anything."""
+"""Training: one configuration, one loop, atomic checkpoints."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 __all__ = ["TrainConfig", "newest_checkpoint", "train"]
 
-# The configuration alone is what `iddpm train --help` reads: torch is imported with the others.
+# Imported lazily, since they import torch, which `iddpm train --help` does not need.
 _LAZY = {"newest_checkpoint": "iddpm_ext.checkpoint.runs", "train": "iddpm_ext.training.loop"}
 
-if not TYPE_CHECKING:  # to a checker it would say that every name exists
+if not TYPE_CHECKING:  # a type checker would take every name for an existing one
 
     def __getattr__(name: str) -> Any:
         if name not in _LAZY:

@@ -1,4 +1,4 @@
-"""Forward and backward pass of a training step as one CUDA graph."""
+"""The forward and backward pass of a training step as one CUDA graph."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def supports_device(device: torch.device) -> bool:
 
 
 def why_not_fused(config: TrainConfig, device: torch.device) -> str | None:
-    """None if the run trains by `fused.FusedTraining`, else the reason."""
+    """None if the run can train by `fused.FusedTraining`, else the reason."""
     if not supports_device(device):
         return f"the device is {device}"
     for name in ("compile", "fsdp", "gradient_checkpointing", "plain", "classifier"):
@@ -29,7 +29,7 @@ def why_not_fused(config: TrainConfig, device: torch.device) -> str | None:
 
 
 def why_not_captured(config: TrainConfig, device: torch.device) -> str | None:
-    """None if forward and backward pass are one graph, else the reason."""
+    """None if forward and backward pass can be captured as a graph, else the reason."""
     if not config.cuda_graph:
         return "cuda_graph is off"
     reason = why_not_fused(config, device)
@@ -39,8 +39,11 @@ def why_not_captured(config: TrainConfig, device: torch.device) -> str | None:
 
 
 class Inputs(NamedTuple):
-    """What a step computes with: x_0 [N, C, H, W]; positions, t and labels int64 [N]; weight [N];
-    low_res [N, C, h, w] of a super-resolution network."""
+    """The inputs of a step.
+
+    x_0 [N, C, H, W]; positions, t and labels int64 [N]; weight [N]; low_res [N, C, h, w] for a
+    super-resolution network.
+    """
 
     x_0: Tensor
     positions: Tensor
@@ -54,10 +57,9 @@ Pass = Callable[[Inputs], dict[str, Tensor]]
 
 
 class CapturedPass:
-    """Does what `run` does, by replaying it: the losses of some images and the parameters' gradients.
+    """Replays `run` as a graph: it computes the losses of some images and the parameters' gradients.
 
-    The gradients are written anew each time, not added to, into the same memory. The losses are
-    overwritten by the next call.
+    Each call overwrites the gradients (it does not accumulate) and the losses of the previous one.
     """
 
     def __init__(self, run: Pass, parameters: Iterable[Tensor], graphs: Graphs):
@@ -69,7 +71,7 @@ class CapturedPass:
         self._losses: dict[str, Tensor] = {}
 
     def __call__(self, inputs: Inputs) -> dict[str, Tensor]:
-        """Inputs of the same shapes at every call. Raises RuntimeError where it cannot be captured."""
+        """The losses; inputs must have the same shapes in all calls. RuntimeError if capture fails."""
         replay = self._replay or self._captured(inputs)
         assert self._inputs is not None
         self._graphs.follow()
@@ -95,6 +97,6 @@ class CapturedPass:
     def _work(self) -> None:
         assert self._inputs is not None
         for parameter in self._parameters:
-            parameter.grad = None  # a new one is written, an old one would be added to
+            parameter.grad = None  # otherwise backward would accumulate
         self._losses = self._run(self._inputs)
         self._gradients = [parameter.grad for parameter in self._parameters]

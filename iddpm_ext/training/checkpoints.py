@@ -1,8 +1,8 @@
-"""Checkpoint directories that are either complete or absent, whatever happens to the process.
+"""Writes checkpoint directories atomically: they are either complete or absent.
 
-A checkpoint is `step-N/`, as `iddpm_ext.checkpoint.runs` reads it. It is written under a temporary
-name in the same folder, each file and the directory flushed to disk, then renamed, then the parent
-flushed; older ones are deleted last. Nothing in it is ever unpickled.
+A checkpoint is a directory `step-N/`, as `iddpm_ext.checkpoint.runs` reads it. It is written under a
+temporary name in the same folder, every file and the directory are flushed to disk, it is renamed, and the
+parent is flushed; then older ones are deleted. Nothing in it is ever unpickled.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def write_checkpoint(
     """Writes `folder/step-N` and deletes all but the newest `keep` up to it.
 
     tensors: file name -> (tensors by name, text metadata or None). state: JSON-ready.
-    What a killed process left half-written is removed first. Returns the checkpoint's path. Raises
-    OSError, in which case the older checkpoints stand as they were.
+    Removes what killed processes left half-written first. Returns the checkpoint's path. Raises OSError,
+    after which the older checkpoints are unchanged.
     """
     folder.mkdir(parents=True, exist_ok=True)
     final, temporary = folder / f"step-{step}", folder / f".step-{step}.tmp-{os.getpid()}"
@@ -52,7 +52,7 @@ def write_checkpoint(
         _write(temporary / MANIFEST, _json(manifest))
         flush(temporary)
         if final.exists():
-            # A directory cannot be renamed over another: the old one steps aside first.
+            # A directory cannot be renamed over another, so the old one is renamed first.
             aside = folder / f".step-{step}.old-{os.getpid()}"
             final.rename(aside)
             temporary.rename(final)
@@ -63,7 +63,7 @@ def write_checkpoint(
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    # Those of later steps were found unsound, else the run had gone on from them: they take no one's place.
+    # Checkpoints of later steps are damaged, or the run would have continued from them: not counted.
     for _, old in [entry for entry in list_checkpoints(folder) if entry[0] <= step][keep:]:
         shutil.rmtree(old)
     return final

@@ -36,68 +36,68 @@ class TrainConfig:
     Attributes:
         data: what `iddpm_ext.data.open_data` reads; must be given.
         out: the run's folder; must be given.
-        steps: optimiser steps in all; a resumed run counts those already made.
-        batch_size: images a step, over all processes and accumulated parts.
-        accumulate: parts that each process computes its share of a batch in, one after the other.
+        steps: optimiser steps in all, including those before a run was resumed.
+        batch_size: images per step, over all processes and accumulated parts.
+        accumulate: number of parts in which each process computes its share of a batch.
         image_size: side that images are resized and cropped to; None keeps the data's.
-        channels: 1 or 3; None for what the data has.
+        channels: 1 or 3; None for those of the data.
         flip: mirror half of the images.
         workers: processes that decode images; 0 does it in the training process.
         cache: decode all images once, when the run begins, and keep them in memory.
         bad_images: skip (and count) or stop at unreadable images.
-        split: train, test, or all, which takes no folder for a split.
-        classes: where they come from: auto; folders, names or file (dataset.json); ids, where labels are any
-            numbers; a column of a Hugging Face data set; none.
-        value_range: the values of black and white, 0,1 or 0,4095 or =-1,1, where their type does not tell.
-        alpha: what becomes of transparent pixels: refuse; drop (the colours below show); black or white.
-        class_cond: give the network the class.
-        label_dropout: chance that an image's class is withheld, for guidance.
-        super_resolution: train a network that enlarges images of this side to image_size; it is given the
-            data's, reduced by averaging.
+        split: train, test, or all, for which folders of these names are not splits.
+        classes: source of the classes: auto; folders, names or file (dataset.json); ids, for labels that are
+            arbitrary numbers; a column of a Hugging Face data set; none.
+        value_range: the values of black and white, 0,1 or 0,4095 or =-1,1, if the type does not imply them.
+        alpha: handling of transparent pixels: refuse; drop (keep their colours); black or white.
+        class_cond: train a class-conditional network.
+        label_dropout: probability of training an image without its class, for guidance.
+        super_resolution: train a network that enlarges images of this side to image_size; its inputs are
+            the data's images, reduced by averaging.
         classifier: train a classifier of noisy images, which guides the samples of another network.
-        model_channels: width of the first level; at 32 every channel is a group of its own in GroupNorm,
+        model_channels: width of the first level; with 32, every channel is a GroupNorm group of its own,
             and samples are tinted.
-        num_res_blocks: residual blocks a level.
+        num_res_blocks: residual blocks per level.
         channel_mult: width of each level, in model_channels.
         attention_resolutions: feature-map sides with attention.
         num_heads: attention heads.
-        num_heads_upsample: those on the way up; None for as many.
-        num_head_channels: width of an attention head, in place of the numbers of heads.
-        attention_order: legacy, or new, in which guided-diffusion can order queries, keys and values.
-        resblock_updown: let residual blocks resample between the levels, as guided-diffusion can.
+        num_heads_upsample: attention heads of the decoder; None for the same number.
+        num_head_channels: width of an attention head, instead of the numbers of heads.
+        attention_order: order of queries, keys and values: legacy, or new, an option of guided-diffusion.
+        resblock_updown: let residual blocks resample between the levels, an option of guided-diffusion.
         pool: how a classifier's features become logits: attention (needs num_head_channels), adaptive,
             spatial or spatial_v2.
-        dropout: chance of dropping a feature.
-        scale_shift: let the time embedding scale and shift, not only shift.
+        dropout: probability of dropping a feature.
+        scale_shift: let the time embedding scale and shift features, not only shift them.
         schedule: noise schedule.
         diffusion_steps: T.
         variance: of the reverse process.
         prediction: what the network predicts; velocity is also called v.
-        rescale_timesteps: tell the network t * 1000/T.
+        rescale_timesteps: give the network t * 1000/T.
         zero_terminal_snr: rescale the schedule so that the chain ends in pure noise; not with epsilon.
         objective: simple, hybrid (simple + vlb_weight T vlb) or vlb.
         vlb_weight: see objective.
-        min_snr: gamma of min-SNR weights of the squared error, 5 as a rule; None for none. Not with vlb.
+        min_snr: gamma of min-SNR weighting of the squared error, usually 5; None for none. Not with vlb.
         timestep_sampler: uniform, or loss-second-moment, the importance sampler.
         lr: peak learning rate.
         lr_warmup: steps over which it rises linearly.
-        lr_decay: let it fall linearly to zero at the last step.
+        lr_decay: decay the rate linearly to zero at the last step.
         weight_decay: of AdamW.
-        ema: decays of the averaged weights; the first is what samples are drawn with.
-        ema_warmup: at update n use no decay above (1 + n) / (10 + n).
+        ema: decays of the averaged weights; the first average draws the samples.
+        ema_warmup: limit the decay of update n to (1 + n) / (10 + n).
         grad_clip: largest norm of the gradient; None for no limit.
-        dtype: float32, or the type of autocast over float32 weights; float16 scales the loss.
+        dtype: float32, or the dtype of autocast with float32 weights; float16 uses loss scaling.
         gradient_checkpointing: trade computation for memory.
-        channels_last: keep features in that memory format on the CPU too; on a CUDA device they always are.
+        channels_last: use that memory format on the CPU too; a CUDA device always uses it.
         compile: run the network through torch.compile.
         plain: compute the network by PyTorch's own functions alone, without this package's kernels.
         cuda_graph: on a CUDA device, replay forward and backward pass as a graph; not with accumulate above
-            1, compile, fsdp or gradient_checkpointing, which a note then says.
+            1, compile, fsdp or gradient_checkpointing; a message then says so.
         fsdp: split weights and optimiser over the processes of torchrun.
         noise_scale: log the gradient-noise scale; needs accumulate of at least 2.
         save_every: steps between checkpoints.
-        keep: checkpoints that stay.
-        sample_every: steps between grids of samples, and one after the last step; 0 for none at all.
+        keep: number of checkpoints to keep.
+        sample_every: steps between grids of samples, of which there is also a last one; 0 for none.
         sample_steps: sampling steps of a grid.
         sample_count: images of a grid.
         log_every: steps between records in metrics.jsonl.
@@ -105,11 +105,11 @@ class TrainConfig:
         progress: show a progress bar.
         seed: of everything random.
         device: auto, cpu or cuda.
-        resume: auto continues from the newest sound checkpoint in out; never refuses a folder with any.
-        init_from: weights to start from, whatever load reads: a bundled name, a file, a run's folder. What is
-            left at its default of network and process is taken from there; the others must agree.
-        init_ema: files of averaged weights, one for each decay of ema in order; else they start at init_from.
-        init_optimizer: an optNNNNNN.pt of improved-diffusion; the run goes on at its step.
+        resume: auto continues from the newest valid checkpoint in out; never refuses a folder with any.
+        init_from: weights to start from, anything that load reads: a bundled name, a file, a run's folder.
+            Settings of network and process at their defaults are taken from it; the others must agree.
+        init_ema: files of averaged weights, one for each decay of ema in order; by default init_from.
+        init_optimizer: an optNNNNNN.pt of improved-diffusion; the run continues at its step.
     """
 
     data: str = ""

@@ -1,4 +1,4 @@
-"""What a run trains: the network's configuration and its process, from the settings or from a file."""
+"""The network and the diffusion process that a run trains, from its settings or from a file."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .config import TrainConfig
 
 ImageShape = tuple[int, int, int]
 
-# Setting -> what it is in the network's configuration. Dropout is the run's own.
+# Setting -> field of the network's configuration. Dropout is missing, as it need not agree with a file's.
 _NETWORK = {
     "model_channels": "model_channels",
     "num_res_blocks": "num_res_blocks",
@@ -62,8 +62,8 @@ class Start:
 class Design:
     """The network that a run trains, and the process that it is trained for.
 
-    low_res: side of the images that a super-resolution network is given; None of any other network.
-    start: the weights to begin with, None for new ones. notes: what is worth saying about all this.
+    low_res: side of the input images of a super-resolution network; None for other networks. start: the
+    weights to start from, None for new ones. notes: messages for the user.
     """
 
     network: UNetConfig | ClassifierConfig
@@ -116,13 +116,13 @@ def design_of_checkpoint(config: TrainConfig, path: Path) -> Design:
 def design_of_file(
     config: TrainConfig, image_shape: ImageShape, class_names: tuple[str, ...] | None
 ) -> Design:
-    """The design of the network in `config.init_from`, whose weights it has as its `start`.
+    """The design of the network in `config.init_from`, with its weights as `start`.
 
-    Settings of network and process that are at their defaults are the file's; of the others, those of the
-    network must agree with the file, those of the process go before it. The size of the images, dropout
-    and, in a file of OpenAI's, the number of classes are the run's.
+    Settings of network and process that are at their defaults are taken from the file. Of the others, those
+    of the network must agree with the file, while those of the process override it. Image size, dropout and,
+    for a file of OpenAI's, the number of classes are always the run's.
 
-    Raises ValueError where settings or data do not fit the file, naming all that does not.
+    Raises ValueError if settings or data do not fit the file, naming all that do not.
     """
     name = config.init_from
     path, described, tensors = read_start(config, name, image_shape, average=False)
@@ -153,7 +153,7 @@ def design_of_file(
 
 
 def read_start(config: TrainConfig, name: str, image_shape: ImageShape, *, average: bool) -> Any:
-    """(path, described, tensors) of a bundled name, file or folder that a run begins with."""
+    """(path, described, tensors) of a bundled name, file or folder that a run starts from."""
     if name not in bundled() and not Path(name).exists():
         raise FileNotFoundError(f"train: init files must exist, got {name!r}")
     side = max(image_shape[1:])
@@ -174,15 +174,15 @@ def read_start(config: TrainConfig, name: str, image_shape: ImageShape, *, avera
         flags["num_heads"] = config.num_heads
     default = TrainConfig()
     for key, argument in _PROCESS.items():
-        # What a variance is, the tensors tell, unless it is said.
+        # The tensors determine the kind of variance, unless it is set explicitly.
         if key != "variance" or config.variance != default.variance:
             flags[argument] = getattr(config, key)
-    del flags["zero_terminal_snr"]  # which no file of OpenAI's has
+    del flags["zero_terminal_snr"]  # no file of OpenAI's has it
     return read_network(name, average=average, otherwise=flags)
 
 
 def _contradictions(config: TrainConfig, network: UNetConfig | ClassifierConfig) -> list[str]:
-    """Settings that are not at their defaults and not the network's."""
+    """Settings that differ from both their defaults and the network's."""
     default, known = TrainConfig(), {field.name for field in fields(network)}
     found = []
     for name, theirs in _NETWORK.items():
@@ -200,7 +200,7 @@ def _fitted(
     *,
     openai: bool,
 ) -> tuple[Any, list[str]]:
-    """The file's configuration for the run's images and classes, and in what it cannot be."""
+    """The file's configuration adapted to the run's images and classes, and what does not fit."""
     channels, height, width = image_shape
     wrong = []
     if network.in_channels != channels:
@@ -229,7 +229,7 @@ def _fitted(
 
 
 def _process(config: TrainConfig, theirs: Diffusion | None) -> Diffusion:
-    """The file's process, with the settings that are not at their defaults in place of its own."""
+    """The file's process, overridden by the settings that are not at their defaults."""
     given = {ours: getattr(config, name) for name, ours in _PROCESS.items()}
     if theirs is None:
         return Diffusion(**given)
@@ -245,7 +245,7 @@ def _process(config: TrainConfig, theirs: Diffusion | None) -> Diffusion:
 
 
 def labels_kept(start: Start, rows: int) -> tuple[dict[str, Tensor], list[str]]:
-    """The tensors of a start for a network of `rows` classes, and a note where classes are left out."""
+    """The tensors of a start for a network of `rows` classes, and a note if it has more."""
     tensors = start.tensors
     if not start.of_openai or LABELS not in tensors or not len(tensors[LABELS]) > rows > 0:
         return tensors, []
@@ -254,5 +254,5 @@ def labels_kept(start: Start, rows: int) -> tuple[dict[str, Tensor], list[str]]:
 
 
 def network_of_metadata(metadata: dict[str, str]) -> dict[str, Any]:
-    """The configuration of the network, U-Net or classifier, in a file of ours."""
+    """The configuration of the network, U-Net or classifier, in a file of this package."""
     return json.loads(metadata["unet"] if "unet" in metadata else metadata["classifier"])

@@ -1,9 +1,10 @@
-"""A `UNet` as a GPU trains it: channels_last, few passes over memory, weights already in the features' dtype.
+"""A `UNet` fused for training on a GPU: channels_last, few passes over memory, weights in half precision.
 
-The same fusions as `engines/cuda/network.py`, differentiable: a convolution's bias, the skip connection
-and the concatenation are read by the normalisation after them, whose backward pass adds their gradients up.
+It has the fusions of `engines/cuda/network.py`, with gradients: the normalisation reads the convolution's
+bias, the skip connection and the parts of the concatenation before it; its backward pass sums their
+gradients.
 
-Nothing here knows of CUDA: every function is PyTorch's or ours, and runs on any device.
+Nothing here is specific to CUDA: all functions are PyTorch's or ops of this package, on any device.
 """
 
 from __future__ import annotations
@@ -37,11 +38,11 @@ class FusedTraining:
     """The network in training mode, with gradients for the parameters of `model`.
 
     model: float32 parameters.
-    dtype: of the features: float32, bfloat16 or float16. The two ends, the timestep path, and all sums
-        and statistics are float32.
+    dtype: of the features: float32, bfloat16 or float16. The first and last convolution, the timestep path,
+        and all sums and statistics are float32.
 
     Attributes:
-        copies: of parameters, in `dtype`; the optimiser writes them when it updates the parameters.
+        copies: copies of parameters in `dtype`, which the optimiser updates with the parameters.
     """
 
     def __init__(self, model: UNet, dtype: torch.dtype):
@@ -67,11 +68,11 @@ class FusedTraining:
         return self.copies.get(weight, weight)
 
     def _matrix(self, layer: nn.Module) -> Tensor:
-        """[K, C] of a layer of one tap."""
+        """The weight [K, C] of a 1x1 convolution."""
         return self._weight(layer).flatten(1)
 
     def collect(self) -> None:
-        """Adds the gradients of the copies to those of the parameters, which are float32."""
+        """Adds the gradients of the copies to the float32 gradients of the parameters."""
         fresh: tuple[list[Tensor], list[Tensor]] = ([], [])
         more: tuple[list[Tensor], list[Tensor]] = ([], [])
         for parameter, copy in self.copies.items():
@@ -105,7 +106,7 @@ class FusedTraining:
             if low_res is not None:
                 x = torch.cat([x, upsample_to(low_res, x)], dim=1)
             h = F.conv2d(x.contiguous(memory_format=_LAST), first.weight, None, padding=1)
-            # Images of one channel are of either format: the convolution's result may be of the other.
+            # Of one-channel images no format can be told, so the convolution may return the other one.
             features = _Features(h.to(self.dtype, memory_format=_LAST), None, first.bias)
             skips = [features]
             for block in model.input_blocks[1:]:
@@ -118,13 +119,13 @@ class FusedTraining:
             return F.conv2d(h.float(), head[2].weight, head[2].bias, padding=1)
 
     def _embeddings(self, emb: Tensor) -> Iterator[tuple[Tensor, ...]]:
-        """What each residual block adds, one matrix product for all: (scale, shift), or (bias,)."""
+        """The embeddings of each residual block, by one matrix product: (scale, shift), or (bias,)."""
         weights, biases, widths = [], [], list[int]()
         for block in self._res_blocks:
             linear: Any = block.emb_layers[1]
             weights.append(self._weight(linear))
             conv: Any = block.in_layers[2]
-            # Where the embedding is a bias, that of the convolution before comes with it.
+            # If the embedding is only added, it includes the bias of the convolution before.
             biases.append(linear.bias if block.scale_shift else linear.bias + conv.bias)
             widths += [conv.out_channels] * (2 if block.scale_shift else 1)
         product = F.linear(F.silu(emb).to(self.dtype), torch.cat(weights))
@@ -208,7 +209,7 @@ class FusedTraining:
     def _normalised(
         self, norm: GroupNormSiLU, features: _Features, beside: Tensor | None = None
     ) -> Tensor:
-        """The normalised features, of which the sum is written in the same pass."""
+        """The normalised features; the same pass writes their sum for later layers."""
         common: Any = {"eps": norm.eps, "silu": norm.silu, "x2": beside, "backend": norm.backend}
         if features.bias is None and features.residual is None:
             return group_norm_silu(features.h, norm.num_groups, norm.weight, norm.bias, **common)
@@ -221,13 +222,13 @@ class FusedTraining:
 
 
 class _Features:
-    """A feature map [N, C, H, W] before its last sums: h + residual + bias, with bias [C]."""
+    """A feature map h + residual + bias [N, C, H, W] whose sums are not computed yet; bias is [C]."""
 
     def __init__(self, h: Tensor, residual: Tensor | None = None, bias: Tensor | None = None):
         self.h, self.residual, self.bias = h, residual, bias
 
     def settled(self) -> Tensor:
-        """The sum, as a pass of its own where no normalisation has written it yet."""
+        """The sum, computed now unless it has been already."""
         if self.residual is not None or self.bias is not None:
             self.h = settle(self.h, self.residual, self.bias)
         self.residual = self.bias = None
@@ -235,7 +236,7 @@ class _Features:
 
 
 class _AddProduct(torch.autograd.Function):
-    """h plus a convolution of one tap of the concatenation of parts, which is not made, in place."""
+    """h + a 1x1 convolution of the concatenation of parts, in place, without building the latter."""
 
     @staticmethod
     def forward(ctx: Any, h: Tensor, matrix: Tensor, *parts: Tensor) -> Tensor:
@@ -264,9 +265,9 @@ class _AddProduct(torch.autograd.Function):
 
 
 class _Product(torch.autograd.Function):
-    """rows @ matrix.t() as images like `like`, which are no view: sums are written into them.
+    """rows @ matrix.t() as images like `like`, which are no view, as later sums are written into them.
 
-    The gradient of what is written into a view is copied several times, and loses its memory format.
+    Autograd copies gradients of views that are written to several times, and drops their memory format.
     """
 
     @staticmethod
@@ -307,7 +308,7 @@ class _Linear(torch.autograd.Function):
 
 
 def _in_memory_order(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The elements as they lie in memory, where that is alike for all: many tensors, one kernel."""
+    """Flat views in memory order, if the layouts are equal; then one kernel takes many tensors."""
     first = tensors[0]
     if all(leaves_no_gaps(t) and _strides(t) == _strides(first) for t in tensors):
         return tuple(t.as_strided((t.numel(),), (1,)) for t in tensors)
@@ -315,7 +316,7 @@ def _in_memory_order(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def _strides(x: Tensor) -> list[int]:
-    """Of the dimensions that have more than one element."""
+    """The strides of the dimensions that have more than one element."""
     return [stride for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1]
 
 

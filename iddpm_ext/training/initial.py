@@ -25,13 +25,13 @@ _EMA_FILE = re.compile(r"ema_([0-9.]+)_\d+\.pt")
 
 
 def start_from(state: TrainState, config: TrainConfig, start: Start) -> list[str]:
-    """Takes the weights of `start` and what `config.init_ema` and `init_optimizer` name; returns notes.
+    """Loads the weights of `start`, `config.init_ema` and `config.init_optimizer`; returns messages.
 
-    With an optimiser the run goes on at its step. Raises ValueError where a file does not fit the run's
-    network, saying how.
+    With an optimiser the run continues at its step. Raises ValueError if a file does not fit the run's
+    network, saying why.
     """
     notes = []
-    # OpenAI's code never withholds a label.
+    # OpenAI's code trains without label dropout.
     state.trained_before(0.0 if start.of_openai else start.extra.get("label_dropout"))
     names, before = state.class_names, start.extra.get("class_names")
     if state.model.config.num_classes and names and before and list(names) != before:
@@ -87,10 +87,10 @@ def _fitting(start: Start, state: TrainState) -> tuple[dict[str, Tensor], list[s
 def _read_optimizer(
     path: Path, state: TrainState, config: TrainConfig
 ) -> tuple[dict[str, dict[str, Tensor]], int, list[str]]:
-    """moment -> parameter's name -> tensor, the number of steps made, and notes.
+    """moment -> parameter's name -> tensor, the number of steps, and messages.
 
-    The file is the state of a `torch.optim.AdamW`, which numbers parameters in the network's order; from
-    half-precision training it has one or two flat vectors in place of them.
+    The file is the state of a `torch.optim.AdamW`, which numbers parameters in the network's order. After
+    half-precision training it has one or two flat vectors instead.
     """
     if not path.is_file():
         raise FileNotFoundError(f"train: init_optimizer must exist, got {str(path)!r}")
@@ -146,8 +146,10 @@ def _by_name(path: Path, values: list[Tensor], state: TrainState) -> dict[str, T
 def _unflattened(
     path: Path, values: list[Tensor], shapes: Mapping[str, torch.Size]
 ) -> dict[str, Tensor]:
-    """Flat vectors taken apart: one of all parameters, or one of those with at most a dimension and
-    one of the others."""
+    """Splits flat vectors into parameters.
+
+    There is one of all parameters; or one of those with at most one dimension, and one of the others.
+    """
     groups = [list(shapes)]
     if len(values) == 2:
         groups = [

@@ -1,4 +1,4 @@
-"""What a run tells while it lasts: metrics.jsonl, TensorBoard, a progress bar."""
+"""The log of a run: metrics.jsonl, TensorBoard, a progress bar."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import math
 import sys
 import time
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from tqdm import tqdm
@@ -20,21 +19,21 @@ _LINE_EVERY_SECONDS = 60.0
 
 
 def say(text: str) -> None:
-    """A message to whoever watches, above a progress bar if there is one."""
+    """Prints a message, above a progress bar if there is one."""
     tqdm.write(text, file=sys.stderr)
     sys.stderr.flush()
 
 
 class RunLog:
-    """Writes records of a run; every method does nothing on a process that is not the `main` one.
+    """Writes records of a run; does nothing in processes other than the `main` one.
 
     Args:
         out: the run's folder.
-        first_step, steps: where this life of the run begins and where the run is to end. Records after
-            `first_step`, of a life that got further than its last checkpoint, are dropped.
-        main: whether this is the process that speaks.
-        tensorboard: write the same numbers for TensorBoard, into out/tensorboard.
-        progress: show a bar on a terminal, or a line a minute elsewhere.
+        first_step, steps: where this process starts and the run ends. Records after `first_step`, from an
+            earlier process that got further than its last checkpoint, are dropped.
+        main: whether this is the process that writes.
+        tensorboard: also write the numbers for TensorBoard, into out/tensorboard.
+        progress: show a bar on a terminal, or a line per minute elsewhere.
 
     Raises:
         ImportError: TensorBoard is asked for and not installed.
@@ -74,12 +73,7 @@ class RunLog:
     def __enter__(self) -> RunLog:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._main:
             self._bar.close()
             self._file.close()
@@ -87,7 +81,7 @@ class RunLog:
                 self._writer.close()
 
     def step(self) -> None:
-        """One more step is done."""
+        """Counts one more step."""
         if self._main:
             self._bar.update()
 
@@ -95,7 +89,7 @@ class RunLog:
         """One line of metrics.jsonl: numbers with `step` among them, null where not finite."""
         if not self._main:
             return
-        # JSON has no word for infinity: Python's own would be refused by other readers.
+        # JSON has no infinity: other readers refuse what Python writes for it.
         known = {k: v if math.isfinite(v) else None for k, v in values.items()}
         self._file.write(json.dumps(known) + "\n")
         self._file.flush()
@@ -105,12 +99,12 @@ class RunLog:
                     self._writer.add_scalar(name, value, values["step"])
 
     def due(self, step: int) -> bool:
-        """Whether a line is wanted now: after the first step, every minute, and after the last step."""
+        """Whether to print a line now: after the first step, every minute, and after the last step."""
         late = time.monotonic() - self._last_line >= _LINE_EVERY_SECONDS
         return self._progress and (late or step == self._steps)
 
     def line(self, values: dict[str, Any]) -> None:
-        """How far the run is, on the bar or as a line; to be called when one is due."""
+        """Shows the progress, on the bar or as a line; to be called when one is due."""
         self._last_line = time.monotonic()
         pace = f"loss {values['loss']:.4f}, {values['images_per_second']:.1f} images/s"
         if not self._bar.disable:
@@ -120,13 +114,13 @@ class RunLog:
         say(f"step {values['step']}/{self._steps}: {pace}{left}")
 
     def say(self, text: str) -> None:
-        """A message to whoever watches."""
+        """Prints a message."""
         if self._main:
             say(text)
 
 
 def _drop_after(path: Path, step: int) -> None:
-    """Removes records of steps after `step`, and a line that was cut off, all at once or not at all."""
+    """Removes records of steps after `step`, and an incomplete last line, atomically."""
     if not path.exists():
         return
     kept = []

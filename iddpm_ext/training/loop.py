@@ -31,21 +31,21 @@ from .step import positions_of, reduced, summarise, train_step
 
 # Steps in a row without a finite gradient that end a run; float16 needs a few to find its scale.
 _MAX_SKIPPED = 20
-# The processes agree on a wish to stop only so often, since they wait for one another to do it.
+# Steps between exchanges on whether to stop, for which processes wait for one another.
 _AGREE_EVERY = 5
 
 
 def train(config: TrainConfig) -> Path:
     """Trains a network as `config` says and returns the path of the last checkpoint.
 
-    A folder that holds a run is resumed: weights, optimiser, averages, loss scale, the sampler's history
-    and the place in the data are taken from the newest checkpoint that verifies. On the CPU with a fixed
-    number of threads a run that was stopped and resumed ends with the same bits as one that was not.
-    SIGTERM, SIGINT and SIGUSR1 save and return early. Under torchrun all processes train one network.
-    On the CPU the process keeps freed memory from then on (`memory.keep_freed_memory`).
+    If the folder holds a run, it is resumed: weights, optimiser, averages, loss scale, the sampler's history
+    and the position in the data are restored from the newest valid checkpoint. On the CPU with a fixed
+    number of threads, a run that was stopped and resumed ends with the same bits as one that was not.
+    SIGTERM, SIGINT and SIGUSR1 save a checkpoint and return early. Under torchrun all processes train one
+    network. On the CPU, glibc keeps freed memory in this process from then on (`memory.keep_freed_memory`).
 
     Raises:
-        ValueError, FileNotFoundError: the data or the configuration cannot be used; see the message.
+        ValueError, FileNotFoundError: the data or the configuration cannot be used.
         RuntimeError: 20 steps in a row had no finite gradient.
     """
     for name in ("data", "out"):
@@ -78,7 +78,7 @@ def train(config: TrainConfig) -> Path:
             notes += state.restore(newest)
         elif design.start is not None:
             notes += start_from(state, config, design.start)
-        del design  # with the file's tensors
+        del design  # frees the file's tensors
         if parallel.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
             _write_json(out / "config.json", config)
@@ -119,7 +119,7 @@ def _run(
         measures, complaints = train_step(config, state, source, parallel)
         bad_images += len(complaints)
         for complaint in complaints:
-            # Each pass over the data meets it again.
+            # Once, not in every pass over the data.
             if complaint not in named:
                 log.say(f"skipped an image: {complaint}")
             named.add(complaint)
@@ -150,12 +150,12 @@ def _run(
 
 
 class _Meter:
-    """Sums the measures between two records, and keeps the time."""
+    """Sums the measures between two records, and measures the time."""
 
     def __init__(self, config: TrainConfig, state: TrainState, parallel: Parallel):
         self._config, self._state, self._parallel = config, state, parallel
         self._started, self._seconds_before = time.monotonic(), state.seconds
-        # When the interval that is measured began, without what was spent on something else in it.
+        # Start of the measured interval, moved on by pauses; and images by then.
         self._last = (self._started, state.images)
         self._drawn = 0.0
         self._sum: Tensor | None = None
@@ -168,7 +168,7 @@ class _Meter:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """What is done within it counts for the time that is left, not for the images a second."""
+        """A context whose time counts for the remaining time, not for the images per second."""
         began = time.monotonic()
         yield
         seconds = time.monotonic() - began
@@ -176,13 +176,13 @@ class _Meter:
         self._last = (self._last[0] + seconds, self._last[1])
 
     def glance(self) -> dict[str, float | int]:
-        """What a line says: of this process alone, which waits for no other one."""
+        """The numbers of a line: those of this process alone, without waiting for others."""
         assert self._sum is not None
         loss = summarise(self._config, self._sum / self._count, self._parallel.size)["loss"]
         return {"step": self._state.step, "loss": loss, **self._pace(time.monotonic())}
 
     def _pace(self, now: float) -> dict[str, float | int]:
-        """Images a second since the last record, and the seconds that are left at that pace."""
+        """Images per second since the last record, and the remaining seconds at that pace."""
         then, images = self._last
         rate = (self._state.images - images) / max(now - then, 1e-9)
         left = (self._config.steps - self._state.step) * self._config.batch_size / rate
@@ -193,7 +193,7 @@ class _Meter:
         }
 
     def record(self) -> dict[str, float | int]:
-        """One record of the steps since the last one; every process must call it."""
+        """The record of the steps since the last one; every process must call it."""
         assert self._sum is not None
         state, now = self._state, time.monotonic()
         mean = self._parallel.mean(self._sum / self._count)
@@ -212,7 +212,7 @@ class _Meter:
 
 
 def _agreed(wish: bool, step: int, parallel: Parallel) -> bool:
-    """Whether any process wants to stop, known to all at the same step."""
+    """Whether any process wants to stop; all processes find out at the same step."""
     if parallel.size == 1:
         return wish
     return step % _AGREE_EVERY == 0 and parallel.any(wish)
@@ -231,11 +231,11 @@ def _require_finite(state: TrainState, folder: Path) -> None:
 def _draw_samples(
     config: TrainConfig, state: TrainState, data: ImageData, parallel: Parallel, stop: StopSignals
 ) -> None:
-    """A grid of samples with the averaged weights in out/samples, always from the same noise.
+    """Writes a grid of samples of the averaged weights to out/samples, always from the same noise.
 
-    Those of a super-resolution network enlarge the first images of the data, which are reduced for it.
+    A super-resolution network enlarges the first images of the data, reduced in size.
 
-    None once the run is asked to stop, also where that happens half way: who asks may not wait so long.
+    Once the run is asked to stop, sampling is abandoned: whoever asks may not wait so long.
     """
     model = state.averaged_model(parallel)
     if model is not None:
@@ -278,7 +278,7 @@ def _draw_samples(
 
 
 def _design(config: TrainConfig, data: ImageData, newest: Path | None) -> Design:
-    """Of the run's checkpoint, where it is resumed, of the file that it begins with, or of the settings."""
+    """The design from the checkpoint if the run is resumed, else from `init_from`, else from the settings."""
     if newest is not None:
         return design_of_checkpoint(config, newest)
     if config.init_from:
@@ -301,7 +301,7 @@ def _open(config: TrainConfig) -> ImageData:
         setting = "classifier" if config.classifier else "class_cond"
         raise ValueError(
             f"train: {setting} must be off for data without classes (every image in a folder of its "
-            "class, or names that begin with it and '_'; two images a class on average), "
+            "class, or names that begin with it and '_'; two images per class on average), "
             f"got on for {'; '.join([config.data, *data.notes])}"
         )
     _, height, width = data.image_shape
@@ -361,7 +361,7 @@ def _announcement(state: TrainState, parallel: Parallel) -> str:
 
 
 def _own_generator() -> AbstractContextManager[None]:
-    """Within it, the global generators may be seeded: they are put back afterwards."""
+    """A context that restores the global generators at its end, so that they may be seeded in it."""
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     return torch.random.fork_rng(devices=devices)
 

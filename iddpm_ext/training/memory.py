@@ -1,22 +1,22 @@
-"""Keeps the allocator from giving memory back to the system between the tensors of two steps."""
+"""Keeps the allocator from returning freed memory to the system in every training step."""
 
 from __future__ import annotations
 
 import ctypes
 import platform
 
-# Of <malloc.h>.
+# Constants of <malloc.h>.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 _NEVER = -1
-_LARGEST = 32 << 20  # the most that glibc takes as a threshold of its mappings
+_LARGEST = 32 << 20  # the largest mmap threshold that glibc accepts
 
 
 def keep_freed_memory() -> bool:
-    """Tells glibc's malloc to keep what is freed, for this process and for good; False elsewhere.
+    """Makes glibc's malloc keep freed memory, for the rest of the process; False without glibc.
 
-    PyTorch allocates CPU tensors by malloc, which returns large blocks to the system as soon as they are
-    free. A training step then takes every activation from fresh pages, which the kernel has to clear: an
-    eighth of a small network's step.
+    PyTorch allocates CPU tensors by malloc, which returns large blocks to the system at once. Then all
+    activations of a training step are in fresh pages, which the kernel has to clear: an eighth of the time of
+    a small network's step.
     """
     if platform.libc_ver()[0] != "glibc":
         return False

@@ -17,21 +17,21 @@ _BETAS, _EPS = (0.9, 0.999), 1e-8
 
 
 class AdamWEMA(torch.optim.Optimizer):
-    """AdamW that moves the averages of its parameters too, and never makes the host wait.
+    """AdamW that also updates moving averages of its parameters, and never makes the host wait.
 
     Args:
-        params: float32 parameters; sharded ones (FSDP2) are updated where their shards are, which is
-            the same update, because it is elementwise.
-        averages: decay -> averaged parameters by name, in the order of params; changed in place.
-        lr, weight_decay: as of `torch.optim.AdamW`.
+        params: float32 parameters; of sharded ones (FSDP2) each process updates its shard, which gives the
+            same result, because the update is elementwise.
+        averages: decay -> averaged parameters by name, in the order of params; updated in place.
+        lr, weight_decay: as in `torch.optim.AdamW`.
 
     Attributes:
-        updates: steps really made, a tensor on the parameters' device.
-        copies: of some parameters, in another dtype, written with them; empty at first.
-        state: of each parameter its moments `exp_avg` and `exp_avg_sq`.
+        updates: number of updates without skipped ones, a tensor on the parameters' device.
+        copies: copies of some parameters in another dtype, updated with them; empty at first.
+        state: the moments `exp_avg` and `exp_avg_sq` of each parameter.
     """
 
-    # GradScaler then hands its found_inf over instead of reading it on the host.
+    # Makes GradScaler pass found_inf to `step` instead of reading it on the host.
     _step_supports_amp_scaling = True
 
     def __init__(
@@ -53,12 +53,12 @@ class AdamWEMA(torch.optim.Optimizer):
     def step(  # type: ignore[override]
         self, *, decays: Sequence[float], bad: Tensor, factor: Tensor | None = None
     ) -> None:
-        """One update, unless `bad` or the loss scaler's verdict says that a gradient is not finite.
+        """One update, skipped if `bad` or the loss scaler's found_inf says that a gradient is not finite.
 
         Args:
-            decays: of this update's averages, in the order of `averages`; warm-up makes them vary.
-            bad: 1 on the device to leave weights, moments and averages as they are, else 0.
-            factor: what multiplies the gradients, on the device.
+            decays: the averages' decays in this update, in the order of `averages`; they vary in warm-up.
+            bad: a tensor on the device, 1 to skip the update, else 0.
+            factor: a tensor on the device, by which the gradients are multiplied.
         """
         found: Any = getattr(self, "found_inf", None)
         skip = bad if found is None else torch.maximum(bad, found.to(bad.dtype))
@@ -81,7 +81,7 @@ class AdamWEMA(torch.optim.Optimizer):
         skip: Tensor,
         factor: Tensor | None,
     ) -> None:
-        """The parameters of these numbers, which all have copies or none."""
+        """Updates the parameters with these indices; either all of them have copies or none."""
         group, parameters = self.param_groups[0], [self._parameters[i] for i in chosen]
         exp_avgs, exp_avg_sqs = (
             [local(self.state[p][moment]) for p in parameters] for moment in MOMENTS

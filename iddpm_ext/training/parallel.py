@@ -1,6 +1,6 @@
-"""One process or many: what differs between them, in one place.
+"""Everything that differs between training in one process and in several.
 
-Processes are started by `torchrun`; DistributedDataParallel and FSDP2 are PyTorch's own.
+Processes are started by `torchrun`; they use PyTorch's DistributedDataParallel or FSDP2.
 """
 
 from __future__ import annotations
@@ -22,16 +22,15 @@ from iddpm_ext.files import locked
 from iddpm_ext.networks.classifier import Classifier
 from iddpm_ext.networks.unet import UNet
 
-# A rank whose peer has died must not wait for ever.
+# After this time a rank gives up waiting for others, which may have died.
 _TIMEOUT = timedelta(seconds=float(os.environ.get("IDDPM_DIST_TIMEOUT", "600")))
 
 
 class Parallel:
-    """The processes of a run, and this one's place among them.
+    """The processes of a run, and the rank of this one. A context that holds the process group.
 
     device: "auto", "cpu", "cuda" or "cuda:N"; under torchrun "cuda" means the local rank's.
     sharded: FSDP2 instead of DistributedDataParallel.
-    Leaves the process group as it found it when used as a context manager.
     """
 
     def __init__(self, device: str, *, sharded: bool = False):
@@ -58,13 +57,12 @@ class Parallel:
             process_group.end()
 
     def wrap(self, model: UNet | Classifier) -> nn.Module:
-        """The module to call in training: `model` itself, or with gradients averaged over the processes."""
+        """The module to call in training: `model`, wrapped to average gradients over several processes."""
         if self.size == 1 and not self.sharded:
             return model
         if self.sharded:
             return model  # its parameters have been sharded in place
-        # Gradients of 1x1 kernels, or of one input channel, have other strides where a dimension has one
-        # element: the same memory.
+        # Harmless: the strides differ only in dimensions of one element, as of 1x1 kernels.
         warnings.filterwarnings("ignore", message="Grad strides do not match bucket view")
         devices = [self.device] if self.device.type == "cuda" else None
         return nn.parallel.DistributedDataParallel(model, device_ids=devices)
@@ -82,7 +80,7 @@ class Parallel:
 
     @contextmanager
     def accumulating(self, module: nn.Module, last: bool) -> Iterator[None]:
-        """Within it, backward exchanges gradients only for the `last` part of a step."""
+        """A context in which backward exchanges gradients only for the `last` part of a step."""
         if isinstance(module, nn.parallel.DistributedDataParallel) and not last:
             with module.no_sync():
                 yield
@@ -118,7 +116,7 @@ class Parallel:
 
     @contextmanager
     def holding(self, folder: Path) -> Iterator[None]:
-        """Within it, `folder` is this run's alone: where another run holds it, every process raises."""
+        """A context that locks `folder` for this run; if another run holds it, every process raises."""
         with ExitStack() as stack:
             refusal: Exception | None = None
             if self.rank == 0:
@@ -139,13 +137,13 @@ class Parallel:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A sharded tensor put together, on every process; any other tensor itself."""
+    """The whole of a sharded tensor, on every process; other tensors as they are."""
     full: Any = getattr(tensor, "full_tensor", None)
     return tensor if full is None else full()
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's part of a sharded tensor, the same memory; any other tensor itself."""
+    """This process's shard of a sharded tensor, without a copy; other tensors as they are."""
     part: Any = getattr(tensor, "to_local", None)
     return tensor if part is None else part()
 

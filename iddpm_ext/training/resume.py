@@ -1,4 +1,4 @@
-"""Whether a run may go on from a checkpoint, and what is worth saying about it."""
+"""Whether a run may continue from a checkpoint, and messages about it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from iddpm_ext.data.classes import difference
 from .config import TrainConfig
 from .design import network_of_metadata
 
-# What the weights, the meaning of the optimiser's state or the order of the data depend on.
+# Settings that determine the weights, the meaning of the optimiser's state or the order of the data.
 _FIXED = (
     "channels", "image_size", "class_cond", "classifier", "pool", "super_resolution",
     "model_channels", "num_res_blocks", "channel_mult", "attention_resolutions", "num_heads",
@@ -29,10 +29,10 @@ _FREE = (
 
 
 def find_resume(folder: Path, config: TrainConfig, processes: int) -> tuple[Path | None, list[str]]:
-    """The checkpoint in `folder` to go on from, or None, and messages for the user.
+    """The checkpoint in `folder` to continue from, or None, and messages for the user.
 
-    Raises ValueError when the run may not go on: resume="never", or a setting that the weights depend on
-    is another than the checkpoint's.
+    Raises ValueError if the run may not continue: resume="never", or one of the settings in `_FIXED` differs
+    from the checkpoint's.
     """
     newest, skipped = newest_checkpoint(folder)
     notes = [f"skipped a checkpoint that is not sound: {line}" for line in skipped]
@@ -41,7 +41,7 @@ def find_resume(folder: Path, config: TrainConfig, processes: int) -> tuple[Path
     if config.resume == "never":
         raise ValueError(f"train: out must hold no checkpoint with resume='never', got {newest}")
     state = read_state(newest)
-    # A setting that is newer than the checkpoint was at its default.
+    # Settings that are newer than the checkpoint had their default values.
     before, now = {**TrainConfig().to_dict(), **state["config"]}, config.to_dict()
     changed = [name for name in now if name not in _FREE and before.get(name) != now[name]]
     broken = [name for name in changed if name in _FIXED]
@@ -56,9 +56,9 @@ def find_resume(folder: Path, config: TrainConfig, processes: int) -> tuple[Path
 
 
 def require_same_data(newest: Path, config: TrainConfig, data: ImageData) -> list[str]:
-    """Notes on data that is not what the checkpoint was trained on.
+    """Messages on differences from the data that the checkpoint was trained on.
 
-    Raises ValueError where it cannot be: images of another size or other channels, or other classes.
+    Raises ValueError if image size, channels or classes differ.
     """
     with safe_open(newest / "model.safetensors", framework="pt", device="cpu") as file:
         metadata = file.metadata()

@@ -1,17 +1,17 @@
-"""SIGTERM and SIGINT as a wish that the loop looks at between two steps."""
+"""Turns SIGTERM, SIGINT and SIGUSR1 into a flag that the training loop checks between two steps."""
 
 from __future__ import annotations
 
 import signal
 import threading
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 
 class StopSignals:
-    """While entered, `received` names the first SIGTERM, SIGINT or SIGUSR1 that came, else is None.
+    """A context in which `received` is the name of the first SIGTERM, SIGINT or SIGUSR1, or None.
 
-    A second SIGINT interrupts at once. Outside the main thread, where handlers cannot be set, it stays None.
+    A second SIGINT interrupts at once. Outside the main thread handlers cannot be set; it then stays None.
     """
 
     def __init__(self) -> None:
@@ -24,12 +24,7 @@ class StopSignals:
                 self._previous[number] = signal.signal(number, self._note)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 

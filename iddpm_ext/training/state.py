@@ -1,4 +1,4 @@
-"""What a run carries from step to step, and how it goes to disk and back."""
+"""The state of a run, and its checkpoints."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ _SCHEMA = 1
 
 @dataclass
 class TrainState:
-    """The run after `step` steps and `images` images.
+    """The state of a run after `step` steps and `images` images.
 
-    model: the network itself. module: what is called in training, `model` or its wrapper.
-    emas: decay -> averaged parameters by name. seconds: spent in training, over all lives of the run.
-    skipped: steps in a row whose gradient was not finite, a tensor on the run's device.
-    fused: the network as a GPU trains it, in place of `module`, once a step was made.
-    captured: forward and backward pass as a CUDA graph, once there is one.
-    label_dropout: the largest that the weights were trained with, None where that is not known.
+    model: the network. module: the module to call in training, `model` or a wrapper of it.
+    emas: decay -> averaged parameters by name. seconds: of training, over all processes that resumed the run.
+    skipped: consecutive steps without a finite gradient, a tensor on the run's device.
+    fused: the network's form for training on a GPU, used instead of `module`; None before the first step.
+    captured: forward and backward pass as a CUDA graph; None before it exists.
+    label_dropout: the largest that the weights were trained with; None if unknown.
     data_images: how many images the data has.
-    low_res: side of the images that a super-resolution network is given, None of another network.
+    low_res: side of the input images of a super-resolution network; None for other networks.
     """
 
     model: UNet | Classifier
@@ -66,11 +66,11 @@ class TrainState:
         return c.in_channels, c.image_size, c.image_size
 
     def decays(self, warmup: bool) -> list[float]:
-        """The decay of each average in the next update; `step` counts the updates before."""
+        """The decay of each average in the next update, by the number of updates before."""
         return [ema_decay(self.step, decay, warmup=warmup) for decay in self.emas]
 
     def save(self, folder: Path, config: TrainConfig, parallel: Parallel) -> Path:
-        """Writes the checkpoint of this step into `folder`, by one process; every process must call it."""
+        """Writes the checkpoint of this step into `folder`; all processes must call it, one writes."""
         metadata = self.describe()
         weights = {name: _on_cpu(value) for name, value in self.model.state_dict().items()}
         tensors: dict[str, tuple[dict[str, Tensor], dict[str, str] | None]] = {
@@ -108,7 +108,7 @@ class TrainState:
         return path
 
     def restore(self, path: Path) -> list[str]:
-        """Takes everything from the checkpoint directory `path`; returns notes on what it did not hold."""
+        """Restores everything from the checkpoint directory `path`; returns messages on what it lacks."""
         state = read_state(path)
         self.step, self.images, self.seconds = state["step"], state["images"], state["seconds"]
         self.trained_before(state.get("label_dropout", state["config"]["label_dropout"]))
@@ -138,14 +138,14 @@ class TrainState:
         return notes
 
     def trained_before(self, label_dropout: float | None) -> None:
-        """The weights come from training with this `label_dropout`; None where that is not known."""
+        """Notes that the weights were trained with this `label_dropout` before; None if unknown."""
         if label_dropout is None and not self.label_dropout:
             self.label_dropout = None
         elif self.label_dropout is not None and label_dropout is not None:
             self.label_dropout = max(self.label_dropout, label_dropout)
 
     def describe(self) -> dict[str, str]:
-        """The metadata of a weights file, as `iddpm_ext.load` wants it."""
+        """The metadata of a weights file, as `iddpm_ext.load` reads it."""
         extra: dict[str, Any] = {"step": self.step, "images": self.images}
         if self.model.config.num_classes is not None and self.class_names is not None:
             extra["class_names"] = list(self.class_names)
@@ -171,9 +171,9 @@ def new_state(
     config: TrainConfig, image_shape: ImageShape, class_names: tuple[str, ...] | None,
     parallel: Parallel, design: Design | None = None,
 ) -> TrainState:  # fmt: skip
-    """The state before the first step, initialised from the seed, alike on every process.
+    """The state before the first step, initialised from the seed, the same in every process.
 
-    design: of the network; None for that of the settings.
+    design: of the network; None for the one that the settings describe.
     """
     if design is None:
         design = design_of_settings(config, image_shape, class_names)

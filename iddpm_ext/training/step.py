@@ -1,4 +1,4 @@
-"""One optimiser step. All its randomness is a function of the seed and the images' positions."""
+"""One optimiser step. Its randomness is a function of the seed and the images' positions alone."""
 
 from __future__ import annotations
 
@@ -25,20 +25,21 @@ _CHOICE_DRAW = 2
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _QUARTILES = 4
 
-# Name in the log -> in the losses of a step.
+# Name in the log -> key in the losses of a step.
 _LOSSES = {"loss": "loss", "mse": "mse", "vlb_bpd": "vlb"}
 _CLASSIFIER_LOSSES = {"loss": "loss", "accuracy": "accuracy"}
 _BY_T = ("loss", "accuracy")
 _OF_GRADIENT = ("grad_norm", "noise_small", "noise_big")
-# What a step returns, in this order (a classifier's has the other losses), after which come, by quartile
-# of t, the sums of what is split by t and the weights.
+# What a step returns, in this order (with other losses for a classifier); then, for each quartile of t, the
+# sums of the quantities that are split by t and of the weights.
 MEASURES = (*_LOSSES, *_OF_GRADIENT)
 
 
 def positions_of(config: TrainConfig, images: int, rank: int, size: int) -> Iterator[list[int]]:
-    """Endlessly, the positions of each part that process `rank` of `size` computes, from `images` on.
+    """An endless iterator over the positions of the parts that process `rank` of `size` computes.
 
-    Every process takes one contiguous share of a batch, so that the ranks in their order have it in order.
+    images: the position to start from. Every process computes one contiguous share of a batch, in the order
+    of the ranks.
     """
     share = config.batch_size // size
     part = share // config.accumulate
@@ -54,8 +55,8 @@ def train_step(
 ) -> tuple[Tensor, list[str]]:
     """One step over the next `accumulate` batches.
 
-    Returns this process's measures (`MEASURES` and the loss by quartile of t) and complaints about images.
-    A gradient that is not finite leaves weights, moments and averages alone; nothing here makes the
+    Returns this process's measures (`MEASURES` and the loss by quartile of t) and messages on unreadable
+    images. If a gradient is not finite, weights, moments and averages are unchanged. Nothing here makes the
     host wait.
     """
     optimizer = state.optimizer
@@ -73,7 +74,7 @@ def train_step(
         batch = next(batches)
         complaints += batch.complaints
         if config.dropout:
-            # Dropout draws from the global generator: seeded by what it belongs to, it needs no saving.
+            # Dropout draws from the global generator; seeded by the position, its state need not be saved.
             torch.manual_seed((config.seed << 40) + int(batch.positions[0]))
         last = number == config.accumulate - 1
         inputs = _inputs(config, state, batch, parallel.device)
@@ -81,17 +82,17 @@ def train_step(
             losses = _forward_backward(config, state, inputs)
         parts.append({**losses, "weight": inputs.weight, "t": inputs.t})
         if number == 0 and config.noise_scale:
-            # A single part's gradient, of which the accumulated one holds 1 / accumulate.
+            # The gradient of a single part, 1 / accumulate of which is accumulated.
             small = (_gradient_norm(state) / state.scaler.get_scale() * config.accumulate) ** 2
 
-    if state.fused is not None:  # which nobody wraps that would have done it
+    if state.fused is not None:  # it has no wrapper that averages gradients
         parallel.average([p.grad for p in state.model.parameters() if p.grad is not None])
     state.scaler.unscale_(optimizer)
     norm = _gradient_norm(state)
     bad = (~norm.isfinite()).float()
     state.scaler.step(
         optimizer,
-        # An average that comes from another run has no start to forget.
+        # An average from another run contains no random initial weights.
         decays=state.decays(config.ema_warmup and not config.init_ema),
         bad=bad,
         factor=_clip_factor(norm, config.grad_clip),
@@ -109,7 +110,7 @@ def train_step(
 
 
 def _forward_backward(config: TrainConfig, state: TrainState, inputs: Inputs) -> dict[str, Tensor]:
-    """loss, mse and vlb of each image, [N]; the parameters have the gradient of the mean."""
+    """loss, mse and vlb of each image, [N]; adds the gradient of the mean to the parameters'."""
     device = inputs.x_0.device
     if state.fused is None and why_not_fused(config, device) is None:
         assert isinstance(state.model, UNet)
@@ -134,7 +135,7 @@ def _pass(config: TrainConfig, state: TrainState, inputs: Inputs) -> dict[str, T
 
 
 def _inputs(config: TrainConfig, state: TrainState, batch: Batch, device: torch.device) -> Inputs:
-    # Drawn on the host, where hundreds of operations on a few numbers are no launches.
+    # Drawn on the host, where hundreds of operations on a few numbers need no kernel launches.
     key = NoiseKey(config.seed, STREAM_CHOICE, batch.positions, 0, _CHOICE_DRAW)
     choice = uniform(key, (len(batch.positions), 2))
     positions = _moved(batch.positions, device)
@@ -158,12 +159,12 @@ def _inputs(config: TrainConfig, state: TrainState, batch: Batch, device: torch.
 
 
 def reduced(images: Tensor, side: int) -> Tensor:
-    """[N, C, H, W] -> [N, C, side, side], each pixel the mean of those that it covers."""
+    """[N, C, H, W] -> [N, C, side, side], each pixel the mean of the pixels that it covers."""
     return F.interpolate(images, (side, side), mode="area")
 
 
 def _moved(values: Tensor, device: torch.device) -> Tensor:
-    # A copy from memory that the system may move would wait for all that the device still has to do.
+    # From pinned memory: a copy from pageable memory would wait for all work on the device.
     if device.type == "cuda" and values.device.type == "cpu":
         values = values.pin_memory()
     return values.to(device, non_blocking=True)
@@ -203,20 +204,20 @@ def _losses(config: TrainConfig, state: TrainState, inputs: Inputs) -> dict[str,
 
 
 def _gradient_norm(state: TrainState) -> Tensor:
-    """The norm of the gradient as it is, the loss's scale included where it is still in it."""
+    """The norm of the gradient as it is, including the loss scale if it has not been divided out."""
     gradients = [p.grad for p in state.model.parameters() if p.grad is not None]
     return whole(torch.nn.utils.get_total_norm(gradients))
 
 
 def _clip_factor(norm: Tensor, largest: float | None) -> Tensor | None:
-    """What multiplies a gradient of this norm, as `torch.nn.utils.clip_grad_norm_` clips."""
+    """The factor for a gradient of this norm, as in `torch.nn.utils.clip_grad_norm_`."""
     return None if largest is None else (largest / (norm + 1e-6)).clamp(max=1.0)
 
 
 def _measures(
     config: TrainConfig, state: TrainState, losses: dict[str, Tensor], norm: Tensor, small: Tensor
 ) -> Tensor:
-    # Weighted, as importance-sampled steps are drawn more often the more they lose.
+    # Weighted, since the importance sampler draws steps of large losses more often.
     weight = losses["weight"].float()
     assert state.model.diffusion is not None
     quartile = losses["t"] * _QUARTILES // state.model.diffusion.num_timesteps
@@ -237,13 +238,13 @@ def _logged(config: TrainConfig) -> dict[str, str]:
 
 
 def summarise(config: TrainConfig, measures: Tensor, size: int) -> dict[str, float]:
-    """What to log of the measures' mean over steps and processes: the losses, and their split by t.
+    """The values to log, from the measures' mean over steps and processes.
 
-    All are of t drawn evenly, whatever drew it: the importance sampler's weights are in them.
+    All are means over uniform t: the importance sampler's weights are applied.
 
     `loss_q0` .. `loss_q3` are the mean losses in the quarters of the chain, `accuracy_q0` .. a classifier's
-    share of images whose class it names, `grad_noise_scale` the
-    simple noise scale tr(S) / |G|^2 in images (McCandlish et al. 2018, appendix A.1).
+    accuracy there, `grad_noise_scale` the simple noise scale tr(S) / |G|^2 in images (McCandlish et al. 2018,
+    appendix A.1).
     """
     values = measures.tolist()
     logged = _logged(config)

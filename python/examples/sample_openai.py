@@ -2,7 +2,7 @@
 
     python python/examples/sample_openai.py cifar10_uncond_50M_500K.pt --steps 100 --out birds.png
 
-A released file is recognised by its tensors. Of a run of your own, say what tensors cannot:
+A released file is recognised by its tensors. A file of another run needs flags:
 
     python python/examples/sample_openai.py ema_0.9999_200000.pt --flags "--noise_schedule cosine
         --diffusion_steps 4000 --rescale_timesteps True --num_heads 4 --image_size 64"

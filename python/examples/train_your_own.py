@@ -1,9 +1,9 @@
-"""Train on your own images, draw from the averaged weights, and go on where it stopped.
+"""Train on your own images, draw from the averaged weights, and continue an interrupted run.
 
     python python/examples/train_your_own.py --data photos/ --out runs/photos --steps 50000
 
-DATA is a folder or a zip of images (a folder a class, for --class-cond), an .npz, or anything else
-that `iddpm train` reads. Called again, it continues from the newest sound checkpoint.
+DATA is a folder or a zip of images (one folder per class, for --class-cond), an .npz, or anything else
+that `iddpm train` reads. Called again, it continues from the newest valid checkpoint.
 """
 
 from __future__ import annotations

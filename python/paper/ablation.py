@@ -1,4 +1,4 @@
-"""The trainings that Figures 4, 6 and 7 and Tables 1 and 2 share: one network, made once each."""
+"""The trainings that Figures 4, 6 and 7 and Tables 1 and 2 share; each network is trained once."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from common import trained
 
 import iddpm_ext
 
-#: Flags of the programs that use these trainings, as `common.arguments` takes them. An importance
-#: sampler starts once it has seen ten losses of every t: some 24 T images, so that T is not 4000.
-#: L_vlb diverges at the others' rate of 1e-3, so it is compared with L_hybrid at a lower one, vlb_lr.
+#: Flags of the programs that use these trainings, as `common.arguments` takes them. The importance
+#: sampler starts after ten losses of every t, some 24 T images, so T is less than 4000. L_vlb diverges
+#: at the learning rate of the others, 1e-3, so it is compared with L_hybrid at a lower one, vlb_lr.
 FLAGS: dict[str, Any] = {
     "train_steps": (2000, 8), "width": (32, 32), "short": (250, 25), "long": (1000, 50),
     "vlb_lr": (2e-4, 2e-4),

@@ -1,4 +1,4 @@
-"""What the programs of the paper's figures and tables share: flags, plots, files, small trainings."""
+"""Shared by the programs of the paper's figures and tables: flags, plots, files, small trainings."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ SMALL = {
 def arguments(description: str | None, *, checkpoint: bool = True, **defaults: Any) -> Any:
     """The flags of a program: --checkpoint, --data, --out, --toy, and one for each default.
 
-    A default (full, toy) is full without --toy and toy with it; what is given wins over both.
+    A default (full, toy) is `full` without --toy and `toy` with it; a given flag overrides both.
     """
     parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
     if checkpoint:
@@ -71,7 +71,7 @@ def write(
     figure: Figure | None = None,
     **facts: Any,
 ) -> None:
-    """Writes NAME.csv (the rows), NAME.json (what made them and other facts) and NAME.png."""
+    """Writes NAME.csv (the rows), NAME.json (their settings and other facts) and NAME.png."""
     columns = list(dict.fromkeys(column for row in rows for column in row))
     table = io.StringIO()
     writer = csv.DictWriter(table, columns, lineterminator="\n")
@@ -109,14 +109,14 @@ def axes(*titles: str, size: tuple[float, float] = (5.0, 3.8)) -> tuple[Figure, 
 
 
 def plain_numbers(*axes_: Any) -> None:
-    """Numbers as they are, not as powers of ten, on logarithmic axes that span few of them."""
+    """Shows plain numbers instead of powers of ten on logarithmic axes of a short range."""
     for axis in axes_:
         axis.set_major_formatter(LogFormatter(labelOnlyBase=False))
         axis.set_minor_formatter(LogFormatter(labelOnlyBase=False))
 
 
 def table_figure(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:
-    """A table as a picture: what a figure of numbers looks like beside the others."""
+    """A table as a figure."""
     columns = list(rows[0])
     text = [[_cell(row.get(column, "")) for column in columns] for row in rows]
     widths = [
@@ -166,8 +166,8 @@ def bits(model: iddpm_ext.UNet, flags: Any, **options: Any) -> Likelihood:
 def trained(flags: Any, name: str, **settings: Any) -> tuple[iddpm_ext.UNet, list[dict[str, Any]]]:
     """A network trained for one row of a table, with averaged weights, and the records of its run.
 
-    A training that was made before with the same settings is taken from `runs` in the folder of the
-    results; one of fewer steps is continued, so that one training serves a whole learning curve.
+    A training with the same settings is reused from `runs` in the folder of the results; one of fewer steps
+    is continued, so that one training gives a whole learning curve.
     """
     folder = flags.out / "runs" / name.replace(" ", "-").replace(",", "")
     settings = {**SMALL, **({"batch_size": 4} if flags.toy else {}), **settings}
@@ -176,14 +176,14 @@ def trained(flags: Any, name: str, **settings: Any) -> tuple[iddpm_ext.UNet, lis
         shutil.rmtree(folder)
     checkpoint = folder / "ckpt" / f"step-{config.steps}"
     if not checkpoint.exists() and train(config) != checkpoint:
-        raise KeyboardInterrupt  # it saved and stopped, and the next call goes on from there
+        raise KeyboardInterrupt  # it was stopped and has saved; the next call continues
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     model = iddpm_ext.load(checkpoint / f"ema_{config.ema[0]}.safetensors")
     return model, [record for record in records if record["step"] <= config.steps]
 
 
 def _same_training(folder: Path, config: TrainConfig) -> bool:
-    """Whether the run in a folder differs from this one in its length alone."""
+    """Whether the run in a folder has the same settings except for its length."""
     try:
         before = TrainConfig.from_json(folder / "config.json")
     except (OSError, ValueError):

@@ -1,7 +1,7 @@
 """Figure 10: distance and bits/dim against the compute of training, for networks of several widths.
 
 The fit is FD = b C^-a over all points (the paper adds a constant, which it chose by hand). Compute
-counts 3 forward passes an image and step, 2 operations a multiply-add, and lr falls as
+counts 3 forward passes per image and step, 2 operations per multiply-add, and lr falls as
 1e-3 / sqrt(width / 32).
 """
 

@@ -1,9 +1,9 @@
 """Figure 8: distance and bits/dim against the number of steps, by sampler and variance.
 
 Learned variance, the two fixed ones (the same network with its variance head ignored), DDIM and
-DPM-Solver++; --long-chains are walked with the learned variance alone. The paper: 50 to 100 steps
-with a learned variance are near the full chain, fixed variances fall behind, DDIM is ahead only where
-steps are few.
+DPM-Solver++; --long-chains are sampled with the learned variance alone. In the paper, 50 to 100 steps with
+a learned variance are close to the full chain, fixed variances are worse, and DDIM is better for few steps
+only.
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
-"""Train the class-conditional CIFAR-10 network in the time that there is.
+"""Train the class-conditional CIFAR-10 network within a given time.
 
     python python/recipes/cifar10.py --data cifar10/train --out runs/cifar10 --minutes 30
 
-A trial of some steps tells how fast this device is. The learning rate is then constant for the first six
-tenths of the time, whose speed tells how many steps fit into the rest, over which it falls to zero. What was
-decided is written down in OUT/recipe.json: stopped and called again, the same training goes on from its
-newest sound checkpoint. Last come the averaged weights as float16, cifar10-ema-DECAY, and a sheet of samples,
-in OUT or where --export says. Files above 15 MB are written in parts: `cat FILE.* > FILE` makes them whole.
+A trial of some steps measures the speed of the device. The learning rate is constant for the first six tenths
+of the time; the speed of that part determines how many steps fit into the rest, over which the rate falls to
+zero. The decisions are stored in OUT/recipe.json: stopped and called again, the training continues from its
+newest valid checkpoint. In the end it writes the averaged weights as float16, cifar10-ema-DECAY, and a
+sheet of samples, to OUT or to --export. Files above 15 MB are written in parts: `cat FILE.* > FILE` joins
+them.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ from iddpm_ext.training import TrainConfig, newest_checkpoint, train
 
 TRIAL_STEPS = 60
 CONSTANT = 0.6  # share of the time with a constant learning rate
-MARGIN = 0.93  # of the time, for what else the device may have to do
+MARGIN = 0.93  # share of the time that is planned, in case the device slows down
 PART_MB = 15
 
 
 def configuration(arguments: argparse.Namespace) -> TrainConfig:
-    """Of the whole training, without its number of steps."""
+    """The configuration of the whole training, except for the number of steps."""
     return TrainConfig(
         data=str(arguments.data),
         out=str(arguments.out),
@@ -63,7 +64,7 @@ def configuration(arguments: argparse.Namespace) -> TrainConfig:
 
 
 class Plan:
-    """OUT/recipe.json: what was decided, in the order of deciding."""
+    """The decisions in OUT/recipe.json, in their order."""
 
     def __init__(self, out: Path):
         self._path = out / "recipe.json"
@@ -79,12 +80,12 @@ class Plan:
 
 
 def say(text: str) -> None:
-    """To whoever watches."""
+    """Prints a message."""
     print(text, file=sys.stderr, flush=True)
 
 
 def images_per_second(out: Path) -> float:
-    """Of the newest records of a run, whose last may be of a single step."""
+    """The speed in the newest records of a run; the last one may be of a single step."""
     lines = (out / "metrics.jsonl").read_text().splitlines()
     return statistics.median(float(json.loads(line)["images_per_second"]) for line in lines[-5:])
 
@@ -95,7 +96,7 @@ def steps_within(seconds: float, rate: float, config: TrainConfig) -> int:
 
 
 def try_out(config: TrainConfig) -> float:
-    """Images a second of a few steps, in a folder that does not stay."""
+    """Images per second of a few steps, in a temporary folder."""
     folder = Path(config.out) / "trial"
     shutil.rmtree(folder, ignore_errors=True)
     trial = dataclasses.replace(
@@ -128,7 +129,7 @@ def reached(config: TrainConfig) -> int:
 
 
 def fall(plan: Plan, config: TrainConfig, left: float) -> TrainConfig:
-    """The configuration of the second part, in which the learning rate falls from where it was to zero."""
+    """The configuration of the second part, in which the learning rate falls to zero."""
     constant = plan["constant_steps"]
     if plan["steps"] is None:
         rate = images_per_second(Path(config.out))
@@ -142,7 +143,7 @@ def fall(plan: Plan, config: TrainConfig, left: float) -> TrainConfig:
 
 
 def export(config: TrainConfig, checkpoint: Path, folder: Path) -> list[Path]:
-    """The averaged weights as float16, in parts where a file is large."""
+    """Writes the averaged weights as float16, large files in parts."""
     files = []
     for decay in config.ema:
         model = iddpm_ext.load(checkpoint / ema_file(decay))
@@ -153,7 +154,7 @@ def export(config: TrainConfig, checkpoint: Path, folder: Path) -> list[Path]:
 
 
 def in_parts(path: Path, megabytes: int = PART_MB) -> list[Path]:
-    """The file itself where it is small enough, else its parts, in whose place it was."""
+    """The file itself if it is small enough, else its parts, which replace it."""
     data, size = path.read_bytes(), megabytes << 20
     if len(data) <= size:
         return [path]
@@ -206,7 +207,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main() -> int:
-    """Train for the time that is left, export and draw; 1 where the run was stopped before its end."""
+    """Trains for the remaining time, exports and draws; returns 1 if the run was stopped before its end."""
     began, arguments = time.monotonic(), parser().parse_args()
     config, seconds = configuration(arguments), 60 * arguments.minutes
     arguments.out.mkdir(parents=True, exist_ok=True)

@@ -1,1 +1,1 @@
-"""The CPU engine: a network as a plan of rows, run by one call into `csrc/unet_engine`."""
+"""The CPU engine: a network as a list of operations, run by one call into `csrc/unet_engine`."""

@@ -1,8 +1,8 @@
-"""Which algorithm a 3x3 convolution takes: a function of its shape and of the CPU, never of a timing.
+"""Which algorithm computes a 3x3 convolution: looked up by its shape and the CPU, never timed at run time.
 
-So the same shape on the same machine always takes the same path, and a run repeats itself. The
-tables were measured in place (`tune.py`), one a CPU family: those in `tables/` ship with the
-code, and `iddpm tune` stores the user's own, which goes before them.
+So the same shape on the same machine always takes the same path, and a run can be repeated exactly. The
+tables, one per CPU family, were measured within whole networks (`tune.py`): those in `tables/` come with
+the package, and `iddpm tune` stores the user's own, which has priority.
 """
 
 from __future__ import annotations
@@ -20,13 +20,15 @@ from iddpm_ext.files import cache_folder
 
 Table = dict[str, dict[str, str]]  # {"float32": {shape's key: algorithm's name}, "bfloat16": ...}
 _SHIPPED = Path(__file__).with_name("tables")
+_LARGE_WEIGHTS = 1 << 20  # bytes of F(2x2)'s transformed weights in float32
+_FEW_PIXELS = 256  # of all samples
 
 
 @dataclass(frozen=True)
 class Algorithm:
-    """Winograd's F(tile x tile, 3x3), with bfloat16 operands or in float32; or tiles of AMX.
+    """Winograd's F(tile x tile, 3x3) with float32 or bfloat16 operands, or direct convolution by AMX.
 
-    AMX computes the convolution directly, of bfloat16 operands; `tile` is then 0.
+    AMX takes bfloat16 operands; `tile` is then 0.
     """
 
     tile: int
@@ -34,29 +36,29 @@ class Algorithm:
 
     @property
     def tiles(self) -> bool:
-        """Whether AMX computes it."""
+        """Whether it runs on AMX tiles."""
         return self.tile == 0
 
     @property
     def name(self) -> str:
-        """As the tables have it."""
+        """Its name in the tables."""
         return "AMX" if self.tiles else f"F{self.tile}" + (" bf16" if self.bf16 else "")
 
     @property
     def in_float32(self) -> Algorithm:
-        """The same without rounding."""
+        """The same algorithm with float32 operands (F(4x4) in the place of AMX)."""
         return Algorithm(self.tile or 4)
 
 
 AMX = Algorithm(0, bf16=True)
-# F(4x4) of bfloat16 operands is not among them: its error is three times that of F(2x2).
+# F(4x4) with bfloat16 operands is missing on purpose: its error is three times that of F(2x2).
 ALGORITHMS = {a.name: a for a in (Algorithm(2), Algorithm(4), Algorithm(2, bf16=True), AMX)}
 CANDIDATES = {"float32": ("F2", "F4"), "bfloat16": ("F2", "F4", "F2 bf16", "AMX")}
 
 
 @dataclass(frozen=True)
 class ConvShape:
-    """A 3x3 convolution with stride 1: size of its output, channels in and out, samples."""
+    """A 3x3 convolution with stride 1: output size, input channels, output channels (columns), batch."""
 
     height: int
     width: int
@@ -66,20 +68,26 @@ class ConvShape:
     upscale: bool = False
 
     @property
+    def reads_more_than_it_computes(self) -> bool:
+        """Whether reading the weights, which no cache of a core holds, takes longer than their products."""
+        weights = 4 * 16 * self.channels * self.columns
+        return weights > _LARGE_WEIGHTS and self.batch * self.height * self.width <= _FEW_PIXELS
+
+    @property
     def layer(self) -> str:
-        """All but the batch, as the tables have it."""
+        """Its name in the tables, without the batch."""
         up = " up" if self.upscale else ""
         return f"{self.height}x{self.width} {self.channels}-{self.columns}{up}"
 
     @property
     def key(self) -> str:
-        """As the tables have it."""
+        """Its name in the tables."""
         return f"{self.layer} x{self.batch}"
 
 
 @dataclass(frozen=True)
 class Chooser:
-    """The choices of one machine: {"float32": {layer: {batch: algorithm}}, ...}."""
+    """Chooses algorithms on one machine by its table {"float32": {layer: {batch: algorithm}}, ...}."""
 
     measured: dict[str, dict[str, dict[int, str]]]
     tiles: bool = False  # whether AMX can be used
@@ -87,14 +95,17 @@ class Chooser:
 
     @property
     def rounding_pays(self) -> bool:
-        """Whether bfloat16 operands are faster than float32 here; else they are not rounded."""
+        """Whether bfloat16 operands are faster than float32 for all shapes.
+
+        If not, they are for shapes whose time is that of reading the weights, half as many bytes.
+        """
         return self.tiles or self.fast_products
 
     def __call__(self, shape: ConvShape, *, exact: bool, bf16: bool) -> Algorithm:
-        """exact: only what rounds like direct convolution. bf16: bfloat16 operands are welcome."""
+        """exact: only algorithms as accurate as direct convolution. bf16: bfloat16 operands are allowed."""
         if exact:
             return ALGORITHMS["F2"]
-        bf16 = bf16 and self.rounding_pays
+        bf16 = bf16 and (self.rounding_pays or shape.reads_more_than_it_computes)
         batches = self.measured.get("bfloat16" if bf16 else "float32", {}).get(shape.layer)
         if batches:
             nearest = min(batches, key=lambda b: (abs(math.log(b / shape.batch)), b))
@@ -108,10 +119,10 @@ class Chooser:
 
 
 def load_chooser(family: str | None = None, *, tiles: bool = False) -> Chooser:
-    """The choices on this machine: what the user's own table has, else what ships for the family.
+    """The chooser of this machine: the user's own table, and the package's for what that lacks.
 
-    tiles: whether AMX can be used. Intel's cores with AVX-512 do no more bfloat16 products than
-    float32 ones without it, AMD's twice as many.
+    tiles: whether AMX can be used. Without it, Intel's cores compute no more bfloat16 products per cycle
+    than float32 ones by AVX-512, while AMD's compute twice as many.
 
     Raises ValueError where a table cannot be read.
     """
@@ -132,16 +143,16 @@ def user_table_path(family: str) -> Path | None:
 
 
 def load_table(path: Path) -> Table:
-    """The table at `path`; ValueError if that is no table.
+    """The table at `path`; ValueError if the file is no table.
 
-    Empty where there is none, and with a warning where it may not be looked at.
+    Empty where there is no file, and, with a warning, where it may not be read.
     """
     try:
         return check_table(json.loads(path.read_text()))
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except PermissionError as error:
-        warnings.warn(f"{path} is left aside: it cannot be read ({error.strerror})", stacklevel=2)
+        warnings.warn(f"{path} is ignored: it cannot be read ({error.strerror})", stacklevel=2)
         return {}
     except (OSError, ValueError) as error:
         raise ValueError(

@@ -29,18 +29,18 @@ if not TYPE_CHECKING:  # to a checker it would say that every name exists
 class CPUEngine:
     """A network that is ready to be evaluated, as in evaluation mode, on up to `batch_size` images.
 
-    model: its weights are copied, and this evaluates them as they are now.
+    model: its weights are copied; later changes of them have no effect here.
     dtype: torch.float32; or torch.bfloat16, which rounds the operands of most convolutions and of
         attention's linear layers, and with AMX those of attention's products. Sums, normalisation,
-        softmax, the residual stream and the timestep path stay float32. Where rounding gains no
-        speed nothing is rounded: on Intel's CPUs without AMX.
-    exact: only algorithms whose rounding error is that of direct convolution.
+        softmax, the residual stream and the timestep path stay float32. On Intel CPUs without AMX
+        bfloat16 is faster for large weights and few pixels alone, and no other convolution is rounded.
+    exact: only algorithms as accurate as direct convolution.
     num_threads: None takes `torch.get_num_threads()`.
     size: height and width of the images; None takes `model.config.image_size` for both.
-    algorithm: of every 3x3 convolution, instead of the tables' choice; the tuner measures by it.
+    algorithm: for every 3x3 convolution, instead of the tables' choice; used by the tuner.
 
-    Raises NotSupported, saying why, where it cannot run the network. One call at a time; engines of one
-    program (`CPUEngine.of`) share the weights and may run at once.
+    Raises NotSupported, saying why, where it cannot run the network. One engine runs one call at a time;
+    several engines of one program (`CPUEngine.of`) share the weights and may run at once.
     """
 
     name = "cpu engine"
@@ -70,7 +70,7 @@ class CPUEngine:
 
     @classmethod
     def of(cls, program: CPUProgram) -> CPUEngine:
-        """An engine that runs a program that is there already."""
+        """An engine that runs a program that is built already."""
         engine = cls.__new__(cls)
         engine._use(program)
         return engine
@@ -87,11 +87,11 @@ class CPUEngine:
     def begin(
         self, timesteps: Tensor, labels: Tensor | None = None, low_res: Tensor | None = None
     ) -> None:
-        """Prepare for calls by step index: every embedding projection is computed once, here.
+        """Prepares for calls by step index: computes every embedding projection once.
 
-        timesteps: [S], what the network is told at each step. labels: int64 [N] of the images of
-        the calls that follow, -1 for unlabelled; None for an unconditional network. low_res: float32
-        [N, C, h, w] of the calls that follow, or None where x holds the upsampled image already.
+        timesteps: [S], the network's timestep input at each step. labels: int64 [N], of the images of
+        the following calls, -1 for unlabelled; None for an unconditional network. low_res: float32
+        [N, C, h, w], of the following calls, or None where x holds the upsampled image already.
         """
         if timesteps.dim() != 1:
             raise ValueError(f"CPUEngine.begin: timesteps must be [S], got {list(timesteps.shape)}")
@@ -127,9 +127,9 @@ class CPUEngine:
         return self._run(x, out, *self._rows_of(schedule, step_index, n))
 
     def prepare(self, x: Tensor, out: Tensor) -> Callable[[int], None]:
-        """A function that evaluates x into out, as they then are, at a step of the schedule.
+        """A function of the step index that writes the network's output for the current x into out.
 
-        It makes no checks: for chains, which own both tensors. x, out: as of a call, contiguous.
+        For chains, which own both tensors: nothing is checked. x, out: contiguous, as in `__call__`.
         """
         self._require_x(x)
         schedule, n = self._schedule, len(x)
@@ -174,9 +174,9 @@ class CPUEngine:
         return out
 
     def prepare_rows(self, x: Tensor) -> Callable[[int], None]:
-        """A function that runs one operation of the plan, at the first step, for the tuner.
+        """A function that runs one operation of the plan by its index, at the first step; for the tuner.
 
-        It costs microseconds beside the operation. x: as in a call by step index, contiguous.
+        It adds microseconds to the operation. x: contiguous, as in `__call__`.
         """
         assert self._schedule is not None
         shape = (len(x), self.out_channels, *self.size)
@@ -185,7 +185,7 @@ class CPUEngine:
         return lambda row: self._run_rows(row, 1, x, out, table, offsets)
 
     def _rows_of(self, schedule: Schedule, step_index: int, n: int) -> tuple[Tensor, Tensor]:
-        """The table, and the offset in floats of each of n samples' rows in it."""
+        """The table of embeddings, and where in it (in floats) the row of each of n samples begins."""
         table, rows = schedule.rows(step_index, n)
         return table, rows * self.program.project.floats
 

@@ -1,6 +1,6 @@
 """Weights in the layouts that the CPU engine's kernels read (`csrc/unet_engine/plan.h`).
 
-A panel is 32 output columns wide (`_C.PANEL`); missing columns are zero. All of it happens once, in float64.
+A panel is 32 output channels wide (`_C.PANEL`); missing ones are zero. Computed once, in float64.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from iddpm_ext import _native
 
-# Winograd's points besides infinity; F(4, 3) takes those whose powers stay closest to one.
+# Winograd's interpolation points besides infinity; those of F(4, 3) are chosen for powers close to one.
 _POINTS = {2: (0.0, 1.0, -1.0), 4: (0.0, 0.5**0.5, -(0.5**0.5), 2.0**0.5, -(2.0**0.5))}
 
 
@@ -31,19 +31,19 @@ def pack_vector(vector: Tensor) -> Tensor:
 
 
 def pack_taps(weight: Tensor) -> Tensor:
-    """weight [K, C, 3, 3] -> float32 [ceil(K / 32), 9 * C, 32], for rows of gathered neighbours."""
+    """weight [K, C, 3, 3] -> float32 [ceil(K / 32), 9 * C, 32], for a product with im2col rows."""
     return pack_matrix(weight.permute(0, 2, 3, 1).flatten(1))
 
 
 def pack_pairs(packed: Tensor) -> Tensor:
-    """packed [..., C, 32] -> bfloat16 [..., C / 2, 32, 2], as vdpbf16ps takes it; C is even."""
+    """packed [..., C, 32], C even -> bfloat16 [..., C / 2, 32, 2], the order that vdpbf16ps reads."""
     return packed.unflatten(-2, (-1, 2)).transpose(-1, -2).bfloat16().contiguous()
 
 
 def pack_tiles(weight: Tensor) -> Tensor:
     """weight [K, C, taps] -> bfloat16 [ceil(K / 32), taps, ceil(C / 32), 2, 16, 16, 2] for AMX.
 
-    The last three: pairs of channels, columns, and which of the pair; missing ones are zero.
+    The last three: pairs of input channels, output channels, the two of a pair. Missing ones are 0.
     """
     columns, channels, taps = weight.shape
     padded = F.pad(weight.detach(), (0, 0, 0, -channels % 32, 0, -columns % 32))
@@ -52,9 +52,10 @@ def pack_tiles(weight: Tensor) -> Tensor:
 
 
 def split_products(weight: Tensor) -> Tensor:
-    """weight [K, C] -> [K, C, 3], for an operand, for what its rounding left, for it again.
+    """weight [K, C] -> [K, C, 3], by which a product has 16 correct bits from bfloat16 operands.
 
-    Together all but the product of what both roundings left: 16 bits of the 24.
+    x w is summed as round(x) round(w) + (x - round(x)) round(w) + round(x) (w - round(w)); only the product
+    of the two remainders is left out.
     """
     rounded = weight.detach().bfloat16().to(weight.dtype)
     return torch.stack((rounded, rounded, weight.detach() - rounded), -1)

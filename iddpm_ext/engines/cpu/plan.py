@@ -1,7 +1,7 @@
-"""Lays out a `UNet` as a plan for the CPU engine: which kernel reads which buffer, in which order.
+"""Turns a `UNet` into a plan for the CPU engine: which kernel reads and writes which buffer, in which order.
 
-Activations are NHWC float32. Concatenation costs nothing: an encoder's output and the decoder's
-features that it is concatenated with are written side by side into one wide buffer.
+Activations are NHWC float32. Concatenation costs nothing: the encoder's output and the decoder's
+features are written side by side into one buffer as wide as both.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from iddpm_ext.engines.cpu.operands import (
 from iddpm_ext.networks.unet import AttentionBlock, Downsample, ResBlock, UNet, Upsample
 
 _ALIGN = 16  # floats: 64 bytes
-_CACHED = 256 * 1024  # floats of a block that stay in the second cache level
+_CACHED = 256 * 1024  # floats of a block's buffers that stay in the L2 cache
 
 
 @dataclass(frozen=True)
 class Map:
-    """A feature map of the plan: `channels` of `pixels` in an NHWC buffer."""
+    """A feature map [batch, H, W, channels] in a buffer whose pixels may be wider."""
 
     buffer: ops.Buffer
     channels: int
@@ -42,17 +42,17 @@ class Map:
 
     @property
     def pixels(self) -> int:
-        """Of one sample."""
+        """Pixels of one sample."""
         return self.size[0] * self.size[1]
 
     def samples(self, first: int) -> Map:
-        """From that sample on."""
+        """The map of the samples from `first` on."""
         offset = 4 * first * self.pixels * self.buffer.pitch
         buffer = ops.Buffer(self.buffer.address + offset, self.buffer.pitch)
         return Map(buffer, self.channels, self.size)
 
     def part(self, first: int, channels: int) -> Map:
-        """Some of the channels."""
+        """The map of `channels` channels from `first` on."""
         return Map(self.buffer.channel(first), channels, self.size)
 
 
@@ -66,18 +66,19 @@ class Image:
 
 @dataclass(frozen=True)
 class Plan:
-    """Rows of operations, and what they need to run."""
+    """The operations, one row each, and the memory that they need."""
 
     rows: list[ops.Row]
     arena_floats: int
     shared_floats: int
     scratch_floats: int
     embedding_floats: int
-    convolutions: list[tuple[int, ConvShape]]  # rows of those that had a choice, and their shapes
+    # Index of the row and shape of every convolution that more than one algorithm can compute.
+    convolutions: list[tuple[int, ConvShape]]
 
 
 class Arena:
-    """Hands out buffers within one block of memory and takes them back; first fit."""
+    """Allocates buffers within one block of memory: first fit."""
 
     def __init__(self, base: int):
         self.base = base
@@ -97,19 +98,20 @@ class Arena:
         return self.base + 4 * start
 
     def free(self, address: int) -> None:
-        """Give back what `take` returned."""
+        """Frees the buffer at an address that `take` returned."""
         del self._taken[(address - self.base) // 4]
 
 
-# (module, form, make) -> the packed tensor: `make()` the first time, the same tensor afterwards.
+# (module, form, make) -> the packed weights: `make()` the first time, the same tensor afterwards.
 Packer = Callable[[nn.Module, str, Callable[[], Tensor]], Tensor]
 
 
 class Planner:
     """Emits the rows of one network for one batch size, image size and number of threads.
 
-    Addresses count from `base`, so a first pass with base 0 tells how much memory the plan needs.
-    What `packer` and `maps` hold is shared by the passes: rows have the addresses.
+    Addresses of buffers count from `base`: a first pass with base 0 finds out how much memory is needed, a
+    second one emits the real addresses. Both share the tensors in `packer` and `maps`, whose addresses the
+    rows hold.
     """
 
     def __init__(
@@ -127,7 +129,9 @@ class Planner:
         base: int = 0,
     ):
         self.model, self.size, self.threads = model, size, threads
-        self.batch = self.whole_batch = batch_size  # samples at a time, and all of them
+        self.batch = self.whole_batch = (
+            batch_size  # samples that the next rows compute; all samples
+        )
         self._first = 0
         self.choose, self.bf16, self.tiles, self.packer = choose, bf16, tiles, packer
         self.arena = Arena(base)
@@ -194,7 +198,7 @@ class Planner:
         self.batch, self._first = self.whole_batch, 0
 
     def _together(self, block: Any, source: Map, out: Map) -> int:
-        """Samples that pass a block together: with tiles, as many as the level-two cache holds."""
+        """Samples that pass through a block together: with AMX, as many as the L2 cache holds."""
         if not self.tiles:
             return self.whole_batch
         floats = source.pixels * source.channels + 2 * out.pixels * out.channels
@@ -230,7 +234,7 @@ class Planner:
         self.embedding += layer.emb_layers[1].out_features
         residual = source
         if isinstance(layer.skip_connection, nn.Conv2d):
-            # Never rounded: it carries the whole residual stream.
+            # Not rounded to bfloat16: the whole residual stream passes through it.
             if self.tiles:
                 self._tile_exact(layer.skip_connection, source, out)
             else:
@@ -431,7 +435,7 @@ class Planner:
     def _algorithm(self, layer: Any, source: Map, out: Map, upscale: int = 0) -> Algorithm:
         shape = self._shape(source, out, upscale)
         if layer is self.model.out[2]:
-            # A convolution to three or six channels gains little, and rounds the result itself.
+            # The last convolution, to few channels, would gain little and round the result itself.
             return self.choose(shape).in_float32
         return self.choose(shape)
 
@@ -526,7 +530,7 @@ class Planner:
         )
 
     def _tile_exact(self, layer: Any, source: Map, out: Map) -> None:
-        """A 1x1 convolution of the bits that rounding keeps and of the next eight: three products."""
+        """A 1x1 convolution with 16 bits of its operands, as three bfloat16 products (`split_products`)."""
         image = self._image(source, halo=False, phases=2)
         rest = image.layout.image
         operand = self._operand(image)
@@ -564,7 +568,7 @@ class Planner:
 
 
 def _shape_after(layers: Iterable[Any], source: Map) -> tuple[int, tuple[int, int]]:
-    """Channels and size of the feature map that leaves these layers."""
+    """Channels and size of the output of these layers."""
     channels, (height, width) = source.channels, source.size
     layer: Any
     for layer in layers:

@@ -1,7 +1,7 @@
-"""A `UNet` on the CPU as a list of operations: its weights packed, its buffers laid out.
+"""A `UNet` compiled for the CPU engine: packed weights and a plan of operations.
 
 A program is built once for a batch size, an image size and a number of threads. It never changes
-afterwards, so engines in many threads share it; the memory that it computes in is each engine's own.
+afterwards, so engines in several threads share it; each has activation memory of its own.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def why_not_supported(model: object, dtype: torch.dtype = torch.float32) -> str 
 
 @dataclass(frozen=True)
 class Memory:
-    """What one evaluation at a time computes in. rows: the plan, with the addresses of `arena`."""
+    """Activation memory of one evaluation at a time. rows: the plan, with addresses in `arena`."""
 
     rows: Tensor
     arena: Tensor
@@ -129,7 +129,7 @@ class CPUProgram:
             self._plan = plan(0)
             rows = torch.tensor(self._plan.rows, dtype=torch.int64, device="cpu")
             moved = torch.tensor(plan(1).rows, dtype=torch.int64, device="cpu")
-        self._held = [*packed.values(), *maps.values()]  # the rows hold addresses only
+        self._held = [*packed.values(), *maps.values()]  # kept alive: the rows hold addresses only
         self._rows, self._of_arena = rows, moved - rows
         self.convolutions, self.num_rows = self._plan.convolutions, len(self._plan.rows)
         assert self.project.floats == self._plan.embedding_floats
@@ -138,17 +138,17 @@ class CPUProgram:
         self._schedules: dict[tuple[bytes, bytes], Schedule] = {}
 
     def engine(self) -> CPUEngine:
-        """For one call, with memory of its own."""
+        """An engine for one call, with memory of its own."""
         from iddpm_ext.engines.cpu.engine import CPUEngine
 
         return CPUEngine.of(self)
 
     def renew(self, model: UNet) -> bool:
-        """False: packed weights are those of one moment."""
+        """Always False: packed weights cannot be replaced, so changed weights need a new program."""
         return False
 
     def take(self) -> Memory:
-        """Memory that nobody computes in."""
+        """Free memory for an engine; allocated if none is left."""
         try:
             return self._idle.pop()
         except IndexError:
@@ -162,7 +162,7 @@ class CPUProgram:
         return Memory(rows, arena, floats(needs.shared_floats), scratch)
 
     def give_back(self, memory: Memory) -> None:
-        """What `take` gave; a few are kept for the next calls."""
+        """Returns what `take` gave; a few are kept for the next calls."""
         if len(self._idle) < _KEPT_MEMORIES:
             self._idle.append(memory)
 

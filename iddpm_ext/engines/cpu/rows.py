@@ -1,8 +1,8 @@
 """The rows of the CPU engine's plan: one function for each struct of `csrc/unet_engine/plan.h`.
 
-A row is its kind (`_C.RowKind`), then the words of the kind's struct; the last word of all says for
-which samples it is (`of_samples`). A buffer is its address and its pitch: the floats between two
-pixels.
+A row holds its kind (`_C.RowKind`), the words of the kind's struct and, last, the range of samples that
+it computes (`of_samples`). A buffer is given by its address and its pitch, the floats from one pixel to
+the next.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Row = list[int]
 
 @dataclass(frozen=True)
 class Buffer:
-    """NHWC float32 pixels: address of the first channel used, floats between two pixels."""
+    """NHWC float32 pixels: address of the first channel, and floats from one pixel to the next."""
 
     address: int
     pitch: int
@@ -32,19 +32,19 @@ class Buffer:
 
 @dataclass(frozen=True)
 class Operand:
-    """bfloat16 pixels as tile products read them: address of position 0, and the map of all."""
+    """bfloat16 pixels as AMX products read them: address of the first pixel, and the OperandMap."""
 
     address: int
     map: Tensor
 
     @property
     def pitch(self) -> int:
-        """Halves between two positions."""
+        """Elements from one position to the next."""
         return int(self.map[4])
 
 
 def of_samples(row: Row, first: int, count: int) -> Row:
-    """The row for so many samples from `first` on, whatever the number of those there are."""
+    """The row restricted to `count` samples from `first` on, however many the call has."""
     return [*row[:-1], first << 32 | count]
 
 
@@ -82,7 +82,7 @@ def gemm_row(
     out: Buffer,
     residual: Buffer | None = None,
 ) -> Row:
-    """out = source * weight + bias + residual over `rows` pixels a sample."""
+    """out = source * weight + bias + residual over `rows` pixels per sample."""
     return _row(
         "GEMM_BF16" if weight.dtype == torch.bfloat16 else "GEMM",
         rows,
@@ -111,7 +111,7 @@ def conv_row(
     stride: int = 1,
     upscale: int = 0,
 ) -> Row:
-    """A 3x3 convolution by gathered rows; size is the input's before up-sampling."""
+    """A 3x3 convolution by im2col; size is that of the input before upsampling."""
     return _row(
         "CONV",
         *size,
@@ -143,7 +143,7 @@ def winograd_row(
     upscale: int = 0,
     block: int = 24,
 ) -> Row:
-    """A 3x3 convolution by Winograd's F(tile, 3), `block` tiles at a time; size is the output's."""
+    """A 3x3 convolution by Winograd's F(tile, 3), `block` tiles at a time; size is that of the output."""
     return _row(
         "WINOGRAD_BF16" if weight.dtype == torch.bfloat16 else "WINOGRAD",
         *size,
@@ -176,7 +176,10 @@ def group_norm_row(
     embedding: int = -1,
     scale_shift: bool = False,
 ) -> Row:
-    """GroupNorm, with the embedding at that offset of a sample's row, and SiLU."""
+    """GroupNorm, the timestep's scale and shift (or its sum alone), and SiLU.
+
+    embedding: where in a sample's row of the table of embeddings they begin, in floats; -1 for none.
+    """
     (eps_bits,) = struct.unpack("<q", struct.pack("<d", eps))
     return _row(
         "NORM_OPERAND" if isinstance(out, Operand) else "GROUP_NORM",
@@ -197,7 +200,7 @@ def group_norm_row(
 
 
 def attention_row(tokens: int, heads: int, width: int, qkv: Buffer, out: Buffer | Operand) -> Row:
-    """Attention over `tokens` pixels a sample; channels of qkv are [heads][q, k, v][width]."""
+    """Attention over `tokens` pixels per sample; channels of qkv are [heads][q, k, v][width]."""
     kind = "TILE_ATTENTION" if isinstance(out, Operand) else "ATTENTION"
     return _row(kind, tokens, heads, width, qkv.address, qkv.pitch, out.address, out.pitch)
 
@@ -211,10 +214,10 @@ def round_row(
     phase: int = 0,
     rest: int = 0,
 ) -> Row:
-    """source -> an operand.
+    """Rounds source to a bfloat16 operand.
 
-    phase: halves between the four that hold even and odd pixels; rest: halves to the operand of
-    what rounding left.
+    phase: elements from one of the four phases (even and odd pixels) to the next, 0 for one image. rest:
+    elements to the operand of the rounding remainders, 0 for none.
     """
     return _row(
         "ROUND",
@@ -238,7 +241,7 @@ def tile_product_row(
     out: Buffer,
     residual: Buffer | None = None,
 ) -> Row:
-    """out = the sum over the map's taps of source * weight, + bias + residual, by AMX tiles."""
+    """out = (sum of source * weight over the map's taps) + bias + residual, by AMX."""
     return _row(
         "TILE_PRODUCT",
         _address(source.map),

@@ -1,7 +1,7 @@
-"""Measures which convolution algorithm is fastest where, and stores it for later engines.
+"""Measures which convolution algorithm is fastest for which shape, and stores it for later engines.
 
-In place: a whole network runs operation by operation, so that every convolution meets the caches as
-it will find them, its weights cold.
+A whole network runs operation by operation, so that every convolution is timed with the caches as they
+are in use: its weights are cold.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from iddpm_ext.engines.cpu.engine import CPUEngine, why_not_supported
 from iddpm_ext.files import write_whole
 from iddpm_ext.networks.unet import UNet
 
-_MARGIN = 0.97  # F2 is the more accurate: F4 has to be this much faster
+_MARGIN = 0.97  # of F2's time, which F4 must beat: F2 is the more accurate
 
 
 def tune(
@@ -43,16 +43,16 @@ def tune(
     """Measures the convolutions of `model` on this machine and stores the fastest algorithms.
 
     Engines that are built afterwards, for any network with convolutions of these shapes, follow
-    the table; what it lacks stays as it was. One thread, process CPU time.
+    the table; shapes that it lacks keep their algorithm. One thread, process CPU time.
 
     Args:
         model: a `UNet` that the CPU engine supports.
-        batch_sizes: numbers of images a call; other numbers follow the nearest of them.
+        batch_sizes: batch sizes to measure; other sizes follow the nearest of them.
         rounds: how often each operation is timed; the median counts.
         path: the JSON file to update; the user's own, in the cache directory, if None.
 
     Returns:
-        The path of the table. It is replaced in one step, never half written.
+        The path of the table, which is replaced atomically.
 
     Raises:
         ValueError: for bad arguments, or where the file holds something else.
@@ -65,7 +65,7 @@ def tune(
     path = user_table_path(cpu_family()) if path is None else path
     if path is None:
         raise ValueError("tune: path must be given for a user without a home, got None")
-    # Asked before the minutes of measuring.
+    # Checked now, before minutes of measuring.
     path.parent.mkdir(parents=True, exist_ok=True)
     if not os.access(path.parent, os.W_OK | os.X_OK):
         raise PermissionError(f"tune: path must be in a folder that can be written, got {path}")
@@ -91,7 +91,7 @@ def measure(model: UNet, batch: int, rounds: int) -> Table:
     }
     names = dict.fromkeys(name for some in candidates.values() for name in some)
     runs = {name: _Run(model, batch, ALGORITHMS[name]) for name in names}
-    for _ in range(rounds):  # in turn: what disturbs one of them disturbs all
+    for _ in range(rounds):  # interleaved, so that other load on the machine slows all of them
         for run in runs.values():
             run()
     times = {name: run.times() for name, run in runs.items()}
@@ -105,7 +105,7 @@ def measure(model: UNet, batch: int, rounds: int) -> Table:
 
 
 class _Run:
-    """A network with one algorithm for all convolutions; a call times each of them once."""
+    """A network with one algorithm for all its convolutions; a call times each convolution once."""
 
     def __init__(self, model: UNet, batch: int, algorithm: Algorithm) -> None:
         precision = torch.bfloat16 if algorithm.bf16 else torch.float32

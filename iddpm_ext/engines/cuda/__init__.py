@@ -1,1 +1,1 @@
-"""The CUDA engine: half-precision copies of the weights, and one graph a step."""
+"""The CUDA engine: half-precision copies of the weights, and one CUDA graph per step."""

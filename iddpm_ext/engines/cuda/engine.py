@@ -1,8 +1,8 @@
 """Runs a `UNet` on a CUDA device as CUDA graphs of fused kernels.
 
-The weights are copied once (`network.py`). The first call on images of a shape captures the
-network, later ones copy their input to where the graph reads it and replay it; whole chains have a
-graph of their own (`cuda_chain.py`). Where a capture fails the same kernels are launched one by one.
+The weights are copied once (`network.py`). The first call with images of a shape captures a graph; later
+calls copy their input to where it reads, and replay it. Whole chains have graphs of their own
+(`cuda_chain.py`). Where a capture fails, the same kernels are launched one by one.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Task(Protocol):
-    """What a graph does, on tensors of its own that stay where they are."""
+    """Work that a graph can capture: it reads and writes tensors of its own, whose addresses are fixed."""
 
     def work(self) -> None:
-        """Launches the kernels; does not look at a result. Done once more is done again."""
+        """Launches the kernels, without waiting for results; may be repeated."""
 
 
 AnyTask = TypeVar("AnyTask", bound=Task)
@@ -72,7 +72,7 @@ def why_not_supported(model: object, dtype: torch.dtype = torch.float32) -> str 
 
 
 class CUDAProgram:
-    """A network's weights as the engine computes with them. Calls in many threads share them.
+    """A network's weights in the engine's layout, which calls in many threads share.
 
     The arguments are those of `CUDAEngine`, which raises as this does.
     """
@@ -92,11 +92,11 @@ class CUDAProgram:
         assert self.project.floats == self.network.floats
 
     def engine(self) -> CUDAEngine:
-        """For one call, with memory of its own."""
+        """An engine for one call, with memory of its own."""
         return CUDAEngine.of(self)
 
     def renew(self, model: UNet) -> bool:
-        """Copies changed weights to where they are, which captured graphs know, if nobody uses them."""
+        """Copies the model's weights over its own, in place for captured graphs; False if in use."""
         with self._lock:
             if self._used:
                 return False
@@ -111,7 +111,7 @@ class CUDAProgram:
             return True
 
     def take(self) -> Memory:
-        """Graphs and their memory, which nobody uses."""
+        """A free `Memory` for an engine."""
         with self._lock:
             self._used += 1
             self._written.wait()
@@ -120,7 +120,7 @@ class CUDAProgram:
         return memory
 
     def give_back(self, memory: Memory) -> None:
-        """What `take` gave; a few are kept for the next calls."""
+        """Returns what `take` gave; a few are kept for the next calls."""
         with self._lock:
             self._used -= 1
             if len(self._idle) < _KEPT_MEMORIES:
@@ -128,7 +128,7 @@ class CUDAProgram:
 
 
 class Memory:
-    """What one call at a time replays and looks up."""
+    """The graphs and embeddings that one call at a time uses."""
 
     def __init__(self, device: torch.device) -> None:
         self.graphs = graphs.Graphs(device)
@@ -141,16 +141,16 @@ class Memory:
 class CUDAEngine:
     """A network that is ready to be evaluated, as in evaluation mode, on images of any shape.
 
-    model: its weights are copied, and this evaluates them as they are now.
-    dtype: torch.float32, bfloat16 or float16, of the features. Sums, statistics, the network's two
-        ends and the timestep path stay float32. Whether float32 features may be multiplied in
-        TensorFloat32 is PyTorch's to say: in convolutions `torch.backends.cudnn.allow_tf32`, which is
-        on from the start, in products `torch.set_float32_matmul_precision`.
+    model: its weights are copied; later changes of them have no effect here.
+    dtype: torch.float32, bfloat16 or float16, of the features. Sums, statistics, the first and last
+        convolution and the timestep path stay float32. Whether products of float32 features use
+        TensorFloat32 follows PyTorch's settings: `torch.backends.cudnn.allow_tf32` (on by default) for
+        convolutions, `torch.set_float32_matmul_precision` for matrix products.
     exact: never TensorFloat32.
 
-    Raises NotSupported, saying why, where it cannot run the network. One call at a time, on the stream
-    that is current; engines of one program (`CUDAEngine.of`) share the weights and may run at once.
-    Nothing waits for the device but the first call with new timesteps or labels.
+    Raises NotSupported, saying why, where it cannot run the network. One engine runs one call at a time,
+    on the current stream; several engines of one program (`CUDAEngine.of`) share the weights and may run
+    at once. Only the first call with new timesteps or labels waits for the device.
     """
 
     name = "cuda engine"
@@ -160,7 +160,7 @@ class CUDAEngine:
 
     @classmethod
     def of(cls, program: CUDAProgram) -> CUDAEngine:
-        """An engine that runs a program that is there already."""
+        """An engine that runs a program that is built already."""
         engine = cls.__new__(cls)
         engine._use(program)
         return engine
@@ -176,14 +176,14 @@ class CUDAEngine:
         self._low_res: Tensor | None = None
 
     def computing(self) -> contextlib.AbstractContextManager[None]:
-        """Where this engine launches kernels."""
+        """The context in which this engine launches kernels."""
         return computing(self.device, self.exact)
 
     def task(
         self, key: Hashable, build: Callable[[], AnyTask]
     ) -> tuple[AnyTask, Callable[[], None]]:
-        """The task of that key, built and captured at first, and the function that does its work."""
-        key = (key, *_float32_settings())  # which a graph keeps
+        """The task of `key`, built and captured the first time, and a function that does its work."""
+        key = (key, *_float32_settings())  # a graph keeps the settings of its capture
         ready = self._memory.ready
         found = ready.pop(key, None)
         if found is None:
@@ -207,7 +207,7 @@ class CUDAEngine:
                     stacklevel=2,
                 )
 
-        device, exact = self.device, self.exact  # the engine itself is of one call
+        device, exact = self.device, self.exact  # not self, which lives for one call
 
         def launch() -> None:
             with computing(device, exact):
@@ -218,11 +218,11 @@ class CUDAEngine:
     def begin(
         self, timesteps: Tensor, labels: Tensor | None = None, low_res: Tensor | None = None
     ) -> None:
-        """Prepare for calls by step index.
+        """Prepares for calls by step index.
 
-        timesteps: [S], what the network is told at each step. labels: int64 [N] of the images of
-        the calls that follow, -1 for unlabelled; None for an unconditional network. low_res: [N, C, h, w]
-        of the calls that follow, or None where x holds the upsampled image already.
+        timesteps: [S], the network's timestep input at each step. labels: int64 [N], of the images of
+        the following calls, -1 for unlabelled; None for an unconditional network. low_res: [N, C, h, w],
+        of the following calls, or None where x holds the upsampled image already.
         """
         memory, self._low_res = self._memory, low_res
         memory.graphs.follow()
@@ -254,7 +254,7 @@ class CUDAEngine:
 
     @property
     def schedule(self) -> Schedule:
-        """What `begin` said last."""
+        """The embeddings that the last `begin` prepared."""
         if self._schedule is None:
             raise RuntimeError("CUDAEngine: begin must be called before a call by step index")
         return self._schedule
@@ -292,7 +292,7 @@ class CUDAEngine:
     ) -> Tensor:
         """The network's output at any timesteps [n], with labels [n] as in `UNet.forward`.
 
-        Labels are not looked at, since that would wait for the device.
+        Labels are not checked, since that would wait for the device.
         """
         self._memory.graphs.follow()
         x = with_low_res(x, low_res)
@@ -349,7 +349,7 @@ class _Evaluation:
 
 
 class _Same:
-    """Equal for the same tensors, unwritten since: told without a look at their values."""
+    """Compares equal for the same tensors if they were not written to since; never reads their values."""
 
     def __init__(self, *tensors: Tensor | None):
         self._tensors = tensors
@@ -366,19 +366,19 @@ class _Same:
 
 
 def _float32_settings() -> tuple[bool, str]:
-    """What PyTorch was told of TensorFloat32: in convolutions, and in products."""
+    """PyTorch's settings of TensorFloat32, for convolutions and for matrix products."""
     return torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
 
 
-# Held while flags of the whole process are set for the launches of one thread.
+# Held while one thread launches under changed flags, which are the whole process's.
 _FLAGS = Lock()
 
 
 @contextlib.contextmanager
 def computing(device: torch.device, exact: bool) -> Iterator[None]:
-    """Where kernels are launched: plain tensors, dtypes as written, float32 as it was asked for."""
+    """The context of launches: no gradients, no autocast, and no TensorFloat32 where `exact`."""
     with contextlib.ExitStack() as stack:
-        # Tensors that are written again and again must not be inference tensors.
+        # Inference tensors could not be written to by later calls outside inference mode.
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(undisturbed(device.type))
         stack.enter_context(_FLAGS)

@@ -1,4 +1,4 @@
-"""The few calls of the CUDA runtime that engine and trainer make: warm up, capture, replay."""
+"""CUDA graphs for engine and trainer: warm up, capture, replay."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ _WARM_UPS = 2
 
 
 class CaptureFailed(RuntimeError):
-    """The work runs, but not as a CUDA graph; the message says why."""
+    """The work cannot be captured as a CUDA graph, though it can be run; the message says why."""
 
 
 class Written:
-    """That what the current stream has been given to write is there for other streams."""
+    """An event after what the current stream has been given to write, for other streams to wait for."""
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._event = device, None
@@ -23,7 +23,7 @@ class Written:
             self._event = torch.cuda.current_stream(device).record_event()
 
     def wait(self) -> None:
-        """Makes the current stream wait for it."""
+        """Makes the current stream wait for the event."""
         if self._event is not None:
             torch.cuda.current_stream(self._device).wait_event(self._event)
 
@@ -31,7 +31,7 @@ class Written:
 class Graphs:
     """CUDA graphs on one device that share their memory.
 
-    They may, as nothing in it outlives a replay: what goes in and out lies in tensors that were
+    They can share it because nothing in it outlives a replay: inputs and outputs are tensors that were
     allocated outside. Replays must not overlap, so each use begins with `follow`.
     """
 
@@ -41,19 +41,19 @@ class Graphs:
         self._last: torch.cuda.Stream | None = None
 
     def follow(self) -> None:
-        """Makes the current stream wait for the use before, where that was on another stream."""
+        """Makes the current stream wait for the previous use, if that was on another stream."""
         stream = torch.cuda.current_stream(self._device)
         if self._last is not None and self._last != stream:
             stream.wait_stream(self._last)
         self._last = stream
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
-        """A function that does `work` again, on the stream that is current when it is called.
+        """A function that repeats `work` as a graph, on the stream that is current when it is called.
 
-        work: launches kernels, always the same ones on the same memory. It runs on a side stream
-        first, so that whatever libraries load, choose and allocate happens then; that run must leave
-        nothing behind that matters.
-        Raises CaptureFailed; errors of the work itself as they are.
+        work: launches kernels, always the same ones on the same memory. It first runs on a side stream,
+        so that libraries load, choose algorithms and allocate before the capture; its results there must
+        not matter.
+        Raises CaptureFailed; errors of the work itself pass through.
         """
         with torch.cuda.device(self._device):
             here, side = torch.cuda.current_stream(), torch.cuda.Stream()
@@ -74,8 +74,8 @@ class Graphs:
             except RuntimeError as error:
                 torch.cuda.set_stream(
                     here
-                )  # PyTorch leaves the other one when ending a capture fails
-                # The end of a capture complains of what went wrong within it.
+                )  # where ending a capture fails, PyTorch does not restore the stream
+                # What went wrong is the context of the error that ending the capture raises.
                 reason = str(error.__context__ or error)
                 raise CaptureFailed(reason.splitlines()[0]) from error
             finally:
@@ -84,12 +84,12 @@ class Graphs:
 
 
 def _let_go_of_workspaces() -> None:
-    """Makes cuBLAS ask for its scratch memory anew.
+    """Clears PyTorch's cuBLAS workspaces, so that the next use of cuBLAS allocates a new one.
 
-    PyTorch keeps one block a stream until somebody clears them all, as torch.compile does when it captures
-    graphs of its own. A graph that was captured with a block from before its capture would then be replayed
-    on memory that is somebody else's, or unmapped. With none at hand, a capture takes its block from the
-    graphs' own pool, which lives as long as they do; and nobody else may find that one afterwards.
+    PyTorch keeps one workspace per stream until all are cleared, as torch.compile does when it captures
+    graphs of its own. A graph that was captured with a workspace from before would then be replayed on
+    memory that belongs to others or is unmapped. Cleared before a capture, the workspace is allocated in the
+    graphs' own pool, which lives as long as they do; cleared after it, no later call can use that one.
     """
     let_go = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)  # builds with CUDA have it
     if let_go is not None:

@@ -1,7 +1,7 @@
-"""What the network does outside normalisation, attention and the convolutions of PyTorch.
+"""The network's first, last and upsampling convolutions.
 
-Each by a kernel of ours on a GPU, where it can, else in PyTorch's functions. `backend` is "auto",
-"reference" or "cuda", as of `ops.pixel_rows`.
+Each uses a kernel of ours on a GPU where that supports the shape, else PyTorch's functions. `backend` is
+"auto", "reference" or "cuda", as in `ops.pixel_rows`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from iddpm_ext.ops.pixel_rows import choose
 
 _LAST = torch.channels_last
 _MOST_IMAGE_CHANNELS = 8
-_LAST_CHANNELS = (1, 2, 3, 6)  # that the kernel is compiled for
+_LAST_CHANNELS = (1, 2, 3, 6)  # out-channels that the kernel is compiled for
 _SLICE = 32
 
 
@@ -33,7 +33,7 @@ def first_convolution(
     supported = c <= _MOST_IMAGE_CHANNELS and k % 4 == 0 and columns_last(weight) is weight
     if choose(backend, x) == "reference" or not supported or not len(x):
         h = F.conv2d(x.contiguous(memory_format=_LAST), weight, None, padding=1)
-        # Images of one channel are of either format: the convolution's result may be of the other.
+        # Of one-channel images no format can be told, so the convolution may return the other one.
         return h.to(dtype, memory_format=_LAST)
     y = torch.empty((n, k, height, width), dtype=dtype, device=x.device, memory_format=_LAST)
     images = plane(x)
@@ -69,21 +69,21 @@ def last_convolution(x: Tensor, weight: Tensor, bias: Tensor, backend: str = "au
 
 
 def columns_last(weight: Tensor) -> Tensor:
-    """[K, C, 3, 3] in memory as [C, 3, 3, K]; itself where it is."""
+    """weight [K, C, 3, 3] with memory laid out as [C, 3, 3, K]; not copied if it already is."""
     if weight.permute(1, 2, 3, 0).is_contiguous():
         return weight
     return weight.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)
 
 
 def doubling_weight(weight: Tensor) -> Tensor:
-    """The four 2x2 convolutions that a 3x3 convolution of a doubled image is.
+    """The four 2x2 filters whose outputs interleave to a 3x3 convolution of a doubled image.
 
-    weight: [K, C, 3, 3], float32: its sums are rounded once. Returns [4K, C, 2, 2]: those of the pixels
-    at even rows and even columns, even and odd, odd and even, odd and odd.
+    weight: [K, C, 3, 3], float32, so that sums are rounded once. Returns [4K, C, 2, 2], for output pixels
+    at (even row, even column), (even, odd), (odd, even), (odd, odd).
     """
     k, c = weight.shape[:2]
-    # Row 2i of the result sees x's row i - 1 by its first tap and i by the others, row 2i + 1 the
-    # row i by its first two and i + 1 by the last.
+    # Output row 2i reads row i - 1 of x by its first tap and row i by the other two; output row 2i + 1
+    # reads row i by its first two taps and row i + 1 by the last.
     taps = torch.tensor(
         [[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], dtype=weight.dtype, device=weight.device
     )
@@ -92,7 +92,7 @@ def doubling_weight(weight: Tensor) -> Tensor:
 
 
 def doubled_convolution(x: Tensor, weight: Tensor, backend: str = "auto") -> Tensor:
-    """A 3x3 convolution with padding 1 of images doubled by nearest neighbour, in 4/9 of its multiplications.
+    """A 3x3 convolution with padding 1 of images doubled by nearest neighbour, with 4/9 of the products.
 
     x: [N, C, H, W], channels_last. weight: [4K, C, 2, 2] of `doubling_weight`.
     Returns [N, K, 2H, 2W], channels_last.

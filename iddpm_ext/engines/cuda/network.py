@@ -1,10 +1,10 @@
 """A `UNet` as the CUDA engine computes it: channels_last, and few passes over memory.
 
-Convolutions run without their bias. It is added by the normalisation that reads their result,
-which also adds the skip connection, writes the sum for the next one, and reads both halves of a
-concatenation where they lie. 1x1 convolutions are matrix products on the rows of pixels.
+Convolutions run without their bias. The normalisation that reads their result adds it, and the skip
+connection, and writes the sum for the next skip connection; it reads both parts of a concatenation where
+they are. 1x1 convolutions are matrix products on the rows of pixels.
 
-Nothing here knows of CUDA: every function is PyTorch's or an op of ours, and runs on any device.
+Nothing here is specific to CUDA: all functions are PyTorch's or ops of this package, on any device.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class Weights:
         self._copies: list[tuple[Tensor, Callable[[], Tensor]]] = []
 
     def add(self, make: Callable[[], Tensor]) -> Tensor:
-        """What `make` makes of the model's weights, now and after every `refresh`."""
-        # Never the weight itself, which a conversion without effect would return.
+        """A tensor that holds what `make` returns, now and after every `refresh`."""
+        # Cloned, since a conversion that changes nothing returns the weight itself.
         copy = make().clone(memory_format=torch.preserve_format)
         self._copies.append((copy, make))
         return copy
@@ -54,13 +54,13 @@ class Weights:
 
 
 class Features:
-    """A feature map [N, C, H, W] before its last sums: h + residual + bias, with bias [C]."""
+    """A feature map h + residual + bias [N, C, H, W] whose sums are not computed yet; bias is [C]."""
 
     def __init__(self, h: Tensor, residual: Tensor | None = None, bias: Tensor | None = None):
         self.h, self.residual, self.bias = h, residual, bias
 
     def settled(self, backend: str) -> Tensor:
-        """The sum, as a pass of its own where no normalisation has written it yet."""
+        """The sum, computed now unless it has been already."""
         if self.residual is not None or self.bias is not None:
             self.h = settle(self.h, self.residual, self.bias, backend)
         self.residual = self.bias = None
@@ -75,17 +75,16 @@ class _Norm(NamedTuple):
     bias: Tensor
 
 
-# What a layer does: (features, embeddings, the encoder's features that are concatenated) -> features.
+# A layer: (features, embeddings, the encoder's features to concatenate) -> features.
 _Layer = Callable[[Features, Tensor, "Features | None"], Features]
 
 
 class FusedNetwork:
     """The network in evaluation mode.
 
-    dtype: of the features. The two ends, and all sums and statistics, are float32, as the module has
-        them under autocast: the noise of the last steps is finer than halves can tell apart on pixels
-        near -1 or 1.
-    backend: of the op `group_norm_silu`, and of `qkv_attention` where that has it.
+    dtype: of the features. The first and last convolution, and all sums and statistics, are float32: the
+        noise of the last steps is finer than half precision resolves on pixels near -1 or 1.
+    backend: of the op `group_norm_silu`, and of `qkv_attention` where that supports it.
     """
 
     def __init__(self, model: UNet, dtype: torch.dtype, backend: str = "auto"):
@@ -106,19 +105,21 @@ class FusedNetwork:
         self._head_norm = self._norm(head[0])
         self._head = self._end_kernel(head[2])
         self._head_bias = self._float(head[2].bias)
-        #: float32 [floats], to be added to the embeddings: the bias of a convolution whose result an
-        #: embedding is added to anyway.
+        #: float32 [floats], to be added to the embeddings: the biases of the convolutions to whose
+        #: results embeddings are added.
         self.embedding_bias = self._weights.add(
             lambda: torch.cat([bias() for bias in self._embedding_biases])
         )
 
     def refresh(self) -> None:
-        """Copy the model's weights again, to where they are."""
+        """Copies the model's weights again, in place."""
         self._weights.refresh()
 
     def __call__(self, x: Tensor, embeddings: Tensor) -> Tensor:
-        """x: float32 [N, C, H, W]; embeddings: float32 [N, floats], the blocks' in their order with
-        `embedding_bias` added, of any strides. Returns float32 [N, C_out, H, W].
+        """The network's output, float32 [N, C_out, H, W].
+
+        x: float32 [N, C, H, W]. embeddings: float32 [N, floats] of any strides: the projections of all
+        blocks in order, plus `embedding_bias`.
         """
         h = kernels.first_convolution(x, self._first, self.dtype, self._kernels)
         features = Features(h, None, self._first_bias)
@@ -135,17 +136,17 @@ class FusedNetwork:
     # ---- weights
 
     def _kernel(self, conv: Any) -> Tensor:
-        """[K, C, 3, 3] as convolutions read it."""
+        """A convolution's weight [K, C, 3, 3], channels_last."""
         return self._weights.add(
             lambda: conv.weight.detach().to(self.dtype).contiguous(memory_format=_LAST)
         )
 
     def _end_kernel(self, conv: Any) -> Tensor:
-        """[K, C, 3, 3] of the network's ends, float32."""
+        """The weight [K, C, 3, 3] of the first or last convolution, float32."""
         return self._weights.add(lambda: kernels.columns_last(conv.weight.detach().float()))
 
     def _doubling_kernel(self, conv: Any) -> Tensor:
-        """[4K, C, 2, 2], a convolution of a doubled image."""
+        """[4K, C, 2, 2], for a convolution of a doubled image."""
 
         def make() -> Tensor:
             four = kernels.doubling_weight(conv.weight.detach().float())
@@ -154,7 +155,7 @@ class FusedNetwork:
         return self._weights.add(make)
 
     def _matrix(self, conv: Any) -> Tensor:
-        """[K, C] of a 1x1 convolution."""
+        """The weight [K, C] of a 1x1 convolution."""
         return self._weights.add(lambda: conv.weight.detach().flatten(1).to(self.dtype))
 
     def _float(self, *parameters: Any) -> Tensor:
@@ -239,7 +240,7 @@ class FusedNetwork:
                 whole = parts[0] if beside is None else torch.cat(parts, dim=1)
                 return Features(h, resized(whole), bias)
             begin = 0
-            for part in parts:  # of the concatenation, which so need not be made
+            for part in parts:  # each part of the concatenation on its own, which is never built
                 rows, columns = _rows(resized(part)), matrix[:, begin : begin + part.shape[1]]
                 _rows(h).addmm_(rows, columns.t())
                 begin += part.shape[1]
@@ -248,7 +249,7 @@ class FusedNetwork:
         return run
 
     def _claim(self, layer: ResBlock, conv: nn.Conv2d) -> int:
-        """Counts the block's embedding and says what is added to it; returns its width."""
+        """Reserves the block's place in the embeddings and adds conv's bias to it; returns its width."""
         linear: Any = layer.emb_layers[1]
         self.floats += linear.out_features
         if layer.scale_shift:
@@ -287,10 +288,10 @@ class FusedNetwork:
         scale: Tensor | None = None,
         shift: Tensor | None = None,
     ) -> Tensor:
-        """The normalised features, of which the sum is written in the same pass.
+        """The normalised features; the same pass writes their sum for later layers.
 
-        Within a residual block nobody needs the sum: there the bias is per sample, or comes with scale
-        and shift, and it is not written.
+        Not within a residual block, where the bias is per sample, or comes with scale and shift: no later
+        layer reads that sum.
         """
         common: Any = {"eps": norm.eps, "silu": norm.silu, "x2": beside, "backend": self._backend}
         bias, residual = features.bias, features.residual
@@ -321,7 +322,7 @@ def _pair(layer: ResBlock) -> tuple[Any, Any]:
 
 
 def _rows(x: Tensor) -> Tensor:
-    """[N, C, H, W] in channels_last as the matrix [N H W, C]; never a copy, as it is written to."""
+    """x [N, C, H, W], channels_last, as the matrix [N H W, C]; always a view, since it is written to."""
     return x.permute(0, 2, 3, 1).view(-1, x.shape[1])
 
 

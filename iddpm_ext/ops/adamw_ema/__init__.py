@@ -17,7 +17,7 @@ from iddpm_ext.ops.arguments import DTYPE_CODES, check_launch, stream
 from iddpm_ext.ops.operators import define
 from iddpm_ext.ops.spec import OpSpec, register, resolve_backend
 
-#: As many averages as a kernel keeps the decays of.
+#: Most averages: a kernel has room for so many decays.
 MAX_EMAS = 8
 
 
@@ -39,32 +39,32 @@ def adamw_ema(
     found_inf: Tensor | None = None,
     backend: str = "auto",
 ) -> None:
-    """One update of every parameter by AdamW, then of its averages, in place.
+    """Updates every parameter by AdamW, then its moving averages, in place.
 
         g = grad_scale grad
         m = beta_1 m + (1 - beta_1) g,   v = beta_2 v + (1 - beta_2) g^2
         p = (1 - lr weight_decay) p - lr (m / (1 - beta_1^step)) / (sqrt(v / (1 - beta_2^step)) + eps)
-        ema_k = decay_k ema_k + (1 - decay_k) p                            for every rate k
-        copy = p, rounded                                                  where there are copies
+        ema_k = decay_k ema_k + (1 - decay_k) p                            for every average k
+        copy = p, rounded                                                  if there are copies
 
-    Everything that changes with the step may be a tensor on the device, so that the host never waits:
-    gradients that carry a loss scale, or are to be clipped, need no pass of their own.
+    step, grad_scale and found_inf may be tensors on the device, so that the host never waits. With
+    grad_scale, unscaling and clipping of gradients need no pass of their own.
 
     Args:
         params: the master weights, tensors of float32 (for the reference also float64) of any shapes.
         grads: like params, of one floating dtype.
         exp_avgs, exp_avg_sqs: m and v, like params and of their dtype.
-        emas: for each rate a list like params, of their dtype; at most 8 rates.
+        emas: for each average a list like params, of their dtype; at most 8 averages.
         step: the number of this update, from 1 on: an int, or a tensor of one element.
         lr: learning rate, at least 0.
         betas: each in [0, 1).
         eps: at least 0.
         weight_decay: at least 0; decoupled from the gradient.
-        decays: for each rate its decay, in [0, 1].
-        copies: like params, of one floating dtype: the model's own weights in mixed training.
+        decays: the decay of each average, in [0, 1].
+        copies: like params, of one floating dtype: the model's own weights in mixed-precision training.
         grad_scale: a tensor of one element that multiplies the gradients: 1 / loss scale, times the
             factor that clips them.
-        found_inf: a tensor of one element; where it is not 0, nothing at all is changed.
+        found_inf: a tensor of one element; if it is not 0, nothing is changed.
         backend: "auto", "reference", "cpu", "cuda" or "triton".
 
     Raises:
@@ -135,7 +135,7 @@ def _tensor_list(name: str, values: Any) -> list[Tensor]:
 
 
 def _one_dtype(name: str, values: list[Tensor], allowed: tuple[torch.dtype, ...]) -> torch.dtype:
-    """The dtype that all of them have; the first of `allowed` where there are none."""
+    """The common dtype of the tensors; the first of `allowed` if the list is empty."""
     dtype = values[0].dtype if values else allowed[0]
     for i, value in enumerate(values):
         if value.dtype not in allowed or value.dtype != dtype:
@@ -149,7 +149,7 @@ def _one_dtype(name: str, values: list[Tensor], allowed: tuple[torch.dtype, ...]
 def _check_like(
     name: str, values: list[Tensor], params: list[Tensor], dtype: torch.dtype | None
 ) -> None:
-    """As many tensors as params, of their shapes and device, of `dtype` or any one that floats."""
+    """Checks for as many tensors as params, of their shapes and device, of `dtype` or any floating dtype."""
     if len(values) != len(params):
         raise ValueError(f"adamw_ema: {name} must have {len(params)} tensors, got {len(values)}")
     _one_dtype(name, values, checks.FLOATS if dtype is None else (dtype,))
@@ -178,7 +178,7 @@ def _check_writable(name: str, values: list[Tensor]) -> None:
 
 
 def _check_step(step: Any, params: list[Tensor]) -> Tensor | None:
-    """The step where it is a tensor."""
+    """Checks the step; returns it if it is a tensor, else None."""
     if isinstance(step, Tensor):
         _check_factor("step", step, params)
         return step
@@ -210,7 +210,7 @@ def _check_decays(decays: Any, count: int) -> list[float]:
 
 
 def _check_factor(name: str, value: Any, params: list[Tensor]) -> None:
-    """None, or a tensor of one element on the device of params."""
+    """Checks for None, or a tensor of one element on the device of params."""
     if value is None:
         return
     if not isinstance(value, Tensor):
@@ -259,7 +259,7 @@ def _run(
 
 
 def _native_launch(name: str, last: int) -> Callable[..., int | None]:
-    """The compiled launcher `name` for arguments of Python; `last` is its thread count or stream."""
+    """The compiled launcher `name`, called with tensors; `last` is its number of threads, or the stream."""
 
     def launch(
         size: tuple[int, int],

@@ -42,7 +42,7 @@ def _call(
 
 
 def _change(call: dict[str, Any], layout: Any) -> dict[str, Any]:
-    """The same call with every tensor in another layout."""
+    """The same call with every tensor in the memory layout that `layout` makes."""
     changed = dict(call)
     for name in ("params", "grads", "exp_avgs", "exp_avg_sqs"):
         changed[name] = [layout(x) for x in call[name]]

@@ -1,7 +1,7 @@
-"""How lists of tensors reach the kernels of `adamw_ema`: a table of addresses, elements in memory's order.
+"""How lists of tensors reach the kernels of `adamw_ema`: as a table of addresses.
 
-The op is elementwise, so a kernel walks each parameter's memory from end to end. That holds where all
-tensors of a parameter have its strides and leave no gaps; any other stands in by a packed copy.
+The op is elementwise, so a kernel walks through each parameter's memory from end to end. For that, all
+tensors of a parameter must have its strides and be dense; others are replaced by packed copies.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def leaves_no_gaps(x: Tensor) -> bool:
-    """Whether the elements of x fill one run of memory, each place once."""
+    """Whether x is dense: its elements fill one range of memory, each place once."""
     expected = 1
     for stride, size in sorted((s, n) for s, n in zip(x.stride(), x.shape, strict=True) if n != 1):
         if stride != expected:
@@ -21,10 +21,10 @@ def leaves_no_gaps(x: Tensor) -> bool:
 
 
 class Packed:
-    """Tensors of an update, and `table`: the kernels' row for each parameter, end to end.
+    """The tensors of an update, and `table`, the kernels' rows of all parameters, one after the other.
 
-    numel, then the addresses of param, grad, exp_avg, exp_avg_sq, copy (0 where there is none) and of each
-    average. The object keeps the stand-ins alive; `write_back` puts their values where they belong.
+    A row: numel, then the addresses of param, grad, exp_avg, exp_avg_sq, copy (0 for none) and each
+    average. The object keeps packed copies alive; `write_back` copies their new values to the originals.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The network's 3x3 convolution for training on the CPU: Winograd's, forward and in both gradients."""
+"""The network's 3x3 convolution for training on the CPU, by Winograd's algorithm or AMX, with gradients."""
 
 from __future__ import annotations
 
@@ -26,27 +26,27 @@ def conv3x3(
     exact: bool = False,
     backend: str = "auto",
 ) -> Tensor:
-    """Convolves images with 3x3 filters at stride 1 and padding 1, doubled in size before if `upscale`.
+    """3x3 convolution with stride 1 and padding 1, of images doubled in size before if `upscale`.
 
         y[n, k, i, j] = bias[k] + sum over c, u, v of weight[k, c, u, v] h[n, c, i + u - 1, j + v - 1],
         h = x, or x with every pixel repeated 2 x 2 if `upscale`
 
-    The CPU kernels compute it by Winograd's minimal filtering (Lavin & Gray, CVPR 2016), the gradients of
-    input and weights too, and transform the weights anew in every call: for inference the sampling engine
-    keeps them transformed. F(4x4, 3x3) does a quarter of the multiplications at several times the rounding
-    error of the direct sum; F(2x2, 3x3), which `exact` and images of at most 4 pixels a side take, does
-    4/9 of them at its error. Which one is a function of the image's size alone, so a sample's result
-    depends on neither batch nor threads. Unless `exact`, bfloat16 images are convolved directly where the
-    CPU has AMX, by weights that are rounded too. Channel counts that are no multiple of 16, and CPUs without
-    AVX2, are computed by PyTorch. On CUDA the reference, which is cuDNN's, is taken.
+    The CPU kernels use Winograd's minimal filtering (Lavin & Gray, CVPR 2016), for both gradients too, and
+    transform the weights in every call (for inference, the CPU engine keeps them transformed). F(4x4, 3x3)
+    has a quarter of the multiplications and several times the rounding error of direct convolution;
+    F(2x2, 3x3), for `exact` and for images of at most 4 pixels per side, has 4/9 of them and about the same
+    error. The choice depends on the image's size alone, so a sample's result depends on neither batch nor
+    threads. Unless `exact`, bfloat16 images are convolved directly on CPUs with AMX, with weights rounded
+    to bfloat16. PyTorch computes channel counts that are no multiples of 16, and everything on CPUs without
+    AVX2. On CUDA the backend is the reference (cuDNN).
 
     Args:
-        x: [N, C, H, W], any strides; channels_last of any pitch is read in place. float32 or bfloat16;
-            any floating dtype for the reference. Autocast leaves it alone.
-        weight: [K, C, 3, 3], bias: [K], any floating dtype. Both enter the CPU kernels in float32,
-            but for AMX's weights.
-        upscale: double height and width by nearest neighbour before.
-        exact: keep to transforms whose error is that of direct convolution.
+        x: [N, C, H, W], any strides; channels_last, also with gaps between pixels, is read in place. float32
+            or bfloat16; any floating dtype for the reference. Not affected by autocast.
+        weight: [K, C, 3, 3], bias: [K], any floating dtype. The CPU kernels use them in float32, except
+            for AMX's weights.
+        upscale: first double height and width by nearest neighbour.
+        exact: use only algorithms as accurate as direct convolution.
         backend: "auto", "reference" or "cpu".
 
     Returns:
@@ -103,9 +103,9 @@ SPEC = register(
         kernels={"reference": reference.conv3x3, "cpu": compiled.cpu},
         dtypes={"cpu": frozenset({torch.float32, torch.bfloat16})},
         differentiable=("x", "weight", "bias"),
-        # F(4x4, 3x3) rounds intermediate values larger than its result: about twice the error of the direct
-        # sum in the images, and where that has few terms or terms of one sign, up to 7 times, which is 3e-7
-        # of the largest value: far below what bfloat16 or the batch's noise adds. `exact` avoids it.
+        # F(4x4, 3x3) rounds intermediate values larger than its result: the error is about twice that of
+        # direct convolution on images, and up to 7 times where that has few terms or terms of one sign,
+        # i.e. 3e-7 of the largest value: far below bfloat16's rounding. `exact` avoids it.
         roundings=4.0,
     )
 )

@@ -67,7 +67,7 @@ def property_inputs(draw: random_calls.Draw, device: str, dtype: torch.dtype) ->
     n, c, h, w = random_calls.image_shape(draw)
     columns, mean = draw.integer(1, 20), draw.choice((0.0, 1.0, -30.0))
     call = _call((n, c, h, w), columns, device, dtype, channels_last=False, mean=mean)
-    # Finite numbers only: Winograd spreads an infinity over its tile.
+    # Finite numbers only: Winograd's transforms spread an infinity over a whole tile.
     call["x"] = random_calls.relayout(draw, call["x"])
     if draw.choice((False, True)):
         call["bias"] = None

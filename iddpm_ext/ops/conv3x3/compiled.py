@@ -1,4 +1,4 @@
-"""Calls of the compiled kernels, and of PyTorch where they do not support the call."""
+"""Calls of the compiled kernels, or of PyTorch if they do not support the shape."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ _DONE, _NO_INSTRUCTIONS = 0, 1
 Pixels = tuple[int, int]
 
 
-def _served(x: Tensor, weight: Tensor) -> bool:
+def _supported(x: Tensor, weight: Tensor) -> bool:
     columns, channels = weight.shape[:2]
     ragged = channels % LANES or columns % LANES or max(channels, columns) > MAX_CHANNELS
     return not ragged and x.numel() > 0 and weight.numel() > 0
 
 
 def _tile(dtype: torch.dtype, height: int, width: int, exact: bool) -> int:
-    """m of F(m x m, 3 x 3), or 0 for AMX.
+    """m of Winograd's F(m x m, 3 x 3), or 0 for AMX.
 
-    A function of type and size of an image alone, so that no result depends on the batch.
+    Depends on dtype and size of the images alone, so that no result depends on the batch.
     """
     if dtype == torch.bfloat16 and not exact and _native.native().has_tiles():
         return 0
@@ -36,7 +36,7 @@ def _tile(dtype: torch.dtype, height: int, width: int, exact: bool) -> int:
 
 
 def _pixels(x: Tensor) -> tuple[Tensor, Pixels]:
-    """Images with their channels side by side: what keeps them alive, address and distance of pixels."""
+    """x in channels_last, copied if need be, with its address and the elements from pixel to pixel."""
     found = laid_out(x, channels_last=True)
     sample, _, pixel = found.view[1:]
     n, c, h, w = x.shape
@@ -51,7 +51,7 @@ def _filter(weight: Tensor) -> tuple[int, ...]:
 
 
 def _reversed_filter(weight: Tensor) -> tuple[int, ...]:
-    """The same memory as the weights of the input's gradient: channels exchanged, taps from the last on."""
+    """Strides that read the weights as those of the input's gradient: channels exchanged, taps reversed."""
     column, channel, row, tap = weight.stride()
     last = weight.data_ptr() + weight.element_size() * 2 * (row + tap)
     return (last, channel, column, -row, -tap)
@@ -64,7 +64,7 @@ def _images(like: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def _run(kernel: str, *arguments: object) -> bool:
-    """Whether the kernel computed; False where the instruction set in use has none."""
+    """Runs a kernel; False if the instruction set in use has none."""
     status = getattr(_native.native(), kernel)(*arguments, torch.get_num_threads())
     if status not in (_DONE, _NO_INSTRUCTIONS):
         raise MemoryError("conv3x3: no memory for the transformed images")
@@ -72,8 +72,8 @@ def _run(kernel: str, *arguments: object) -> bool:
 
 
 def cpu(x: Tensor, weight: Tensor, bias: Tensor | None, upscale: bool, exact: bool) -> Tensor:
-    """y of `reference.conv3x3`."""
-    if _served(x, weight):
+    """y, as `reference.conv3x3`."""
+    if _supported(x, weight):
         n, c, h, w = x.shape
         if upscale:
             h, w = 2 * h, 2 * w
@@ -105,7 +105,7 @@ def cpu_bwd(
     """Gradients of x (in its dtype and layout), weight and bias (in float32); empty where not wanted."""
     none = torch.empty(0, dtype=torch.float32, device=x.device)
     dx, dweight, dbias = x.new_empty(0), none, none.clone()
-    if not _served(x, weight):
+    if not _supported(x, weight):
         return _library_bwd(dy, x, weight, upscale, (wants_x, wants_weight, wants_bias))
     n, c, h, w = x.shape
     size = (n, *dy.shape[2:])

@@ -1,4 +1,4 @@
-"""GroupNorm fused with what surrounds it in the network: sums before it, scale-shift and SiLU after it."""
+"""GroupNorm fused with the sums before it and with scale, shift and SiLU after it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NAME = "group_norm_silu"
 
 
 class GroupNormSilu(NamedTuple):
-    """Both [N, C, H, W] with the dtype and the memory format of x; `sum` has x's channels alone."""
+    """y and sum, [N, C, H, W] with dtype and memory format of x; `sum` has the channels of x alone."""
 
     y: Tensor
     sum: Tensor
@@ -90,19 +90,19 @@ def group_norm_silu(
 
     Wu & He, *Group Normalization*, equation (1); scale and shift are the time embedding's, section
     "Improvements to the architecture" of Improved DDPM. `channel_bias` takes the bias of the convolution
-    before (or an embedding), `residual` and `x2` take the skip connections: neither sum nor concatenation
-    costs a pass of its own. Mean and variance are computed in float32 about the mean (never as a
-    difference of squares) in an order that depends on neither the batch nor the threads.
+    before (or an embedding), `residual` and `x2` take the skip connections, so that neither sum nor
+    concatenation costs a pass of its own. The variance is computed in float32 about the mean (never as
+    E[h^2] - E[h]^2), in an order that depends on neither the batch nor the threads.
 
     Args:
-        x: [N, C1, H, W], contiguous or channels_last with any pitch; other strides are copied.
+        x: [N, C1, H, W], contiguous or channels_last, also with gaps; tensors of other strides are copied.
             float32, bfloat16 or float16; any floating dtype for the reference.
         num_groups: divides the channels of h.
         weight, bias: [C], C the channels of h, any floating dtype.
         eps: positive.
         scale, shift: [N, C], any floating dtype.
-        silu: whether SiLU follows.
-        x2: [N, C - C1, H, W] of x's dtype, channels that follow x's.
+        silu: whether to apply SiLU.
+        x2: [N, C - C1, H, W] of x's dtype: channels to concatenate after x's.
         residual: [N, C1, H, W] of x's dtype. The sum is then rounded to that dtype before it is normalised.
         channel_bias: [C1] or [N, C1], any floating dtype.
         return_sum: also return the sum; needs `residual` or `channel_bias`.
@@ -138,18 +138,18 @@ def group_norm_silu(
     return GroupNormSilu(y, total) if return_sum else y
 
 
-#: Elements of a group, and of a batch, up to which Triton's forward pass is ahead in channels_last.
+#: Elements per group, and per batch, up to which Triton's forward pass is the faster in channels_last.
 _SMALL_GROUP, _SMALL_BATCH = 2048, 1 << 18
 
 
 def _faster_on_gpu(x: Tensor, channels: int, num_groups: int, differentiated: bool) -> str:
-    """The kernel that "auto" takes on a GPU for x and x2, of `channels` in all.
+    """The kernel that "auto" takes on a GPU for x and x2, which have `channels` in all.
 
     Measured on an H200 (benchmarks/results/gpu_h200_group_norm_tiles.json). channels_last, bfloat16: the CUDA
-    kernel's backward pass is 1.4 to 3.2 times as fast as Triton's, its forward pass up to 3.5 times, but for
-    small calls, of which starting is the most: 3.8 us against 2.6 for one image of 256x8x8, 4.5 against 4.0
-    for 256x16x16. NCHW, float32: Triton's forward pass takes 0.55 to 0.98 times as long as the CUDA kernel
-    that has a block for every group, its backward pass up to twice as long.
+    kernel's backward pass is 1.4 to 3.2 times as fast as Triton's, its forward pass up to 3.5 times; except
+    for small calls, dominated by the launch: 3.8 us against 2.6 for one image of 256x8x8, 4.5 against 4.0 for
+    256x16x16. NCHW, float32: Triton's forward pass takes 0.55 to 0.98 times as long as the CUDA kernel, which
+    has one block per group; its backward pass up to twice as long.
     """
     if differentiated and torch.is_grad_enabled():
         return "cuda"
@@ -298,7 +298,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
         None if p is None else p.dtype for p in (weight, bias, scale, shift, channel_bias)
     )
     ctx.set_materialize_grads(False)
-    # What was normalised: the written sum has the bias in it.
+    # A written sum, which the backward pass reads, includes the bias.
     folded = None if write_sum else channel_bias
     ctx.save_for_backward(
         total if write_sum else x, x2, folded, weight, bias, scale, shift, mean, rstd
@@ -342,7 +342,7 @@ def _backward(
 def _formula(
     ctx: Any, dy: Tensor | None, dsum: Tensor | None, dmean: Tensor | None, drstd: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    """As `_backward`; a sum that was written is where the gradient's graph begins."""
+    """As `_backward`, in PyTorch's functions; a written sum is a leaf of that graph."""
     *saved, _, _ = ctx.saved_tensors
 
     def normalised(
@@ -361,7 +361,7 @@ def _formula(
     if dsum is not None and dsum.numel():
         dh = dsum if dh is None else dh + dsum
     dchannel = dfolded
-    if wants[3] and saved[2] is None and dh is not None:  # the bias is in the sum
+    if wants[3] and saved[2] is None and dh is not None:  # the sum includes the bias
         dims = (0, 2, 3) if ctx.bias_rank == 1 else (2, 3)
         dchannel = dh.sum(dim=dims, dtype=compute_dtype(dh)).to(ctx.dtypes[4])
     dx, dresidual = dh if wants[0] else None, dh if wants[2] else None

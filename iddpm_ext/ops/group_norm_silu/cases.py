@@ -166,7 +166,7 @@ def benchmark_inputs(device: str) -> Iterator[Case]:
 
 
 def minimum_bytes(kwargs: dict[str, Any]) -> int:
-    """Images in and out once; everything else is small."""
+    """The images, read and written once; everything else is small."""
     images = [kwargs["x"], kwargs.get("x2"), kwargs.get("residual")]
     read = sum(x.nbytes for x in images if x is not None)
     written = kwargs["x"].nbytes + (kwargs["x2"].nbytes if kwargs.get("x2") is not None else 0)
@@ -191,7 +191,7 @@ def in_pytorch(
     return_sum: bool = False,
     backend: str = "auto",
 ) -> Any:
-    # Its gradient takes the rounded mean for the mean, as every fused kernel does and autograd does not.
+    # Like every fused kernel, and unlike autograd, PyTorch's computes the gradient with the rounded mean.
     written = return_sum or residual is not None
     h, total = reference.summed(x, x2, residual, channel_bias, written)
     z = reference.modulated(torch.group_norm(h, num_groups, eps=eps), weight, bias, scale, shift)

@@ -1,4 +1,4 @@
-"""Calls of the compiled kernels: tensors laid out, results allocated, addresses handed over."""
+"""Calls of the compiled kernels: brings tensors into their layouts and allocates results."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from iddpm_ext.ops.group_norm_silu.layout import (
     optional,
 )
 
-#: Pixels of a partial result: kGroupNormSlab of csrc/group_norm_silu/group_norm_silu.h.
+#: Pixels per partial sum: kGroupNormSlab of csrc/group_norm_silu/group_norm_silu.h.
 SLAB = 256
 
 Outputs = tuple[Tensor, ...]
@@ -53,7 +53,7 @@ class _Call:
         return torch.empty(shape, dtype=torch.float32, device=self.like.device)
 
     def workspace(self) -> int:
-        """group_norm_workspace of csrc/group_norm_silu/group_norm_silu.h."""
+        """Size in floats, as group_norm_workspace of csrc/group_norm_silu/group_norm_silu.h has it."""
         slabs = (self.hw + SLAB - 1) // SLAB
         space = self.floats(3 * self.n * self.c * (slabs + 2))
         self.alive.append(space)
@@ -70,7 +70,7 @@ class _Call:
         rstd: Tensor,
         silu: bool,
     ) -> tuple[object, ...]:
-        """`GroupNormInput`, in the order of csrc/bindings.cpp."""
+        """The fields of `GroupNormInput`, in the order of csrc/bindings.cpp."""
         parameters = (
             *self.rows(channel_bias),
             self.rows(weight)[0],

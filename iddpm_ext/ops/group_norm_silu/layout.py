@@ -1,4 +1,4 @@
-"""The two memory layouts of this op: a channel's pixels side by side, or a pixel's channels."""
+"""The two memory layouts of this op: contiguous (NCHW), and channels_last with or without gaps."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from iddpm_ext.ops.modes import transformed
 
 
 def is_channels_last(x: Tensor) -> bool:
-    """Whether a pixel's channels lie side by side, be there others between the pixels or not."""
+    """Whether the channels of a pixel are adjacent in memory; there may be gaps between pixels."""
     if x.is_contiguous():
         return False
     _, c, _, w = x.shape
@@ -18,14 +18,14 @@ def is_channels_last(x: Tensor) -> bool:
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
-    """What results take over from x."""
-    if transformed():  # it has no memory of its own
+    """The memory format of results for x."""
+    if transformed():  # a transformed tensor has no memory of its own
         return torch.contiguous_format
     return torch.channels_last if is_channels_last(x) else torch.contiguous_format
 
 
 def empty_like_images(x: Tensor, channels: int | None = None) -> Tensor:
-    """Uninitialised and dense, [N, C, H, W] like x or with another number of channels."""
+    """Uninitialised dense images like x, or with another number of channels."""
     n, c, h, w = x.shape
     shape = (n, c if channels is None else channels, h, w)
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
@@ -39,12 +39,12 @@ def like_images(x: Tensor, value: Tensor) -> Tensor:
 
 
 def optional(x: Tensor) -> Tensor:
-    """What stands for a result that there is not: no elements."""
+    """An empty tensor, in the place of a result that is not wanted."""
     return x.new_empty(0)
 
 
 def laid_out(x: Tensor, channels_last: bool) -> Plane:
-    """x in the asked layout with any pitch; copied where it lies otherwise."""
+    """x in one of the two layouts; copied if it has the other."""
     found = plane(x)
     _, _, channel, pixel = found.view
     _, c, h, w = x.shape

@@ -1,4 +1,4 @@
-"""GroupNorm and its surroundings in PyTorch, line by line."""
+"""GroupNorm with sums before it and scale, shift and SiLU after it, in PyTorch, line by line."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def group_norm_silu(
     silu: bool,
     write_sum: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y, the sum, and mean and 1 / deviation of every group; halves are computed in float32."""
+    """y, the sum, and mean and 1 / standard deviation of every group; half precision computes in float32."""
     h, total = summed(x, x2, residual, channel_bias, write_sum)
     grouped = _grouped(h, num_groups)
     mean = grouped.mean(dim=2)
@@ -42,7 +42,7 @@ def summed(
     channel_bias: Tensor | None,
     write_sum: bool,
 ) -> tuple[Tensor, Tensor]:
-    """What is normalised, float32 or float64 [N, C, H, W], and the sum as it is written, if it is."""
+    """h of the equation, float32 or float64 [N, C, H, W], and the sum in the dtype of x if it is returned."""
     dtype = compute_dtype(x)
     h = x.to(dtype)
     if residual is not None:
@@ -59,7 +59,7 @@ def summed(
 
 
 def _per_channel(value: Tensor) -> Tensor:
-    """[C] or [N, C], shaped to meet [N, C, H, W]."""
+    """[C] or [N, C], reshaped to broadcast with [N, C, H, W]."""
     return value[..., None, None]
 
 
@@ -72,7 +72,7 @@ def _grouped(h: Tensor, num_groups: int) -> Tensor:
 def modulated(
     normalised: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None
 ) -> Tensor:
-    """What the affine map, scale and shift make of normalised images."""
+    """z of the equation, from normalised images."""
     dtype = normalised.dtype
     z = normalised * _per_channel(weight.to(dtype)) + _per_channel(bias.to(dtype))
     if scale is not None:

@@ -1,4 +1,4 @@
-"""The kernels in Triton: one program takes one group of one sample, as tiles of channels x pixels."""
+"""The kernels in Triton: one program per group and sample, in tiles of channels x pixels."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def _forward(
             h += tl.load(r + c * r_c + p * r_p, mask=inside & (c < c1), other=0.0).to(tl.float32)
         h += constant
         if SUM:
-            # What is normalised is the sum as it was rounded.
+            # The rounded sum is normalised.
             rounded = h.to(s.dtype.element_ty)
             tl.store(s + c * s_c + p * s_p, rounded, mask=inside & (c < c1))
             h = tl.where(c < c1, rounded.to(tl.float32), h)
@@ -245,7 +245,7 @@ def group_norm_silu(
     silu: bool,
     write_sum: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y, the sum, mean and 1 / deviation of every group, as `reference.group_norm_silu`."""
+    """y, the sum, mean and 1 / standard deviation of every group, as `reference.group_norm_silu`."""
     n, c1, h, w = x.shape
     c = c1 + (x2.shape[1] if x2 is not None else 0)
     y = empty_like_images(x, c)

@@ -1,4 +1,4 @@
-"""The hybrid loss of a network that learns its variance, with its gradient from the same pass."""
+"""The hybrid loss of a network that learns its variance, and its gradient, in one pass."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class _Parts(NamedTuple):
 
 
 class HybridLoss(_Parts):
-    """(mse, vlb), each [N], and beside them their weighted sum `loss`, [N]."""
+    """(mse, vlb), each [N], with their weighted sum as the attribute `loss`, [N]."""
 
     loss: Tensor
 
@@ -49,13 +49,13 @@ def hybrid_loss(
     vlb_weight: float = 1e-3,
     backend: str = "auto",
 ) -> HybridLoss:
-    """L_simple and L_vlb of each example, in one pass with their gradients.
+    """L_simple and L_vlb of each example, and their gradients in the same pass.
 
         mse = mean (out - target)^2
-        vlb = L_t in bits per dimension, as `vlb_terms` without clipping, the mean held fixed
+        vlb = L_t in bits per dimension, as `vlb_terms` without clipping; no gradient through the mean
         loss = mse + vlb_weight T vlb,  equation (16) of Improved DDPM
 
-    The target is the noise, x_0 or the mean of q(x_{t-1} | x_t, x_0), as the table's process predicts.
+    The target is the noise, x_0, the velocity or the mean of q(x_{t-1} | x_t, x_0), as the table says.
 
     Args:
         model_output: [N, 2C, H, W], its second half the learned variance's v; float32, bfloat16 or
@@ -65,7 +65,7 @@ def hybrid_loss(
         noise: a tensor of x_t's shape, or the `NoiseKey` that x_t was drawn with.
         t: int64 [N], steps of the table's chain, 0-based.
         table: float32 [T, 16], as `Diffusion.table` gives it.
-        vlb_weight: weight of T vlb in the loss; 1/T weighs the one step's bits by 1.
+        vlb_weight: weight of T vlb in the loss; 1/T adds the bits of the one step.
         backend: "auto", "reference", "cpu", "cuda" or "triton".
 
     Returns:
@@ -75,8 +75,8 @@ def hybrid_loss(
         TypeError, ValueError: for an argument of a wrong type, shape, device or value.
         RuntimeError: if an explicit backend does not support the call.
 
-    Differentiable in model_output any number of times: mse in its first half, vlb in its second. The
-    reference is differentiable in x_0, x_t, noise and table as well.
+    Differentiable in model_output any number of times: mse through its first half, vlb through its second.
+    The reference is differentiable in x_0, x_t, noise and table as well.
     """
     checks.image_batch("hybrid_loss", "x_t", x_t)
     checks.image_batch("hybrid_loss", "x_0", x_0)

@@ -1,4 +1,4 @@
-"""The hybrid loss in Triton: one program an example, its elements in blocks in order."""
+"""The hybrid loss in Triton: one program per example, its elements in blocks in order."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ def q_sample(
         x_0: [N, C, H, W], any strides. float32 for the kernels; any floating dtype for the reference.
         t: int64 [N], steps of the table's chain, 0-based.
         table: float32 [T, 16], as `Diffusion.table` gives it.
-        noise: a tensor of x_0's shape, or a `NoiseKey`, from which it is drawn inside the kernel.
+        noise: a tensor of x_0's shape, or a `NoiseKey`, by which the kernel draws it.
         backend: "auto", "reference", "cpu", "cuda" or "triton".
 
     Returns:
@@ -123,5 +123,5 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (grad * signal, *[None] * 8)
 
 
-# In PyTorch's functions already, and linear.
+# Linear, and in PyTorch's functions: the gradient is its own formula.
 differentiate("q_sample", _setup, _backward, _backward)

@@ -18,7 +18,7 @@ def q_sample(
     seed: int,
     stream_draw: int,
 ) -> Tensor:
-    """x_t like x_0; halves are computed in float32 and rounded once."""
+    """x_t like x_0; half precision is computed in float32 and rounded once."""
     dtype = compute_dtype(x_0)
     row = Rows(table, t, dtype)
     if samples is not None and steps is not None:

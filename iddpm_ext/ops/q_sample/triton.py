@@ -1,4 +1,4 @@
-"""The forward process in Triton: one program takes BLOCK Philox counters, four elements each."""
+"""The forward process in Triton: a program computes BLOCK Philox counters, four elements each."""
 
 from __future__ import annotations
 

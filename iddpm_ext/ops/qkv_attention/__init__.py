@@ -14,7 +14,7 @@ from iddpm_ext.ops.spec import FLOAT32_AND_HALVES, OpSpec, register, resolve_bac
 
 NAME = "qkv_attention"
 
-#: How the 3C channels of qkv are sorted: [heads][q, k, v][d], or [q, k, v][heads][d].
+#: Orders of the 3C channels of qkv: [heads][q, k, v][d], or [q, k, v][heads][d].
 ORDERS = ("legacy", "new")
 
 
@@ -29,11 +29,11 @@ def qkv_attention(
     16-bit inputs too, in an order that depends on neither the batch nor the threads.
 
     Args:
-        qkv: [N, 3C, T] or [N, 3C, H, W], with the T = H W positions of a channel or the channels of a
-            position side by side (channels_last), both with any pitch; other strides are copied.
-            float32, bfloat16 or float16; any floating dtype for the reference.
+        qkv: [N, 3C, T] or [N, 3C, H, W] with T = H W positions, contiguous or channels_last, also with
+            gaps; tensors of other strides are copied. float32, bfloat16 or float16; any floating dtype for
+            the reference.
         num_heads: C = num_heads d.
-        order: of the channels: "legacy" is [heads][q, k, v][d], that of the Improved DDPM checkpoints;
+        order: of the channels: "legacy" is [heads][q, k, v][d], as in the Improved DDPM checkpoints;
             "new" is [q, k, v][heads][d], an option of guided diffusion.
         backend: "auto", "reference", "cpu" or "cuda" (PyTorch's scaled-dot-product attention on views).
 
@@ -44,8 +44,8 @@ def qkv_attention(
         TypeError, ValueError: for an argument of a wrong type, shape or value.
         RuntimeError: if an explicit backend does not support the call.
 
-    Differentiable in qkv any number of times. The backward pass keeps two numbers a position and head,
-    and computes the probabilities again.
+    Differentiable in qkv any number of times. For the backward pass two numbers per position and head are
+    saved, from which it recomputes the probabilities.
     """
     _check(qkv, num_heads, order)
     chosen = resolve_backend(NAME, backend, qkv.device, qkv.dtype)
@@ -97,8 +97,8 @@ SPEC = register(
         dtypes=dict.fromkeys(("cpu", "cuda"), FLOAT32_AND_HALVES),
         differentiable=("qkv",),
         batched=("qkv",),
-        # A score s is rounded before its exponential, which so is off by |s| roundings; |s| is 400 in
-        # a case, and the gradient then multiplies differences of such numbers.
+        # The rounding of a score s puts a relative error of |s| roundings on its exponential; |s| reaches
+        # 400 in one case, and the gradient multiplies differences of such numbers.
         roundings=16.0,
     )
 )

@@ -22,7 +22,7 @@ def _call(
 
 
 def _by_token(call: dict[str, Any]) -> dict[str, Any]:
-    """The same values, the channels of a position side by side."""
+    """The same values in channels_last."""
     qkv: Tensor = call["qkv"]
     rows = qkv.flatten(2).transpose(1, 2).contiguous().transpose(1, 2)
     return {**call, "qkv": rows.view(qkv.shape)}
@@ -110,12 +110,12 @@ def benchmark_inputs(device: str) -> Iterator[Case]:
 
 
 def minimum_bytes(kwargs: dict[str, Any]) -> int:
-    """qkv in and a third of it out; scores need not leave the core."""
+    """qkv is read and a third of its size written; scores need no memory."""
     return kwargs["qkv"].nbytes // 3 * 4
 
 
 def flops(kwargs: dict[str, Any]) -> int:
-    """Of the two matrix products, a multiply-add as two."""
+    """Those of the two matrix products; a multiply-add counts as two."""
     qkv: Tensor = kwargs["qkv"]
     n, channels, *positions = qkv.shape
     tokens = torch.Size(positions).numel()

@@ -1,4 +1,4 @@
-"""Calls of the compiled kernels: results allocated, addresses handed over."""
+"""Calls of the compiled kernels: allocates results and passes addresses."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ View = tuple[int, int, int, int]
 
 
 def _readable(x: Tensor) -> Tensor:
-    """x [N, C, T] with channels or tokens side by side; copied only where neither are."""
+    """x [N, C, T] with adjacent channels or adjacent tokens; copied only if it has neither."""
     return x if x.stride(1) == 1 or x.stride(2) == 1 or x.shape[2] == 1 else x.contiguous()
 
 
@@ -26,7 +26,7 @@ def _view(x: Tensor) -> View:
 def _input(
     qkv: Tensor, statistics: Tensor, num_heads: int, order: str
 ) -> tuple[tuple[int, ...], int, View, int]:
-    """`QkvAttentionInput`, in the order of csrc/bindings.cpp."""
+    """The fields of `QkvAttentionInput`, in the order of csrc/bindings.cpp."""
     n, channels, tokens = qkv.shape
     width = channels // (3 * num_heads)
     steps = (3 * width, width) if order == "legacy" else (width, num_heads * width)
@@ -35,7 +35,7 @@ def _input(
 
 
 def empty_statistics(qkv: Tensor, num_heads: int) -> Tensor:
-    """Uninitialised [N, heads, 2, T] float32: what turns scores into probabilities."""
+    """Uninitialised float32 [N, heads, 2, T]: maximum and normaliser of each softmax."""
     n, _, tokens = qkv.shape
     return torch.empty((n, num_heads, 2, tokens), dtype=torch.float32, device=qkv.device)
 

@@ -1,4 +1,4 @@
-"""Heads as views of qkv, and its two layouts: a token's channels side by side, or a channel's tokens."""
+"""Heads as views of qkv, and its two layouts: adjacent channels (channels_last) or adjacent tokens."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def split_heads(qkv: Tensor, num_heads: int, order: str) -> tuple[Tensor, Tensor
 
 
 def is_by_token(x: Tensor) -> bool:
-    """Whether the channels of a token of x [N, C, T] lie side by side (channels_last of any pitch)."""
+    """Whether the channels of a token of x [N, C, T] are adjacent in memory (channels_last)."""
     return not x.is_contiguous() and x.stride(1) == 1
 
 
@@ -32,10 +32,10 @@ def empty_like_rows(qkv: Tensor, channels: int) -> Tensor:
 
 
 def laid_out_like(qkv: Tensor, x: Tensor) -> Tensor:
-    """x [N, C, T] dense in the layout of qkv; copied only where it lies otherwise."""
+    """x [N, C, T], dense in the layout of qkv; copied only if it has another."""
     if transformed():
         return x.contiguous()
-    if qkv.shape[2] < 2:  # its strides can be anything and still count as contiguous
+    if qkv.shape[2] < 2:  # counts as contiguous with any strides
         return empty_like_rows(qkv, x.shape[1]).copy_(x)
     if is_by_token(qkv):
         return x.transpose(1, 2).contiguous().transpose(1, 2)

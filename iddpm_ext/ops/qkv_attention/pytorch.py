@@ -13,17 +13,17 @@ from iddpm_ext.ops.qkv_attention.layout import (
 )
 from iddpm_ext.ops.rows import no_autocast
 
-#: Bytes that a memory-efficient kernel reads at a time: PyTorch gives it tensors whatever their strides, and
-#: it refuses those in which a row begins elsewhere.
+#: Alignment in bytes of rows that PyTorch's memory-efficient kernel needs; PyTorch selects it without a look
+#: at strides, and it then refuses other rows.
 _ALIGNMENT = 16
 
 
 def qkv_attention(qkv: Tensor, num_heads: int, order: str) -> Tensor:
     """[N, C, T] from qkv [N, 3C, T]. No mask: cuDNN's backward pass has been wrong with one at T = 64.
 
-    The fused kernels want a head's channels side by side in aligned rows, so that qkv by channels is copied,
-    once; qkv by tokens (channels_last) is not, unless its pitch or its start is odd. Heads whose width is no
-    multiple of 16 bytes are PyTorch's to pad, or to compute by its plain products.
+    The fused kernels need adjacent channels in aligned rows. So contiguous qkv is copied once; channels_last
+    qkv is not, unless its rows are unaligned. PyTorch pads heads whose width is no multiple of 16 bytes, or
+    computes them by plain matrix products.
     """
     n, channels, tokens = qkv.shape
     if qkv.numel() == 0:
@@ -37,7 +37,7 @@ def qkv_attention(qkv: Tensor, num_heads: int, order: str) -> Tensor:
 def _split_rows(rows: Tensor, num_heads: int, order: str) -> tuple[Tensor, ...]:
     """q, k and v, each [N, heads, T, d], as views of rows [N, T, 3C].
 
-    Split by the last dimension: its gradient is one concatenation of rows, as their memory has them.
+    Splitting the last dimension makes the gradient one concatenation in the order of memory.
     """
     n, tokens, channels = rows.shape
     width = channels // (3 * num_heads)
@@ -53,6 +53,6 @@ def _by_token(qkv: Tensor) -> Tensor:
     rows = qkv.transpose(1, 2)
     steps = (rows.stride(0), rows.stride(1), rows.storage_offset())
     if not is_by_token(qkv) or any(step * qkv.element_size() % _ALIGNMENT for step in steps):
-        # Not `contiguous`, which leaves the stride of a single token as it is.
+        # `contiguous` would not change the stride of a single token.
         rows = rows.clone(memory_format=torch.contiguous_format)
     return rows

@@ -12,7 +12,7 @@ from iddpm_ext.ops.rows import compute_dtype, no_autocast
 
 
 def qkv_attention(qkv: Tensor, num_heads: int, order: str) -> Tensor:
-    """[N, C, T] from qkv [N, 3C, T]; halves are computed in float32."""
+    """[N, C, T] from qkv [N, 3C, T]; half precision is computed in float32."""
     with no_autocast(qkv.device.type):
         q, k, v = split_heads(qkv.to(compute_dtype(qkv)), num_heads, order)
         scores = torch.einsum("nhct,nhcs->nhts", q, k) / math.sqrt(q.shape[2])

@@ -1,4 +1,4 @@
-"""One step of the reverse chain, fused: x_0, clip, mean, log-variance and noise in one pass."""
+"""One step of the reverse chain in one pass: x_0, clip, mean, log-variance and noise."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from iddpm_ext.random import NoiseKey
 
 
 class ReverseStep(NamedTuple):
-    """Both tensors [N, C, H, W], with the dtype and the memory format of x_t."""
+    """x_prev and x_0, [N, C, H, W], with the dtype and the memory format of x_t."""
 
     x_prev: Tensor
     x_0: Tensor
@@ -49,8 +49,8 @@ def reverse_step(
             the kernels, any floating dtype for the reference.
         t: int64 [N], steps of the table's chain, 0-based.
         table: float32 [T, 16].
-        noise: z as a tensor of x_t's shape; a `NoiseKey`, from which z is drawn inside the kernel; or
-            None, which adds none. The last step (t = 0) never adds any.
+        noise: z as a tensor of x_t's shape; a `NoiseKey`, by which the kernel draws z; or None for no
+            noise. At t = 0 none is added.
         clip: clamp x_0 to [-1, 1].
         backend: "auto", "reference", "cpu", "cuda" or "triton".
 
@@ -61,7 +61,7 @@ def reverse_step(
         TypeError, ValueError: for an argument of a wrong type, shape, device or value.
         RuntimeError: if an explicit backend does not support the call.
 
-    Not differentiable. A step outside the table gives NaN where it cannot be checked without a
+    Not differentiable. A step outside the table gives NaN if it cannot be checked without a
     synchronisation (CUDA tensors, compiled graphs).
     """
     checks.image_batch("reverse_step", "x_t", x_t)

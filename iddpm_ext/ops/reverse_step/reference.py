@@ -21,7 +21,7 @@ def reverse_step(
     stream_draw: int,
     clip: bool,
 ) -> tuple[Tensor, Tensor]:
-    """x_prev and x_0, both like x_t; halves are computed in float32 and rounded once."""
+    """x_prev and x_0, both like x_t; half precision is computed in float32 and rounded once."""
     dtype = compute_dtype(x_t, model_output)
     row = Rows(table, t, dtype)
     channels = x_t.shape[1]
@@ -41,7 +41,7 @@ def reverse_step(
             v = model_output[:, channels:].to(dtype)
             log_variance = log_variance + row[Column.LOG_VARIANCE_SCALE] * v
         scale = row[Column.NOISE_SCALE]
-        # Not a product with 0, which would make NaN of a log-variance that has no part in the step.
+        # `where`, since 0 times an infinite deviation would be NaN in a step that adds no noise.
         noisy = x_prev + scale * (0.5 * log_variance).exp() * noise.to(dtype)
         x_prev = torch.where(scale != 0, noisy, x_prev)
     return like_images(x_t, x_prev), like_images(x_t, x_0)

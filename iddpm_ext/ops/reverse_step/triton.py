@@ -1,4 +1,4 @@
-"""The reverse step in Triton: one program takes BLOCK Philox counters, four elements each, of one sample."""
+"""The reverse step in Triton: a program computes BLOCK Philox counters of a sample, four elements each."""
 
 from __future__ import annotations
 

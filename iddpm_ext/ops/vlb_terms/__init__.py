@@ -1,4 +1,4 @@
-"""One term of the variational bound an example, with its gradient from the same pass."""
+"""One term of the variational bound for each example, and its gradient in the same pass."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def vlb_terms(
     exact: bool = False,
     backend: str = "auto",
 ) -> Tensor:
-    """L_t in bits per dimension, one number an example.
+    """L_t in bits per dimension, one number per example.
 
         t > 0: KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)),  equation (6) of Improved DDPM
         t = 0: -log p(x_0 | x_1) of x_0's 8-bit level,          equation (5)
@@ -43,8 +43,8 @@ def vlb_terms(
         t: int64 [N], steps of the table's chain, 0-based.
         table: float32 [T, 16], as `Diffusion.table` gives it.
         clip: clamp the predicted x_0 to [-1, 1].
-        exact: at t = 0 take the normal distribution function itself, without a floor; otherwise its
-            tanh approximation with every probability floored at 1e-12, as the original does.
+        exact: at t = 0 use the normal distribution function itself; otherwise its tanh approximation
+            with probabilities clamped to at least 1e-12, as the original does.
         backend: "auto", "reference", "cpu", "cuda" or "triton".
 
     Returns:

@@ -21,10 +21,10 @@ def sample_inputs(device: str, dtype: torch.dtype) -> Iterator[Case]:
     yield Case("a poor model", {**_call(shape, device, dtype, spread=3.0), "clip": False})
     last = {**synthetic.bound_call((3, 3, 8, 6), device, dtype, last=True), "clip": False}
     yield Case("last step", last)
-    # Too large for numerical differentiation, which the clamp's corners at the edge levels would upset.
+    # Too large a case for numerical differentiation, which fails at the clamp's corners.
     yield Case("last step, clipped", synthetic.bound_call((3, 3, 24, 16), device, dtype, last=True))
     wide = {**last, "model_output": last["model_output"].clone()}
-    wide["model_output"][:, 3:] += 45  # bins of a thousandth of the deviation
+    wide["model_output"][:, 3:] += 45  # a bin is a thousandth of the standard deviation
     yield Case("last step, a wide variance", wide)
     yield Case("last step, exact", {**last, "exact": True})
     yield Case("odd sizes", _call((2, 1, 7, 5), device, dtype))

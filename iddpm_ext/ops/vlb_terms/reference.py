@@ -42,7 +42,7 @@ def bound_terms(
     if model_output.shape[1] > channels:
         v = model_output[:, channels:].to(dtype)
         log_variance = log_variance + row[Column.LOG_VARIANCE_SCALE] * v
-    # The means differ by their share of x_0 alone; written as a difference they would cancel.
+    # The means differ in their terms of x_0 alone; the difference of the whole means would cancel.
     difference = row[Column.MEAN_X0] * (x_0 - predicted)
     kl = normal_kl(
         difference, row[Column.POSTERIOR_LOG_VARIANCE], torch.zeros_like(difference), log_variance

@@ -1,4 +1,4 @@
-"""One term of the variational bound in Triton: one program an example, its elements in blocks in order."""
+"""One term of the variational bound in Triton: one program per example, its elements in blocks in order."""
 
 from __future__ import annotations
 

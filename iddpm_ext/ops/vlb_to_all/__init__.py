@@ -1,4 +1,4 @@
-"""The bound's terms of every jump from t to an earlier step, from one evaluation of the network."""
+"""The bound's term of every jump from t to an earlier step, from one evaluation of the network."""
 
 from __future__ import annotations
 
@@ -31,21 +31,20 @@ def vlb_to_all(
 ) -> Tensor:
     """L(t -> s) in bits per dimension, of every example's t to every target s.
 
-        s >= 0: KL(q(x_s | x_t, x_0) || p(x_s | x_t)) of a chain whose step before t is s
-        s = -1: -log p(x_0 | x_t) of x_0's 8-bit level, of a chain whose first step is t
+        s >= 0: KL(q(x_s | x_t, x_0) || p(x_s | x_t)) in a chain in which s is the step before t
+        s = -1: -log p(x_0 | x_t) of x_0's 8-bit level, in a chain whose first step is t
 
     averaged over C, H and W and divided by ln 2: entry (n, j) is what `vlb_terms` gives with the table
-    of `Diffusion.respace([.., s, t, ..])`. That chain has alpha = alpha_bar_t / alpha_bar_s, and beta,
-    beta_tilde, the mean's coefficients and the log-variance of its kind follow from it; a learned v
-    interpolates between the log beta and log beta_tilde of the jump. So the terms of a schedule's
-    consecutive pairs add up to the bound of the chain respaced to it, and a shortest path over them is
-    the schedule with the least bound.
+    of `Diffusion.respace([.., s, t, ..])`. That chain has alpha = alpha_bar_t / alpha_bar_s, from which beta,
+    beta_tilde, the mean's coefficients and the log-variance follow; a learned v interpolates between log beta
+    and log beta_tilde of the jump. So the terms of consecutive steps of a schedule add up to the bound of the
+    chain respaced to it, and a shortest path over them is the schedule with the lowest bound.
 
-    One term does not belong to a pair: at its first step t a chain clips log beta_tilde, which is minus
-    infinity, to that of its second step r. A variance of "learned" does not read it; for the others
-    target -1 takes r = t + 1, so that t = 0 agrees with the table itself, and target -1 - r takes any
-    r > t, so that any schedule can be summed exactly. (-1 at the table's last step, which has no step
-    after it, takes the limit of r as noise: log beta_tilde = log beta.)
+    One term depends on more than the pair: at its first step t, where log beta_tilde is minus infinity, a
+    chain takes that of its second step r instead. (A "learned" variance does not use it.) Target -1 takes
+    r = t + 1, so that t = 0 agrees with the table; target -1 - r takes any r > t, so that every schedule can
+    be summed exactly. Target -1 at the table's last step takes the limit of pure noise for r:
+    log beta_tilde = log beta.
 
     Args:
         model_output: [N, C, H, W], or [N, 2C, H, W] whose second half is v, at step t of the table's
@@ -56,12 +55,12 @@ def vlb_to_all(
         table: float32 [T, 16], as `Diffusion.table` gives it for the sampler "ddpm".
         targets: int64 [S], steps of the table's chain, -1, or -1 - r.
         clip: clamp the predicted x_0 to [-1, 1].
-        exact: in the decoder's terms take the normal distribution function itself, without a floor;
-            otherwise its tanh approximation with every probability floored at 1e-12.
+        exact: in the decoder's terms use the normal distribution function itself; otherwise its tanh
+            approximation with probabilities clamped to at least 1e-12.
         backend: "auto", "reference", "cpu", "cuda" or "triton".
 
     Returns:
-        [N, S], float32 (float64 where an input is). NaN where there is no such jump: s >= t or r <= t.
+        [N, S], float32 (float64 where an input is). NaN for impossible jumps: s >= t or r <= t.
 
     Raises:
         TypeError, ValueError: for an argument of a wrong type, shape, device or value.
@@ -126,7 +125,7 @@ def _launch_arguments(
     """The result to fill, the launcher's arguments, and what must outlive the launch."""
     terms = _empty_result(model_output, targets)
     n, c, h, w = x_t.shape
-    # Read once a target: packed once, whatever the layout and the dtype.
+    # Made contiguous float32 first, since they are read once per target.
     out, x_0_plane, x_t_plane = (plane(x.float().contiguous()) for x in (model_output, x_0, x_t))
     rows, targets = jump_rows(table, t, targets).float().contiguous(), targets.contiguous()
     arguments = (

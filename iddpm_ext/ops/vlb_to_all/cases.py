@@ -11,7 +11,7 @@ from iddpm_ext.ops import random_calls, synthetic
 from iddpm_ext.ops.spec import BadCase, Case
 
 _LAST = synthetic.NUM_TIMESTEPS - 1
-# The steps at hand, a decoder by itself and two with the step that comes after theirs.
+# Ordinary steps, the decoder, and two decoders with the step that follows them in the schedule.
 _TARGETS = (0, 1, 20, _LAST - 1, _LAST, -1, -1 - 25, -1 - _LAST)
 
 
@@ -32,7 +32,7 @@ def sample_inputs(device: str, dtype: torch.dtype) -> Iterator[Case]:
     yield Case("learned variance", learned)
     yield Case("smaller fixed variance", _call(shape, device, dtype, learned=False))
     large = _call(shape, device, dtype, learned=False)
-    # The table without its variance's range is one of log beta but for its first row.
+    # A table of fixed variances, equal to log beta except for its first row.
     large["table"][1:, 4] += 0.5
     yield Case("larger fixed variance", large)
     itself = _call(shape, device, dtype)

@@ -1,7 +1,7 @@
-"""The coefficients of a chain that jumps from step t to an earlier step s: a row of the table a pair.
+"""The coefficients of a chain that jumps from step t to an earlier step s: one row of the table per pair.
 
-Every backend takes them from here, in float64, because they are differences of nearly equal numbers
-where s is close to t; a kernel reads the rounded rows, as it reads the table's for single steps.
+All backends take them from here. They are computed in float64, because they are differences of nearly equal
+numbers if s is close to t; kernels read the rounded rows, as they read the table's for single steps.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from iddpm_ext.ops.columns import NUM_COLUMNS, Column
 
 
 def jump_rows(table: Tensor, t: Tensor, targets: Tensor) -> Tensor:
-    """Rows of the chains {.., s, t, ..} at t, float64 [N, S, 16]; NaN where there is no such jump.
+    """Rows of the chains {.., s, t, ..} at t, float64 [N, S, 16]; NaN for impossible jumps.
 
         alpha = alpha_bar_t / alpha_bar_s,  beta = 1 - alpha
         beta_tilde = beta (1 - alpha_bar_s) / (1 - alpha_bar_t)                    (equation 10)
         mean = (sqrt(alpha_bar_s) beta x_0 + sqrt(alpha) (1 - alpha_bar_s) x_t) / (1 - alpha_bar_t)  (11)
 
-    A target -1 or -1 - r goes to x_0 itself, alpha_bar_s = 1; the clipped log beta_tilde is then that of
-    the jump to t from r, or from t + 1 (past the table's end: from pure noise). Which log-variance
-    and which prediction a chain has, is read off its table: no value is looked at on the host.
+    Targets -1 and -1 - r jump to x_0 itself, alpha_bar_s = 1; log beta_tilde is then that of the jump from
+    r, or from t + 1 (past the table's end: from pure noise), to t. Kind of log-variance and of prediction are
+    found from the table, by tensor operations: the host reads no values.
     """
     length = table.shape[0]
     t, targets = t[:, None], targets[None, :]
@@ -35,7 +35,7 @@ def jump_rows(table: Tensor, t: Tensor, targets: Tensor) -> Tensor:
     pair = table[:, [Column.LOG_ALPHA_BAR_HIGH, Column.LOG_ALPHA_BAR_LOW]].double()
     now, then = pair[t.clamp(0, length - 1)], pair[other.clamp(0, length - 1)]
     log_now = now.sum(-1).expand_as(other)
-    # High parts first: they are close where it matters, and then their difference is exact.
+    # High parts first: where s is close to t they are close, and their difference is exact.
     between = (then - now).sum(-1)
 
     log_previous = torch.where(decoder, torch.zeros_like(log_now), then.sum(-1))
@@ -59,7 +59,7 @@ def jump_rows(table: Tensor, t: Tensor, targets: Tensor) -> Tensor:
     bias, scale = _log_variance(table, decoder, log_beta, posterior)
     rows[..., Column.LOG_VARIANCE_BIAS] = bias
     rows[..., Column.LOG_VARIANCE_SCALE] = scale
-    # A network that predicts x_prev means the x of the jump's end.
+    # A network that predicts x_prev is taken to predict the x at the end of the jump.
     x_prev = (table[:, Column.TARGET_XT] != 0).any()
     rows[..., Column.X0_FROM_XT] = torch.where(
         x_prev, -mean_xt / mean_x0, rows[..., Column.X0_FROM_XT]
@@ -71,7 +71,7 @@ def jump_rows(table: Tensor, t: Tensor, targets: Tensor) -> Tensor:
 def _log_variance(
     table: Tensor, decoder: Tensor, log_beta: Tensor, posterior: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """(u, w) with log_variance = u + w v, of the kind that the table has."""
+    """(u, w) with log_variance = u + w v, of the same kind as the table's."""
     bias, scale = table[:, Column.LOG_VARIANCE_BIAS], table[:, Column.LOG_VARIANCE_SCALE]
     itself = ((scale == 1) & (bias == 0)).all()
     ranged = scale.any() & ~itself

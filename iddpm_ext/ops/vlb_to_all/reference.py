@@ -1,4 +1,4 @@
-"""The terms of every jump from t in PyTorch: one target after the other, as `vlb_terms` computes a step."""
+"""The terms of every jump from t in PyTorch: for each target, as `vlb_terms` computes a step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The terms of every jump in Triton: one program an (example, target), its elements in blocks in order."""
+"""The terms of every jump in Triton: one program per (example, target), its elements in blocks in order."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _kernel(
     true_lv = tl.load(row + POSTERIOR_LOG_VARIANCE)
 
     total = tl.zeros([BLOCK], dtype=tl.float32)
-    # A row of NaN is no jump: its sum is NaN without a look at the images.
+    # A row of NaN is an impossible jump: its sum is NaN, and the images are not read.
     blocks = tl.where(mean_x0 == mean_x0, count, 0)
     for first in range(0, blocks, BLOCK):
         at = first + tl.arange(0, BLOCK).to(tl.int64)
