@@ -65,7 +65,8 @@ class Life:
     def change(self, what: str, choose: random.Random, generator: torch.Generator) -> bool:
         """Makes a change and a call after it, whose result may have moved."""
         undo: Callable[[], None] | None = None
-        goes_on = None if what in FOLLOWED | {"noise", "copy"} else copy.deepcopy(self.case.network)
+        followed = what in FOLLOWED | {"noise", "copy"}
+        goes_on = self.case.network if followed else copy.deepcopy(self.case.network)
         if what == "noise":
             _noise(self.case.network, generator)
         elif what == "copy":
@@ -79,11 +80,9 @@ class Life:
         finally:
             if undo is not None:
                 undo()
-        if undo is not None:  # the change is gone, and the network is followed again
-            self.call("sample")
-        elif goes_on is not None:
+        if not followed and undo is None:
             self.case.network = goes_on
-            self.call("sample")
+            self.case.sample()  # after which a change can go unnoticed
         return moved
 
 
