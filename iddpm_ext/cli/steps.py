@@ -68,6 +68,7 @@ def run(
     from iddpm_ext.likelihood.request import make_likelihood_request
     from iddpm_ext.likelihood.schedules import check_counts, search
     from iddpm_ext.sampling.distributed import Processes
+    from iddpm_ext.text import duration
 
     target = Path(checkpoint) if out is None else out
     if out is None and (checkpoint in bundled() or target.suffix != ".safetensors"):
@@ -107,7 +108,7 @@ def run(
     }
     iddpm_ext.save(model, target)
     shown = sorted({*_SHOWN, max(found.steps)} & set(found.steps))
-    lines = [f"{len(found.timesteps)} candidates, {len(request.x_0)} images, {seconds:.0f} s"]
+    lines = [f"{len(found.timesteps)} candidates, {len(request.x_0)} images, {duration(seconds)}"]
     lines += [f"optimal-{k:<4} {found.bpd[k]:.4f} bits/dim on these images" for k in shown]
     result(
         "\n".join([*lines, str(target)]),
@@ -130,6 +131,7 @@ def _for_pictures(
     """Stores the schedules whose images stay nearest to those of a fine walk."""
     from iddpm_ext.checkpoint import save
     from iddpm_ext.sampling.pictures import find_picture_schedules
+    from iddpm_ext.text import duration
 
     began = time.perf_counter()
     found = find_picture_schedules(
@@ -139,7 +141,7 @@ def _for_pictures(
     save(model, target)
     seconds = time.perf_counter() - began
     shown = sorted({*_SHOWN, max(found.steps)} & set(found.steps))
-    lines = [f"{n} images, {seconds:.0f} s"]
+    lines = [f"{n} images, {duration(seconds)}"]
     lines += [f"pictures-{k:<4} {found.distance[k]:.4f} from the fine walk, at most" for k in shown]
     result(
         "\n".join([*lines, str(target)]),
