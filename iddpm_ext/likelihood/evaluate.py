@@ -10,6 +10,7 @@ from torch import Tensor
 from iddpm_ext import ops
 from iddpm_ext.engines.base import undisturbed
 from iddpm_ext.engines.choosing import Network, choose_network
+from iddpm_ext.engines.spec import require_within_float16
 from iddpm_ext.likelihood.request import LikelihoodRequest
 from iddpm_ext.ops.columns import Column
 from iddpm_ext.random import STREAM_FORWARD, NoiseKey
@@ -66,10 +67,17 @@ class Evaluator:
             )  # fmt: skip
             at = which.to(device)
             x_t[at] = ops.q_sample(x_0[at], t[at], self._table, key, backend=spec.backend)
-        labels = None if spec.labels is None else spec.labels[rows.image.to(device)]
-        low_res = None if spec.low_res is None else spec.low_res[rows.image.to(device)]
-        out = self.network.at(x_t, chain.model_timesteps(t), labels, low_res)
-        return Outputs(x_0, x_t, out, t)
+        return Outputs(x_0, x_t, self.output(x_t, chain.model_timesteps(t), rows.image), t)
+
+    def output(self, x_t: Tensor, timesteps: Tensor, images: Tensor) -> Tensor:
+        """The network's, of noised images [n, C, H, W]; images: int64 [n], which of the request's."""
+        spec = self.request.spec
+        at = images.to(spec.device)
+        labels = None if spec.labels is None else spec.labels[at]
+        low_res = None if spec.low_res is None else spec.low_res[at]
+        out = self.network.at(x_t, timesteps, labels, low_res)
+        require_within_float16(spec, out)  # what is measured of it may be finite all the same
+        return out
 
     def measure(self, rows: Rows) -> Tensor:
         """What `MEASURED` names, float32 [n, 4] on the CPU; NaN for v where the variance is fixed."""
