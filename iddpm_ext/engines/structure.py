@@ -20,6 +20,7 @@ from torch.nn.modules import module as torch_module
 
 from iddpm_ext import _native
 from iddpm_ext.networks.config import UNetConfig
+from iddpm_ext.networks.foreign import unwrapped
 from iddpm_ext.networks.unet import FORWARDS, UNet
 
 # Of every module: what says how and not what it computes, or nothing in evaluation mode (p, of dropout).
@@ -88,9 +89,26 @@ def _flat(tables: list[dict[Any, Any]]) -> list[Any]:
 def why_more(model: nn.Module) -> str | None:
     """None if a `UNet` is what its configuration says, else what is different, naming the layer."""
     if type(model) is not UNet:
-        return f"the network is of the class {type(model).__name__}, of which it knows nothing"
+        return f"the network is of the class {type(model).__name__} instead of UNet"
     everywhere = _everywhere()
     return everywhere or _difference("", model, _expected(model.config))
+
+
+def weights_alone(who: str, model: object) -> UNet:
+    """The network inside PyTorch's wrappers, for a function that takes no more than its weights along.
+
+    Raises TypeError if there is no `UNet`, ValueError if it is more than its configuration says.
+    """
+    inside = unwrapped(model)
+    if not isinstance(inside, UNet):
+        raise TypeError(f"{who}: model must be a UNet, got {type(inside).__name__}")
+    more = why_more(inside)
+    if more is not None:
+        raise ValueError(
+            f"{who}: model must be what its configuration says, as its weights alone are taken, "
+            f"got one where {more}"
+        )
+    return inside
 
 
 def why_hooked(model: nn.Module) -> str | None:
