@@ -498,6 +498,33 @@ iddpm::ChecksumArgs checksum_args(int64_t ranges, int64_t table, int64_t sum) {
   return {ranges, address<const int64_t>(table), address<uint64_t>(sum)};
 }
 
+// Whether dictionaries hold what they held: `Entries` of iddpm_ext/engines/structure.py. By
+// references alone: Python's own comparison touches every object, which after a chain is in no
+// cache.
+bool entries_hold(const py::list& then) {
+  const Py_ssize_t size = PyList_GET_SIZE(then.ptr());
+  for (Py_ssize_t i = 0; i < size;) {
+    PyObject* table = PyList_GET_ITEM(then.ptr(), i++);
+    if (!PyDict_Check(table)) return false;  // a key: the dictionary before has fewer now
+    bool same = true;
+#ifdef Py_GIL_DISABLED
+    Py_BEGIN_CRITICAL_SECTION(table);
+#endif
+    Py_ssize_t at = 0;
+    PyObject *key = nullptr, *value = nullptr;
+    while (same && PyDict_Next(table, &at, &key, &value)) {
+      same = i + 1 < size && PyList_GET_ITEM(then.ptr(), i) == key &&
+             PyList_GET_ITEM(then.ptr(), i + 1) == value;
+      i += 2;
+    }
+#ifdef Py_GIL_DISABLED
+    Py_END_CRITICAL_SECTION();
+#endif
+    if (!same) return false;
+  }
+  return true;
+}
+
 // See unet_engine/plan.h; pointers as integers.
 int64_t run_plan(intptr_t ops, int64_t count, int64_t n, int64_t threads, intptr_t input,
                  intptr_t output, intptr_t embedding, intptr_t embedding_row, intptr_t shared,
@@ -590,6 +617,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
       "multiply_add_burst",
       [](int64_t rounds) { return IDDPM_DISPATCH(multiply_add_burst)(rounds); }, nogil(),
       "Spend `rounds` rounds of multiply-adds in registers; returns their FLOPs.");
+  m.def("entries_hold", &entries_hold, "Whether dictionaries hold the same objects as then.");
   m.def("unet_engine", &run_plan, nogil(), "Run a plan of csrc/unet_engine/plan.h.");
   bind_plan(m);
 #ifdef IDDPM_WITH_CUDA

@@ -395,6 +395,7 @@ def _spectral_norm(m: UNet) -> None:
 def _pruned(m: UNet) -> None:
     from torch.nn.utils import prune
 
+    m.out[2].weight.data = m.out[2].weight.data.contiguous()  # the only layout that is pruned
     prune.l1_unstructured(m.out[2], "weight", amount=0.5)
 
 

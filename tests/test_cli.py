@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -54,6 +55,13 @@ def test_sample_writes_the_images_of_the_function_and_says_where(model, tmp_path
         levels = torch.from_numpy(arrays["arr_0"]).permute(0, 3, 1, 2)
         assert arrays["arr_1"].tolist() == [2, 1, 0]
     assert (levels - (x + 1) * 127.5).abs().max() <= 0.501
+
+
+def test_sample_says_its_time_as_a_time(model, tmp_path, capsys, monkeypatch):
+    clock = SimpleNamespace(perf_counter=iter([0.0, 3900.0]).__next__)
+    monkeypatch.setattr("iddpm_ext.cli.sample.time", clock)
+    assert run("sample", "m", "--steps", 2, "-n", 1, "--out", tmp_path / "x.npz") == 0
+    assert "1 images of m in 1 h 05 min (2 steps" in capsys.readouterr().out
 
 
 def test_all_spreads_the_images_over_the_classes_in_order(model, tmp_path):

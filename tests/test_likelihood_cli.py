@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -49,6 +50,13 @@ def test_the_figure_and_its_interval_are_printed_and_written(files, tmp_path, ca
     assert (out / "per_step.csv").read_text().count("\n") == 201
     assert (out / "per_image.csv").read_text().count("\n") == 6
     assert not (out / "state").exists()
+
+
+def test_the_time_is_said_as_a_time(files, tmp_path, capsys, monkeypatch):
+    clock = SimpleNamespace(perf_counter=iter([0.0, 3900.0]).__next__)
+    monkeypatch.setattr("iddpm_ext.cli.nll.time", clock)
+    assert main(command(files, tmp_path / "out", "--n", "1")) == 0
+    assert "cpu, 1 h 05 min\n" in capsys.readouterr().out
 
 
 def test_full_is_the_full_sum_of_the_chain_asked_for(files, tmp_path):

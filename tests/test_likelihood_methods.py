@@ -95,6 +95,20 @@ def test_the_solver_is_of_fifth_order_and_says_when_it_cannot_go_on():
         integrate(lambda t, x: (-x * x, x[:, 0, 0, 0]), start, 0.0, -2.0, 1e-9, "nll")
 
 
+@pytest.mark.parametrize("settings", [{"method": "information", "budget": 2}, {"method": "ode"}])
+def test_no_autocast_region_enters_a_figure(settings):
+    weight = torch.full((1, 1, 1, 1), 1.001, dtype=torch.float32)  # 1 in bfloat16
+
+    def network(x: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.conv2d(normal_network(x, timesteps), weight)
+
+    options = {**SETTINGS, **settings, "tolerance": 0.01}
+    plain = nll(network, data(2), **options)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = nll(network, data(2), **options)
+    assert torch.equal(inside.per_image_bpd, plain.per_image_bpd)
+
+
 @pytest.mark.parametrize(
     ("model", "settings"),
     [
@@ -132,6 +146,7 @@ def test_a_method_goes_on_after_an_interruption(model, settings, tmp_path, monke
         ({"method": "ode", "tolerance": 0}, "tolerance must be above 0"),
         ({"method": "information", "steps": 10}, "steps must be None"),
         ({"method": "ode", "steps": 10}, "steps must be None"),
+        ({"method": "ode", "dtype": torch.bfloat16}, "dtype must be None with method 'ode'"),
     ],
 )
 def test_arguments_that_a_method_has_no_use_for_are_refused(arguments, message):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -119,11 +120,13 @@ def test_the_search_goes_on_where_it_was_interrupted(tmp_path, monkeypatch):
     assert resumed.steps == whole.steps and resumed.bpd == whole.bpd
 
 
-def test_the_command_stores_the_schedules_in_the_checkpoint(tmp_path, capsys):
+def test_the_command_stores_the_schedules_in_the_checkpoint(tmp_path, capsys, monkeypatch):
     path, data = tmp_path / "model.safetensors", tmp_path / "x.npy"
     model = trained()
     iddpm_ext.save(model, path, extra={"note": "kept"})
     np.save(data, ((images(8, 5) + 1) * 127.5).round().byte()[:, 0].numpy())
+    clock = SimpleNamespace(perf_counter=iter([0.0, 3900.0]).__next__)
+    monkeypatch.setattr("iddpm_ext.cli.steps.time", clock)
     assert (
         main(
             [
@@ -141,7 +144,8 @@ def test_the_command_stores_the_schedules_in_the_checkpoint(tmp_path, capsys):
         )
         == 0
     )
-    assert "optimal-5" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "optimal-5" in said and "6 images, 1 h 05 min\n" in said
     stored = iddpm_ext.load(path)
     assert stored.extra["note"] == "kept"
     schedules = stored.extra["step_schedules"]

@@ -78,6 +78,7 @@ def run(
     from iddpm_ext.likelihood.request import make_likelihood_request
     from iddpm_ext.likelihood.run import compute
     from iddpm_ext.sampling.distributed import Processes
+    from iddpm_ext.text import duration
 
     processes = Processes.of_torchrun()
     if budget is None and method == "bound" and not full:
@@ -113,7 +114,7 @@ def run(
     result(
         f"{checkpoint}: {found}\n"
         f"L_T {found.prior_bpd:.6f} bits/dim; {request.spec.diffusion}; "
-        f"{found.facts['network']}, {request.spec.device}, {seconds:.0f} s\n" + ", ".join(files),
+        f"{found.facts['network']}, {request.spec.device}, {duration(seconds)}\n" + ", ".join(files),
         {
             "checkpoint": checkpoint, "bpd": found.bpd, "ci95": found.ci95,
             "population_ci95": found.population_ci95, "prior_bpd": found.prior_bpd,

@@ -101,6 +101,7 @@ def run(
     from iddpm_ext.sampling.classifier_guidance import CondFn, require_same_noise
     from iddpm_ext.sampling.request import Request, make_request
     from iddpm_ext.sampling.two_stage import rounded_to_levels, upsampler_request
+    from iddpm_ext.text import duration
 
     drawn = seed == "random"
     number = secrets.randbits(32) if isinstance(seed, str) else seed
@@ -182,7 +183,7 @@ def run(
     taken = request.spec.diffusion.num_timesteps
     result(
         f"{', '.join(str(path.resolve()) for path in places)}: {len(x)} images of {checkpoint} in "
-        f"{seconds:.1f} s ({taken} steps, {engine_name}, {request.spec.device}"
+        f"{duration(seconds)} ({taken} steps, {engine_name}, {request.spec.device}"
         f"{f', seed {number}' if drawn else ''})",
         {
             "files": [str(path.resolve()) for path in places], "images": len(x),

@@ -67,6 +67,7 @@ def run(
     from iddpm_ext.likelihood.request import make_likelihood_request
     from iddpm_ext.likelihood.schedules import check_counts, search
     from iddpm_ext.sampling.distributed import Processes
+    from iddpm_ext.text import duration
 
     target = target_of(checkpoint, out)
     model = iddpm_ext.load(checkpoint).to(pick_device(device))
@@ -102,7 +103,7 @@ def run(
     }
     iddpm_ext.save(model, target)
     shown = sorted({*_SHOWN, max(found.steps)} & set(found.steps))
-    lines = [f"{len(found.timesteps)} candidates, {len(request.x_0)} images, {seconds:.0f} s"]
+    lines = [f"{len(found.timesteps)} candidates, {len(request.x_0)} images, {duration(seconds)}"]
     lines += [f"optimal-{k:<4} {found.bpd[k]:.4f} bits/dim on these images" for k in shown]
     result(
         "\n".join([*lines, str(target)]),
@@ -125,6 +126,7 @@ def _for_pictures(
     """Stores the schedules whose images stay closest to those of many steps."""
     from iddpm_ext.checkpoint import save
     from iddpm_ext.sampling.pictures import find_picture_schedules
+    from iddpm_ext.text import duration
 
     began = time.perf_counter()
     found = find_picture_schedules(
@@ -134,7 +136,7 @@ def _for_pictures(
     save(model, target)
     seconds = time.perf_counter() - began
     shown = sorted({*_SHOWN, max(found.steps)} & set(found.steps))
-    lines = [f"{n} images, {seconds:.0f} s"]
+    lines = [f"{n} images, {duration(seconds)}"]
     lines += [f"pictures-{k:<4} at most {found.distance[k]:.4f} from many steps" for k in shown]
     result(
         "\n".join([*lines, str(target)]),

@@ -149,7 +149,7 @@ def _cpu_network(spec: NetworkSpec, batch_size: int) -> Network | None:
     structure = _structure(spec, lambda: why_not_supported(ours, dtype))
     if structure is None:
         return None
-    if spec.dtype is None and any(p.dtype != torch.float32 for p in structure.parameters):
+    if spec.dtype is None and {p.dtype for p in structure.parameters} != {torch.float32}:
         return None
     size, threads = spec.image_shape[1:], torch.get_num_threads()
 
@@ -207,7 +207,7 @@ def _structure(spec: NetworkSpec, why_not_supported: Callable[[], str | None]) -
         found = f"the network is wrapped by a {type(spec.model).__name__}"
     if isinstance(found, Structure):
         # Weights spread over several devices have no engine.
-        together = all(p.device == spec.device for p in found.parameters)
+        together = {p.device for p in found.parameters} == {spec.device}
         return found if together else None
     if why_not_supported() is None:
         kept.say(f"{spec.who}: the module itself runs, without the engine: {found}")

@@ -129,6 +129,19 @@ def check_flags(who: str, **flags: bool) -> None:
             raise TypeError(f"{who}: {name} must be True or False, got {flag!r}")
 
 
+def require_within_float16(spec: NetworkSpec, result: Tensor) -> None:
+    """RuntimeError if the network overflowed on the way to `result`, in float16, as a sound one can there.
+
+    A feature that overflows makes the statistics of its group NaN, and so the output, and the images that
+    are made of it from then on: they are looked at once a call, and where there are none, outputs are.
+    """
+    if spec.dtype == torch.float16 and not bool(result.isfinite().all()):
+        raise RuntimeError(
+            f"{spec.who}: dtype must be bfloat16 or float32 for this network, whose features leave the "
+            "range of float16 (65504), got float16"
+        )
+
+
 def check_seed(who: str, seed: int) -> None:
     """ValueError unless it is an int of 64 bits, unsigned."""
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 64:

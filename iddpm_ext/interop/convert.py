@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from iddpm_ext.diffusion import Diffusion
+from iddpm_ext.engines.structure import weights_alone
 from iddpm_ext.interop import mapping
 from iddpm_ext.interop.diffusers_api import UNet2DModel
 from iddpm_ext.interop.tensors import tensors_from_diffusers, tensors_to_diffusers
@@ -18,7 +19,9 @@ def to_diffusers(model: UNet, *, stock: bool | None = None) -> Any:
     """The network as a `UNet2DModel`, with copies of the weights, in evaluation mode.
 
     Args:
-        model: a UNet. Its diffusion process is converted separately, to an `IDDPMScheduler`.
+        model: a UNet that matches its configuration (no hooks, for example), also inside PyTorch's
+            wrappers (`torch.compile`, DataParallel and the like). Its diffusion process is converted
+            separately, to an `IDDPMScheduler`.
         stock: True for the stock class; False for `IDDPMUNet2DModel`, which supports more (heads of
             several widths, the label -1, super-resolution); None for the stock class if it computes the
             same on every input.
@@ -27,10 +30,9 @@ def to_diffusers(model: UNet, *, stock: bool | None = None) -> Any:
         the same function up to rounding: `unet(x, t, class_labels=y).sample` is `model(x, t, y)`.
 
     Raises:
-        ValueError: the requested class has no such network.
+        ValueError: the requested class has no such network, or the model is more than its weights.
     """
-    if not isinstance(model, UNet):
-        raise TypeError(f"to_diffusers: model must be a UNet, got {type(model).__name__}")
+    model = weights_alone("to_diffusers", model)
     use_stock = mapping.is_stock(model.config) if stock is None else stock
     arguments = mapping.unet2d_arguments(model.config, stock=use_stock)
     with torch.device("meta"):

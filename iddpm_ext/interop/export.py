@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from iddpm_ext.engines.structure import weights_alone
 from iddpm_ext.files import flush, temporary_name
 from iddpm_ext.networks.unet import UNet
 
@@ -25,17 +26,21 @@ def export_program(model: UNet, *, image_size: int | None = None) -> torch.expor
     """The network as an `ExportedProgram` of PyTorch's own operators, with any batch size.
 
     Args:
-        model: a UNet; its weights are shared, not copied.
+        model: a UNet, also inside PyTorch's wrappers (`torch.compile`, DataParallel and the like); its
+            weights are shared, not copied.
         image_size: the side of its images, which is fixed in the graph; the configuration's if None.
 
     Returns:
         a program with the arguments of `model`: x, timesteps, and y or low_res if the network has them.
 
     Raises:
-        ValueError, TypeError: image_size does not fit the network, or model is no UNet.
+        ValueError, TypeError: image_size does not fit the network, or model is no UNet, or is more
+            than its configuration says: has hooks, say, or layers of another kind.
     """
-    if not isinstance(model, UNet):
-        raise TypeError(f"export_program: model must be a UNet, got {type(model).__name__}")
+    return _program(weights_alone("export_program", model), image_size)
+
+
+def _program(model: UNet, image_size: int | None) -> torch.export.ExportedProgram:
     plain = _plain_copy(model)
     inputs = _example(model, image_size)
     batch = torch.export.Dim("batch", min=1, max=1 << 16)
@@ -55,7 +60,7 @@ def export_onnx(
     atomically.
 
     Args:
-        model: a UNet.
+        model: a UNet, as of `export_program`.
         path: an .onnx file in an existing folder; weights of more than 1.9 GB go to a second file
             beside it, NAME.onnx.data.
         image_size: the side of its images; the configuration's if None.
@@ -81,7 +86,8 @@ def export_onnx(
         raise FileNotFoundError(
             f"export_onnx: path must be in an existing folder, got {str(path)!r}"
         )
-    program = export_program(model, image_size=image_size)
+    model = weights_alone("export_onnx", model)
+    program = _program(model, image_size)
     names = [spec.arg.name for spec in program.graph_signature.input_specs if not spec.target]
     with _quiet():
         exported: Any = torch.onnx.export(

@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from iddpm_ext.engines.structure import weights_alone
 from iddpm_ext.files import replacing
 from iddpm_ext.interop import mapping
 from iddpm_ext.interop.process import diffusion_of
@@ -59,7 +60,7 @@ def write_folder(model: UNet, path: str | os.PathLike[str], *, stock: bool | Non
     alone.
 
     Args:
-        model: a UNet.
+        model: a UNet, as of `to_diffusers`.
         path: a name that does not exist, or an empty folder.
         stock: as in `to_diffusers`.
 
@@ -71,6 +72,7 @@ def write_folder(model: UNet, path: str | os.PathLike[str], *, stock: bool | Non
     from iddpm_ext.interop.pipeline import IDDPMPipeline
     from iddpm_ext.interop.scheduler import IDDPMScheduler
 
+    model = weights_alone("write_folder", model)
     target = Path(path).resolve()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"write_folder: path must be new or an empty folder, got {str(path)!r}")

@@ -10,6 +10,7 @@ from torch import Tensor
 from iddpm_ext import ops
 from iddpm_ext.engines.base import undisturbed
 from iddpm_ext.engines.choosing import Network, choose_network
+from iddpm_ext.engines.spec import require_within_float16
 from iddpm_ext.likelihood.request import LikelihoodRequest
 from iddpm_ext.ops.columns import Column
 from iddpm_ext.random import STREAM_FORWARD, NoiseKey
@@ -66,12 +67,27 @@ class Evaluator:
             )  # fmt: skip
             at = which.to(device)
             x_t[at] = ops.q_sample(x_0[at], t[at], self._table, key, backend=spec.backend)
-        labels = None if spec.labels is None else spec.labels[rows.image.to(device)]
-        low_res = None if spec.low_res is None else spec.low_res[rows.image.to(device)]
-        out = self.network.at(x_t, chain.model_timesteps(t), labels, low_res)
-        if spec.finish is not None:
-            out = spec.finish(out, t)
-        return Outputs(x_0, x_t, out, t)
+        return Outputs(x_0, x_t, self.output(x_t, t, rows.image), t)
+
+    def output(self, x_t: Tensor, t: Tensor, images: Tensor) -> Tensor:
+        """The output that the chain reads for noised images [n, C, H, W] at steps t int64 [n] of it.
+
+        images: int64 [n], which of the request's they are.
+        """
+        timesteps = self.request.spec.diffusion.model_timesteps(t)
+        out = self.at(x_t, timesteps, images)
+        finish = self.request.spec.finish
+        return out if finish is None else finish(out, t)
+
+    def at(self, x_t: Tensor, timesteps: Tensor, images: Tensor) -> Tensor:
+        """The network's own output at timesteps as it is told them, float32 [n]."""
+        spec = self.request.spec
+        at = images.to(spec.device)
+        labels = None if spec.labels is None else spec.labels[at]
+        low_res = None if spec.low_res is None else spec.low_res[at]
+        out = self.network.at(x_t, timesteps, labels, low_res)
+        require_within_float16(spec, out)  # what is measured of it may be finite all the same
+        return out
 
     def measure(self, rows: Rows) -> Tensor:
         """The columns of `MEASURED`, float32 [n, 4] on the CPU; NaN for v unless the variance is a range."""

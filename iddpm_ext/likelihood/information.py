@@ -126,10 +126,8 @@ class _Errors:
         key = NoiseKey(request.seed, STREAM_FORWARD, images.to(spec.device), 0, draw)
         noise = normal(key, x_0.shape, spec.device)
         x_t = root * x_0 + rest * noise
-        labels = None if spec.labels is None else spec.labels[images.to(spec.device)]
-        low_res = None if spec.low_res is None else spec.low_res[images.to(spec.device)]
         told = self._time.told(log_snr).to(spec.device)
-        out = self._evaluator.network.at(x_t, told, labels, low_res).float()
+        out = self._evaluator.at(x_t, told, images).float()
         eps = self._time.eps(x_t, out, log_snr, request.clip)
         return (eps - noise).double().square().flatten(1).mean(1).cpu()
 

@@ -28,6 +28,7 @@ from iddpm_ext.likelihood.evaluate import progress_bar
 from iddpm_ext.likelihood.journal import Journal
 from iddpm_ext.likelihood.request import LikelihoodRequest
 from iddpm_ext.likelihood.result import Likelihood, facts_of, summarize_steps
+from iddpm_ext.ops.rows import no_autocast
 from iddpm_ext.random import STREAM_CHOICE, STREAM_FORWARD, NoiseKey, uniform
 from iddpm_ext.sampling.distributed import Processes
 
@@ -58,6 +59,11 @@ def compute_ode(request: LikelihoodRequest, state: Path | None, processes: Proce
         raise ValueError(
             f"{spec.who}: budget must be None with method 'ode', whose tolerance determines the "
             f"number of evaluations, got {request.budget}"
+        )
+    if spec.dtype is not None:
+        raise ValueError(
+            f"{spec.who}: dtype must be None with method 'ode', whose tolerance is met in the weights' own, "
+            f"got {spec.dtype}"
         )
     flow = _Flow(request)
     evaluations = 0
@@ -141,7 +147,7 @@ class _Flow:
         sigma = float(rest)
         named = {"y": spec.labels, "low_res": spec.low_res}
         kwargs = {k: v[images.to(v.device)] for k, v in named.items() if v is not None}
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad(), no_autocast(x.device.type):
             leaf = x.detach().clone().requires_grad_()
             out = spec.model(leaf, self._time.told(log_snr).to(x.device), **kwargs)
             eps = self._time.eps(leaf, out, log_snr, clip=False)

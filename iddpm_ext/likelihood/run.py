@@ -80,7 +80,8 @@ def nll(
         batch_size: maximum number of evaluations at once; by device and image size if None.
         seed: 0 <= seed < 2^64; determines the noise and the drawn steps.
         split: "train" or "test", for a path that has both. limit: use only the first images.
-        diffusion, dtype, engine, backend: as in `sample`; backend is that of `q_sample` and `vlb_terms`.
+        diffusion, dtype, engine, backend: as in `sample`; backend is that of `q_sample` and `vlb_terms`, and
+            the dtype of "ode" is the weights' own.
         variance: of p(x_{t-1} | x_t), as in `sample`; None for the chain's own, such as a learned one.
         method: "bound", with or without a budget; "full", the bound's full sum; "information" (Kong et al.
             2023), with `budget` points per image (None: 1,000); or "ode", the density by the probability
@@ -96,7 +97,7 @@ def nll(
     Raises:
         ValueError, TypeError: for an argument of a wrong value, shape or dtype.
         OSError: if `state` cannot be written. RuntimeError: if an explicit backend does not support the call,
-            or the tolerance is not met.
+            the network overflows float16, or the tolerance is not met.
 
     Not differentiable. Source: Nichol & Dhariwal 2021; the estimator was designed for this package.
     """

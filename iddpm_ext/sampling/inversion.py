@@ -17,6 +17,7 @@ from iddpm_ext.engines.spec import (
     check_flags,
     count_of,
     describing,
+    require_within_float16,
 )
 from iddpm_ext.ops.columns import Column
 from iddpm_ext.sampling.loop import batches, evaluated, numbers, progress_bar
@@ -91,7 +92,9 @@ def invert(
             with undisturbed(spec.device.type):
                 predict = Predictor(spec, network, samples, scale)
                 results.append(_climb(spec, predict, x_0[samples], clip, refinements, bar.update))
-    return torch.cat(results)
+    found = torch.cat(results)
+    require_within_float16(spec, found)
+    return found
 
 
 def _climb(

@@ -11,7 +11,7 @@ from torch import Tensor
 from iddpm_ext.diffusion import Diffusion
 from iddpm_ext.engines.base import undisturbed
 from iddpm_ext.engines.choosing import Network, choose_network
-from iddpm_ext.engines.spec import NetworkSpec, Steps
+from iddpm_ext.engines.spec import NetworkSpec, Steps, require_within_float16
 from iddpm_ext.random import STREAM_INITIAL, STREAM_REVERSE, NoiseKey, normal
 from iddpm_ext.sampling import cpu_chain, cuda_chain
 from iddpm_ext.sampling.classifier_guidance import CondFn
@@ -211,21 +211,8 @@ def run(
                 bar.update()
             results.append(step.x.float())
     found = torch.cat(results)
-    _require_finite(spec, found)
+    require_within_float16(spec, found)
     return found
-
-
-def _require_finite(spec: NetworkSpec, x: Tensor) -> None:
-    """Raises RuntimeError if the network overflowed float16, the only dtype that is checked.
-
-    Once per call, on the final images: an overflowing feature makes the statistics of its group NaN, and so
-    every later x.
-    """
-    if spec.dtype == torch.float16 and not bool(x.isfinite().all()):
-        raise RuntimeError(
-            f"{spec.who}: dtype must be bfloat16 or float32 for this network, whose features leave the "
-            "range of float16 (65504), got float16"
-        )
 
 
 _Prepare = Callable[[Request, Network, Tensor, Tensor], Callable[[int], None]]
@@ -270,7 +257,7 @@ def _walk(
                 *parts[0][2:],
             )
             if step.t == 0:
-                _require_finite(request.spec, step.x)
+                require_within_float16(request.spec, step.x)
             if callback is not None:
                 callback(step)
             bar.update()

@@ -16,6 +16,7 @@ from iddpm_ext.data import CachedData, ImageData, Order, batches, empty_classes,
 from iddpm_ext.data.classes import shown
 from iddpm_ext.files import write_whole
 from iddpm_ext.networks.config import NUM_GROUPS
+from iddpm_ext.text import duration
 
 from .captured import why_not_captured
 from .config import TrainConfig
@@ -110,7 +111,7 @@ def _run(
     if config.cache:
         began = time.monotonic()
         data = CachedData(data, config.workers)
-        log.say(f"decoded {len(data)} images into memory, {time.monotonic() - began:.1f} s")
+        log.say(f"decoded {len(data)} images into memory, {duration(time.monotonic() - began)}")
     workers = 0 if config.cache else config.workers
     source = batches(data, Order(len(data), config.seed), positions, workers)
     meter = _Meter(config, state, parallel)

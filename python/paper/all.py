@@ -14,6 +14,8 @@ import sys
 import time
 from pathlib import Path
 
+from iddpm_ext.text import duration
+
 HERE = Path(__file__).parent
 
 
@@ -34,9 +36,8 @@ def main() -> int:
             command += ["--checkpoint", flags.checkpoint]
         began = time.perf_counter()
         status = subprocess.run(command).returncode
-        print(
-            f"{program.stem}: {'failed' if status else 'done'} in {time.perf_counter() - began:.0f} s"
-        )
+        taken = duration(time.perf_counter() - began)
+        print(f"{program.stem}: {'failed' if status else 'done'} in {taken}")
         failed += [program.stem] if status else []
     if failed:
         print(f"failed: {', '.join(failed)}")

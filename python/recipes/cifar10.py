@@ -27,6 +27,7 @@ import torch
 import iddpm_ext
 from iddpm_ext.checkpoint.runs import ema_file
 from iddpm_ext.files import write_whole
+from iddpm_ext.text import duration
 from iddpm_ext.training import TrainConfig, newest_checkpoint, train
 
 TRIAL_STEPS = 60
@@ -117,7 +118,7 @@ def decide(plan: Plan, config: TrainConfig, seconds: float, began: float) -> Non
     plan["seconds"], plan["trial_images_per_second"] = seconds, rate
     plan["constant_steps"] = steps_within(CONSTANT * left, rate, config)
     say(
-        f"{rate:.0f} images/s: about {steps_within(left, rate, config)} steps in {left:.0f} s, "
+        f"{rate:.0f} images/s: about {steps_within(left, rate, config)} steps in {duration(left)}, "
         f"{plan['constant_steps']} of them with a constant learning rate"
     )
 
@@ -135,7 +136,7 @@ def fall(plan: Plan, config: TrainConfig, left: float) -> TrainConfig:
         rate = images_per_second(Path(config.out))
         plan["images_per_second"] = rate
         plan["steps"] = constant + steps_within(max(left, 0.0), rate, config)
-        say(f"{rate:.0f} images/s: falls to zero at step {plan['steps']}, in {left:.0f} s")
+        say(f"{rate:.0f} images/s: falls to zero at step {plan['steps']}, in {duration(left)}")
     steps = plan["steps"]
     # A straight line to zero at the last step that passes through the constant rate where this part begins.
     peak = config.lr / (1 - constant / steps)
