@@ -2,6 +2,7 @@
 // pairs of channels. Doubled images are copied doubled; sums over squares are taken afterwards.
 #include "common/threads.h"
 #include "conv3x3/conv3x3.h"
+#include "conv3x3/taps.h"
 #include "conv3x3/workspace.h"
 #include "nhwc/amx_tile.h"
 #include "nhwc/tile_product.h"
@@ -15,21 +16,17 @@ namespace {
 // apart.
 void pack_tiles(const Conv3x3Args& args, int64_t first, int64_t channel, int64_t stride,
                 BFloat16* out) {
-  alignas(64) float taps[9][kTileEdge][kTileDepth] = {};
+  alignas(64) BFloat16 rows[9][kTileEdge][kTileDepth];
   const FilterView& w = args.weight;
-  const int64_t columns = smaller(kTileEdge, args.columns - first);
-  const int64_t channels = smaller(kTileDepth, args.channels - channel);
-  for (int64_t k = 0; k < columns; ++k) {
+  const bool inside = first < args.columns;
+  const int64_t channels = inside ? smaller(kTileDepth, args.channels - channel) : 0;
+  if (channels < kTileDepth) std::memset(rows, 0, sizeof rows);
+  for (int64_t k = 0; k < kTileEdge && inside; ++k) {
     const float* filter = w.data + (first + k) * w.column + channel * w.channel;
-    for (int64_t c = 0; c < channels; ++c, filter += w.channel)
-      for (int64_t t = 0; t < 9; ++t) taps[t][k][c] = filter[t / 3 * w.row + t % 3 * w.tap];
+    for (int64_t c = 0; c < channels; c += kLanes)
+      read_taps(w, filter + c * w.channel, [&](int64_t t, vf v) { store(rows[t][k] + c, v); });
   }
-  for (int64_t t = 0; t < 9; ++t, out += stride) {
-    alignas(64) BFloat16 rows[kTileEdge][kTileDepth];
-    for (int64_t k = 0; k < kTileEdge; ++k)
-      for (int64_t c = 0; c < kTileDepth; c += kLanes) store(rows[k] + c, load(taps[t][k] + c));
-    transpose_pairs(rows[0], kTileDepth, out);
-  }
+  for (int64_t t = 0; t < 9; ++t, out += stride) transpose_pairs(rows[t][0], kTileDepth, out);
 }
 
 // Rows of the operand image.

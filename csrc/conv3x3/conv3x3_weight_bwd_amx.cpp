@@ -8,6 +8,7 @@
 // their order depends on neither threads nor their number.
 #include "common/threads.h"
 #include "conv3x3/conv3x3.h"
+#include "conv3x3/taps.h"
 #include "conv3x3/workspace.h"
 #include "nhwc/amx_tile.h"
 #include "nhwc/operand.h"
@@ -136,12 +137,11 @@ void scatter(const Conv3x3WeightBwdArgs& args, const Sizes& sizes, const float* 
              int64_t tile) {
   const FilterView& w = args.dweight;
   const int64_t first = tile * kTileEdge, per_tap = sizes.channels * sizes.columns;
-  for (int64_t k = 0; k < smaller(kTileEdge, args.columns - first); ++k) {
+  for (int64_t k = 0; k < kTileEdge; ++k) {
     float* filter = w.data + (first + k) * w.column;
-    for (int64_t c = 0; c < args.channels; ++c, filter += w.channel) {
-      const float* sum = sums + first * sizes.channels + c / 16 * 256 + k * 16 + c % 16;
-      for (int64_t t = 0; t < 9; ++t) filter[t / 3 * w.row + t % 3 * w.tap] = sum[t * per_tap];
-    }
+    const float* sum = sums + first * sizes.channels + k * 16;
+    for (int64_t c = 0; c < args.channels; c += kLanes, sum += 256)
+      write_taps(w, filter + c * w.channel, [&](int64_t t) { return load(sum + t * per_tap); });
   }
 }
 
