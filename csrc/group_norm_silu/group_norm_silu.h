@@ -2,6 +2,7 @@
 // the equation): the input is x, or x and x2 side by side, h = x + residual + channel_bias.
 #pragma once
 
+#include "common/amx.h"
 #include "common/dtype.h"
 #include "common/isa.h"
 
@@ -68,4 +69,8 @@ int group_norm_silu_bwd_cuda(const GroupNormSiluBwdArgs& args, void* stream);
 
 IDDPM_DECLARE_CPU(void, group_norm_silu, (const iddpm::GroupNormSiluArgs& args, int num_threads))
 IDDPM_DECLARE_CPU(void, group_norm_silu_bwd,
+                  (const iddpm::GroupNormSiluBwdArgs& args, int num_threads))
+IDDPM_DECLARE_AMX(void, group_norm_silu_rounded,
+                  (const iddpm::GroupNormSiluArgs& args, int num_threads))
+IDDPM_DECLARE_AMX(void, group_norm_silu_bwd_rounded,
                   (const iddpm::GroupNormSiluBwdArgs& args, int num_threads))
