@@ -340,6 +340,43 @@ def test_training_convolves_rounded_operands(tiles, upscale, n, channels, column
     assert error(dbias, expected[3]) < 1e-6
 
 
+@pytest.mark.parametrize("pitch", [0, 16])
+@pytest.mark.parametrize(
+    ("n", "channels", "columns", "size"),
+    [
+        (2, 32, 32, (8, 8)),  # read in place
+        (1, 64, 48, (1, 16)),
+        (3, 64, 16, (7, 5)),
+        (1, 16, 80, (4, 4)),
+        (40, 96, 64, (16, 16)),  # several blocks of the gradient's sum
+        (1, 32, 32, (1, 1)),
+    ],
+)
+def test_training_convolves_by_one_tap(tiles, n, channels, columns, size, pitch):
+    wide = torch.full((n, *size, channels + pitch), math.nan).bfloat16()
+    wide[..., :channels] = torch.randn(n, *size, channels).bfloat16()
+    x = wide.permute(0, 3, 1, 2)[:, :channels]
+    weight, bias = torch.randn(columns, channels, 1, 1), torch.randn(columns)
+    dy = torch.randn(n, columns, *size).bfloat16()
+    leaves = [v.requires_grad_() for v in (x, weight, bias)]
+    exact = [v.detach().double().requires_grad_() for v in (x, weight.bfloat16(), bias)]
+    truth = F.conv2d(*exact)
+    expected = [truth, *torch.autograd.grad(truth, exact, dy.double())]
+    threads, results = torch.get_num_threads(), []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        y = conv3x3(*leaves, backend="cpu")
+        results.append([y, *torch.autograd.grad(y, leaves, dy)])
+    torch.set_num_threads(threads)
+    for ours, same in zip(*results, strict=True):
+        assert torch.equal(ours, same)
+    y, dx, dweight, dbias = results[0]
+    assert half_an_ulp(y, expected[0])
+    assert half_an_ulp(dx, expected[1])
+    assert error(dweight, expected[2]) < 1e-6
+    assert error(dbias, expected[3]) < 1e-6
+
+
 def test_exact_training_rounds_no_weight(tiles):
     x = torch.randn(2, 32, 8, 8).bfloat16().contiguous(memory_format=torch.channels_last)
     weight = torch.randn(32, 32, 3, 3)

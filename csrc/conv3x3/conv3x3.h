@@ -1,5 +1,5 @@
-// A 3 x 3 convolution with padding 1 and stride 1 for training, and its gradients, by Winograd's
-// F(m x m, 3 x 3) in float32 over images with their channels side by side
+// A 3 x 3 convolution with padding 1 and stride 1, or one of a single tap, for training, and its
+// gradients, by Winograd's F(m x m, 3 x 3) in float32 over images with their channels side by side
 // (iddpm_ext/ops/conv3x3/__init__.py has the equation).
 //
 // The kernels of csrc/nhwc compute the convolution; its weights change at every step, so
@@ -13,7 +13,8 @@
 
 namespace iddpm {
 
-// weight[k, c, i, j] lies at data + k * column + c * channel + i * row + j * tap.
+// weight[k, c, i, j] lies at data + k * column + c * channel + i * row + j * tap. With row and tap
+// 0 the filter has one tap, which only tiles of AMX compute.
 struct FilterView {
   float* data;
   int64_t column, channel, row, tap;

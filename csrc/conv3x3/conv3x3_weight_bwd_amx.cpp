@@ -24,16 +24,18 @@ constexpr int64_t kBlockHalves = 512 * 1024;  // of a block's operands: they sta
 struct Images {
   const BFloat16* data;
   int64_t n, height, width, stride, up;  // up: 1 where every pixel counts for four
+  int64_t gap;                           // zeros after a row, and rows of them after a sample
 };
 
 // Walks over positions.
 class Cursor {
  public:
   Cursor(const Images& images, int64_t position) : images_(images), position_(position) {
-    const int64_t row = images.width + 1, from = larger(position, 0);
+    const int64_t row = images.width + images.gap, rows = images.height + images.gap;
+    const int64_t from = larger(position, 0);
     x_ = from % row;
-    y_ = from / row % (images.height + 1);
-    sample_ = from / row / (images.height + 1);
+    y_ = from / row % rows;
+    sample_ = from / row / rows;
   }
 
   // The pixel of this position, null where it has none; then goes on to the next position.
@@ -43,9 +45,9 @@ class Cursor {
     const int64_t line = sample_ * (i.height >> i.up) + (y_ >> i.up);
     const BFloat16* pixel =
         outside ? nullptr : i.data + (line * (i.width >> i.up) + (x_ >> i.up)) * i.stride;
-    if (position_++ >= 0 && ++x_ > i.width) {
+    if (position_++ >= 0 && ++x_ == i.width + i.gap) {
       x_ = 0;
-      if (++y_ > i.height) {
+      if (++y_ == i.height + i.gap) {
         y_ = 0;
         ++sample_;
       }
@@ -74,22 +76,25 @@ IDDPM_INLINE void write_pair(Cursor& cursor, int64_t channels, BFloat16* out) {
 
 // Sizes of a call.
 struct Sizes {
+  int64_t taps, gap;
   int64_t channels, columns;  // padded to whole pairs of tiles
   int64_t positions;          // of all samples
   int64_t block;              // positions at a time, a multiple of 32
   int64_t margin;             // positions before and after it that taps reach, an even number
 
   explicit Sizes(const Conv3x3WeightBwdArgs& args) {
+    taps = taps_of(args.dweight);
+    gap = taps > 1;
     channels = round_up(args.channels, 2 * kTileEdge);
     columns = round_up(args.columns, 2 * kTileEdge);
-    positions = args.n * (args.height + 1) * (args.width + 1);
-    margin = round_up(args.width + 2, 2);
+    positions = args.n * (args.height + gap) * (args.width + gap);
+    margin = gap * round_up(args.width + 2, 2);
     const int64_t fit = kBlockHalves / (2 * channels + columns) / kTileDepth;
     block = smaller(larger(fit, 2) * kTileDepth, round_up(positions, kTileDepth));
   }
   int64_t gradient_halves() const { return block * columns; }
   int64_t source_halves() const { return (block + 2 * margin) * channels; }  // one of two
-  int64_t sum_floats() const { return 9 * channels * columns; }
+  int64_t sum_floats() const { return taps * channels * columns; }
 };
 
 // dy at the next 32 positions: [columns / 16] tiles of 16 out-channels by 32 positions.
@@ -132,7 +137,7 @@ void accumulate(const Sizes& sizes, const BFloat16* gradient, const BFloat16* so
   tile_store<3>(sums + below + 256, 64);
 }
 
-// sums [9][K / 16][C / 16][16][16] -> dweight, for the out-channels of one tile.
+// sums [taps][K / 16][C / 16][16][16] -> dweight, for the out-channels of one tile.
 void scatter(const Conv3x3WeightBwdArgs& args, const Sizes& sizes, const float* sums,
              int64_t tile) {
   const FilterView& w = args.dweight;
@@ -141,7 +146,10 @@ void scatter(const Conv3x3WeightBwdArgs& args, const Sizes& sizes, const float* 
     float* filter = w.data + (first + k) * w.column;
     const float* sum = sums + first * sizes.channels + k * 16;
     for (int64_t c = 0; c < args.channels; c += kLanes, sum += 256)
-      write_taps(w, filter + c * w.channel, [&](int64_t t) { return load(sum + t * per_tap); });
+      if (sizes.taps == 1)
+        store(filter + c, load(sum));  // of a dense gradient
+      else
+        write_taps(w, filter + c * w.channel, [&](int64_t t) { return load(sum + t * per_tap); });
   }
 }
 
@@ -175,9 +183,15 @@ int conv3x3_weight_bwd_tiles(const Conv3x3WeightBwdArgs& args, int num_threads) 
                  args.height,
                  args.width,
                  args.in_stride,
-                 args.upscale};
-  const Images dy{
-      static_cast<const BFloat16*>(args.dy), args.n, args.height, args.width, args.dy_stride, 0};
+                 args.upscale,
+                 sizes.gap};
+  const Images dy{static_cast<const BFloat16*>(args.dy),
+                  args.n,
+                  args.height,
+                  args.width,
+                  args.dy_stride,
+                  0,
+                  sizes.gap};
   const int64_t k_tiles = sizes.columns / kTileEdge, c_tiles = sizes.channels / kTileEdge;
   const int64_t per_tap = sizes.channels * sizes.columns;
   // What fills the last tile is never written.
@@ -194,7 +208,7 @@ int conv3x3_weight_bwd_tiles(const Conv3x3WeightBwdArgs& args, int num_threads) 
         pack_gradient(gradients, args.columns, sizes.columns, mine,
                       gradient + i * kTileDepth * sizes.columns);
       const Range half = share(sizes.block / 2 + sizes.margin, 1, thread, threads);
-      for (int64_t odd = 0; odd < 2; ++odd) {
+      for (int64_t odd = 0; odd <= sizes.gap; ++odd) {
         Cursor sources(x, first - sizes.margin + 2 * half.begin + odd);
         for (int64_t pair = half.begin; pair < half.end; ++pair)
           write_pair(sources, args.channels,
@@ -202,11 +216,12 @@ int conv3x3_weight_bwd_tiles(const Conv3x3WeightBwdArgs& args, int num_threads) 
       }
       barrier(team);
       const int64_t k_pairs = k_tiles / 2, c_pairs = c_tiles / 2;
-      const Range work = share(9 * k_pairs * c_pairs, 1, thread, threads);
+      const Range work = share(sizes.taps * k_pairs * c_pairs, 1, thread, threads);
       for (int64_t i = work.begin; i < work.end; ++i) {
         const int64_t k = i / c_pairs % k_pairs, c = i % c_pairs, tap = i / (k_pairs * c_pairs);
-        const int64_t distance = sizes.margin + (tap / 3 - 1) * (args.width + 1) + tap % 3 -
-                                 1;  // from the margin's start
+        // From the margin's start.
+        const int64_t distance =
+            sizes.gap * (sizes.margin + (tap / 3 - 1) * (args.width + 1) + tap % 3 - 1);
         const int64_t odd = distance % 2;
         const BFloat16* from = source + odd * sizes.source_halves() +
                                (distance - odd) * sizes.channels + c * 4 * kTileEdge;

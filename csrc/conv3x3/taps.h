@@ -1,4 +1,4 @@
-// The nine taps of sixteen filters, from where they lie to a vector for each tap and back.
+// The taps of sixteen filters, from where they lie to a vector for each tap and back.
 #pragma once
 
 #include "common/lanes.h"
@@ -7,6 +7,24 @@
 
 namespace iddpm {
 namespace IDDPM_ISA {
+
+IDDPM_INLINE int64_t taps_of(const FilterView& w) { return w.row == 0 && w.tap == 0 ? 1 : 9; }
+
+// put(k, v): the only tap of 16 in-channels of out-channel k of 16, of which `filter` is the first.
+template <class Put>
+IDDPM_INLINE void read_square(const FilterView& w, const float* filter, Put put) {
+  if (w.channel == 1) {
+    for (int64_t k = 0; k < kLanes; ++k) put(k, load(filter + k * w.column));
+  } else if (w.column == 1) {
+    transpose_lanes([&](int64_t i) { return load(filter + i * w.channel); }, put);
+  } else {
+    for (int64_t k = 0; k < kLanes; ++k) {
+      float lane[kLanes];
+      for (int64_t i = 0; i < kLanes; ++i) lane[i] = filter[k * w.column + i * w.channel];
+      put(k, load(lane));
+    }
+  }
+}
 
 // Whether a filter's taps are nine numbers in a row, forwards or backwards.
 IDDPM_INLINE bool taps_in_a_row(const FilterView& w) {
