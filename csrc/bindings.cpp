@@ -15,6 +15,7 @@
 #include "ceilings/ceilings.h"
 #include "checksum/checksum.h"
 #include "common/amx.h"
+#include "common/cache.h"
 #include "common/isa.h"
 #include "conv3x3/conv3x3.h"
 #include "end_convs/end_convs.h"
@@ -569,7 +570,9 @@ void bind_plan(py::module_& m) {
   m.def("gemm_bf16_scratch", &iddpm::gemm_bf16_scratch);
   m.def("group_norm_shared", &iddpm::group_norm_shared);
   m.def("tile_attention_scratch", &iddpm::tile_attention_scratch);
-  m.def("winograd_block", &iddpm::winograd_block);
+  m.def("winograd_block", [](int64_t tile, int64_t channels, int64_t columns, bool bf16) {
+    return iddpm::winograd_block(tile, channels, columns, bf16, iddpm::second_level_bytes());
+  });
   m.def("winograd_scratch", &iddpm::winograd_scratch);
   m.def("winograd_shared", &iddpm::winograd_shared);
   m.def("winograd_bf16_scratch", &iddpm::winograd_bf16_scratch);

@@ -23,7 +23,7 @@ from iddpm_ext.engines.cpu import operands, pack
 from iddpm_ext.engines.cpu import rows as ops
 from iddpm_ext.engines.cpu.algorithms import Chooser, ConvShape, load_chooser
 from iddpm_ext.engines.cpu.engine import CPUEngine
-from iddpm_ext.ops import conv3x3
+from iddpm_ext.ops import conv3x3, group_norm_silu, qkv_attention
 
 pytestmark = [
     pytest.mark.skipif(_native.cpu_absence() is not None, reason="needs iddpm_ext._C"),
@@ -341,12 +341,138 @@ def test_training_convolves_rounded_operands(tiles, upscale, n, channels, column
     assert error(dbias, expected[3]) < 1e-6
 
 
+@pytest.mark.parametrize("pitch", [0, 16])
+@pytest.mark.parametrize(
+    ("n", "channels", "columns", "size"),
+    [
+        (2, 32, 32, (8, 8)),  # read in place
+        (1, 64, 48, (1, 16)),
+        (3, 64, 16, (7, 5)),
+        (1, 16, 80, (4, 4)),
+        (40, 96, 64, (16, 16)),  # several blocks of the gradient's sum
+        (1, 32, 32, (1, 1)),
+    ],
+)
+def test_training_convolves_by_one_tap(tiles, n, channels, columns, size, pitch):
+    wide = torch.full((n, *size, channels + pitch), math.nan).bfloat16()
+    wide[..., :channels] = torch.randn(n, *size, channels).bfloat16()
+    x = wide.permute(0, 3, 1, 2)[:, :channels]
+    weight, bias = torch.randn(columns, channels, 1, 1), torch.randn(columns)
+    dy = torch.randn(n, columns, *size).bfloat16()
+    leaves = [v.requires_grad_() for v in (x, weight, bias)]
+    exact = [v.detach().double().requires_grad_() for v in (x, weight.bfloat16(), bias)]
+    truth = F.conv2d(*exact)
+    expected = [truth, *torch.autograd.grad(truth, exact, dy.double())]
+    threads, results = torch.get_num_threads(), []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        y = conv3x3(*leaves, backend="cpu")
+        results.append([y, *torch.autograd.grad(y, leaves, dy)])
+    torch.set_num_threads(threads)
+    for ours, same in zip(*results, strict=True):
+        assert torch.equal(ours, same)
+    y, dx, dweight, dbias = results[0]
+    assert half_an_ulp(y, expected[0])
+    assert half_an_ulp(dx, expected[1])
+    assert error(dweight, expected[2]) < 1e-6
+    assert error(dbias, expected[3]) < 1e-6
+
+
 def test_exact_training_rounds_no_weight(tiles):
     x = torch.randn(2, 32, 8, 8).bfloat16().contiguous(memory_format=torch.channels_last)
     weight = torch.randn(32, 32, 3, 3)
     truth = F.conv2d(x.double(), weight.double(), padding=1)
     assert half_an_ulp(conv3x3(x, weight, exact=True, backend="cpu"), truth)
     assert not half_an_ulp(conv3x3(x, weight, backend="cpu"), truth)
+
+
+def test_filters_that_lie_otherwise_give_the_same(tiles):
+    """Taps in a row are read sixteen filters at a time, others one by one."""
+    x = torch.randn(2, 32, 5, 6).bfloat16().contiguous(memory_format=torch.channels_last)
+    weight, dy = torch.randn(48, 32, 3, 3), torch.randn(2, 48, 5, 6).bfloat16()
+    results = []
+    for same in (
+        weight,
+        weight.contiguous(memory_format=torch.channels_last),
+        weight.mT.clone().mT,
+    ):
+        leaves = [x.clone().requires_grad_(), same.requires_grad_()]
+        y = conv3x3(*leaves, backend="cpu")
+        results.append([y, *torch.autograd.grad(y, leaves, dy)])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("by_token", [True, False])
+@pytest.mark.parametrize(
+    ("n", "heads", "width", "tokens", "order"),
+    [
+        (2, 3, 16, 64, "legacy"),
+        (1, 2, 64, 49, "new"),
+        (2, 1, 24, 33, "legacy"),
+        (1, 2, 8, 1, "legacy"),
+        (1, 1, 100, 31, "legacy"),
+        (1, 1, 16, 1056, "legacy"),
+    ],
+)
+def test_training_attention_rounds_probabilities_and_slopes_alone(
+    tiles, by_token, n, heads, width, tokens, order
+):
+    """1056 tokens are several blocks of queries in the backward pass, the last a single 32."""
+
+    def laid_out(x: Tensor) -> Tensor:
+        return x.mT.contiguous().mT if by_token else x.contiguous()
+
+    qkv = torch.randn(n, 3 * heads * width, tokens).bfloat16()
+    dout = laid_out(torch.randn(n, heads * width, tokens).bfloat16())
+    threads, results = torch.get_num_threads(), []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        leaf = laid_out(qkv).requires_grad_()
+        out = qkv_attention(leaf, heads, order=order, backend="cpu")
+        results.append([out, *torch.autograd.grad(out, leaf, dout)])
+    torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    out, dqkv = results[0]
+
+    def heads_of(x: Tensor) -> Tensor:  # [N, parts, heads, T, d]
+        sizes = (heads, -1, width) if order == "legacy" else (-1, heads, width)
+        parts = x.double().unflatten(1, sizes)
+        return (parts.transpose(1, 2) if order == "legacy" else parts).mT
+
+    q, k, v = heads_of(qkv).unbind(1)
+    upstream = heads_of(dout).squeeze(1)
+    p = (q @ k.mT / math.sqrt(width)).softmax(-1)
+    dp = upstream @ v.mT
+    mean = (p * dp).sum(-1, keepdim=True)
+    slope, largest = p * (dp - mean), p * (dp.abs() + mean.abs())
+    factor = width**-0.5
+    exact = [p @ v, factor * slope @ k, factor * slope.mT @ q, p.mT @ upstream]
+    terms = [
+        p @ v.abs(), factor * largest @ k.abs(), factor * largest.mT @ q.abs(), p.mT @ upstream.abs(),
+    ]  # fmt: skip
+    ours = [heads_of(out).squeeze(1), *heads_of(dqkv).unbind(1)]
+    # Two roundings of at most 2^-9 of each term, a power of two to 1e-4, and sums in float32.
+    for found, truth, term in zip(ours, exact, terms, strict=True):
+        assert bool(((found - truth).abs() <= (2**-8 + 4e-4) * term + 1e-6 * term.max()).all())
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_training_normalises_as_exactly_as_bfloat16_can_tell(tiles, channels_last):
+    """Values up to 200 deviations from zero: where the sigmoid is 0 or 1, and between."""
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    x = torch.randn(2, 64, 6, 5).bfloat16().contiguous(memory_format=layout).requires_grad_()
+    weight, bias = torch.linspace(0.1, 60, 64), torch.linspace(-80, 80, 64)
+    leaves = [x, weight.requires_grad_(), bias.requires_grad_()]
+    dy = torch.randn(2, 64, 6, 5).bfloat16()
+    y = group_norm_silu(x, 32, weight, bias, backend="cpu")
+    ours = [y, *torch.autograd.grad(y, leaves, dy)]
+    exact = [v.detach().double().requires_grad_() for v in leaves]
+    truth = F.silu(F.group_norm(exact[0], 32, *exact[1:]))
+    expected = [truth, *torch.autograd.grad(truth, exact, dy.double())]
+    assert bool(((y - truth).abs() <= (2**-8 + 2**-12) * truth.abs() + 1e-5).all())
+    for found, right in zip(ours[1:], expected[1:], strict=True):
+        assert error(found, right) < 2**-8
 
 
 def network(**options) -> UNet:

@@ -362,7 +362,7 @@ def test_the_sizes_of_scratch_suffice_and_a_quarter_does_not(threads, pixels):
     ]
     for tile in (2, 4):
         tiles = n * (4 // tile) * -(-pixels // tile)
-        block = native.winograd_block(tile, channels, False)
+        block = native.winograd_block(tile, channels, channels, False)
         weight = pack.pack_winograd(w, tile)
         row = ops.winograd_row(
             size, buffer(x), channels, channels, weight, None, buffer(out), tile=tile, block=block
@@ -375,7 +375,7 @@ def test_the_sizes_of_scratch_suffice_and_a_quarter_does_not(threads, pixels):
         row = ops.gemm_row(4 * pixels, buffer(x), channels, channels, weight, None, buffer(out))
         cases.append((row, 0, native.gemm_bf16_scratch(rows, channels)))
         tiles, weight = n * 2 * (pixels // 2), pack.pack_pairs(pack.pack_winograd(w, 2))
-        block = native.winograd_block(2, channels, True)
+        block = native.winograd_block(2, channels, channels, True)
         row = ops.winograd_row(
             size, buffer(x), channels, channels, weight, None, buffer(out), tile=2, block=block
         )

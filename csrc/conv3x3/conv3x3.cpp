@@ -1,6 +1,7 @@
 #include "conv3x3/conv3x3.h"
 
 #if defined(__AVX2__)
+#include "common/cache.h"
 #include "common/threads.h"
 #include "conv3x3/workspace.h"
 #include "nhwc/panel.h"
@@ -54,7 +55,8 @@ int run(const Conv3x3Args& args, int num_threads) {
   const int64_t elements = winograd_elements(args.tile);
   const int64_t panels = divide_up(args.columns, kPanel);
   const int64_t tiles = grid_of(args.height, args.width, args.tile, args.n).count;
-  const int64_t block = winograd_block(args.tile, args.channels, false);
+  const int64_t block =
+      winograd_block(args.tile, args.channels, args.columns, false, second_level_bytes());
   const int64_t scratch =
       round_up(winograd_scratch(args.tile, tiles, args.channels, block, num_threads), 16);
   const int64_t shared = winograd_shared(args.tile, tiles, args.channels, num_threads);

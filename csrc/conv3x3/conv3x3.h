@@ -1,6 +1,6 @@
-// A 3 x 3 convolution with padding 1 and stride 1 for training, and its gradients, by Winograd's
-// F(m x m, 3 x 3) in float32 over channels_last images (iddpm_ext/ops/conv3x3/__init__.py has the
-// equation).
+// A 3 x 3 convolution with padding 1 and stride 1, or one of a single tap, for training, and its
+// gradients, by Winograd's F(m x m, 3 x 3) in float32 over images with their channels side by side
+// (iddpm_ext/ops/conv3x3/__init__.py has the equation).
 //
 // The kernels of csrc/nhwc compute the convolution. In training weights change at every step, so
 // they are transformed here, in the same call. The gradient of the input is the convolution of dy
@@ -13,7 +13,8 @@
 
 namespace iddpm {
 
-// weight[k, c, i, j] is at data + k * column + c * channel + i * row + j * tap.
+// weight[k, c, i, j] lies at data + k * column + c * channel + i * row + j * tap. With row and tap
+// 0 the filter has one tap, which only tiles of AMX compute.
 struct FilterView {
   float* data;
   int64_t column, channel, row, tap;

@@ -8,6 +8,7 @@
 // that the order of the sum does not depend on the threads.
 #include "common/threads.h"
 #include "conv3x3/conv3x3.h"
+#include "conv3x3/taps.h"
 #include "conv3x3/workspace.h"
 #include "nhwc/amx_tile.h"
 #include "nhwc/operand.h"
@@ -22,17 +23,19 @@ constexpr int64_t kBlockHalves = 512 * 1024;  // elements of a block's operands,
 // The pixels of a batch.
 struct Images {
   const BFloat16* data;
-  int64_t n, height, width, stride, up;  // up: 1 if the image is doubled
+  int64_t n, height, width, stride, up;  // up: 1 where every pixel counts for four
+  int64_t gap;                           // zeros after a row, and rows of them after a sample
 };
 
 // Iterates over positions.
 class Cursor {
  public:
   Cursor(const Images& images, int64_t position) : images_(images), position_(position) {
-    const int64_t row = images.width + 1, from = larger(position, 0);
+    const int64_t row = images.width + images.gap, rows = images.height + images.gap;
+    const int64_t from = larger(position, 0);
     x_ = from % row;
-    y_ = from / row % (images.height + 1);
-    sample_ = from / row / (images.height + 1);
+    y_ = from / row % rows;
+    sample_ = from / row / rows;
   }
 
   // The pixel of this position, null if it is padding; then moves on to the next position.
@@ -42,9 +45,9 @@ class Cursor {
     const int64_t line = sample_ * (i.height >> i.up) + (y_ >> i.up);
     const BFloat16* pixel =
         outside ? nullptr : i.data + (line * (i.width >> i.up) + (x_ >> i.up)) * i.stride;
-    if (position_++ >= 0 && ++x_ > i.width) {
+    if (position_++ >= 0 && ++x_ == i.width + i.gap) {
       x_ = 0;
-      if (++y_ > i.height) {
+      if (++y_ == i.height + i.gap) {
         y_ = 0;
         ++sample_;
       }
@@ -73,22 +76,25 @@ IDDPM_INLINE void write_pair(Cursor& cursor, int64_t channels, BFloat16* out) {
 
 // Sizes of a call.
 struct Sizes {
+  int64_t taps, gap;
   int64_t channels, columns;  // padded to whole pairs of tiles
   int64_t positions;          // of all samples
   int64_t block;              // positions at a time, a multiple of 32
   int64_t margin;             // positions before and after a block that taps reach, even
 
   explicit Sizes(const Conv3x3WeightBwdArgs& args) {
+    taps = taps_of(args.dweight);
+    gap = taps > 1;
     channels = round_up(args.channels, 2 * kTileEdge);
     columns = round_up(args.columns, 2 * kTileEdge);
-    positions = args.n * (args.height + 1) * (args.width + 1);
-    margin = round_up(args.width + 2, 2);
+    positions = args.n * (args.height + gap) * (args.width + gap);
+    margin = gap * round_up(args.width + 2, 2);
     const int64_t fit = kBlockHalves / (2 * channels + columns) / kTileDepth;
     block = smaller(larger(fit, 2) * kTileDepth, round_up(positions, kTileDepth));
   }
   int64_t gradient_halves() const { return block * columns; }
   int64_t source_halves() const { return (block + 2 * margin) * channels; }  // one of two
-  int64_t sum_floats() const { return 9 * channels * columns; }
+  int64_t sum_floats() const { return taps * channels * columns; }
 };
 
 // dy at the next 32 positions: [columns / 16] tiles of 16 out-channels by 32 positions.
@@ -131,17 +137,19 @@ void accumulate(const Sizes& sizes, const BFloat16* gradient, const BFloat16* so
   tile_store<3>(sums + below + 256, 64);
 }
 
-// sums [9][K / 16][C / 16][16][16] -> dweight, for the out-channels of one tile.
+// sums [taps][K / 16][C / 16][16][16] -> dweight, for the out-channels of one tile.
 void scatter(const Conv3x3WeightBwdArgs& args, const Sizes& sizes, const float* sums,
              int64_t tile) {
   const FilterView& w = args.dweight;
   const int64_t first = tile * kTileEdge, per_tap = sizes.channels * sizes.columns;
-  for (int64_t k = 0; k < smaller(kTileEdge, args.columns - first); ++k) {
+  for (int64_t k = 0; k < kTileEdge; ++k) {
     float* filter = w.data + (first + k) * w.column;
-    for (int64_t c = 0; c < args.channels; ++c, filter += w.channel) {
-      const float* sum = sums + first * sizes.channels + c / 16 * 256 + k * 16 + c % 16;
-      for (int64_t t = 0; t < 9; ++t) filter[t / 3 * w.row + t % 3 * w.tap] = sum[t * per_tap];
-    }
+    const float* sum = sums + first * sizes.channels + k * 16;
+    for (int64_t c = 0; c < args.channels; c += kLanes, sum += 256)
+      if (sizes.taps == 1)
+        store(filter + c, load(sum));  // of a dense gradient
+      else
+        write_taps(w, filter + c * w.channel, [&](int64_t t) { return load(sum + t * per_tap); });
   }
 }
 
@@ -175,9 +183,15 @@ int conv3x3_weight_bwd_tiles(const Conv3x3WeightBwdArgs& args, int num_threads) 
                  args.height,
                  args.width,
                  args.in_stride,
-                 args.upscale};
-  const Images dy{
-      static_cast<const BFloat16*>(args.dy), args.n, args.height, args.width, args.dy_stride, 0};
+                 args.upscale,
+                 sizes.gap};
+  const Images dy{static_cast<const BFloat16*>(args.dy),
+                  args.n,
+                  args.height,
+                  args.width,
+                  args.dy_stride,
+                  0,
+                  sizes.gap};
   const int64_t k_tiles = sizes.columns / kTileEdge, c_tiles = sizes.channels / kTileEdge;
   const int64_t per_tap = sizes.channels * sizes.columns;
   // The channels that pad the last tile are never written.
@@ -194,7 +208,7 @@ int conv3x3_weight_bwd_tiles(const Conv3x3WeightBwdArgs& args, int num_threads) 
         pack_gradient(gradients, args.columns, sizes.columns, mine,
                       gradient + i * kTileDepth * sizes.columns);
       const Range half = share(sizes.block / 2 + sizes.margin, 1, thread, threads);
-      for (int64_t odd = 0; odd < 2; ++odd) {
+      for (int64_t odd = 0; odd <= sizes.gap; ++odd) {
         Cursor sources(x, first - sizes.margin + 2 * half.begin + odd);
         for (int64_t pair = half.begin; pair < half.end; ++pair)
           write_pair(sources, args.channels,
@@ -202,11 +216,12 @@ int conv3x3_weight_bwd_tiles(const Conv3x3WeightBwdArgs& args, int num_threads) 
       }
       barrier(team);
       const int64_t k_pairs = k_tiles / 2, c_pairs = c_tiles / 2;
-      const Range work = share(9 * k_pairs * c_pairs, 1, thread, threads);
+      const Range work = share(sizes.taps * k_pairs * c_pairs, 1, thread, threads);
       for (int64_t i = work.begin; i < work.end; ++i) {
         const int64_t k = i / c_pairs % k_pairs, c = i % c_pairs, tap = i / (k_pairs * c_pairs);
-        const int64_t distance = sizes.margin + (tap / 3 - 1) * (args.width + 1) + tap % 3 -
-                                 1;  // from the margin's start
+        // From the margin's start.
+        const int64_t distance =
+            sizes.gap * (sizes.margin + (tap / 3 - 1) * (args.width + 1) + tap % 3 - 1);
         const int64_t odd = distance % 2;
         const BFloat16* from = source + odd * sizes.source_halves() +
                                (distance - odd) * sizes.channels + c * 4 * kTileEdge;

@@ -2,14 +2,23 @@
 #pragma once
 
 #include "common/lanes.h"
-#include "common/simd_math.h"
+#include "common/simd_coarse.h"
 #include "common/threads.h"
 #include "group_norm_silu/group_norm_silu.h"
 
 namespace iddpm {
 namespace IDDPM_ISA {
 
-// Whether the input is so small that threads would cost more than they save.
+// Whether values of 13 bits are as good as exact ones, as what follows rounds them to fewer, and
+// where that is faster.
+template <typename T>
+constexpr bool kRoundsAway = false;
+#if defined(__AVX512BF16__)
+template <>
+inline constexpr bool kRoundsAway<BFloat16> = true;
+#endif
+
+// Where a team of threads would cost more than it brings.
 IDDPM_INLINE bool runs_alone(const GroupNormInput& in) { return in.n * in.c * in.hw < 32768; }
 
 template <typename T>

@@ -3,6 +3,7 @@
 // channel_bias, concatenated with x2 if there is one.
 #pragma once
 
+#include "common/amx.h"
 #include "common/dtype.h"
 #include "common/isa.h"
 
@@ -69,4 +70,8 @@ int group_norm_silu_bwd_cuda(const GroupNormSiluBwdArgs& args, void* stream);
 
 IDDPM_DECLARE_CPU(void, group_norm_silu, (const iddpm::GroupNormSiluArgs& args, int num_threads))
 IDDPM_DECLARE_CPU(void, group_norm_silu_bwd,
+                  (const iddpm::GroupNormSiluBwdArgs& args, int num_threads))
+IDDPM_DECLARE_AMX(void, group_norm_silu_rounded,
+                  (const iddpm::GroupNormSiluArgs& args, int num_threads))
+IDDPM_DECLARE_AMX(void, group_norm_silu_bwd_rounded,
                   (const iddpm::GroupNormSiluBwdArgs& args, int num_threads))

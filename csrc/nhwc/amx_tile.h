@@ -163,6 +163,13 @@ IDDPM_INLINE void store_both(BFloat16* p, nv first, nv second) {
 
 // Interleaves two rows for the second operand: out[2 j] from `even`, out[2 j + 1] from `odd`.
 IDDPM_INLINE void store_pairs(BFloat16* out, vf even, vf odd) {
+#if defined(__AVX512BF16__)
+  const __m512i both = (__m512i)_mm512_maskz_cvtne2ps_pbh(~0u, (__m512)odd, (__m512)even);
+  const __m512i evens = _mm512_maskz_cvtepu16_epi32(kAllLanes, _mm512_castsi512_si256(both));
+  const __m512i odds =
+      _mm512_maskz_cvtepu16_epi32(kAllLanes, _mm512_maskz_extracti64x4_epi64(0xF, both, 1));
+  _mm512_storeu_si512(out, _mm512_or_si512(evens, _mm512_maskz_slli_epi32(kAllLanes, odds, 16)));
+#else
   BFloat16 row[2][kLanes];
   store(row[0], even);
   store(row[1], odd);
@@ -171,6 +178,7 @@ IDDPM_INLINE void store_pairs(BFloat16* out, vf even, vf odd) {
   const vu pairs = __builtin_convertvector(half[0], vu) | __builtin_convertvector(half[1], vu)
                                                               << 16;
   std::memcpy(out, &pairs, sizeof pairs);
+#endif
 }
 
 // Rows of 16 pairs, `pitch` elements apart -> [16 pairs][16 rows].

@@ -43,9 +43,14 @@ static constexpr int64_t winograd_elements(int64_t tile) { return (tile + 2) * (
 // Below this many tiles a thread, a team transforms all of them together and divides the panels.
 static constexpr int64_t few_tiles(int64_t tile_rows) { return 2 * tile_rows; }
 
-// How many tiles are transformed at a time, so that they stay in the L2 cache.
-static constexpr int64_t winograd_block(int64_t tile, int64_t channels, bool bf16) {
-  const int64_t values = (bf16 ? 192 : 96) * 1024;
+// How many tiles are transformed at a time, so that they stay in the second cache level, of `cache`
+// bytes, beside the weights. Where those are too large for it, each block reads all of them from
+// memory: then tiles may fill a level of 2 MiB or more, for fewer blocks.
+static constexpr int64_t winograd_block(int64_t tile, int64_t channels, int64_t columns, bool bf16,
+                                        int64_t cache) {
+  const int64_t weights = winograd_elements(tile) * channels * columns * int64_t{sizeof(float)};
+  const bool streamed = !bf16 && cache >= (int64_t{2} << 20) && weights > cache / 2;
+  const int64_t values = streamed ? cache / int64_t{sizeof(float)} : (bf16 ? 192 : 96) * 1024;
   const int64_t per_tile = winograd_elements(tile) * (channels + kRowPad + kPanel);
   return larger(values / per_tile / kMostTileRows, 1) * kMostTileRows;
 }

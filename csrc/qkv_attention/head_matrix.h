@@ -5,6 +5,7 @@
 #pragma once
 
 #include "common/lanes.h"
+#include "common/transpose.h"
 #include "nhwc/panel.h"
 
 namespace iddpm {
@@ -18,6 +19,7 @@ struct HeadMatrix {
   int64_t token, channel;  // strides in elements; one of them is 1
 
   bool by_token() const { return channel == 1; }
+  HeadMatrix transposed() const { return {data, channel, token}; }
   HeadMatrix from(int64_t t) const { return {data + t * token, token, channel}; }
 };
 
@@ -27,58 +29,7 @@ IDDPM_INLINE HeadMatrix<T> head_matrix(const Plane& plane, int64_t n, int64_t fi
   return {data, plane.pixel, plane.channel};
 }
 
-template <int... i>
-struct Indices {};
-#if defined(__AVX512F__)
-using RegisterIndices = Indices<0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15>;
-#elif defined(__AVX2__)
-using RegisterIndices = Indices<0, 1, 2, 3, 4, 5, 6, 7>;
-#else
-using RegisterIndices = Indices<0, 1, 2, 3>;
-#endif
-
-// Exchanges the off-diagonal blocks of H lanes of a and b, one step of a transposition.
-template <int H, int... i>
-IDDPM_INLINE void exchange(nv& a, nv& b, Indices<i...>) {
-  const nv low = IDDPM_SHUFFLE(a, b, (i & H ? int(kWidth) + i - H : i)...);
-  b = IDDPM_SHUFFLE(a, b, (i & H ? int(kWidth) + i : i + H)...);
-  a = low;
-}
-
-// Transposes a kWidth x kWidth square: swaps off-diagonal blocks of every size from H down.
-template <int H = kWidth / 2>
-IDDPM_INLINE void transpose_square(nv (&m)[kWidth]) {
-  IDDPM_UNROLL
-  for (int i = 0; i < kWidth; ++i)
-    if (!(i & H)) exchange<H>(m[i], m[i + H], RegisterIndices{});
-  if constexpr (H > 1) transpose_square<H / 2>(m);
-}
-
-// Transposes a 16 x 16 square: get(i) gives row i, put(j, row) takes row j of the result.
-template <typename Get, typename Put>
-IDDPM_INLINE void transpose_lanes(Get get, Put put) {
-  if constexpr (kWidth == kLanes) {
-    nv m[kWidth];
-    IDDPM_UNROLL
-    for (int i = 0; i < kWidth; ++i) m[i] = get(i);
-    transpose_square(m);
-    IDDPM_UNROLL
-    for (int i = 0; i < kWidth; ++i) put(i, m[i]);
-  } else {
-    float from[kLanes * kLanes], to[kLanes * kLanes];
-    for (int64_t i = 0; i < kLanes; ++i) store(from + i * kLanes, get(i));
-    for (int64_t row = 0; row < kLanes; row += kWidth)
-      for (int64_t column = 0; column < kLanes; column += kWidth) {
-        nv m[kWidth];
-        for (int64_t i = 0; i < kWidth; ++i) m[i] = load<nv>(from + (row + i) * kLanes + column);
-        transpose_square(m);
-        for (int64_t i = 0; i < kWidth; ++i) store(to + (column + i) * kLanes + row, m[i]);
-      }
-    for (int64_t j = 0; j < kLanes; ++j) put(j, load(to + j * kLanes));
-  }
-}
-
-// Copies `lines` lines of `length` elements to rows of float32, zero up to the next multiple of 16.
+// `lines` lines of `length` elements to rows of float32, zero up to the next multiple of 16.
 template <typename T>
 void read_lines(const T* from, int64_t stride, int64_t lines, int64_t length, float* to,
                 int64_t pitch) {

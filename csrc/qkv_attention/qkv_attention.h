@@ -6,8 +6,10 @@
 
 #include <cstdint>
 
+#include "common/amx.h"
 #include "common/dtype.h"
 #include "common/isa.h"
+#include "qkv_attention/attention_tiles.h"
 
 namespace iddpm {
 
@@ -41,20 +43,26 @@ inline int64_t attention_block(int64_t tokens) { return tokens <= 512 ? 64 : 32;
 
 inline int64_t attention_padded(int64_t a) { return (a + 31) / 32 * 32; }
 
-// q, keys, values and the result of a head, and the scores of a few rows.
+// For either of the kernels. q, keys, values and the result of a head, and the scores of a few
+// rows.
 inline int64_t attention_workspace(int64_t tokens, int64_t width) {
   const int64_t t = attention_padded(tokens), d = attention_padded(width);
-  return 4 * t * d + 16 * (t + 16 + d);
+  const int64_t vectors = 4 * t * d + 16 * (t + 16 + d);
+  return larger(vectors, AttentionTiles(tokens, width).forward_floats());
 }
 
 // k twice, v, dk and dv of a head; q, dout, dq and two rows of scores for each query of a block.
 inline int64_t attention_bwd_workspace(int64_t tokens, int64_t width) {
   const int64_t t = attention_padded(tokens), d = attention_padded(width);
-  return 5 * t * d + attention_block(tokens) * (3 * d + 2 * (t + 16));
+  const int64_t vectors = 5 * t * d + attention_block(tokens) * (3 * d + 2 * (t + 16));
+  return larger(vectors, AttentionTiles(tokens, width).backward_floats());
 }
 
 }  // namespace iddpm
 
 IDDPM_DECLARE_CPU(void, qkv_attention, (const iddpm::QkvAttentionArgs& args, int num_threads))
 IDDPM_DECLARE_CPU(void, qkv_attention_bwd,
+                  (const iddpm::QkvAttentionBwdArgs& args, int num_threads))
+IDDPM_DECLARE_AMX(void, qkv_attention_tiles, (const iddpm::QkvAttentionArgs& args, int num_threads))
+IDDPM_DECLARE_AMX(void, qkv_attention_bwd_tiles,
                   (const iddpm::QkvAttentionBwdArgs& args, int num_threads))

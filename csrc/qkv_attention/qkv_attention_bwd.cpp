@@ -127,6 +127,8 @@ void run(const QkvAttentionBwdArgs& a, int num_threads) {
 }  // namespace
 
 void qkv_attention_bwd(const QkvAttentionBwdArgs& args, int num_threads) {
+  const auto tiles = IDDPM_AMX(qkv_attention_bwd_tiles);
+  if (tiles && args.in.dtype == DType::kBFloat16) return tiles(args, num_threads);
   with_element(args.in.dtype, [&](auto element) { run<decltype(element)>(args, num_threads); });
 }
 

@@ -2,7 +2,7 @@
 //
 // A head's keys and values are packed once; its queries are processed in blocks of 32.
 #include "common/simd_math.h"
-#include "nhwc/amx_tile.h"
+#include "nhwc/tile_matrix.h"
 #include "unet_engine/plan.h"
 
 namespace iddpm {
@@ -74,37 +74,7 @@ void pack(const TileAttentionOp& op, const float* qkv, const Head& head) {
   }
 }
 
-// c [32, 16 * tiles] = a [32, 32 * chunks] * b [tiles][chunks], with strides in bytes; an even
-// number of tiles.
-void multiply(const BFloat16* a, int64_t a_stride, int64_t chunks, const BFloat16* b, int64_t tiles,
-              float* c, int64_t c_stride) {
-  const int64_t lower = kTileEdge * a_stride / 2;
-  for (int64_t tile = 0; tile < tiles; tile += 2, c += 2 * kTileEdge) {
-    tile_zero<0>();
-    tile_zero<1>();
-    tile_zero<2>();
-    tile_zero<3>();
-    const BFloat16* left = b + tile * chunks * kTileHalves;
-    const BFloat16* right = left + chunks * kTileHalves;
-    for (int64_t k = 0; k < chunks; ++k) {
-      tile_load<6>(left + k * kTileHalves, 64);
-      tile_load<4>(a + k * kTileDepth, a_stride);
-      tile_multiply<0, 4, 6>();
-      tile_load<7>(right + k * kTileHalves, 64);
-      tile_multiply<1, 4, 7>();
-      tile_load<5>(a + lower + k * kTileDepth, a_stride);
-      tile_multiply<2, 5, 6>();
-      tile_multiply<3, 5, 7>();
-    }
-    float* below = c + kTileEdge * c_stride / int64_t{sizeof(float)};
-    tile_store<0>(c, c_stride);
-    tile_store<1>(c + kTileEdge, c_stride);
-    tile_store<2>(below, c_stride);
-    tile_store<3>(below + kTileEdge, c_stride);
-  }
-}
-
-// p = 2^(scores - their maximum), rounded; returns 1 / the sum before rounding.
+// p = 2^(scores - their maximum), rounded; returns one over the sum of what was not.
 float soften(const Head& head, float* scores, BFloat16* p) {
   for (int64_t j = head.tokens; j < head.columns; ++j) scores[j] = -1e30f;
   nv most[2] = {load<nv>(scores), load<nv>(scores + kWidth)}, total[2] = {};
@@ -129,15 +99,15 @@ void attend(const TileAttentionOp& op, const float* qkv, BFloat16* out, const He
   pack(op, qkv, head);
   const int64_t d = op.width, depth_bytes = 2 * head.depth, score_bytes = 4 * head.score_pitch;
   for (int64_t first = 0; first < op.tokens; first += kQueries) {
-    multiply(head.q + first * head.depth, depth_bytes, head.depth / kTileDepth, head.k,
-             head.columns / kTileEdge, head.scores, score_bytes);
+    multiply_tiles(head.q + first * head.depth, depth_bytes, 2, head.depth / kTileDepth, head.k,
+                   head.columns / kTileEdge, head.scores, score_bytes, false);
     const int64_t count = smaller(kQueries, op.tokens - first);
     float inverse[kQueries];
     for (int64_t i = 0; i < count; ++i)
       inverse[i] =
           soften(head, head.scores + i * head.score_pitch, head.p + 2 * i * head.score_pitch);
-    multiply(head.p, score_bytes, head.columns / kTileDepth, head.v, head.depth / kTileEdge,
-             head.out, 4 * head.depth);
+    multiply_tiles(head.p, score_bytes, 2, head.columns / kTileDepth, head.v,
+                   head.depth / kTileEdge, head.out, 4 * head.depth, false);
     for (int64_t i = 0; i < count; ++i) {
       const float* from = head.out + i * head.depth;
       BFloat16* to = out + (first + i) * op.out_stride;

@@ -1,4 +1,5 @@
-// Writes the operand images of AMX products, normalised or unchanged.
+// Writes the operand images of the tile products: normalised, or as they are.
+#include "common/simd_coarse.h"
 #include "nhwc/amx_tile.h"
 #include "unet_engine/group_norm.h"
 
@@ -7,18 +8,7 @@ namespace IDDPM_ISA {
 
 namespace {
 
-// x / (1 + e^-x) for results that are rounded to bfloat16: with a relative error of 2^-13 if that
-// is faster. NaN stays NaN.
-IDDPM_INLINE nv silu_to_half(nv x) {
-#if defined(__AVX512F__)
-  const nv d = exp2_coarse(min(splat<nv>(126.0f), x * -1.44269504f)) + 1.0f;
-  return x * (nv)_mm512_maskz_rcp14_ps(kAllLanes, (__m512)d);
-#else
-  return silu(x);
-#endif
-}
-
-// Normalises one row of pixels.
+// One row of pixels.
 template <bool Silu>
 void normalise(const Normalization& of, const float* x, const float* slope, int64_t width,
                BFloat16* out, int64_t pitch) {
@@ -29,7 +19,7 @@ void normalise(const Normalization& of, const float* x, const float* slope, int6
       for (int j = 0; j < 2; ++j) {
         const int64_t k = c + j * kWidth;
         v[j] = load<nv>(x + k) * load<nv>(slope + k) + load<nv>(slope + of.channels + k);
-        if (Silu) v[j] = silu_to_half(v[j]);
+        if (Silu) v[j] = silu_coarse(v[j]);
       }
       store_both(out + c, v[0], v[1]);
     }

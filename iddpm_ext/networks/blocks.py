@@ -20,7 +20,9 @@ from torch import Tensor, nn
 from iddpm_ext.networks import plain
 from iddpm_ext.networks.config import NUM_GROUPS, UNetConfig
 from iddpm_ext.ops import conv3x3, group_norm_silu, qkv_attention
+from iddpm_ext.ops.conv3x3.compiled import rounds
 from iddpm_ext.ops.qkv_attention.layout import is_by_token
+from iddpm_ext.ops.rows import no_autocast
 
 
 def timestep_embedding(timesteps: Tensor, dim: int) -> Tensor:
@@ -158,14 +160,29 @@ def is_bare(layer: nn.Module, kind: type[_Layer]) -> TypeGuard[_Layer]:
     )
 
 
-def _pointwise(conv: nn.Module, h: Tensor) -> Tensor:
-    """A 1x1 convolution of h [N, C, T], which keeps a channels_last layout."""
+def _trains_by_tiles(x: Tensor, weight: Tensor, backend: str) -> bool:
+    """Whether a convolution of one tap takes the project's kernel: under autocast, where AMX is.
+
+    Elsewhere PyTorch's is the faster.
+    """
+    return (
+        trains_on_cpu(x, weight, backend)
+        and torch.is_autocast_enabled("cpu")
+        and rounds(torch.get_autocast_dtype("cpu"))
+    )
+
+
+def _pointwise(conv: nn.Module, h: Tensor, backend: str) -> Tensor:
+    """A convolution of one tap, h [N, C, T]; keeps the channels of a position side by side."""
     if not is_by_token(h) or not is_bare(conv, nn.Conv1d):
         return conv(h)
     weight, bias = conv.weight, conv.bias
     if h.device.type == "cpu":
-        # As images of height 1, which oneDNN reads in place, faster than a matrix product.
-        return F.conv2d(h.unsqueeze(2), weight.unsqueeze(2), bias).squeeze(2)
+        # As images of one row, which are read where they lie, faster than by a matrix product.
+        image, filters = h.unsqueeze(2), weight.unsqueeze(2)
+        if _trains_by_tiles(h, weight, backend):
+            return conv3x3(image.bfloat16(), filters, bias, backend=backend).squeeze(2)
+        return F.conv2d(image, filters, bias).squeeze(2)
     return F.linear(h.transpose(1, 2), weight.squeeze(2), bias).transpose(1, 2)
 
 
@@ -195,6 +212,7 @@ class ResBlock(nn.Module):
         super().__init__()
         self.scale_shift = scale_shift
         self.resample = resample
+        self.backend = "auto"
         self.in_layers = nn.Sequential(
             GroupNormSiLU(channels),
             nn.Identity(),
@@ -222,7 +240,9 @@ class ResBlock(nn.Module):
             h = act(norm(x))
             h = upscaled(conv, h) if self.resample == "up" else conv(_resampled(h, "down"))
             x = _resampled(x, self.resample)
-        emb = self.emb_layers(emb)
+        # In float32, as all of the timestep's path: rounding it would take longer than these products.
+        with no_autocast("cpu"):
+            emb = self.emb_layers(emb)
         norm, *rest = self.out_layers
         if self.scale_shift:
             h = norm(h, *emb.chunk(2, dim=1))
@@ -230,7 +250,18 @@ class ResBlock(nn.Module):
             h = norm(h, channel_bias=emb)
         for layer in rest:
             h = layer(h)
-        return self.skip_connection(x) + h
+        return self._skip(x) + h
+
+    def _skip(self, x: Tensor) -> Tensor:
+        conv, backend = self.skip_connection, backend_of(self.backend)
+        if (
+            isinstance(conv, nn.Conv2d)
+            and is_bare(conv, nn.Conv2d)
+            and conv.kernel_size == conv.stride == (1, 1)
+            and _trains_by_tiles(x, conv.weight, backend)
+        ):
+            return conv3x3(x.bfloat16(), conv.weight, conv.bias, backend=backend)
+        return conv(x)
 
 
 def _resampled(x: Tensor, how: str) -> Tensor:
@@ -260,9 +291,9 @@ class AttentionBlock(nn.Module):
         if backend == "plain":
             h = plain.qkv_attention(self.qkv(h), self.num_heads, self.order)
             return x + self.proj_out(h).view(x.shape)
-        qkv = _pointwise(self.qkv, h)
+        qkv = _pointwise(self.qkv, h, backend)
         h = qkv_attention(qkv, self.num_heads, order=self.order, backend=backend)
-        return x + _pointwise(self.proj_out, h).view(x.shape)
+        return x + _pointwise(self.proj_out, h, backend).view(x.shape)
 
 
 class Upsample(nn.Module):

@@ -147,7 +147,7 @@ class UNet(nn.Module):
             raise ValueError(f"UNet: backend must be one of {', '.join(BACKENDS)}, got {value!r}")
         self._backend = value
         for module in self.modules():
-            if isinstance(module, (GroupNormSiLU, Conv3x3)):
+            if isinstance(module, (GroupNormSiLU, Conv3x3, ResBlock)):
                 module.backend = value
             elif isinstance(module, AttentionBlock):
                 supported = value in ("plain", *REGISTRY["qkv_attention"].kernels)

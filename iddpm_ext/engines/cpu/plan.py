@@ -456,7 +456,7 @@ class Planner:
         weight = self._weight(layer, form, lambda: pack.pack_winograd(layer.weight, tile), bf16)
         tiles = self.batch * -(-out.size[0] // tile) * -(-out.size[1] // tile)
         native = _native.native()
-        block = native.winograd_block(tile, source.channels, bf16)
+        block = native.winograd_block(tile, source.channels, out.channels, bf16)
         self._emit(
             ops.winograd_row(
                 out.size,

@@ -28,6 +28,8 @@ def conv3x3(
 ) -> Tensor:
     """3x3 convolution with stride 1 and padding 1, of images doubled in size before if `upscale`.
 
+    A filter of 1x1, without padding, is computed by the same kernels where they have AMX.
+
         y[n, k, i, j] = bias[k] + sum over c, u, v of weight[k, c, u, v] h[n, c, i + u - 1, j + v - 1],
         h = x, or x with every pixel repeated 2 x 2 if `upscale`
 
@@ -43,8 +45,8 @@ def conv3x3(
     Args:
         x: [N, C, H, W], any strides; channels_last, also with gaps between pixels, is read in place. float32
             or bfloat16; any floating dtype for the reference. Not affected by autocast.
-        weight: [K, C, 3, 3], bias: [K], any floating dtype. The CPU kernels use them in float32, except
-            for AMX's weights.
+        weight: [K, C, 3, 3] or [K, C, 1, 1], bias: [K], any floating dtype. The CPU kernels use them in
+            float32, except for AMX's weights.
         upscale: first double height and width by nearest neighbour.
         exact: use only algorithms as accurate as direct convolution.
         backend: "auto", "reference" or "cpu".
@@ -60,9 +62,10 @@ def conv3x3(
     """
     checks.image_batch(NAME, "x", x)
     checks.floating(NAME, "weight", weight)
-    if weight.ndim != 4 or weight.shape[1:] != (x.shape[1], 3, 3):
+    c = x.shape[1]
+    if weight.ndim != 4 or weight.shape[1:] not in ((c, 3, 3), (c, 1, 1)):
         raise ValueError(
-            f"{NAME}: weight must be [K, {x.shape[1]}, 3, 3], got shape {list(weight.shape)}"
+            f"{NAME}: weight must be [K, {c}, 3, 3] or [K, {c}, 1, 1], got shape {list(weight.shape)}"
         )
     if bias is not None:
         checks.floating(NAME, "bias", bias)

@@ -19,6 +19,7 @@ def _call(
     device: str,
     dtype: torch.dtype,
     *,
+    side: int = 3,
     channels_last: bool = True,
     mean: float = 0.0,
     **options: Any,
@@ -28,7 +29,7 @@ def _call(
     x = draw.normal(shape, mean)
     return {
         "x": x.contiguous(memory_format=torch.channels_last) if channels_last else x,
-        "weight": draw.normal((columns, c, 3, 3), 0.0, (9 * max(c, 1)) ** -0.5),
+        "weight": draw.normal((columns, c, side, side), 0.0, (side**2 * max(c, 1)) ** -0.5),
         "bias": draw.normal((columns,)),
         **options,
     }
@@ -54,6 +55,9 @@ def sample_inputs(device: str, dtype: torch.dtype) -> Iterator[Case]:
     yield Case("far from zero", call((2, 32, 9, 7), 16, mean=30.0))
     yield Case("several blocks", call((6, 64, 28, 28), 32))
     yield Case("several panels", call((2, 48, 14, 14), 112))
+    yield Case("one tap", call((2, 32, 8, 6), 48, side=1))
+    yield Case("one tap, contiguous", call((3, 16, 5, 7), 32, side=1, channels_last=False))
+    yield Case("one tap, doubled", call((2, 16, 3, 5), 16, side=1, upscale=True))
     yield Case("empty batch", call((0, 16, 6, 6), 16))
     for label, layout in synthetic.LAYOUTS.items():
         kwargs = call((2, 32, 6, 5), 16, channels_last=False)

@@ -19,10 +19,19 @@ _DONE, _NO_INSTRUCTIONS = 0, 1
 Pixels = tuple[int, int]
 
 
-def _supported(x: Tensor, weight: Tensor) -> bool:
-    columns, channels = weight.shape[:2]
+def rounds(dtype: torch.dtype, exact: bool = False) -> bool:
+    """Whether images of this type are convolved by AMX, with rounded weights."""
+    if dtype != torch.bfloat16 or exact or _native.cpu_absence() is not None:
+        return False
+    return bool(_native.native().has_tiles())
+
+
+def _supported(x: Tensor, weight: Tensor, upscale: bool, exact: bool) -> bool:
+    columns, channels, taps = weight.shape[:3]
     ragged = channels % LANES or columns % LANES or max(channels, columns) > MAX_CHANNELS
-    return not ragged and x.numel() > 0 and weight.numel() > 0
+    if ragged or x.numel() == 0 or weight.numel() == 0:
+        return False
+    return taps == 3 or (rounds(x.dtype, exact) and not upscale)
 
 
 def _tile(dtype: torch.dtype, height: int, width: int, exact: bool) -> int:
@@ -30,7 +39,7 @@ def _tile(dtype: torch.dtype, height: int, width: int, exact: bool) -> int:
 
     Depends on dtype and size of the images alone, so that no result depends on the batch.
     """
-    if dtype == torch.bfloat16 and not exact and _native.native().has_tiles():
+    if rounds(dtype, exact):
         return 0
     return 4 if not exact and min(height, width) > 4 else 2
 
@@ -46,13 +55,19 @@ def _pixels(x: Tensor) -> tuple[Tensor, Pixels]:
     return found.tensor, (found.view[0], pixel if h * w > 1 else c)
 
 
+def _strides(weight: Tensor) -> tuple[int, ...]:
+    """Of column, channel, row and tap; the last two are 0 where there is one tap."""
+    column, channel, *taps = weight.stride()
+    return (column, channel, *(taps if weight.shape[2] > 1 else (0, 0)))
+
+
 def _filter(weight: Tensor) -> tuple[int, ...]:
-    return (weight.data_ptr(), *weight.stride())
+    return (weight.data_ptr(), *_strides(weight))
 
 
 def _reversed_filter(weight: Tensor) -> tuple[int, ...]:
-    """Strides that read the weights as those of the input's gradient: channels exchanged, taps reversed."""
-    column, channel, row, tap = weight.stride()
+    """The same memory as the weights of the input's gradient: channels exchanged, taps from the last on."""
+    column, channel, row, tap = _strides(weight)
     last = weight.data_ptr() + weight.element_size() * 2 * (row + tap)
     return (last, channel, column, -row, -tap)
 
@@ -72,8 +87,8 @@ def _run(kernel: str, *arguments: object) -> bool:
 
 
 def cpu(x: Tensor, weight: Tensor, bias: Tensor | None, upscale: bool, exact: bool) -> Tensor:
-    """y, as `reference.conv3x3`."""
-    if _supported(x, weight):
+    """y of `reference.conv3x3`."""
+    if _supported(x, weight, upscale, exact):
         n, c, h, w = x.shape
         if upscale:
             h, w = 2 * h, 2 * w
@@ -105,7 +120,7 @@ def cpu_bwd(
     """Gradients of x (in its dtype and layout), weight and bias (in float32); empty where not wanted."""
     none = torch.empty(0, dtype=torch.float32, device=x.device)
     dx, dweight, dbias = x.new_empty(0), none, none.clone()
-    if not _supported(x, weight):
+    if not _supported(x, weight, upscale, exact):
         return _library_bwd(dy, x, weight, upscale, (wants_x, wants_weight, wants_bias))
     n, c, h, w = x.shape
     size = (n, *dy.shape[2:])
@@ -142,8 +157,9 @@ def _library_bwd(
     dy: Tensor, x: Tensor, weight: Tensor, upscale: bool, wants: tuple[bool, bool, bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     source = F.interpolate(x, scale_factor=2.0, mode="nearest") if upscale else x
+    padding = 2 * [weight.shape[2] // 2]
     dx, dweight, dbias = torch.ops.aten.convolution_backward(
-        dy, source, weight.to(x.dtype), [len(weight)], [1, 1], [1, 1], [1, 1], False, [0, 0], 1,
+        dy, source, weight.to(x.dtype), [len(weight)], [1, 1], padding, [1, 1], False, [0, 0], 1,
         list(wants),
     )  # fmt: skip
     if wants[0]:

@@ -1,0 +1,12 @@
+// bfloat16 on CPUs with AMX, which round in one instruction.
+#include "group_norm_silu/group_norm_backward.h"
+
+namespace iddpm {
+namespace IDDPM_ISA {
+
+void group_norm_silu_bwd_rounded(const GroupNormSiluBwdArgs& args, int num_threads) {
+  differentiate<BFloat16>(args, num_threads);
+}
+
+}  // namespace IDDPM_ISA
+}  // namespace iddpm
