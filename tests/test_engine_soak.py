@@ -1,4 +1,4 @@
-"""Networks that change all the time, from threads and forks: a few changes by default, thousands in a soak.
+"""Networks that change between calls, from threads and forks: a few changes by default, thousands in a soak.
 
 IDDPM_SOAK=1 makes 10,000 changes, or as many as fit in IDDPM_SOAK_SECONDS (1200).
 """
@@ -23,7 +23,7 @@ SECONDS = float(os.environ.get("IDDPM_SOAK_SECONDS", 1200))
 CHANGES_MADE = 10_000 if SOAK else 20
 #: As in test_matrix; a network that has been changed often may magnify rounding more.
 TOLERANCE = 1e-3
-#: Of those, what leaves the weights of order one, however often it is done.
+#: Changes that keep weights of order one, however often they are repeated.
 REPEATABLE = sorted(FOLLOWED - {"averaged", "parameter", "one number", "assigned"})
 
 

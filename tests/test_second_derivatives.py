@@ -1,4 +1,4 @@
-"""Derivatives of derivatives, tangents and batches of gradients are right on every backend, never zero."""
+"""Second derivatives, tangents and batches of gradients are right on every backend, never silently zero."""
 
 from __future__ import annotations
 
