@@ -14,7 +14,7 @@ from iddpm_ext import _native, ops
 
 BACKENDS = ["reference", *([] if _native.cpu_absence() else ["cpu"])]
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
-# An eps that shows where it stands.
+# An eps large enough to show whether it is added inside or outside of the root.
 LR, BETAS, EPS, DECAY = 0.01, (0.9, 0.99), 1e-3, 0.05
 
 
@@ -49,7 +49,7 @@ def test_fifty_steps_equal_torchs_adamw_and_averaged_model(backend):
     optimizer = torch.optim.AdamW(model.parameters(), LR, BETAS, EPS, DECAY)
     averaged = [AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(d)) for d in decays]
     for average in averaged:
-        average.n_averaged.fill_(1)  # as ours, theirs starts at the weights
+        average.n_averaged.fill_(1)  # so that theirs starts at the weights too
     for step in range(1, 51):
         grads = _gradients(model, step)
         for p, grad in zip(model.parameters(), grads, strict=True):

@@ -1,6 +1,6 @@
 """The AMX kernels against float64 of the rounded operands: natively where they are, and emulated.
 
-Memory that nobody should read is NaN, so that a forgotten halo or a row too many shows.
+Memory that must not be read is NaN, so that a missing halo or a row too many is noticed.
 """
 
 from __future__ import annotations
@@ -284,7 +284,7 @@ def test_attention_is_softmax_of_the_legacy_order(tiles, threads, size, heads, w
 
 
 def test_a_tap_too_far_or_a_pair_in_the_wrong_order_would_show(tiles):
-    """The references above tell such products apart: each is far from the right one."""
+    """The references above detect such errors: these wrong products are far from the right one."""
     n, channels, columns, size = 1, 32, 32, (6, 16)
     x, w = torch.randn(n, channels, *size), torch.randn(columns, channels, 3, 3)
     truth = nhwc(F.conv2d(rounded(x), rounded(w), padding=1)).reshape(-1, columns)
@@ -587,7 +587,7 @@ def test_a_signal_stack_too_small_for_tiles_means_no_amx_and_says_so():
 
 @needs_amx
 def test_onednn_threads_and_forks_share_the_tiles(tmp_path):
-    """torch's own bfloat16 products configure tiles too: neither disturbs the other."""
+    """torch's own bfloat16 products configure tiles too; they must not disturb ours, nor ours them."""
     model, x, t = network(), torch.randn(2, 3, 16, 16), torch.ones(2)
     engine = CPUEngine(model, 2, dtype=torch.bfloat16, num_threads=2)
     a, b = torch.randn(70, 96).bfloat16(), torch.randn(96, 48).bfloat16()

@@ -22,7 +22,7 @@ STD = 0.3
 
 
 def exact_moments(chain: Diffusion) -> Moments:
-    """Of normal data with deviation STD: eps_theta = sqrt(1 - ab) x_t / Var(x_t)."""
+    """The moments for normal data with deviation STD: eps_theta = sqrt(1 - ab) x_t / Var(x_t)."""
     ab = chain.alphas_cumprod
     return Moments(torch.arange(chain.num_timesteps), (1 - ab) / (ab * STD**2 + 1 - ab))
 
@@ -48,7 +48,7 @@ def test_the_variances_are_those_of_the_published_equation(eta, steps):
     factor = (beta_bar / alpha).sqrt() - (beta_bar_before - lambda_2).sqrt()
     score_square = gamma.eps_square[chain.timesteps[1:]] / beta_bar
     expected = lambda_2 + factor**2 * (1 - beta_bar * score_square)
-    # At high noise 1 - E|eps|^2 has lost digits in the moments, and the published difference more of them.
+    # Near pure noise 1 - E|eps|^2 cancels, and the published formula even more.
     assert ((got - expected).abs() / expected).max() < 2e-5
     assert bool((table[1:, Column.NOISE_SCALE] == 1).all()) and not table[0, Column.NOISE_SCALE]
     assert not table[:, Column.LOG_VARIANCE_SCALE].any()
@@ -58,8 +58,8 @@ def test_the_variances_are_those_of_the_published_equation(eta, steps):
 
 
 def test_of_normal_data_the_analytic_chain_is_exact():
-    # q(x_{t-1} | x_t) is normal there, with the mean that the exact eps gives: the bound of every
-    # step is then met, and images of any number of steps have the deviation of the data.
+    # q(x_{t-1} | x_t) is normal, with the mean of the exact eps. So the bound of every step is attained, and
+    # images have the deviation of the data for any number of steps.
     chain = AnalyticDiffusion(CHAIN, exact_moments(CHAIN).x_0_variance(CHAIN)).respace(6)
     x = torch.randn(40_000, 1, 1, 1, generator=torch.Generator().manual_seed(0)).double()
     for sampler in ("ddpm", "ddim"):
@@ -139,7 +139,7 @@ def test_sample_and_nll_take_the_checkpoints_moments(tmp_path):
     for sampler in ("ddpm", "ddim"):
         settings = {"sampler": sampler, "variance": "analytic", "n": 3, "progress": False}
         x = sample(loaded, 6, **settings)
-        # The engine's whole chains and the reference step by step.
+        # The prepared chains of the engine, and the reference step by step.
         plain = sample(loaded, 6, engine=False, backend="reference", **settings)
         assert (x - plain).abs().max() < 2e-4
         assert not torch.equal(x, sample(loaded, 6, n=3, sampler=sampler, progress=False))

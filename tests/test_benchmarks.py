@@ -1,4 +1,4 @@
-"""What the benchmarks compare with is right, and they run from the command line to a file."""
+"""The benchmarks' baselines compute the right results, and the programs run from command line to file."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Devices(TorchDispatchMode):
 
 @pytest.mark.parametrize("name", sorted(sequences._SERVED))
 def test_the_originals_formulation_takes_nothing_from_the_host(name: str):
-    """In a CUDA graph nothing may; the device here is one without memory."""
+    """A CUDA graph cannot contain copies from the host; the meta device stands for the GPU here."""
     compared = 0
     for case in REGISTRY[name].benchmark_inputs("meta"):
         sequence = sequences.sequence(name, case.kwargs)
@@ -119,7 +119,7 @@ def test_gpu_cells_come_most_telling_first():
 
 
 def gpu_rows(tmp_path: Path, *options: str) -> list[dict]:
-    """The GPU benchmark on the CPU, as far as it goes there: without our engine."""
+    """Rows of the GPU benchmark on the CPU, where it runs without the CUDA engine."""
     file = tmp_path / "rows.json"
     fixed = ["--configs", "small", "--batches", "2", "--training-batches", "2", "--rounds", "2"]
     arguments = [*fixed, "--steps", "2", "--json", str(file), *options]

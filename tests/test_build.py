@@ -1,4 +1,4 @@
-"""The compiled module says what it is, and can be told which instruction set to use."""
+"""The compiled module describes its build, and its instruction set can be selected."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The object cache compiles what changed and nothing else; the toolkit search gives its reasons."""
+"""The object cache recompiles only what changed; the search for a toolkit gives reasons."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_a_compile_error_carries_the_compilers_words_and_leaves_nothing(project)
 
 @pytest.fixture
 def toolkit_folder(tmp_path, monkeypatch) -> Path:
-    """A toolkit under toolkit/, found through an nvcc that lies elsewhere."""
+    """A toolkit under toolkit/, found through an nvcc in another folder."""
     top = tmp_path / "toolkit"
     (top / "include").mkdir(parents=True)
     (top / "lib").mkdir()
@@ -209,7 +209,7 @@ def test_a_line_is_said_for_every_file_that_is_compiled(project):
 needs_clang = pytest.mark.skipif(shutil.which("clang++") is None, reason="no clang++")
 
 
-# What is to be checked -> the processor it is for, and the files.
+# Build -> the processor that it is for, and its files.
 BUILDS = {
     "base": ("nehalem", "*"),
     "avx2": ("haswell", "*"),
@@ -224,7 +224,7 @@ BUILDS = {
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="instruction sets of x86-64")
 @pytest.mark.parametrize("isa", BUILDS)
 def test_the_kernels_are_c_plus_plus_to_clang_too(isa):
-    """Checked, not compiled, in seconds; CI compiles and links all of it."""
+    """By -fsyntax-only, in seconds; CI compiles and links everything."""
     command = ["clang++", "-std=c++17", "-fsyntax-only", "-Icsrc", "-Wall", "-Wextra", "-Werror"]
     processor, pattern = BUILDS[isa]
     command += ["-Wno-psabi", "-Wno-unknown-pragmas", "-Wno-unused-variable"]

@@ -69,7 +69,7 @@ def expected(arguments, seed, dtype, backend="reference"):
 
 
 def step_as_the_op(arguments, seed=SEEDS[1]):
-    """Takes the step, which must be that of the op in float64."""
+    """Takes the step and compares it with the op's in float64."""
     exact, yardstick = (expected(arguments, seed, d) for d in (torch.float64, torch.float32))
     launch_step(**arguments)
     assert_close(arguments["x"], exact, yardstick, torch.float32)

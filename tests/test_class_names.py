@@ -1,4 +1,4 @@
-"""Classes have names, and names decide: from the data through training and checkpoint to every use."""
+"""Classes are matched by their names: in data, training, checkpoints and every use of them."""
 
 from __future__ import annotations
 

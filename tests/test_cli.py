@@ -30,7 +30,7 @@ SMALL: dict[str, Any] = {
 
 @pytest.fixture
 def model(monkeypatch: pytest.MonkeyPatch) -> UNet:
-    """What every checkpoint's name loads here: a small network of three named classes."""
+    """The network that any checkpoint's name loads here: small, with three named classes."""
     torch.manual_seed(0)
     model = UNet(UNetConfig(num_classes=3, **SMALL))
     torch.nn.init.normal_(model.out[2].weight, std=0.05)
@@ -175,7 +175,7 @@ def test_python_m_is_the_same_program():
 
 
 def test_torchrun_leaves_every_flag_of_ours_alone(tmp_path):
-    """It parses the whole line, and takes what begins like a flag of its own for an abbreviation."""
+    """torchrun parses the whole line and takes prefixes of its own flags for abbreviations."""
     pytest.importorskip("torch.distributed.run")
     from torch.distributed.run import get_args_parser
 
@@ -216,7 +216,7 @@ def test_a_low_resolution_file_starts_super_resolution(model, tmp_path, monkeypa
 
 
 def test_no_help_and_no_wrong_call_waits_for_torch():
-    """Seconds, on a machine that has not imported it lately."""
+    """Importing torch takes seconds."""
     code = (
         "import sys\n"
         "from iddpm_ext.cli import main, verbs\n"

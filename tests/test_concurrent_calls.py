@@ -1,4 +1,4 @@
-"""Many threads and one network: every one gets what it gets alone, to the bit."""
+"""Calls in many threads on one network have the results of single calls, to the bit."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_threads_may_run_different_functions_on_one_network():
 
 
 def test_two_chains_may_be_walked_in_turn_with_weights_changed_between():
-    """A call goes on with the weights that the network had when it began."""
+    """A call uses the weights that the network had when the call began."""
     model = Case().network
     request = make_request("sample", model, 4, labels=[0, 1], progress=False)
     first = network_of(request)

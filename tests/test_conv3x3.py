@@ -1,4 +1,4 @@
-"""What is peculiar to `conv3x3`: its exact form, its two tiles, instruction sets, batches and threads."""
+"""Specific to `conv3x3`: its exact mode, its two tiles, instruction sets, batches and threads."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_a_sample_gives_the_same_bits_alone_and_in_a_batch(size):
 
 @pytest.fixture
 def without_amx() -> Iterator[None]:
-    """Its own rounding of the weights is held by tests/test_amx.py."""
+    """A context without AMX, whose rounding of the weights is tested in tests/test_amx.py."""
     native = _native.native()
     before = native.build_info()["isa"]
     native.set_isa("avx512" if before == "amx" else before)
@@ -146,7 +146,7 @@ def test_only_the_gradients_that_are_asked_for_are_computed():
 
 
 def test_training_in_float32_rounds_like_the_direct_sum():
-    """Its gradients err no more than PyTorch's; F(4x4, 3x3)'s would, by more than half again."""
+    """Its gradients are as accurate as PyTorch's; F(4x4, 3x3) would have 1.5 times the error."""
     torch.manual_seed(0)
     layer = Conv3x3(64, 64)
     x = torch.randn(2, 64, 16, 16).contiguous(memory_format=torch.channels_last)

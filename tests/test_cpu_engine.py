@@ -135,7 +135,7 @@ def test_a_whole_chain_leaves_x_T_as_it_was_and_sees_changed_weights():
 
 
 def test_a_schedule_is_as_accurate_as_single_timesteps():
-    """Its embeddings are rows of one product, which may be rounded otherwise than those of another."""
+    """Its embeddings are rows of one product, which may be rounded differently than single products."""
     model = make(**CONFIGS["bundled"])
     x, y = inputs(model, 4)
     engine = CPUEngine(model, 4)

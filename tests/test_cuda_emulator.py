@@ -1,4 +1,4 @@
-"""The CUDA emulator finds what it is there to find: kernels with planted bugs do not pass."""
+"""The CUDA emulator detects errors: kernels with planted bugs do not pass."""
 
 from __future__ import annotations
 

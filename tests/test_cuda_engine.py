@@ -1,7 +1,7 @@
 """The CUDA engine on a GPU where there is one, and without: graphs on a tape, kernels emulated.
 
-`fake_graphs` says what a replay is without a GPU. The rest is the engine as it runs on one, through `sample`,
-and its images are compared with those of the module on the CPU.
+`fake_graphs` replays graphs without a GPU. Everything else is the engine as it runs on a GPU, through
+`sample`; its images are compared with those of the module on the CPU.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Gpu:
 
 @pytest.fixture(params=["cpu", *(["cuda"] if torch.cuda.is_available() else [])])
 def gpu(request, monkeypatch):
-    """The device; without a GPU, CPU tensors are treated as if they lay on one."""
+    """The device; without a GPU, CPU tensors are treated like CUDA tensors."""
     graphs = Counted if request.param == "cuda" else FakeGraphs
     monkeypatch.setattr("iddpm_ext.engines.cuda.graphs.Graphs", graphs)
     # The bounds are float32's; TensorFloat32, PyTorch's default in convolutions, has a test of its own.
@@ -257,7 +257,7 @@ def test_engine_evaluates_any_timesteps_and_a_program_takes_new_weights(gpu):
 
 
 def test_chains_of_two_calls_do_not_meet(gpu):
-    """Each has graphs and memory of its own, whichever of them is replayed when."""
+    """Each has graphs and memory of its own, in whatever order they are replayed."""
     model = network(gpu, num_classes=3)
     seeds = (1, 2)
     alone = [sample(model, **DRAW, seed=seed, labels=[0, 1, seed]) for seed in seeds]
@@ -318,7 +318,7 @@ def test_tensor_float32_is_used_as_pytorch_was_told_and_never_where_exact(gpu, m
 
 
 def test_tensor_float32_is_closer_than_bfloat16(gpu, monkeypatch):
-    """It rounds operands to eleven bits where bfloat16 has eight. Without a GPU it is float32 itself."""
+    """It rounds operands to eleven bits, bfloat16 to eight. Without a GPU it is float32 itself."""
     model = network(gpu)
     exact, half = plain(model), plain(model, dtype=torch.bfloat16)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)

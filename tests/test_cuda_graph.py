@@ -1,4 +1,4 @@
-"""The calls of the CUDA runtime that a capture makes, in their order, by a runtime that writes them down."""
+"""The calls of the CUDA runtime in a capture, in order, recorded by a fake runtime."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from iddpm_ext.engines.cuda.graphs import CaptureFailed, Graphs
 
 
 class Runtime:
-    """Stands for `torch.cuda`: one list of calls, and the stream that is current."""
+    """A substitute for `torch.cuda` that records calls and has a current stream."""
 
     def __init__(self, monkeypatch):
         self.calls: list[str] = []

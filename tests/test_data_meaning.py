@@ -1,4 +1,4 @@
-"""Readers never drop, relabel, rescale or clip in silence: what is in doubt is refused, the rest is said."""
+"""Readers never drop, relabel, rescale or clip silently: ambiguous data is refused, changes are reported."""
 
 from __future__ import annotations
 
@@ -480,7 +480,7 @@ def test_single_images_in_folders_are_said_to_make_no_classes(tmp_path):
 
 @pytest.fixture
 def little_memory():
-    """Half a GiB beyond what the process has: a greedy reader fails instead of taking the machine's."""
+    """A memory limit of half a GiB more than the process has now, at which a greedy reader fails."""
     before = resource.getrlimit(resource.RLIMIT_AS)
     with open("/proc/self/statm") as file:
         used = int(file.read().split()[0]) * resource.getpagesize()

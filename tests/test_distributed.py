@@ -21,7 +21,7 @@ from ranks import Rank, finish, started
 from iddpm_ext.checkpoint.runs import read_state, read_tensors, verify_checkpoint
 from iddpm_ext.training import TrainConfig, train
 
-# Seconds. A dead peer is noticed at once; this is for a machine with much else to do.
+# Seconds, for a machine under load; a dead peer is noticed at once.
 _TIMEOUT = 300
 
 _PROGRAM = """
@@ -70,7 +70,7 @@ def _tensors(out: Path, file: str, step: int = 4) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def one(data, tmp_path_factory) -> Path:
-    """What one process makes of the whole batch."""
+    """A run of one process with the whole batch."""
     out = tmp_path_factory.mktemp("one")
     train(_config(data, out))
     return out
@@ -275,8 +275,8 @@ def test_groups_follow_one_another_in_the_same_processes():
     assert result.returncode == 0, result.stdout
 
 
-# The same gradients to an optimiser of whole parameters and to one of their shards. Rows that two do not
-# divide; a single row, of which rank 1 has nothing; a matrix that fills several blocks of the kernel.
+# The same gradients for an optimiser of whole parameters and for one of their shards: an odd number of
+# rows; a single row, of which rank 1 has nothing; a matrix that fills several blocks of the kernel.
 _OPTIMISERS = """
 import copy, torch
 from datetime import timedelta
@@ -379,8 +379,8 @@ def test_processes_with_a_graph_each_train_one_network(tmp_path):
         finish(ranks)
 
 
-# Where the interpreter's lock changes hands only when a thread waits, what Gloo's threads still hold of an
-# exchange is nearly always theirs when the group ends.
+# With a switch interval so long that the GIL changes hands only when a thread waits, Gloo's threads nearly
+# always still hold tensors of the last exchange when the group ends.
 _ENDINGS = """
 import sys, torch
 from datetime import timedelta

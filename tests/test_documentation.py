@@ -1,10 +1,10 @@
 """Every command and snippet of the README and of docs/ runs as it is written there.
 
 In a folder with the files that they name, at toy size: `fashion-mnist` and OpenAI's checkpoints are small
-random networks of the same kinds, the data a few images. What is long is scaled: SCALED has every
-substitution, and nothing else in a line is changed. It takes minutes, so CI runs it, not `make test`.
-Of `make`, `pip` and the programs for a GPU it is checked that there are such targets, versions and
-programs; CI runs `make test` and `make check`.
+random networks of the same kinds, the data a few images. Long computations are scaled down by the
+substitutions in SCALED; nothing else in a line is changed. It takes minutes, so it runs in CI, not in
+`make test`. For `make`, `pip` and programs for a GPU only the existence of targets, versions and programs is
+checked.
 """
 
 from __future__ import annotations

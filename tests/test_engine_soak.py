@@ -1,4 +1,4 @@
-"""Networks that change all the time, from threads and forks: a few changes by default, thousands in a soak.
+"""Networks that change between calls, from threads and forks: a few changes by default, thousands in a soak.
 
 IDDPM_SOAK=1 makes 10,000 changes of other kinds and places each time, about ten minutes of one core.
 """

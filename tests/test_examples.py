@@ -1,4 +1,4 @@
-"""The programs under python/examples, run as a reader would run them, at toy size."""
+"""The programs under python/examples run, at toy size."""
 
 from __future__ import annotations
 

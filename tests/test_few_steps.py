@@ -1,4 +1,4 @@
-"""benchmarks.few_steps at toy size: it goes on where its file ends, and its table names the best."""
+"""benchmarks.few_steps at toy size: it computes only what its file lacks, and its table marks the best."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files that appear whole, on file systems and under names as they come; folders that one run holds."""
+"""Atomic writing on all file systems and under all names; folders that one run locks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The network as a GPU trains it: its gradients are those of the module, here on the CPU."""
+"""The fused network for training on a GPU has the module's gradients; here on the CPU."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def gradients(model, call, x, t, y):
 
 
 def distance(found, exact):
-    """Of all gradients together, relative to their length."""
+    """The distance of all gradients together, relative to their norm."""
     gap = sum(float((found[name] - exact[name]).square().sum()) for name in exact)
     return (gap / sum(float(value.square().sum()) for value in exact.values())) ** 0.5
 
@@ -56,7 +56,7 @@ def test_gradients_are_those_of_the_module(network, dtype):
     found_out, found = gradients(model, FusedTraining(model, dtype), *arguments)
     assert distance({"": found_out}, {"": out}) < 2 * distance({"": usual}, {"": out})
     assert distance(found, exact) < 2 * distance(yardstick, exact)
-    # None is forgotten, however little it weighs; some are zero but for rounding.
+    # Each of them, however small; some are zero up to rounding.
     whole = sum(float(value.square().sum()) for value in exact.values()) ** 0.5
     for name, value in exact.items():
         assert (found[name] - value).norm() < 0.2 * value.norm() + 1e-4 * whole, name
@@ -75,7 +75,7 @@ def test_gradients_of_two_parts_add_up(network):
 
 
 def test_backward_pass_copies_no_feature_map():
-    """What a gradient is copied for: another memory format, and writing into a view."""
+    """Gradients are copied for another memory format, and for writing into a view."""
     model = (
         make(**{**CONFIGS["bundled"], "attention_resolutions": (8, 16)}).train().requires_grad_()
     )

@@ -1,4 +1,4 @@
-"""The GPU check reports what failed and goes on, and refuses a machine without a GPU politely."""
+"""The GPU check reports failed steps and goes on, and exits with a message on a machine without a GPU."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_what_was_measured_is_printed_last(tmp_path, capsys):
 
 
 def test_the_commands_of_the_plan_are_understood(tmp_path):
-    """By the programs' own command lines, up to the device that is not there."""
+    """By the programs' own parsers, up to the check for a device."""
     from benchmarks import gpu_end_to_end
 
     for steps in gpu_check.plan(tmp_path).values():

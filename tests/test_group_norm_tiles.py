@@ -1,4 +1,4 @@
-"""The channels_last CUDA kernels of GroupNorm, emulated: however images are cut, and whatever the batch."""
+"""The channels_last CUDA kernels of GroupNorm, emulated, for all ways to divide images and all batches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is peculiar to the hybrid loss: which part trains what, and how they are added."""
+"""Specific to the hybrid loss: which part trains what, and how they are added."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`iddpm nll`: what it prints and writes, and that two processes find what one finds."""
+"""`iddpm nll`: its output and files, and equal results of one and two processes."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The compiled module on processors older than this one, emulated by qemu's user mode.
 
-IDDPM_ISA=base lets code for a newer processor slip by unseen; an emulated old one kills the process.
-The emulated Python is this one's interpreter with the module alone, since torch would take minutes.
+With IDDPM_ISA=base on a new processor, misplaced newer instructions would go unnoticed; an emulated old one
+kills the process. The emulated Python imports the module alone, since torch would take minutes.
 """
 
 from __future__ import annotations

@@ -73,7 +73,7 @@ def test_backend_agrees_with_the_reference_in_float64(spec: OpSpec, backend: str
 
 
 def parallel_cases() -> list[Any]:
-    """Those of kernels that may run on several threads, in another order each time."""
+    """The cases of kernels that run on several threads."""
     cases = kernel_cases(REGISTRY.values())
     return [c for c in cases if c.values[1] != "triton" or not triton_interpreted()]
 
@@ -98,7 +98,7 @@ def batch_cases() -> list[Any]:
             and case.kwargs[spec.batched[0]][0].numel() < SMALL
             and case.label not in synthetic.LAYOUTS
         ]
-        # Interpreted kernels take seconds for a batch.
+        # Triton's interpreter takes seconds for a batch.
         for case in cases[: 2 if backend == "triton" else None]:
             name = f"{spec.name}-{backend}-{case.label}"
             found.append(pytest.param(spec, backend, case, id=name))
@@ -143,12 +143,12 @@ def richest_call(spec: OpSpec) -> dict[str, Any]:
 @pytest.mark.parametrize("backend", ["auto", "reference", *KERNELS])
 @pytest.mark.parametrize("spec", REGISTRY.values(), ids=REGISTRY)
 def test_every_pair_of_dtypes_is_computed_rightly_or_refused(spec: OpSpec, backend: str):
-    """An argument whose bits were read as another dtype's would be far off."""
+    """If a kernel read an argument's bits as another dtype, the result would be far off."""
     named = backend not in ("auto", "reference")
     if named and unavailable(spec.name, backend, "cpu", torch.float32):
         pytest.skip("no such kernel here")
     call, computed = richest_call(spec), 0
-    # Interpreted kernels take longer: of them one argument at a time.
+    # Triton's interpreter is slow: only one argument at a time.
     pairs = [
         pair
         for pair in combinations_with_replacement(floating_arguments(call), 2)
@@ -214,7 +214,7 @@ def test_gradients_agree_with_the_reference_in_float64(spec: OpSpec, backend: st
 
 
 def small_cases(specs: Iterable[OpSpec], dtype: torch.dtype) -> list[Any]:
-    """Cases small enough for numerical differentiation, which tracing takes too."""
+    """Cases small enough for numerical differentiation, also used for tracing."""
     return [
         pytest.param(spec, case, id=f"{spec.name}-{case.label}")
         for spec in specs

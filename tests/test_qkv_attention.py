@@ -1,4 +1,4 @@
-"""What is peculiar to attention: layouts without copies, memory, batches and threads that change no bit."""
+"""Specific to attention: layouts without copies, memory, independence of batches and threads."""
 
 from __future__ import annotations
 
@@ -177,7 +177,7 @@ def test_backward_operator_passes_opcheck(layout):
     size=st.sampled_from([1e-3, 1.0, 30.0]),
     seed=st.integers(0, 2**16),
 )
-# PyTorch's own run is right to the last place on this one, by luck.
+# A case in which PyTorch's own run is exact by chance.
 @example(
     n=1, heads=3, width=2, tokens=2, layout="by channel", order="legacy", dtype=torch.float32, size=30.0,
     seed=298,

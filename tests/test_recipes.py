@@ -1,4 +1,4 @@
-"""The training recipe at toy size: it keeps to its time, goes on where it stopped and ends in small files."""
+"""The training recipe at toy size: it keeps its time limit, continues after a stop and writes small files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The page about a model: what it says, what it leaves out, and how a browser shows it."""
+"""The page about a model: its content, missing parts, and how a browser shows it."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def network(classes: int | None = 3) -> UNet:
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A page about a run that is all there, with data beside it."""
+    """A page about a complete run with data."""
     folder = tmp_path_factory.mktemp("report")
     patch = pytest.MonkeyPatch()
     patch.setattr(advice, "_extractor_name", lambda: "pixels")
@@ -167,7 +167,7 @@ def test_a_wrong_call_is_one_line_before_any_work(arguments, match, tmp_path, mo
 
 
 def test_a_copied_sample_is_seen(monkeypatch):
-    """A model that only ever draws its training images is found out."""
+    """A model that draws its training images is detected."""
     subject = _subject()
     known = torch.rand(50, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
     monkeypatch.setattr(type(subject), "open", lambda self, split: None)

@@ -27,8 +27,8 @@ pytestmark = pytest.mark.timeout(7200 if _SOAK else 900)
 _STEPS = 36
 _SAVE_EVERY = 3
 
-# A forked child starts in milliseconds, where a new interpreter would spend seconds on imports: one
-# parent imports everything and forks a trainer for each line that it is sent.
+# A parent imports everything and forks a trainer for each line that it is sent, in milliseconds instead of
+# the seconds that a new interpreter spends on imports.
 _SERVER = """
 import os, sys
 import torch
@@ -120,7 +120,7 @@ def undisturbed(server, tmp_path_factory) -> str:
 
 
 def _sound_or_absent(folder: Path) -> None:
-    """Every checkpoint that goes by its name is whole, save the oldest, which may be half deleted."""
+    """Every checkpoint with a final name is complete, except the oldest, which may be half deleted."""
     found, skipped = newest_checkpoint(folder)
     assert not skipped, skipped
     if found is not None:

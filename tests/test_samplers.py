@@ -26,7 +26,7 @@ def two_heads(x: Tensor, t: Tensor, **_: Tensor) -> Tensor:
 
 
 class Mixture:
-    """Data of two classes, N(+-mean, variance) in every pixel of an image: all is known of it.
+    """Data of two classes, N(+-mean, variance) in every pixel, for which everything has a closed form.
 
     The networks are optimal, and so is the classifier, on noisy images of any t.
     """

@@ -1,4 +1,4 @@
-"""Derivatives of derivatives, tangents and batches of gradients are right on every backend, never zero."""
+"""Second derivatives, tangents and batches of gradients are right on every backend, never silently zero."""
 
 from __future__ import annotations
 
@@ -172,7 +172,9 @@ def test_every_route_to_a_derivative_gives_the_references(spec: OpSpec, route: C
     call = call_of(spec, torch.float32)
     values, direction = points(spec, call)
     found = route(loss_of(spec, call, "auto"), values, direction)
-    measure = route(loss_of(spec, call, "reference"), values, direction)
+    # Compiling does not change the reference's rounding, and takes seconds.
+    own = functional if route is compiled else route
+    measure = own(loss_of(spec, call, "reference"), values, direction)
     for result, target, yardstick in zip(found, exact, measure, strict=True):
         assert bool(target.any())
         assert_close(result, target, yardstick, torch.float32, spec.roundings)

@@ -1,4 +1,4 @@
-"""Kernels give the same bits in any number of threads, in forked children and with flushing on."""
+"""Kernels give the same bits with any number of threads, in forked children and with flush-to-zero."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_a_forked_child_of_a_process_that_used_threads_computes_the_same():
     child.start()
     theirs.close()
     try:
-        # A child that waits for threads which it does not have would wait for ever.
+        # A child that waited for its parent's threads would wait forever.
         assert ours.poll(20), "the child hangs"
         got = ours.recv()
     finally:

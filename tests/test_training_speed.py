@@ -1,4 +1,4 @@
-"""What the training step's speed rests on: memory that is kept, and a baseline that computes the same."""
+"""Premises of the training step's speed: freed memory is kept, and the baseline computes the same."""
 
 from __future__ import annotations
 

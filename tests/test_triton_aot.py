@@ -1,4 +1,4 @@
-"""Every op's Triton kernels compile for real GPUs, without spills, though the tests interpret them."""
+"""Every op's Triton kernels compile for real GPUs, without spills; other tests interpret them."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ def read_images(
     levels = given.round()
     if bool(((given - levels).abs() > _ROUNDING).any()):
         warnings.warn(
-            f"{who}: images are rounded to 256 levels, which the bound is for, as they have others",
+            f"{who}: images are rounded to the 256 levels of the bound, as they have others",
             stacklevel=4,
         )
     labels = data.labels(indices)
