@@ -12,7 +12,7 @@ from torch import Tensor
 from iddpm_ext import _native
 
 # Winograd's interpolation points besides infinity; those of F(4, 3) are chosen for powers close to one.
-_POINTS = {2: (0.0, 1.0, -1.0), 4: (0.0, 0.5**0.5, -(0.5**0.5), 2.0**0.5, -(2.0**0.5))}
+POINTS = {2: (0.0, 1.0, -1.0), 4: (0.0, 0.5**0.5, -(0.5**0.5), 2.0**0.5, -(2.0**0.5))}
 
 
 def pack_matrix(weight: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ def split_products(weight: Tensor) -> Tensor:
 
 def filter_transform(tile: int) -> Tensor:
     """G of F(tile, 3), float64 [tile + 2, 3]: row p is (1, p, p^2) / prod_{q != p} (p - q)."""
-    points = _POINTS[tile]
+    points = POINTS[tile]
     rows = []
     for p in points:
         norm = 1.0
