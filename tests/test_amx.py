@@ -390,7 +390,11 @@ def test_filters_that_lie_otherwise_give_the_same(tiles):
     x = torch.randn(2, 32, 5, 6).bfloat16().contiguous(memory_format=torch.channels_last)
     weight, dy = torch.randn(48, 32, 3, 3), torch.randn(2, 48, 5, 6).bfloat16()
     results = []
-    for same in (weight, weight.contiguous(memory_format=torch.channels_last), weight.mT.clone().mT):
+    for same in (
+        weight,
+        weight.contiguous(memory_format=torch.channels_last),
+        weight.mT.clone().mT,
+    ):
         leaves = [x.clone().requires_grad_(), same.requires_grad_()]
         y = conv3x3(*leaves, backend="cpu")
         results.append([y, *torch.autograd.grad(y, leaves, dy)])

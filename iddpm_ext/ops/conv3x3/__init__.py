@@ -45,8 +45,8 @@ def conv3x3(
     Args:
         x: [N, C, H, W], any strides; channels_last of any pitch is read in place. float32 or bfloat16;
             any floating dtype for the reference. Autocast leaves it alone.
-        weight: [K, C, 3, 3] or [K, C, 1, 1], bias: [K], any floating dtype. Both enter the CPU kernels in float32,
-            but for AMX's weights.
+        weight: [K, C, 3, 3] or [K, C, 1, 1], bias: [K], any floating dtype. Both enter the CPU kernels in
+            float32, but for AMX's weights.
         upscale: double height and width by nearest neighbour before.
         exact: keep to transforms whose error is that of direct convolution.
         backend: "auto", "reference" or "cpu".
