@@ -13,7 +13,7 @@ import copy
 import itertools
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ CLOCK = "process CPU time"
 BATCHES = {"small": 16, "cifar": 4}
 OURS = {"ours": None, "ours bf16": torch.bfloat16}
 BASELINES = ("original", "compile", "compile bf16")
+PEERS = ("original", "original bf16", "original channels_last", "compile", "compile bf16")
 
 Network = Callable[..., Tensor]
 
@@ -92,13 +93,15 @@ def compiled(network: UNet, name: str, mode: str | None = None) -> nn.Module:
     return torch.compile(holder, fullgraph=True, dynamic=False, mode=mode)  # type: ignore[return-value]
 
 
-def build(model: UNet, x_0: Tensor, with_compile: bool) -> dict[str, Variant]:
-    """Every variant by name. The compiled ones have PyTorch's fused optimiser too, their best."""
+def build(model: UNet, x_0: Tensor, peers: Sequence[str]) -> dict[str, Variant]:
+    """Ours and those peers, by name. The compiled ones have PyTorch's fused optimiser too, their best."""
     diffusion = model.diffusion
     assert diffusion is not None
     variants = {name: our_variant(model, x_0, dtype) for name, dtype in OURS.items()}
 
     def add(name: str, dtype: torch.dtype | None = None, **options: bool) -> None:
+        if name not in peers:
+            return
         network: nn.Module = original_network(model).requires_grad_()
         if options.get("best"):
             network = compiled(network, name.title().replace(" ", ""))
@@ -108,9 +111,8 @@ def build(model: UNet, x_0: Tensor, with_compile: bool) -> dict[str, Variant]:
     add("original")
     add("original bf16", torch.bfloat16)
     add("original channels_last", channels_last=True)
-    if with_compile:
-        add("compile", best=True)
-        add("compile bf16", torch.bfloat16, best=True)
+    add("compile", best=True)
+    add("compile bf16", torch.bfloat16, best=True)
     return variants
 
 
@@ -138,11 +140,11 @@ def gradient_errors(variants: dict[str, Variant], model: UNet, x_0: Tensor) -> d
     return errors
 
 
-def measure(config: str, batch: int, rounds: int, with_compile: bool) -> list[dict[str, Any]]:
+def measure(config: str, batch: int, rounds: int, peers: Sequence[str]) -> list[dict[str, Any]]:
     """All rows of one configuration."""
     model = make_network(config)
     x_0 = make_inputs(model, batch)[0].clamp(-1, 1)
-    variants = build(model, x_0, with_compile)
+    variants = build(model, x_0, peers)
     errors = gradient_errors(variants, model, x_0)
     calls = {name: lambda v=variant: v.step(x_0) for name, variant in variants.items()}
     times = interleave(calls, rounds=rounds, clock=CLOCK)
@@ -197,7 +199,7 @@ def main() -> None:
     parser.add_argument("--configs", nargs="+", choices=BATCHES, default=["small"])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument(
-        "--no-compile", action="store_true", help="leave out torch.compile (minutes)"
+        "--peers", nargs="*", choices=PEERS, default=PEERS, help="torch.compile takes minutes each"
     )
     parser.add_argument(
         "--profile", action="store_true", help="print our shares by operator instead"
@@ -214,7 +216,7 @@ def main() -> None:
         if args.profile:
             profile(config, BATCHES[config])
             continue
-        rows += measure(config, BATCHES[config], args.rounds, not args.no_compile)
+        rows += measure(config, BATCHES[config], args.rounds, args.peers)
         if args.json:
             write_json(args.json, {**head, "rows": rows})
 

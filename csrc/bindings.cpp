@@ -570,6 +570,7 @@ void bind_plan(py::module_& m) {
   m.def("gemm_bf16_scratch", &iddpm::gemm_bf16_scratch);
   m.def("group_norm_shared", &iddpm::group_norm_shared);
   m.def("tile_attention_scratch", &iddpm::tile_attention_scratch);
+  m.def("second_level_bytes", &iddpm::second_level_bytes);
   m.def("winograd_block", [](int64_t tile, int64_t channels, int64_t columns, bool bf16) {
     return iddpm::winograd_block(tile, channels, columns, bf16, iddpm::second_level_bytes());
   });

@@ -203,6 +203,28 @@ def test_winograd_is_the_convolution(
     assert error(out.reshape(truth.shape), truth) < rounding.of_winograd(tile, channels)
 
 
+@pytest.mark.parametrize("tile", [2, 4])
+def test_how_many_tiles_are_transformed_at_a_time_changes_no_result(isa, tile):
+    x, w = nhwc(torch.randn(2, 32, 18, 18)), torch.randn(32, 32, 3, 3)
+    weight, results = pack.pack_winograd(w, tile), []
+    for block in (12, 17, 200):
+        out = wide(2 * 18 * 18, 32)
+        row = ops.winograd_row(
+            (18, 18), buffer(x), 32, 32, weight, None, buffer(out), tile=tile, block=block
+        )
+        assert run([row], 2) == 0
+        results.append(out)
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+def test_tiles_fill_the_cache_only_where_weights_do_not_fit_it():
+    native = _native.native()
+    if native.second_level_bytes() < 2 << 20:
+        pytest.skip("needs a second cache level of 2 MiB")
+    assert native.winograd_block(2, 64, 64, False) == 48  # as on any other core
+    assert native.winograd_block(4, 256, 256, False) >= 36
+
+
 def test_winograd_covers_odd_sizes(isa):
     for size in [(7, 7), (5, 9), (1, 1), (1, 13)]:
         for tile in (2, 4):

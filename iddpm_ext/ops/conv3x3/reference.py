@@ -12,7 +12,10 @@ from iddpm_ext.ops.rows import no_autocast
 def conv3x3(
     x: Tensor, weight: Tensor, bias: Tensor | None, upscale: bool = False, exact: bool = True
 ) -> Tensor:
-    """x [N, C, H, W], weight [K, C, 3, 3] or [K, C, 1, 1] -> y [N, K, H, W] or [N, K, 2H, 2W], as x."""
+    """x [N, C, H, W], weight [K, C, 3, 3] or [K, C, 1, 1], bias [K] -> y [N, K, H, W], laid out like x.
+
+    With `upscale` y is [N, K, 2H, 2W].
+    """
     source = F.interpolate(x, scale_factor=2.0, mode="nearest") if upscale else x
     bias = None if bias is None else bias.to(x.dtype)
     with no_autocast(x.device.type):
