@@ -43,13 +43,13 @@ def conv3x3(
     AVX2. On CUDA the backend is the reference (cuDNN).
 
     Args:
-            x: [N, C, H, W], any strides; channels_last, also with gaps between pixels, is read in place. float32
+        x: [N, C, H, W], any strides; channels_last, also with gaps between pixels, is read in place. float32
             or bfloat16; any floating dtype for the reference. Not affected by autocast.
         weight: [K, C, 3, 3] or [K, C, 1, 1], bias: [K], any floating dtype. The CPU kernels use them in
             float32, except for AMX's weights.
         upscale: first double height and width by nearest neighbour.
         exact: use only algorithms as accurate as direct convolution.
-            backend: "auto", "reference" or "cpu".
+        backend: "auto", "reference" or "cpu".
 
     Returns:
         y [N, K, H, W], or [N, K, 2H, 2W] with `upscale`, with the dtype and the memory format of x.
