@@ -103,7 +103,7 @@ def test_losses_are_logged_as_of_evenly_drawn_steps_whatever_draws_them(data, tm
         train(
             _config(
                 data, tmp_path / sampler, timestep_sampler=sampler, objective="vlb", lr=1e-12,
-                diffusion_steps=10, batch_size=8, steps=300, save_every=300, log_every=100,
+                diffusion_steps=10, batch_size=32, steps=75, save_every=75, log_every=25,
             )
         )  # fmt: skip
         late = _records(tmp_path / sampler)[1:]  # without the steps in which the sampler is uniform

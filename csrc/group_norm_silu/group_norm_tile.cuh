@@ -189,9 +189,9 @@ inline bool four_at_once(const float* p, int64_t stride) {
   return p == nullptr || (reinterpret_cast<uintptr_t>(p) % 16 == 0 && stride % 4 == 0);
 }
 
-// How to cut images of `bytes` bytes per element, of which a block keeps `tensors` in tiles of about
-// `tile_bytes` each; of width 0 if they cannot be cut. `folds` says whether a thread can have two
-// rows that have sums of their own, shared(plan) how much shared memory the kernel takes.
+// How to cut images of `bytes` bytes per element, of which a block keeps `tensors` in tiles of
+// about `tile_bytes` each; of width 0 if they cannot be cut. `folds` says whether a thread can have
+// two rows that have sums of their own, shared(plan) how much shared memory the kernel takes.
 //
 // Rows are few, and pixels many, because what a thread does but once (its place, its channels'
 // parameters, its part in the sums) is as many instructions as fifteen of its pixels.
