@@ -189,6 +189,10 @@ def _process(who: str, ours: UNet | Splice | None, given: Diffusion | None) -> D
 
 
 def _training_process(diffusion: Diffusion) -> dict[str, Any]:
+    if (
+        diffusion.prediction == "edm"
+    ):  # told its noise level, the network has no schedule of its own
+        return {name: getattr(diffusion, name) for name in ("prediction", "sigma_data", "variance")}
     return {**diffusion.to_dict(), "timesteps": None}
 
 
@@ -222,6 +226,11 @@ def _stored(who: str, diffusion: Diffusion, steps: str, ours: object) -> list[in
         have = have or "the checkpoint has none"
         raise ValueError(
             f"{who}: steps must be a schedule of the checkpoint ({have}), got {steps!r}"
+        )
+    own = getattr(ours, "diffusion", None)
+    if own is not None and not own.same_training(diffusion):
+        raise ValueError(
+            f"{who}: diffusion must be {own!r} or a respacing of it for steps {steps!r}, got {diffusion!r}"
         )
     return _positions(who, diffusion, steps, found[steps])
 

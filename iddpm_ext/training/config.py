@@ -17,13 +17,13 @@ _CHOICES = {
     "dtype": ("float32", "bfloat16", "float16"),
     "resume": ("auto", "never"),
     "objective": ("simple", "hybrid", "vlb"),
-    "timestep_sampler": ("uniform", "loss-second-moment"),
+    "timestep_sampler": ("uniform", "loss-second-moment", "log-normal"),
     "bad_images": ("skip", "stop"),
     "split": ("train", "test", "all"),
     "alpha": ("refuse", "drop", "black", "white"),
-    "schedule": ("cosine", "linear", "sigmoid"),
+    "schedule": ("cosine", "linear", "sigmoid", "karras"),
     "variance": ("learned_range", "learned", "fixed_large", "fixed_small"),
-    "prediction": ("epsilon", "x_0", "x_prev", "velocity"),
+    "prediction": ("epsilon", "x_0", "x_prev", "velocity", "edm"),
     "attention_order": ("legacy", "new"),
     "pool": ("attention", "adaptive", "spatial", "spatial_v2"),
 }
@@ -69,16 +69,19 @@ class TrainConfig:
             spatial or spatial_v2.
         dropout: chance of dropping a feature.
         scale_shift: let the time embedding scale and shift, not only shift.
-        schedule: noise schedule.
+        schedule: noise schedule; karras has the noise levels of EDM.
         diffusion_steps: T.
         variance: of the reverse process.
-        prediction: what the network predicts; velocity is also called v.
+        prediction: what the network predicts; velocity is also called v, edm is the network within EDM's
+            preconditioning.
+        sigma_data: standard deviation of the data that edm assumes.
         rescale_timesteps: tell the network t * 1000/T.
-        zero_terminal_snr: rescale the schedule so that the chain ends in pure noise; not with epsilon.
+        zero_terminal_snr: rescale the schedule so that the chain ends in pure noise; not with epsilon, edm.
         objective: simple, hybrid (simple + vlb_weight T vlb) or vlb.
         vlb_weight: see objective.
         min_snr: gamma of min-SNR weights of the squared error, 5 as a rule; None for none. Not with vlb.
-        timestep_sampler: uniform, or loss-second-moment, the importance sampler.
+        timestep_sampler: uniform; loss-second-moment, the importance sampler; or log-normal, EDM's
+            distribution of noise levels.
         lr: peak learning rate.
         lr_warmup: steps over which it rises linearly.
         lr_decay: let it fall linearly to zero at the last step.
@@ -143,16 +146,17 @@ class TrainConfig:
     pool: Literal["attention", "adaptive", "spatial", "spatial_v2"] = "attention"
     dropout: float = 0.0
     scale_shift: bool = True
-    schedule: Literal["cosine", "linear", "sigmoid"] = "cosine"
+    schedule: Literal["cosine", "linear", "sigmoid", "karras"] = "cosine"
     diffusion_steps: int = 4000
     variance: Literal["learned_range", "learned", "fixed_large", "fixed_small"] = "learned_range"
-    prediction: Literal["epsilon", "x_0", "x_prev", "velocity"] = "epsilon"
+    prediction: Literal["epsilon", "x_0", "x_prev", "velocity", "edm"] = "epsilon"
+    sigma_data: float = 0.5
     rescale_timesteps: bool = True
     zero_terminal_snr: bool = False
     objective: Literal["simple", "hybrid", "vlb"] = "hybrid"
     vlb_weight: float = 1e-3
     min_snr: float | None = None
-    timestep_sampler: Literal["uniform", "loss-second-moment"] = "uniform"
+    timestep_sampler: Literal["uniform", "loss-second-moment", "log-normal"] = "uniform"
     lr: float = 1e-4
     lr_warmup: int = 0
     lr_decay: bool = False
@@ -232,10 +236,19 @@ class TrainConfig:
             raise ValueError(
                 f"train: init_ema must have a file for each decay {self.ema}, got {self.init_ema}"
             )
-        if self.zero_terminal_snr and self.prediction == "epsilon" and not self.init_from:
-            raise ValueError(
-                "train: prediction must be x_0, x_prev or velocity with zero_terminal_snr, got 'epsilon'"
-            )
+        if not 0 < self.sigma_data < float("inf"):
+            raise ValueError(f"train: sigma_data must be above 0, got {self.sigma_data}")
+        if self.zero_terminal_snr and not self.init_from:
+            if self.prediction in ("epsilon", "edm"):
+                raise ValueError(
+                    "train: prediction must be x_0, x_prev or velocity with zero_terminal_snr, "
+                    f"got {self.prediction!r}"
+                )
+            if self.timestep_sampler == "log-normal":
+                raise ValueError(
+                    "train: timestep_sampler must be uniform or loss-second-moment with "
+                    "zero_terminal_snr, whose last sigma is infinite, got 'log-normal'"
+                )
         if self.min_snr is not None and (self.objective == "vlb" or not self.min_snr > 0):
             raise ValueError(
                 "train: min_snr must be above 0, and left out for objective vlb, "

@@ -44,6 +44,7 @@ _PROCESS = {
     "prediction": "prediction",
     "rescale_timesteps": "rescale_timesteps",
     "zero_terminal_snr": "zero_terminal_snr",
+    "sigma_data": "sigma_data",
 }
 LABELS = "label_emb.weight"
 
@@ -177,7 +178,8 @@ def read_start(config: TrainConfig, name: str, image_shape: ImageShape, *, avera
         # What a variance is, the tensors tell, unless it is said.
         if key != "variance" or config.variance != default.variance:
             flags[argument] = getattr(config, key)
-    del flags["zero_terminal_snr"]  # which no file of OpenAI's has
+    for name in ("zero_terminal_snr", "sigma_data"):  # which no file of OpenAI's has
+        del flags[name]
     return read_network(name, average=average, otherwise=flags)
 
 

@@ -20,7 +20,7 @@ _FIXED = (
     "model_channels", "num_res_blocks", "channel_mult", "attention_resolutions", "num_heads",
     "num_heads_upsample", "num_head_channels", "attention_order", "resblock_updown", "scale_shift",
     "schedule", "diffusion_steps", "variance", "prediction", "rescale_timesteps",
-    "zero_terminal_snr", "seed",
+    "sigma_data", "zero_terminal_snr", "seed",
 )  # fmt: skip
 _FREE = (
     "out", "resume", "progress", "device", "workers", "cache", "log_every", "tensorboard",

@@ -208,6 +208,7 @@ def new_state(
             design.diffusion.num_timesteps,
             seed=config.seed,
             device=parallel.device,
+            alphas_cumprod=design.diffusion.alphas_cumprod,
         ),
         emas=emas,
         class_names=class_names,
