@@ -225,7 +225,7 @@ def test_bound_is_that_of_the_same_network_told_as_an_x_0_network(runs):
     other = Diffusion("karras", T, prediction="x_0", rescale_timesteps=False)
     plain = iddpm_ext.nll(of_x_0, x, diffusion=other, progress=False)
     torch.testing.assert_close(found.per_image_bpd, plain.per_image_bpd, rtol=1e-4, atol=1e-4)
-    with pytest.raises(ValueError, match="method must be 'bound' or 'full' .* edm"):
+    with pytest.raises(ValueError, match=r"method must be 'bound' or 'full' .* edm"):
         iddpm_ext.nll(model, x, method="ode", progress=False)
 
 
@@ -243,7 +243,7 @@ def test_a_trained_network_walks_any_noise_levels(runs):
             iddpm_ext.sample(model, None, diffusion=other, **options)
     model.extra = {**(model.extra or {}), "step_schedules": {"4": [0, 10, 20, 39]}}
     iddpm_ext.sample(model, "optimal-4", **options)
-    with pytest.raises(ValueError, match="diffusion must be .* for steps 'optimal-4'"):
+    with pytest.raises(ValueError, match=r"diffusion must be .* for steps 'optimal-4'"):
         iddpm_ext.sample(model, "optimal-4", diffusion=eighteen, **options)
 
 

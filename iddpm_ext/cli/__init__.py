@@ -30,6 +30,7 @@ _ORDER = (
     "report",
     "steps",
     "convert",
+    "average",
     "plot",
     "data",
     "tune",

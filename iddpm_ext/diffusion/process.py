@@ -407,7 +407,8 @@ class Diffusion:
 
         Args:
             model: called with (model_input [N, C, H, W], model_timesteps float32 [N],
-                **model_kwargs), returns a tensor or, as networks of diffusers do, something whose `sample` is one.
+                **model_kwargs), returns a tensor or, as networks of diffusers do, something whose
+                `sample` is one.
             x_0: floating [N, C, H, W].
             t: int64 [N].
             noise: like x_0, or the key of the noise to draw.

@@ -10,12 +10,17 @@ from .config import TrainConfig
 if TYPE_CHECKING:
     from iddpm_ext.checkpoint.runs import newest_checkpoint
 
+    from .averages import reconstruct_average
     from .loop import train
 
-__all__ = ["TrainConfig", "newest_checkpoint", "train"]
+__all__ = ["TrainConfig", "newest_checkpoint", "reconstruct_average", "train"]
 
 # The configuration alone is what `iddpm train --help` reads: torch is imported with the others.
-_LAZY = {"newest_checkpoint": "iddpm_ext.checkpoint.runs", "train": "iddpm_ext.training.loop"}
+_LAZY = {
+    "newest_checkpoint": "iddpm_ext.checkpoint.runs",
+    "reconstruct_average": "iddpm_ext.training.averages",
+    "train": "iddpm_ext.training.loop",
+}
 
 if not TYPE_CHECKING:  # to a checker it would say that every name exists
 

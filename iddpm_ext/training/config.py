@@ -12,7 +12,9 @@ _POSITIVE = (
     "steps", "batch_size", "accumulate", "model_channels", "num_res_blocks", "num_heads",
     "diffusion_steps", "save_every", "log_every", "keep", "lr", "sample_steps", "sample_count",
 )  # fmt: skip
-_NOT_NEGATIVE = ("lr_warmup", "sample_every", "weight_decay", "vlb_weight", "seed", "workers")
+_NOT_NEGATIVE = (
+    "lr_warmup", "sample_every", "weight_decay", "vlb_weight", "seed", "workers", "ema_every",
+)  # fmt: skip
 _CHOICES = {
     "dtype": ("float32", "bfloat16", "float16"),
     "resume": ("auto", "never"),
@@ -25,8 +27,13 @@ _CHOICES = {
     "variance": ("learned_range", "learned", "fixed_large", "fixed_small"),
     "prediction": ("epsilon", "x_0", "x_prev", "velocity", "edm"),
     "attention_order": ("legacy", "new"),
+    "ema_profile": ("exponential", "power"),
     "pool": ("attention", "adaptive", "spatial", "spatial_v2"),
 }
+
+
+#: Relative width of the mean of all steps, the widest that a power-function average can be.
+WIDEST_AVERAGE = 12**-0.5
 
 
 @dataclass(frozen=True)
@@ -86,7 +93,12 @@ class TrainConfig:
         lr_warmup: steps over which it rises linearly.
         lr_decay: let it fall linearly to zero at the last step.
         weight_decay: of AdamW.
-        ema: decays of the averaged weights; the first is what samples are drawn with.
+        ema: decays of the averaged weights; the first is what samples are drawn with. With ema_profile
+            power, their widths, such as 0.05,0.1.
+        ema_profile: how an average weighs the steps: exponential, by a decay; or power, as a power of the
+            step, of which `iddpm average` makes any width after training.
+        ema_every: steps between the averages of ema_profile power that are stored for that; 0 for as
+            often as checkpoints.
         ema_warmup: at update n use no decay above (1 + n) / (10 + n).
         grad_clip: largest norm of the gradient; None for no limit.
         dtype: float32, or the type of autocast over float32 weights; float16 scales the loss.
@@ -162,6 +174,8 @@ class TrainConfig:
     lr_decay: bool = False
     weight_decay: float = 0.0
     ema: tuple[float, ...] = (0.9999,)
+    ema_profile: Literal["exponential", "power"] = "exponential"
+    ema_every: int = 0
     ema_warmup: bool = True
     grad_clip: float | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -210,6 +224,20 @@ class TrainConfig:
                 )
         if not self.ema or len(set(self.ema)) < len(self.ema):
             raise ValueError(f"train: ema must be different decays, at least one, got {self.ema}")
+        if self.ema_profile == "power":
+            if not all(0 < width < WIDEST_AVERAGE for width in self.ema):
+                raise ValueError(
+                    f"train: ema must be widths above 0 and below {WIDEST_AVERAGE:.3f} with ema_profile "
+                    f"power, such as 0.05,0.1, got {self.ema}"
+                )
+            if self.init_ema:
+                raise ValueError(
+                    f"train: init_ema must be left out with ema_profile power, got {self.init_ema}"
+                )
+        elif self.ema_every:
+            raise ValueError(
+                f"train: ema_every must be 0 without ema_profile power, got {self.ema_every}"
+            )
         if self.grad_clip is not None and not self.grad_clip > 0:
             raise ValueError(f"train: grad_clip must be above 0, got {self.grad_clip}")
         if self.noise_scale and self.accumulate < 2:

@@ -17,6 +17,7 @@ from iddpm_ext.data.classes import shown
 from iddpm_ext.files import write_whole
 from iddpm_ext.networks.config import NUM_GROUPS
 
+from .averages import drop_after
 from .captured import why_not_captured
 from .config import TrainConfig
 from .design import Design, design_of_checkpoint, design_of_file, design_of_settings
@@ -76,6 +77,8 @@ def train(config: TrainConfig) -> Path:
         state.data_images = len(data)
         if newest is not None:
             notes += state.restore(newest)
+            if parallel.rank == 0:
+                drop_after(out, state.step)
         elif design.start is not None:
             notes += start_from(state, config, design.start)
         del design  # with the file's tensors
@@ -137,6 +140,9 @@ def _run(
                 torch.tensor(bad_images, dtype=torch.int64, device=parallel.device)
             )
             log.record({**meter.record(), "bad_images": int(skipped)})
+        # Before the checkpoint: a run that is stopped between them goes on from before both.
+        if config.ema_profile == "power" and _stored_now(config, state.step, done):
+            state.store_averages(Path(config.out), parallel)
         if save:
             path = state.save(folder, config, parallel)
         drawn = config.sample_every and not config.classifier
@@ -147,6 +153,11 @@ def _run(
             log.say(f"stopped by {stop.received or 'another process'}; saved {path}")
         if done or stopping:
             return path
+
+
+def _stored_now(config: TrainConfig, step: int, done: bool) -> bool:
+    """Whether the averages of this step are kept; never because a run is stopped at it."""
+    return done or step % (config.ema_every or config.save_every) == 0
 
 
 class _Meter:

@@ -20,7 +20,7 @@ _FIXED = (
     "model_channels", "num_res_blocks", "channel_mult", "attention_resolutions", "num_heads",
     "num_heads_upsample", "num_head_channels", "attention_order", "resblock_updown", "scale_shift",
     "schedule", "diffusion_steps", "variance", "prediction", "rescale_timesteps",
-    "sigma_data", "zero_terminal_snr", "seed",
+    "sigma_data", "zero_terminal_snr", "seed", "ema_profile",
 )  # fmt: skip
 _FREE = (
     "out", "resume", "progress", "device", "workers", "cache", "log_every", "tensorboard",
@@ -45,6 +45,8 @@ def find_resume(folder: Path, config: TrainConfig, processes: int) -> tuple[Path
     before, now = {**TrainConfig().to_dict(), **state["config"]}, config.to_dict()
     changed = [name for name in now if name not in _FREE and before.get(name) != now[name]]
     broken = [name for name in changed if name in _FIXED]
+    if config.ema_profile == "power" and "ema" in changed:  # which counts from the first step
+        broken.append("ema")
     if broken:
         differences = ", ".join(f"{n}={now[n]!r} (was {before.get(n)!r})" for n in broken)
         raise ValueError(f"train: settings must be those of {newest}, got {differences}")

@@ -16,6 +16,7 @@ from iddpm_ext.networks.classifier import Classifier
 from iddpm_ext.networks.config import UNetConfig
 from iddpm_ext.networks.unet import UNet
 
+from .averages import exponent, power_decay, store
 from .captured import CapturedPass, why_not_fused
 from .checkpoints import write_checkpoint
 from .config import TrainConfig
@@ -65,9 +66,21 @@ class TrainState:
         c = self.model.config
         return c.in_channels, c.image_size, c.image_size
 
-    def decays(self, warmup: bool) -> list[float]:
+    def decays(self, config: TrainConfig) -> list[float]:
         """The decay of each average in the next update; `step` counts the updates before."""
+        if config.ema_profile == "power":
+            return [power_decay(self.step, exponent(width)) for width in self.emas]
+        # An average that comes from another run has no start to forget.
+        warmup = config.ema_warmup and not config.init_ema
         return [ema_decay(self.step, decay, warmup=warmup) for decay in self.emas]
+
+    def store_averages(self, out: Path, parallel: Parallel) -> None:
+        """Keeps the averages of this step, by one process; every process must call it."""
+        for width, average in self.emas.items():
+            values = {name: _on_cpu(value) for name, value in average.items()}
+            if parallel.rank == 0:
+                store(out, self.step, width, values, self.describe())
+        parallel.barrier()
 
     def save(self, folder: Path, config: TrainConfig, parallel: Parallel) -> Path:
         """Writes the checkpoint of this step into `folder`, by one process; every process must call it."""

@@ -91,8 +91,7 @@ def train_step(
     bad = (~norm.isfinite()).float()
     state.scaler.step(
         optimizer,
-        # An average that comes from another run has no start to forget.
-        decays=state.decays(config.ema_warmup and not config.init_ema),
+        decays=state.decays(config),
         bad=bad,
         factor=_clip_factor(norm, config.grad_clip),
     )
