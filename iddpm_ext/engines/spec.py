@@ -321,6 +321,16 @@ def _image_shape(
     return (channels, height, width)
 
 
+def check_like(who: str, name: str, value: Tensor, other: Tensor) -> None:
+    """ValueError or TypeError unless `value` has the image shape, dtype and device of `other`, and is finite."""
+    _check_images(who, name, value, other.device)
+    if value.shape[1:] != other.shape[1:] or value.dtype != other.dtype:
+        raise ValueError(
+            f"{who}: {name} must be {other.dtype} [n, {', '.join(map(str, other.shape[1:]))}], "
+            f"got {value.dtype} {list(value.shape)}"
+        )
+
+
 def _check_low_res(
     who: str,
     ours: UNet | Splice | None,

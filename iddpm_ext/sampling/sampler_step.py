@@ -28,7 +28,7 @@ class SamplerStep:
             # What is made of x_0 goes on as the output of a network that predicts it.
             self._table = request.table(request.spec.diffusion.predicting("x_0"), dtype)
         # beta~_0 is 0 and its logarithm clipped: the original's guidance moves by the former.
-        fixed = request.spec.diffusion.variance == "fixed_small"
+        fixed = request.spec.diffusion.variance == "fixed_small" and request.variance != "analytic"
         self._last_is_fixed = request.sampler == "ddpm" and fixed
         solver = request.solver
         self._solver = None if solver is None else SolverWalk(request.spec.diffusion, solver)
