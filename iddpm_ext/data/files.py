@@ -1,4 +1,4 @@
-"""Folders and zip archives of images."""
+"""Folders, archives and databases of images."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from .classes import Labelled, of_names
-from .containers import Folder, Zip
+from .containers import Container
 from .image import (
     ALPHA,
     BadImage,
@@ -25,6 +25,7 @@ from .image import (
     to_array,
 )
 from .label_file import find_label_file, read_label_file
+from .lmdb_file import Lmdb
 from .names import (
     CLASSES,
     EXTENSIONS,
@@ -34,6 +35,7 @@ from .names import (
     in_split,
     printable,
 )
+from .shards import LABEL_SUFFIXES, Shards
 from .values import Range, choose_range
 
 BAD_IMAGES = ("skip", "stop")
@@ -52,7 +54,7 @@ class Listing(NamedTuple):
     notes: list[str]
 
 
-def list_images(source: Folder | Zip, split: str, classes: str) -> Listing:
+def list_images(source: Container, split: str, classes: str) -> Listing:
     """The images of a split with their classes, by names alone: none is opened.
 
     Raises ValueError where there are none, or where it is not clear which they are.
@@ -60,7 +62,11 @@ def list_images(source: Folder | Zip, split: str, classes: str) -> Listing:
     if classes not in CLASSES:
         raise ValueError(f"open_data: classes must be one of {', '.join(CLASSES)}, got {classes!r}")
     survey = source.survey()
-    images, notes = images_among(survey.files)
+    bare = isinstance(source, Lmdb)
+    files = survey.files
+    if isinstance(source, Shards):
+        files = [name for name in files if not name.endswith(LABEL_SUFFIXES)]
+    images, notes = (files, []) if bare else images_among(files)
     if not images:
         raise ValueError(
             f"open_data: path must hold image files ({', '.join(EXTENSIONS)}), "
@@ -68,6 +74,8 @@ def list_images(source: Folder | Zip, split: str, classes: str) -> Listing:
         )
     names, more = in_split(images, split)
     notes = [*survey.notes, *notes, *more]
+    if isinstance(source, Shards):
+        source.require_one_image_a_key(names)
     if classes == "none":
         return Listing(names, None, [], notes)
     found: Labelled | None = None
@@ -79,12 +87,17 @@ def list_images(source: Folder | Zip, split: str, classes: str) -> Listing:
         data = source.read(label_file)
         found, more = read_label_file(data, label_file, names, ids=classes == "ids")
         notes += more
+    if found is None and isinstance(source, Shards) and classes in ("auto", "file", "ids"):
+        found, more = source.labels(names, ids=classes == "ids")
+        notes += more
     if found is None and classes in ("file", "ids"):
         raise ValueError(
-            f"open_data: classes must be other than {classes!r} for images without a dataset.json that "
-            f"labels them, got {printable(str(source.path))}"
+            f"open_data: classes must be other than {classes!r} for images without a dataset.json (in a "
+            f"tar, .cls or .json files) that labels them, got {printable(str(source.path))}"
         )
-    if found is None:
+    if found is None and classes == "auto" and isinstance(source, Shards) and source.prefixed:
+        notes.append("names occur in several shards: folders in them are taken for no classes")
+    elif found is None:
         each, more = class_of_each(names, classes)
         notes += more
         if each is not None:
@@ -97,7 +110,7 @@ class FileData:
     """Images in files, decoded when asked for.
 
     Args:
-        source: a `Folder` or a `Zip`.
+        source: a `Folder`, a `Zip`, `Shards` or an `Lmdb`.
         split: "train" or "test"; where the top folders bear such names, only its own is read. "all": no
             folder is taken for a split.
         image_size: side of the square that each image is brought to; None demands that all have one size:
@@ -123,7 +136,7 @@ class FileData:
 
     def __init__(
         self,
-        source: Folder | Zip,
+        source: Container,
         *,
         split: str = "train",
         image_size: int | None = None,

@@ -10,12 +10,14 @@ from typing import Protocol
 from torch import Tensor
 
 from .arrays import ArrayData
-from .containers import Folder, Zip
+from .containers import Container, Folder, Zip
 from .files import FileData
 from .formats import Arrays, find_cifar, read_cifar, read_npy, read_npz
 from .hub import HubData, is_saved_dataset
 from .idx import find_idx, read_idx
+from .lmdb_file import Lmdb, is_lmdb
 from .names import printable
+from .shards import Shards, is_shards
 from .values import check_value_range
 
 SPLITS = ("train", "test", "all")
@@ -61,7 +63,8 @@ def open_data(
     """The images at `path`.
 
     Args:
-        path: a folder or zip of image files, a .npz or .npy file of arrays, IDX files (MNIST's family) or
+        path: a folder or zip of image files; tar archives of them, one, a folder of them, or
+            "train-{0000..0099}.tar"; an LMDB database of them (with the `data` extra); a .npz or .npy file of arrays, IDX files (MNIST's family) or
             CIFAR's binary batches (one, or the folder with them), or "hf:name" and folders of
             `datasets.save_to_disk` with the `data` extra.
         split: "train" or "test", of sources that have both; of folders and zips also "all", which takes no
@@ -81,7 +84,7 @@ def open_data(
     it is not certain what was meant, the error says how to tell.
 
     Raises:
-        FileNotFoundError: nothing is there. ValueError: it is of no known format, damaged or empty, or
+        FileNotFoundError: nothing is there. ImportError: the library for it is not installed. ValueError: it is of no known format, damaged or empty, or
         could be meant in more than one way.
     """
     if split not in SPLITS:
@@ -116,12 +119,16 @@ def open_data(
     return data
 
 
-def file_source(path: str | Path) -> Folder | Zip | None:
-    """The folder or zip of image files at `path`, or None where it holds data in another form.
+def file_source(path: str | Path) -> Container | None:
+    """What image files lie in at `path`, or None where it holds data in another form.
 
-    Raises FileNotFoundError or ValueError as `open_data`.
+    Raises FileNotFoundError, ValueError or ImportError as `open_data`.
     """
+    if is_shards(path):
+        return Shards(path)
     path = Path(path)
+    if is_lmdb(path):
+        return Lmdb(path)
     shown = printable(str(path))
     if not path.exists():
         raise FileNotFoundError(f"open_data: path must exist, got {shown}")
@@ -136,7 +143,7 @@ def file_source(path: str | Path) -> Folder | Zip | None:
         )
     if not path.is_dir() and not zipfile.is_zipfile(path) and path.suffix != ".zip":
         raise ValueError(
-            "open_data: path must be a folder, .zip, .npz, .npy, IDX or CIFAR .bin file, "
+            "open_data: path must be a folder, .zip, .tar, .mdb, .npz, .npy, IDX or CIFAR .bin file, "
             f"got {shown}"
         )
     return Folder(path) if path.is_dir() else Zip(path)

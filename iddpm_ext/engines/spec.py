@@ -322,7 +322,7 @@ def _image_shape(
 
 
 def check_like(who: str, name: str, value: Tensor, other: Tensor) -> None:
-    """ValueError or TypeError unless `value` has the image shape, dtype and device of `other`, and is finite."""
+    """ValueError or TypeError unless `value` is finite and has the image shape, dtype and device of `other`."""
     _check_images(who, name, value, other.device)
     if value.shape[1:] != other.shape[1:] or value.dtype != other.dtype:
         raise ValueError(
