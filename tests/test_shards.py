@@ -229,7 +229,7 @@ def test_lmdb_that_cannot_be_read_is_refused(tmp_path, monkeypatch):
     with pytest.raises(BadImage, match="must be an image, got a file of no known format"):
         open_data(tmp_path / "d")
     (tmp_path / "bad.mdb").write_bytes(b"nothing" * 1000)
-    with pytest.raises(ValueError, match="bad.mdb must be an LMDB database"):
+    with pytest.raises(ValueError, match=r"bad\.mdb must be an LMDB database"):
         open_data(tmp_path / "bad.mdb")
     monkeypatch.setitem(sys.modules, "lmdb", None)
     with pytest.raises(ImportError, match="need the library `lmdb`: pip install lmdb"):

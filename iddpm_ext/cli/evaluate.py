@@ -19,7 +19,7 @@ def run(
     n: MaybeCount = None,
     reference_n: int | None = None,
     split: Literal["train", "test", "all"] = "train",
-    image_size: int | None = None,
+    image_size: int | tuple[int, ...] | None = None,
     classes: str = "auto",
     value_range: tuple[float, ...] | None = None,
     alpha: Literal["refuse", "drop", "black", "white"] = "refuse",
@@ -46,8 +46,8 @@ def run(
         n: how many samples; all, or 10000 of a checkpoint.
         reference_n: how many reference images; all if left out.
         split: of data that has both.
-        image_size: side that images of files are resized and cropped to, as in training; a checkpoint's own,
-            or as they are, if left out.
+        image_size: side, or height,width, that images of files are resized and cropped to, as in training;
+            a checkpoint's own, or as they are, if left out.
         classes: where classes come from: auto, folders, names, file (dataset.json), ids, none or a column.
             A checkpoint draws those of its classes that the reference has.
         value_range: the values of black and white, 0,1 or 0,4095 or =-1,1, where their type does not tell.

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+
+from iddpm_ext.sizes import ImageSize, height_and_width
 
 from .classes import Labelled, of_names
 from .containers import Container
@@ -113,8 +116,8 @@ class FileData:
         source: a `Folder`, a `Zip`, `Shards` or an `Lmdb`.
         split: "train" or "test"; where the top folders bear such names, only its own is read. "all": no
             folder is taken for a split.
-        image_size: side of the square that each image is brought to; None demands that all have one size:
-            64 spread over the data must, and an image of another counts as unreadable.
+        image_size: side, or (height, width), that each image is brought to; None demands that all have one
+            size: 64 spread over the data must, and an image of another counts as unreadable.
         channels: 1 or 3; None takes 1 where every one of the first images is grey.
         bad_images: "skip" replaces an unreadable image by the next readable one and names it;
             "stop" raises BadImage.
@@ -139,7 +142,7 @@ class FileData:
         source: Container,
         *,
         split: str = "train",
-        image_size: int | None = None,
+        image_size: ImageSize | None = None,
         channels: int | None = None,
         bad_images: str = "skip",
         classes: str = "auto",
@@ -157,7 +160,7 @@ class FileData:
         self.names, self.empty_classes = listing.names, listing.empty
         self.class_names = None if listing.classes is None else listing.classes.names
         self._labels = None if listing.classes is None else listing.classes.labels
-        self._size = image_size
+        self._size = None if image_size is None else height_and_width(image_size)
         self._reading = Reading(value_range, alpha)
         self.notes = listing.notes
         self.image_shape = self._probe(channels)
@@ -165,11 +168,15 @@ class FileData:
     def __len__(self) -> int:
         return len(self.names)
 
-    def images(self, indices: Tensor) -> tuple[Tensor, Tensor, list[str]]:
+    def images(
+        self, indices: Tensor, crops: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, list[str]]:
         """The images of these indices.
 
         Args:
             indices: int64 [N].
+            crops: of each image three numbers in [0, 1), [N, 3], for a random crop in place of the middle;
+                only where an image_size was given.
 
         Returns:
             float32 [N, C, H, W] in [-1, 1]; the indices of the images that these are, which differ from
@@ -179,7 +186,11 @@ class FileData:
             BadImage: an unreadable image with bad_images="stop", or a whole run of them.
         """
         complaints: list[str] = []
-        found = [self._nearest(int(index), complaints) for index in indices]
+        chosen = [None] * len(indices) if crops is None else crops.tolist()
+        found = [
+            self._nearest(index, complaints, crop)
+            for index, crop in zip(indices.tolist(), chosen, strict=True)
+        ]
         stacked = np.stack([array for array, _ in found]).transpose(0, 3, 1, 2)
         used = torch.tensor([index for _, index in found], dtype=torch.int64, device="cpu")
         return torch.from_numpy(np.ascontiguousarray(stacked)), used, complaints
@@ -192,11 +203,13 @@ class FileData:
         """How messages call an image."""
         return f"{printable(str(self.source.path))}/{printable(self.names[index])}"
 
-    def _nearest(self, index: int, complaints: list[str]) -> tuple[np.ndarray, int]:
+    def _nearest(
+        self, index: int, complaints: list[str], crop: Sequence[float] | None
+    ) -> tuple[np.ndarray, int]:
         for offset in range(min(len(self), 1000)):
             candidate = (index + offset) % len(self)
             try:
-                return self._decode(candidate), candidate
+                return self._decode(candidate, crop), candidate
             except BadImage as error:
                 if self._stop:
                     raise
@@ -205,11 +218,11 @@ class FileData:
             f"{printable(str(self.source.path))}: must hold readable images, got {complaints[-1]}"
         )
 
-    def _decode(self, index: int) -> np.ndarray:
+    def _decode(self, index: int, crop: Sequence[float] | None) -> np.ndarray:
         label = self.label(index)
         channels, *size = self.image_shape
         image = open_image(self.source.read(self.names[index]), label)
-        array = to_array(image, channels, self._size, self._reading, label)
+        array = to_array(image, channels, self._size, self._reading, label, crop)
         if list(array.shape[:2]) != size:
             raise BadImage(
                 f"{label}: must be {size[1]}x{size[0]} like the others, or image_size given, "
@@ -258,7 +271,7 @@ class FileData:
         if self._size is None:
             height, width = next(iter(sizes))
         else:
-            height = width = self._size
+            height, width = self._size
             self.notes += resizing_note(sizes, self._size)
         return (1 if grey else 3) if channels is None else channels, height, width
 
@@ -284,10 +297,12 @@ class Extremes:
             choose_range(f"{who}: images", dtype, found, given)
 
 
-def resizing_note(sizes: Counter[tuple[int, int]], size: int) -> list[str]:
-    """What is said of sizes (H, W) that are not `size` x `size`."""
-    others = [f"{w}x{h}" for (h, w), _ in sizes.most_common() if (h, w) != (size, size)]
+def resizing_note(sizes: Counter[tuple[int, int]], size: tuple[int, int]) -> list[str]:
+    """What is said of sizes (H, W) that are not `size`."""
+    others = [f"{w}x{h}" for (h, w), _ in sizes.most_common() if (h, w) != size]
     if not others:
         return []
     more = f" and {len(others) - 3} other sizes" if len(others) > 3 else ""
-    return [f"images of {', '.join(others[:3])}{more} are resized and cropped to {size}x{size}"]
+    return [
+        f"images of {', '.join(others[:3])}{more} are resized and cropped to {size[1]}x{size[0]}"
+    ]

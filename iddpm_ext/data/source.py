@@ -9,6 +9,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from iddpm_ext.sizes import checked_size
+
 from .arrays import ArrayData
 from .containers import Container, Folder, Zip
 from .files import FileData
@@ -40,8 +42,13 @@ class ImageData(Protocol):
 
     def __len__(self) -> int: ...
 
-    def images(self, indices: Tensor) -> tuple[Tensor, Tensor, list[str]]:
-        """float32 [N, C, H, W] in [-1, 1], the indices really used, complaints about the others."""
+    def images(
+        self, indices: Tensor, crops: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, list[str]]:
+        """float32 [N, C, H, W] in [-1, 1], the indices really used, complaints about the others.
+
+        crops: of each image three numbers in [0, 1), [N, 3], for a random crop in place of the middle.
+        """
         ...
 
     def labels(self, indices: Tensor) -> Tensor | None:
@@ -53,7 +60,7 @@ def open_data(
     path: str | Path,
     *,
     split: str = "train",
-    image_size: int | None = None,
+    image_size: int | Sequence[int] | None = None,
     channels: int | None = None,
     bad_images: str = "skip",
     classes: str = "auto",
@@ -64,12 +71,13 @@ def open_data(
 
     Args:
         path: a folder or zip of image files; tar archives of them, one, a folder of them, or
-            "train-{0000..0099}.tar"; an LMDB database of them (with the `data` extra); a .npz or .npy file of arrays, IDX files (MNIST's family) or
+            "train-{0000..0099}.tar"; an LMDB database of them (with the `data`
+            extra); a .npz or .npy file of arrays, IDX files (MNIST's family) or
             CIFAR's binary batches (one, or the folder with them), or "hf:name" and folders of
             `datasets.save_to_disk` with the `data` extra.
         split: "train" or "test", of sources that have both; of folders and zips also "all", which takes no
             folder for a split.
-        image_size: side of the square that every image is resized and cropped to; None: as they are.
+        image_size: side, or (height, width), that every image is resized and cropped to; None: as they are.
         channels: 1 or 3 for image files; None: 1 where they are all grey.
         bad_images: "skip" or "stop", see `FileData`.
         classes: where classes come from: "auto"; "folders", "names" (up to the first "_") or "file"
@@ -84,13 +92,13 @@ def open_data(
     it is not certain what was meant, the error says how to tell.
 
     Raises:
-        FileNotFoundError: nothing is there. ImportError: the library for it is not installed. ValueError: it is of no known format, damaged or empty, or
+        FileNotFoundError: nothing is there. ImportError: the library for it is not
+        installed. ValueError: it is of no known format, damaged or empty, or
         could be meant in more than one way.
     """
     if split not in SPLITS:
         raise ValueError(f"open_data: split must be one of {', '.join(SPLITS)}, got {split!r}")
-    if image_size is not None and image_size < 1:
-        raise ValueError(f"open_data: image_size must be at least 1, got {image_size}")
+    size = None if image_size is None else checked_size("open_data", image_size)
     if channels not in (None, 1, 3):
         raise ValueError(f"open_data: channels must be 1 or 3, got {channels}")
     values = check_value_range(value_range)
@@ -99,19 +107,17 @@ def open_data(
         hub = str(path)
     if hub is not None:
         return HubData(
-            hub, split=split, image_size=image_size, channels=channels, classes=classes,
+            hub, split=split, image_size=size, channels=channels, classes=classes,
             value_range=values, alpha=alpha,
         )  # fmt: skip
     source = file_source(path)
     if source is not None:
         return FileData(
-            source, split=split, image_size=image_size, channels=channels, bad_images=bad_images,
+            source, split=split, image_size=size, channels=channels, bad_images=bad_images,
             classes=classes, value_range=values, alpha=alpha,
         )  # fmt: skip
     images, labels, names, notes = _read_arrays(Path(path), split)
-    data = ArrayData(
-        images, labels, names, image_size, value_range=values, classes=classes, notes=notes
-    )
+    data = ArrayData(images, labels, names, size, value_range=values, classes=classes, notes=notes)
     if channels not in (None, data.image_shape[0]):
         raise ValueError(
             f"open_data: channels must be those of the array, {data.image_shape[0]}, got {channels}"

@@ -305,8 +305,7 @@ def _image_shape(
             raise ValueError(
                 f"{who}: image_shape must be given as (C, H, W) for a model of another kind, got None"
             )
-        side = ours.config.image_size
-        return (ours.config.in_channels, side, side)
+        return (ours.config.in_channels, *ours.config.size)
     sizes = tuple(given)
     if len(sizes) != 3 or not all(isinstance(size, int) and size > 0 for size in sizes):
         raise ValueError(f"{who}: image_shape must be three positive ints (C, H, W), got {given!r}")
@@ -322,7 +321,7 @@ def _image_shape(
 
 
 def check_like(who: str, name: str, value: Tensor, other: Tensor) -> None:
-    """ValueError or TypeError unless `value` is finite and has the image shape, dtype and device of `other`."""
+    """Raises unless `value` is finite and has the image shape, dtype and device of `other`."""
     _check_images(who, name, value, other.device)
     if value.shape[1:] != other.shape[1:] or value.dtype != other.dtype:
         raise ValueError(

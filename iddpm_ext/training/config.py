@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from iddpm_ext.sizes import checked_size
+
 _POSITIVE = (
     "steps", "batch_size", "accumulate", "model_channels", "num_res_blocks", "num_heads",
     "diffusion_steps", "save_every", "log_every", "keep", "lr", "sample_steps", "sample_count",
@@ -46,7 +48,9 @@ class TrainConfig:
         steps: optimiser steps in all; a resumed run counts those already made.
         batch_size: images a step, over all processes and accumulated parts.
         accumulate: parts that each process computes its share of a batch in, one after the other.
-        image_size: side that images are resized and cropped to; None keeps the data's.
+        image_size: side that images are resized and cropped to, or height,width; None keeps the data's.
+        random_crop: cut images to image_size at a random place and scale, as guided-diffusion can, in place
+            of the middle; not with cache.
         channels: 1 or 3; None for what the data has.
         flip: mirror half of the images.
         workers: processes that decode images; 0 does it in the training process.
@@ -59,8 +63,8 @@ class TrainConfig:
         alpha: what becomes of transparent pixels: refuse; drop (the colours below show); black or white.
         class_cond: give the network the class.
         label_dropout: chance that an image's class is withheld, for guidance.
-        super_resolution: train a network that enlarges images of this side to image_size; it is given the
-            data's, reduced by averaging.
+        super_resolution: train a network that enlarges images of this side, the longer one, to image_size; it
+            is given the data's, reduced by averaging.
         classifier: train a classifier of noisy images, which guides the samples of another network.
         model_channels: width of the first level; at 32 every channel is a group of its own in GroupNorm,
             and samples are tinted.
@@ -132,7 +136,8 @@ class TrainConfig:
     steps: int = 100_000
     batch_size: int = 128
     accumulate: int = 1
-    image_size: int | None = None
+    image_size: int | tuple[int, ...] | None = None
+    random_crop: bool = False
     channels: int | None = None
     flip: bool = False
     workers: int = 0
@@ -206,6 +211,13 @@ class TrainConfig:
             object.__setattr__(self, name, tuple(getattr(self, name)))
         whole = tuple(int(m) if m == int(m) else m for m in self.channel_mult)
         object.__setattr__(self, "channel_mult", whole)
+        if self.image_size is not None:
+            object.__setattr__(self, "image_size", checked_size("train", self.image_size))
+        if self.random_crop and (self.image_size is None or self.cache):
+            raise ValueError(
+                "train: random_crop must go with an image_size and without cache, "
+                f"got image_size {self.image_size} and cache {self.cache}"
+            )
         if self.value_range is not None:
             object.__setattr__(self, "value_range", tuple(self.value_range))
         for name in _POSITIVE:

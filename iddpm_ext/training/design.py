@@ -18,6 +18,7 @@ from iddpm_ext.checkpoint.torch_file import is_torch_file
 from iddpm_ext.diffusion import Diffusion
 from iddpm_ext.networks.classifier import ClassifierConfig
 from iddpm_ext.networks.config import UNetConfig
+from iddpm_ext.sizes import checked_size
 
 from .config import TrainConfig
 
@@ -83,7 +84,7 @@ def design_of_settings(
         ours: getattr(config, name) for name, ours in _NETWORK.items() if name != "pool"
     }
     common.update(
-        image_size=max(height, width), in_channels=channels, dropout=config.dropout,
+        image_size=checked_size("train", (height, width)), in_channels=channels, dropout=config.dropout,
         attention_resolutions=config.attention_resolutions,
     )  # fmt: skip
     classes = len(class_names) if class_names else None
@@ -216,7 +217,12 @@ def _fitted(
     if asked != TrainConfig().attention_resolutions:
         if [level for level in levels if side >> level in asked] != attended:
             wrong.append(f"attention_resolutions={asked!r} (there {sides!r})")
-    changes = {"image_size": side, "attention_resolutions": sides, "dropout": config.dropout}
+    size = checked_size("train", (height, width))
+    changes: dict[str, Any] = {
+        "image_size": size,
+        "attention_resolutions": sides,
+        "dropout": config.dropout,
+    }
     names, classes = class_names or (), network.num_classes
     if config.classifier or classes is not None or config.class_cond:
         if classes is None:

@@ -115,7 +115,9 @@ def _run(
         data = CachedData(data, config.workers)
         log.say(f"decoded {len(data)} images into memory, {time.monotonic() - began:.1f} s")
     workers = 0 if config.cache else config.workers
-    source = batches(data, Order(len(data), config.seed), positions, workers)
+    source = batches(
+        data, Order(len(data), config.seed), positions, workers, random_crop=config.random_crop
+    )
     meter = _Meter(config, state, parallel)
     bad_images, named = 0, set[str]()
     while True:
@@ -316,14 +318,15 @@ def _open(config: TrainConfig) -> ImageData:
             f"got on for {'; '.join([config.data, *data.notes])}"
         )
     _, height, width = data.image_shape
-    if height != width:
+    low, side = config.super_resolution, max(height, width)
+    if low is not None and low >= side:
         raise ValueError(
-            f"train: image_size must be given for images that are not square, got {width}x{height}"
+            f"train: super_resolution must be below the side of the images, {side}, got {low}"
         )
-    if config.super_resolution is not None and config.super_resolution >= height:
+    if low is not None and low * min(height, width) % side:
         raise ValueError(
-            f"train: super_resolution must be below the side of the images, {height}, "
-            f"got {config.super_resolution}"
+            f"train: super_resolution must be the longer side of images of whole pixels, the other one "
+            f"{low}/{side} of {min(height, width)}, got {low}"
         )
     return data
 
@@ -343,7 +346,7 @@ def _notes_on(data: ImageData, config: TrainConfig, state: TrainState) -> list[s
     if network.num_classes is not None and data.class_names:
         empty = empty_classes(data)
         notes += [f"classes without images: {shown(empty)}"] if empty else []
-    sides = [width >> level for level in range(len(network.channel_mult))]
+    sides = [max(height, width) >> level for level in range(len(network.channel_mult))]
     unused = [side for side in network.attention_resolutions if side not in sides]
     if unused:
         notes.append(

@@ -10,6 +10,7 @@ from safetensors import safe_open
 from iddpm_ext.checkpoint.runs import newest_checkpoint, read_state
 from iddpm_ext.data import ImageData
 from iddpm_ext.data.classes import difference
+from iddpm_ext.sizes import checked_size, height_and_width
 
 from .config import TrainConfig
 from .design import network_of_metadata
@@ -67,14 +68,14 @@ def require_same_data(newest: Path, config: TrainConfig, data: ImageData) -> lis
     network, extra = network_of_metadata(metadata), json.loads(metadata.get("extra", "{}"))
     channels, height, width = data.image_shape
     found = []
-    if max(height, width) != network["image_size"]:
-        side = network["image_size"]
-        found.append(f"images of {width}x{height}, which were {side}x{side}")
+    before = height_and_width(checked_size("train", network["image_size"]))
+    if (height, width) != before:
+        found.append(f"images of {width}x{height}, which were {before[1]}x{before[0]}")
     if channels != network["in_channels"]:
         found.append(f"{channels} channels, which were {network['in_channels']}")
-    names, before = data.class_names, extra.get("class_names")
-    if before is not None and list(names or ()) != before:
-        found.append(f"other classes ({difference(names or (), before)})")
+    names, known = data.class_names, extra.get("class_names")
+    if known is not None and list(names or ()) != known:
+        found.append(f"other classes ({difference(names or (), known)})")
     if found:
         raise ValueError(
             f"train: data must be that of the run in {newest}, got {'; '.join(found)}: {config.data}"

@@ -15,6 +15,7 @@ from iddpm_ext.diffusion.timestep_samplers import TimestepSampler, make_timestep
 from iddpm_ext.networks.classifier import Classifier
 from iddpm_ext.networks.config import UNetConfig
 from iddpm_ext.networks.unet import UNet
+from iddpm_ext.sizes import height_and_width
 
 from .averages import exponent, power_decay, store
 from .captured import CapturedPass, why_not_fused
@@ -64,7 +65,8 @@ class TrainState:
     def image_shape(self) -> ImageShape:
         """(C, H, W) of the images."""
         c = self.model.config
-        return c.in_channels, c.image_size, c.image_size
+        height, width = height_and_width(c.image_size)
+        return c.in_channels, height, width
 
     def decays(self, config: TrainConfig) -> list[float]:
         """The decay of each average in the next update; `step` counts the updates before."""

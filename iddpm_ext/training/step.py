@@ -157,8 +157,10 @@ def _inputs(config: TrainConfig, state: TrainState, batch: Batch, device: torch.
 
 
 def reduced(images: Tensor, side: int) -> Tensor:
-    """[N, C, H, W] -> [N, C, side, side], each pixel the mean of those that it covers."""
-    return F.interpolate(images, (side, side), mode="area")
+    """[N, C, H, W] at the size whose longer side is `side`, each pixel the mean of those that it covers."""
+    longer = max(images.shape[2:])
+    height, width = (pixels * side // longer for pixels in images.shape[2:])
+    return F.interpolate(images, (height, width), mode="area")
 
 
 def _moved(values: Tensor, device: torch.device) -> Tensor:

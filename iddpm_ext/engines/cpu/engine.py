@@ -36,7 +36,7 @@ class CPUEngine:
         speed nothing is rounded: on Intel's CPUs without AMX.
     exact: only algorithms whose rounding error is that of direct convolution.
     num_threads: None takes `torch.get_num_threads()`.
-    size: height and width of the images; None takes `model.config.image_size` for both.
+    size: height and width of the images; None takes those of the configuration.
     algorithm: of every 3x3 convolution, instead of the tables' choice; the tuner measures by it.
 
     Raises NotSupported, saying why, where it cannot run the network. One call at a time; engines of one
