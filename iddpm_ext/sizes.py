@@ -18,8 +18,10 @@ def checked_size(who: str, size: int | Sequence[int]) -> ImageSize:
 
     Raises TypeError or ValueError for what is no size, in the name of `who`.
     """
-    sides = list(size) if isinstance(size, (list, tuple)) else [size]
-    for side in sides:
+    sides: list[int] = [size] if isinstance(size, int) else []
+    if isinstance(size, (list, tuple)):
+        sides = list(size)
+    for side in sides or [size]:
         if isinstance(side, bool) or not isinstance(side, int):
             raise TypeError(f"{who}: image_size must be an integer, or two, got {size!r}")
         if side < 1:

@@ -38,7 +38,7 @@ def _strides(x: Tensor) -> tuple[int, int, int] | None:
 
 def plane(x: Tensor) -> Plane:
     """[N, C, H, W] of any strides; copies only where no single stride walks a channel's pixels."""
-    strides = _strides(x)
+    strides = None if x.is_contiguous() else _strides(x)
     if strides is None:
         x = x.contiguous()
         _, c, h, w = x.shape
