@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from engine_networks import make
+from PIL import Image
 from torch import Tensor
 
 import iddpm_ext
-from iddpm_ext import Diffusion, sample
+from iddpm_ext import Diffusion, cli, sample
 from iddpm_ext.random import STREAM_FORWARD, STREAM_INITIAL, STREAM_REVERSE, NoiseKey, normal
 
 SEED = 9
@@ -178,6 +180,43 @@ def test_an_edit_by_a_callback_moves_the_chain_of_every_sampler(model, sampler):
     slow = sample(model, 6, engine=False, callback=lambda s: s.x.mul_(0.5) if s.t == 3 else None,
                   **own)  # fmt: skip
     torch.testing.assert_close(moved, slow, rtol=0, atol=2e-4)
+
+
+def test_the_command_line_changes_an_image_where_a_mask_is_white(model, tmp_path, capsys):
+    iddpm_ext.save(model, tmp_path / "m.safetensors")
+    levels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    Image.fromarray(levels).save(tmp_path / "x.png")
+    white = np.zeros((8, 8), np.uint8)
+    white[:, 4:] = 255
+    Image.fromarray(white).save(tmp_path / "mask.png")
+    np.savez(tmp_path / "x.npz", np.stack([levels, levels]))
+    words = [
+        "sample",
+        str(tmp_path / "m.safetensors"),
+        "--steps",
+        "4",
+        "--out",
+        str(tmp_path / "o.npz"),
+    ]
+    for image in ("x.png", "x.npz"):
+        given = ["--image", str(tmp_path / image), "--mask", str(tmp_path / "mask.png"), "-n", "2"]
+        assert cli.main([*words, *given, "--repaint", "2"]) == 0
+        drawn = np.load(tmp_path / "o.npz")["arr_0"]
+        assert drawn.shape == (2, 8, 8, 3)
+        assert np.array_equal(drawn[:, :, :4], np.stack([levels, levels])[:, :, :4])
+        assert not np.array_equal(drawn[:, :, 4:], np.stack([levels, levels])[:, :, 4:])
+    assert (
+        cli.main([*words, "--image", str(tmp_path / "x.png"), "--strength", "0.5", "-n", "1"]) == 0
+    )
+    assert "(2 steps" in capsys.readouterr().out
+    Image.fromarray(white[:4]).save(tmp_path / "small.png")
+    for given, says in (
+        (["--image", str(tmp_path / "none.png")], "image must exist"),
+        (["--mask", str(tmp_path / "mask.png")], "x_0 must be given with mask"),
+        (["--image", str(tmp_path / "small.png")], "image must be 8x8 for this network, got 8x4"),
+    ):
+        assert cli.main([*words, *given]) == 1
+        assert says in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
