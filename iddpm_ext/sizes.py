@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 #: The side of a square, or (height, width).
 ImageSize = int | tuple[int, int]
@@ -18,10 +19,8 @@ def checked_size(who: str, size: int | Sequence[int]) -> ImageSize:
 
     Raises TypeError or ValueError for what is no size, in the name of `who`.
     """
-    sides: list[int] = [size] if isinstance(size, int) else []
-    if isinstance(size, (list, tuple)):
-        sides = list(size)
-    for side in sides or [size]:
+    sides: list[Any] = list(size) if isinstance(size, (list, tuple)) else [size]
+    for side in sides:
         if isinstance(side, bool) or not isinstance(side, int):
             raise TypeError(f"{who}: image_size must be an integer, or two, got {size!r}")
         if side < 1:

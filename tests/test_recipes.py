@@ -1,4 +1,4 @@
-"""The training recipes at toy size: they keep to their time, go on where they stopped and end in small files."""
+"""The training recipes at toy size: they go on where they stopped and end in what they promise."""
 
 from __future__ import annotations
 

@@ -179,8 +179,8 @@ def read_start(config: TrainConfig, name: str, image_shape: ImageShape, *, avera
         # What a variance is, the tensors tell, unless it is said.
         if key != "variance" or config.variance != default.variance:
             flags[argument] = getattr(config, key)
-    for name in ("zero_terminal_snr", "sigma_data"):  # which no file of OpenAI's has
-        del flags[name]
+    for key in ("zero_terminal_snr", "sigma_data"):  # which no file of OpenAI's has
+        del flags[key]
     return read_network(name, average=average, otherwise=flags)
 
 
