@@ -101,9 +101,10 @@ def runs(tmp_path_factory) -> tuple[TrainConfig, Path, Path]:
     train(config)
     again = replace(config, out=str(folder / "b"), save_every=3)
     train(replace(again, steps=4))
-    stray = folder / "b" / "averages" / "step-6-sigma_rel-0.05.safetensors"
+    stray = folder / "b" / "averages" / "step-60-sigma_rel-0.05.safetensors"
     stray.write_bytes(b"of another life of the run")
     train(again)
+    assert not stray.exists()
     return config, folder / "a", folder / "b"
 
 

@@ -77,13 +77,12 @@ def train(config: TrainConfig) -> Path:
         state.data_images = len(data)
         if newest is not None:
             notes += state.restore(newest)
-            if parallel.rank == 0:
-                drop_after(out, state.step)
         elif design.start is not None:
             notes += start_from(state, config, design.start)
         del design  # with the file's tensors
         if parallel.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
+            drop_after(out, state.step)
             _write_json(out / "config.json", config)
         parallel.barrier()
         log = RunLog(
