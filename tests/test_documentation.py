@@ -39,6 +39,7 @@ SCALED = {
     r"\bbatch_size=500\b": "batch_size=2",
     r"\[3\] \* 64": "[3] * 2",
     r"\(model, steps=50\)": "(model, steps=4, n=2)",
+    r"\(model, steps=50, x_0": "(model, steps=4, x_0",
     r"num_inference_steps=50": "num_inference_steps=2",
     r"\bn=16\b": "n=2",
     r"-n 10000\b": "-n 12 --steps 2",

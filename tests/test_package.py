@@ -32,7 +32,7 @@ FLOORS = [
 ]
 FLOOR = {part: number for number, parts in enumerate(FLOORS) for part in parts}
 _TYPE_ONLY = ("TYPE_CHECKING", "typing.TYPE_CHECKING")
-OPTIONAL = "matplotlib tyro diffusers tensorboard datasets webdataset torch_fidelity torchvision"
+OPTIONAL = "matplotlib tyro diffusers tensorboard datasets lmdb torch_fidelity torchvision"
 
 
 def sources() -> Iterator[tuple[str, Path]]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-SCHEDULES = ("cosine", "linear", "sigmoid")
+SCHEDULES = ("cosine", "linear", "sigmoid", "karras")
 
 
 def cosine_beta_schedule(num_timesteps: int, s: float = 0.008, max_beta: float = 0.999) -> Tensor:
@@ -106,6 +106,46 @@ def sigmoid_beta_schedule(
     )
 
 
+def karras_beta_schedule(
+    num_timesteps: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0
+) -> Tensor:
+    """Betas of the noise levels of EDM, of which the first step has the smallest.
+
+    sigma_t = (sigma_min^(1/rho) + t/(T - 1) (sigma_max^(1/rho) - sigma_min^(1/rho)))^rho,
+    alpha_bar_t = 1 / (1 + sigma_t^2): x_t is EDM's image divided by sqrt(1 + sigma_t^2).
+
+    Args:
+        num_timesteps: T, at least 2.
+        sigma_min, sigma_max: 0 < sigma_min < sigma_max.
+        rho: above 0; large ones spend more steps on little noise.
+
+    Returns:
+        float64 [T] on the CPU.
+
+    Raises:
+        ValueError: an argument is out of range.
+
+    Source: Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based Generative Models",
+    equation 5.
+    """
+    _check_num_timesteps("karras_beta_schedule", num_timesteps)
+    if num_timesteps < 2:
+        raise ValueError(
+            f"karras_beta_schedule: num_timesteps must be at least 2, got {num_timesteps}"
+        )
+    if not 0 < sigma_min < sigma_max < math.inf:
+        raise ValueError(
+            "karras_beta_schedule: sigma_min must be above 0 and below sigma_max, "
+            f"got {sigma_min} and {sigma_max}"
+        )
+    if not 0 < rho < math.inf:
+        raise ValueError(f"karras_beta_schedule: rho must be above 0, got {rho}")
+    first, last = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
+    part = torch.arange(num_timesteps, dtype=torch.float64, device="cpu") / (num_timesteps - 1)
+    square = torch.cat([torch.zeros_like(part[:1]), (first + part * (last - first)).pow(2 * rho)])
+    return square.diff() / (1 + square[1:])
+
+
 def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
     """Betas rescaled so that the chain ends in pure noise, alpha_bar_{T-1} = 0; the first is kept.
 
@@ -168,6 +208,8 @@ def named_betas(schedule: str, num_timesteps: int) -> Tensor:
         return linear_beta_schedule(num_timesteps)
     if schedule == "sigmoid":
         return sigmoid_beta_schedule(num_timesteps)
+    if schedule == "karras":
+        return karras_beta_schedule(num_timesteps)
     raise ValueError(f"Diffusion: schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
 
 

@@ -204,6 +204,10 @@ def _process(who: str, ours: UNet | Splice | None, given: Diffusion | None) -> D
 
 
 def _training_process(diffusion: Diffusion) -> dict[str, Any]:
+    if (
+        diffusion.prediction == "edm"
+    ):  # told its noise level, the network has no schedule of its own
+        return {name: getattr(diffusion, name) for name in ("prediction", "sigma_data", "variance")}
     return {**diffusion.to_dict(), "timesteps": None}
 
 
@@ -237,6 +241,11 @@ def _stored(who: str, diffusion: Diffusion, steps: str, ours: object) -> list[in
         have = have or "the checkpoint has none"
         raise ValueError(
             f"{who}: steps must be a schedule of the checkpoint ({have}), got {steps!r}"
+        )
+    own = getattr(ours, "diffusion", None)
+    if own is not None and not own.same_training(diffusion):
+        raise ValueError(
+            f"{who}: diffusion must be {own!r} or a respacing of it for steps {steps!r}, got {diffusion!r}"
         )
     return _positions(who, diffusion, steps, found[steps])
 
@@ -311,8 +320,7 @@ def _image_shape(
             raise ValueError(
                 f"{who}: image_shape must be given as (C, H, W) for a model of another kind, got None"
             )
-        side = ours.config.image_size
-        return (ours.config.in_channels, side, side)
+        return (ours.config.in_channels, *ours.config.size)
     sizes = tuple(given)
     if len(sizes) != 3 or not all(isinstance(size, int) and size > 0 for size in sizes):
         raise ValueError(f"{who}: image_shape must be three positive ints (C, H, W), got {given!r}")
@@ -325,6 +333,16 @@ def _image_shape(
                 f"multiples of {multiple}, got {sizes}"
             )
     return (channels, height, width)
+
+
+def check_like(who: str, name: str, value: Tensor, other: Tensor) -> None:
+    """Raises unless `value` is finite and has the image shape, dtype and device of `other`."""
+    _check_images(who, name, value, other.device)
+    if value.shape[1:] != other.shape[1:] or value.dtype != other.dtype:
+        raise ValueError(
+            f"{who}: {name} must be {other.dtype} [n, {', '.join(map(str, other.shape[1:]))}], "
+            f"got {value.dtype} {list(value.shape)}"
+        )
 
 
 def _check_low_res(

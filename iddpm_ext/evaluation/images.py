@@ -25,6 +25,7 @@ from iddpm_ext.networks.foreign import unwrapped
 from iddpm_ext.networks.unet import UNet
 from iddpm_ext.sampling.loop import batches, network_of, run
 from iddpm_ext.sampling.request import make_request
+from iddpm_ext.sizes import ImageSize
 
 _HALF_LEVEL = 1 / 255
 Images = str | os.PathLike[str] | Tensor | UNet | ImageData | Iterable[Tensor]
@@ -71,7 +72,7 @@ class Reading:
     """How to open a path: arguments of `open_data`."""
 
     split: str = "train"
-    image_size: int | None = None
+    image_size: ImageSize | None = None
     classes: str = "auto"
     value_range: tuple[float, ...] | None = None
     alpha: str = "refuse"

@@ -137,12 +137,13 @@ def make_likelihood_request(
         raise TypeError(f"{who}: exact must be True or False, got {exact!r}")
     ours = describing(model)
     config = None if ours is None else ours.config
-    side = None if config is None else config.image_size
-    images = read_images(data, who=who, split=split, limit=limit, size=side, shuffle=shuffle)
+    size = None if config is None else config.image_size
+    images = read_images(data, who=who, split=split, limit=limit, size=size, shuffle=shuffle)
     shape = list(images.x_0.shape[1:])
-    if config is not None and shape != [config.in_channels, side, side]:
+    if config is not None and shape != [config.in_channels, *config.size]:
+        height, width = config.size
         raise ValueError(
-            f"{who}: data must be [N, {config.in_channels}, {side}, {side}] for this model, "
+            f"{who}: data must be [N, {config.in_channels}, {height}, {width}] for this model, "
             f"got {list(images.x_0.shape)}"
         )
     if budget is not None and budget < 2 and len(images.x_0) == 1:

@@ -63,8 +63,14 @@ def _noise(diffusion: Diffusion) -> dict[str, object]:
     steps = described["num_timesteps"]
     return {
         **{name: described[name] for name in ("schedule", "num_timesteps", "betas")},
-        "told": 1000 if diffusion.rescale_timesteps else steps,
+        "told": _told(diffusion, steps),
     }
+
+
+def _told(diffusion: Diffusion, steps: int) -> object:
+    if diffusion.prediction == "edm":
+        return "log sigma"
+    return 1000 if diffusion.rescale_timesteps else steps
 
 
 def condition_mean(x_prev: Tensor, gradient: Tensor, model_output: Tensor, row: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from iddpm_ext.files import write_whole
 from iddpm_ext.networks.config import NUM_GROUPS
 from iddpm_ext.text import duration
 
+from .averages import drop_after
 from .captured import why_not_captured
 from .config import TrainConfig
 from .design import Design, design_of_checkpoint, design_of_file, design_of_settings
@@ -82,6 +83,7 @@ def train(config: TrainConfig) -> Path:
         del design  # frees the file's tensors
         if parallel.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
+            drop_after(out, state.step)
             _write_json(out / "config.json", config)
         parallel.barrier()
         log = RunLog(
@@ -113,7 +115,9 @@ def _run(
         data = CachedData(data, config.workers)
         log.say(f"decoded {len(data)} images into memory, {duration(time.monotonic() - began)}")
     workers = 0 if config.cache else config.workers
-    source = batches(data, Order(len(data), config.seed), positions, workers)
+    source = batches(
+        data, Order(len(data), config.seed), positions, workers, random_crop=config.random_crop
+    )
     meter = _Meter(config, state, parallel)
     bad_images, named = 0, set[str]()
     while True:
@@ -138,6 +142,9 @@ def _run(
                 torch.tensor(bad_images, dtype=torch.int64, device=parallel.device)
             )
             log.record({**meter.record(), "bad_images": int(skipped)})
+        # Before the checkpoint: a run that is stopped between them goes on from before both.
+        if config.ema_profile == "power" and _stored_now(config, state.step, done):
+            state.store_averages(Path(config.out), parallel)
         if save:
             path = state.save(folder, config, parallel)
         drawn = config.sample_every and not config.classifier
@@ -148,6 +155,11 @@ def _run(
             log.say(f"stopped by {stop.received or 'another process'}; saved {path}")
         if done or stopping:
             return path
+
+
+def _stored_now(config: TrainConfig, step: int, done: bool) -> bool:
+    """Whether the averages of this step are kept; never because a run is stopped at it."""
+    return done or step % (config.ema_every or config.save_every) == 0
 
 
 class _Meter:
@@ -306,14 +318,15 @@ def _open(config: TrainConfig) -> ImageData:
             f"got on for {'; '.join([config.data, *data.notes])}"
         )
     _, height, width = data.image_shape
-    if height != width:
+    low, side = config.super_resolution, max(height, width)
+    if low is not None and low >= side:
         raise ValueError(
-            f"train: image_size must be given for images that are not square, got {width}x{height}"
+            f"train: super_resolution must be below the side of the images, {side}, got {low}"
         )
-    if config.super_resolution is not None and config.super_resolution >= height:
+    if low is not None and low * min(height, width) % side:
         raise ValueError(
-            f"train: super_resolution must be below the side of the images, {height}, "
-            f"got {config.super_resolution}"
+            f"train: super_resolution must be the longer side of images of whole pixels, the other one "
+            f"{low}/{side} of {min(height, width)}, got {low}"
         )
     return data
 
@@ -333,7 +346,7 @@ def _notes_on(data: ImageData, config: TrainConfig, state: TrainState) -> list[s
     if network.num_classes is not None and data.class_names:
         empty = empty_classes(data)
         notes += [f"classes without images: {shown(empty)}"] if empty else []
-    sides = [width >> level for level in range(len(network.channel_mult))]
+    sides = [max(height, width) >> level for level in range(len(network.channel_mult))]
     unused = [side for side in network.attention_resolutions if side not in sides]
     if unused:
         notes.append(
