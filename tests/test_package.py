@@ -17,7 +17,7 @@ PACKAGE = Path(iddpm_ext.__file__).parent
 # Layers of parts, the lowest first. A part may import its own layer and lower ones.
 FLOORS = [
     {"_C"},
-    {"_native", "random", "files", "text", "process_group"},
+    {"_native", "random", "files", "sizes", "text", "process_group"},
     {"images", "data", "metrics", "ops"},
     {"diffusion"},
     {"networks"},
