@@ -49,7 +49,7 @@ def diffusion_of(config: Mapping[str, Any]) -> Diffusion:
         return Diffusion(betas=torch.as_tensor(betas, dtype=torch.float64, device="cpu"), **common)
     if schedule in _COSINE:
         return Diffusion("cosine", steps, **common)
-    first, last = _ends(config, steps)
+    first, last = ends_of(config, steps)
     if schedule == "linear":
         own = Diffusion("linear", steps, **common) if steps >= 20 else None
         given = torch.linspace(first, last, steps, dtype=torch.float64, device="cpu")
@@ -98,7 +98,7 @@ def config_of(diffusion: Diffusion) -> dict[str, Any]:
     return config
 
 
-def _ends(config: Mapping[str, Any], steps: int) -> tuple[float, float]:
+def ends_of(config: Mapping[str, Any], steps: int) -> tuple[float, float]:
     """First and last beta; those of the linear schedule rescaled to T where none are given."""
     first, last = config.get("beta_start"), config.get("beta_end")
     if (first is None or last is None) and steps >= 20:

@@ -20,7 +20,7 @@ from iddpm_ext.interop.diffusers_api import (
     randn_tensor,
     register_to_config,
 )
-from iddpm_ext.interop.process import config_of, diffusion_of
+from iddpm_ext.interop.process import config_of, diffusion_of, ends_of
 
 _SAMPLERS = ("ddpm", "ddim", *SOLVERS)
 
@@ -93,13 +93,14 @@ class IDDPMScheduler(SchedulerMixin, ConfigMixin):
                 f"IDDPMScheduler: sampler must be one of {', '.join(_SAMPLERS)}, got {sampler!r}"
             )
         # Another class that is made from this configuration puts its own defaults in the place of
-        # values that are marked as defaults here.
-        self.register_to_config(_use_default_values=[])
+        # values that are marked as defaults here. One that was read from a file has no such marks.
+        if "_use_default_values" in self.config:
+            self.register_to_config(_use_default_values=[])
         self.diffusion = diffusion_of(self.config)
         if trained_betas is None and beta_schedule == "linear":
             # Diffusers' own schedulers cannot read a None here.
-            betas = self.diffusion.betas
-            self.register_to_config(beta_start=float(betas[0]), beta_end=float(betas[-1]))
+            first, last = ends_of(self.config, num_train_timesteps)
+            self.register_to_config(beta_start=first, beta_end=last)
         _require_eta(sampler, eta)
         self.betas = self.diffusion.betas.float()
         self.alphas = (1 - self.diffusion.betas).float()
@@ -124,9 +125,20 @@ class IDDPMScheduler(SchedulerMixin, ConfigMixin):
     def from_config(cls, config: Any = None, *args: Any, **kwargs: Any) -> Any:
         """The scheduler of a configuration, this class's or that of a scheduler of diffusers.
 
-        Those tell the network the index itself, and take "learned" for a variance: it is refused.
+        Those tell the network the index itself, and take "learned" for a variance: it is refused, as are
+        `thresholding` and a `clip_sample_range` other than 1, which this class does not have. Its steps
+        are its own whatever their spacing and offset.
         """
         values = dict(config)
+        if values.get("thresholding"):
+            raise ValueError(
+                "IDDPMScheduler: thresholding must be False, as x_0 is clipped to [-1, 1] or not at all, "
+                "got True"
+            )
+        if values.get("clip_sample") and values.get("clip_sample_range", 1.0) != 1.0:
+            raise ValueError(
+                f"IDDPMScheduler: clip_sample_range must be 1, got {values['clip_sample_range']}"
+            )
         if "rescale_timesteps" not in values:
             # What another class had by default is not what this one has.
             values.pop("_use_default_values", None)
@@ -136,7 +148,11 @@ class IDDPMScheduler(SchedulerMixin, ConfigMixin):
                     "IDDPMScheduler: variance_type must not be 'learned' where it comes from another "
                     "scheduler, whose head is the variance, not its logarithm, got 'learned'"
                 )
-        return super().from_config(values, *args, **kwargs)
+        made = super().from_config(values, *args, **kwargs)
+        if "_use_default_values" in values:  # of a living scheduler, not of a file
+            scheduler = made[0] if isinstance(made, tuple) else made
+            scheduler.register_to_config(_use_default_values=[])
+        return made
 
     @property
     def compatibles(self) -> list[type]:
@@ -275,6 +291,17 @@ class IDDPMScheduler(SchedulerMixin, ConfigMixin):
         """
         t = self._training_index(timesteps, len(original_samples), original_samples.device)
         return self.diffusion.q_sample(original_samples, t, noise)
+
+    def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """What a network of "v_prediction" is to predict, sqrt(alpha_bar) noise - sqrt(1 - alpha_bar) x_0.
+
+        Args:
+            sample: x_0; the others as of `add_noise`.
+
+        Returns:
+            like sample.
+        """
+        return self.add_noise(noise, -sample, timesteps)
 
     def previous_timestep(self, timestep: Tensor | float | int) -> Tensor:
         """The timestep that a step from this one leads to, as `timesteps` has it; -1 after the last.
