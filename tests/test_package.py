@@ -17,7 +17,7 @@ PACKAGE = Path(iddpm_ext.__file__).parent
 # Every part, from the ground up. A part imports its own floor and those below it.
 FLOORS = [
     {"_C"},
-    {"_native", "random", "files", "text", "process_group"},
+    {"_native", "random", "files", "text", "process_group", "scalars"},
     {"images", "data", "metrics", "ops"},
     {"diffusion"},
     {"networks"},

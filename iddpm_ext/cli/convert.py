@@ -1,4 +1,7 @@
-"""Convert a checkpoint: OpenAI's, ours, diffusers' and ONNX."""
+"""Convert a checkpoint: OpenAI's, ours, diffusers' and ONNX.
+
+Example: iddpm convert fashion-mnist garments/ --verify
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ def run(
     """Converts and writes; nothing is written under the target's name before it is whole.
 
     Args:
-        source: a bundled name, one of our files or run folders, an OpenAI .pt, or a folder of diffusers.
+        source: a bundled name, a file of ours or of OpenAI's, a folder of a run or of diffusers, or hf://org/name.
         target: a .safetensors or .onnx file, or a new folder for diffusers' from_pretrained.
         verify: read the target back and print the largest difference of its outputs.
         flags: of an OpenAI .pt, what its tensors cannot tell: "noise_schedule=cosine ...".

@@ -1,4 +1,7 @@
-"""Write one HTML page about a model, or about several side by side."""
+"""Write one HTML page about a model, or about several side by side.
+
+Example: iddpm report runs/mine --quick --out report.html
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ def run(
     the losses of a run, the configuration, and the command that makes each of them again.
 
     Args:
-        checkpoints: bundled names, files or folders of runs; several stand side by side.
+        checkpoints: bundled names, files, folders of runs or hf://org/name; several stand side by side.
         data: images like those it was trained on; those of a run, if they are still there, if left out.
         out: the .html file.
         quick: measure less: a minute for a small model.

@@ -1,4 +1,7 @@
-"""Measure which convolutions are fastest on this CPU, for the sampling engine to follow."""
+"""Measure which convolutions are fastest on this CPU, for the sampling engine to follow.
+
+Example: iddpm tune runs/mine --batch-sizes 1,16
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ def run(
     """Measures the convolutions of one network and stores what is fastest.
 
     Args:
-        checkpoint: a bundled name or a file: the network.
+        checkpoint: a bundled name, a file, a run's folder or hf://org/name: the network.
         batch_sizes: numbers of images that are evaluated at once.
         rounds: how often each operation is timed.
         out: the table to write or update; the one in the user's cache directory if left out.

@@ -9,6 +9,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from iddpm_ext.scalars import plain
+
 from .arrays import ArrayData
 from .containers import Folder, Zip
 from .files import FileData
@@ -84,6 +86,7 @@ def open_data(
         FileNotFoundError: nothing is there. ValueError: it is of no known format, damaged or empty, or
         could be meant in more than one way.
     """
+    image_size, channels, value_range = plain((image_size, channels, value_range))
     if split not in SPLITS:
         raise ValueError(f"open_data: split must be one of {', '.join(SPLITS)}, got {split!r}")
     if image_size is not None and image_size < 1:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from iddpm_ext.random import STREAM_CHOICE, NoiseKey, integers, uniform
+from iddpm_ext.scalars import plain
 
 TIMESTEP_SAMPLERS = ("uniform", "loss-second-moment")
 
@@ -50,6 +51,7 @@ class UniformTimestepSampler:
     """
 
     def __init__(self, num_timesteps: int, *, seed: int = 0) -> None:
+        num_timesteps, seed = plain((num_timesteps, seed))
         _check_positive("UniformTimestepSampler", "num_timesteps", num_timesteps)
         self.num_timesteps = num_timesteps
         self.seed = seed
@@ -102,6 +104,9 @@ class LossSecondMomentSampler:
         uniform_prob: float = 1e-3,
         device: torch.device | str = "cpu",
     ) -> None:
+        num_timesteps, seed, history, uniform_prob = plain(
+            (num_timesteps, seed, history, uniform_prob)
+        )
         _check_positive("LossSecondMomentSampler", "num_timesteps", num_timesteps)
         _check_positive("LossSecondMomentSampler", "history", history)
         if not 0 <= uniform_prob <= 1:

@@ -38,6 +38,7 @@ from iddpm_ext.metrics import (
 )
 from iddpm_ext.networks.foreign import unwrapped
 from iddpm_ext.networks.unet import UNet
+from iddpm_ext.scalars import plain
 
 METRICS = ("fid", "sfid", "kid", "inception_score", "precision_recall")
 # What the original evaluator compares neighbourhoods with.
@@ -158,6 +159,10 @@ def evaluate(
     Raises:
         ValueError, TypeError, FileNotFoundError, RuntimeError: for an argument that cannot be used.
     """
+    n, reference_n, image_size, neighbours, resamples, batch_size = plain(
+        (n, reference_n, image_size, neighbours, resamples, batch_size)
+    )
+    steps, eta, guidance_scale, seed = plain((steps, eta, guidance_scale, seed))
     _check(metrics, n, reference_n, neighbours, resamples, batch_size)
     began = time.perf_counter()
     network = open_extractor(extractor, device)

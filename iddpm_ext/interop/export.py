@@ -16,6 +16,7 @@ from torch import Tensor
 
 from iddpm_ext.files import flush, temporary_name
 from iddpm_ext.networks.unet import UNet
+from iddpm_ext.scalars import plain
 
 # Above this ONNX keeps weights in a second file: protocol buffers end at 2 GiB.
 _SINGLE_FILE_BYTES = 1_900_000_000
@@ -37,12 +38,12 @@ def export_program(model: UNet, *, image_size: int | None = None) -> torch.expor
     """
     if not isinstance(model, UNet):
         raise TypeError(f"export_program: model must be a UNet, got {type(model).__name__}")
-    plain = _plain_copy(model)
-    inputs = _example(model, image_size)
+    copy = _plain_copy(model)
+    inputs = _example(model, plain(image_size))
     batch = torch.export.Dim("batch", min=1, max=1 << 16)
     with torch.no_grad():
         return torch.export.export(
-            plain, (), inputs, dynamic_shapes={name: {0: batch} for name in inputs}
+            copy, (), inputs, dynamic_shapes={name: {0: batch} for name in inputs}
         )
 
 
@@ -121,10 +122,10 @@ def _quiet() -> Iterator[None]:
 def _plain_copy(model: UNet) -> UNet:
     """The network on the same weights, by PyTorch's own functions, in evaluation mode."""
     with torch.device("meta"):
-        plain = UNet(model.config)
-    plain.load_state_dict(model.state_dict(), assign=True)
-    plain.backend = "plain"
-    return plain.eval().requires_grad_(False)
+        copy = UNet(model.config)
+    copy.load_state_dict(model.state_dict(), assign=True)
+    copy.backend = "plain"
+    return copy.eval().requires_grad_(False)
 
 
 def _example(model: UNet, image_size: int | None) -> dict[str, Tensor]:

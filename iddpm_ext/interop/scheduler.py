@@ -21,6 +21,7 @@ from iddpm_ext.interop.diffusers_api import (
     register_to_config,
 )
 from iddpm_ext.interop.process import config_of, diffusion_of, ends_of
+from iddpm_ext.scalars import plain
 
 _SAMPLERS = ("ddpm", "ddim", *SOLVERS)
 
@@ -88,6 +89,8 @@ class IDDPMScheduler(SchedulerMixin, ConfigMixin):
         eta: float = 0.0,
         extrapolation_limit: float | None = 0.5,
     ) -> None:
+        self.register_to_config(**plain(dict(self.config)))
+        num_train_timesteps, eta = plain((num_train_timesteps, eta))
         if sampler not in _SAMPLERS:
             raise ValueError(
                 f"IDDPMScheduler: sampler must be one of {', '.join(_SAMPLERS)}, got {sampler!r}"
@@ -184,6 +187,7 @@ class IDDPMScheduler(SchedulerMixin, ConfigMixin):
             device: of `timesteps`.
             timesteps: in its place, descending indices in the training chain.
         """
+        num_inference_steps, timesteps = plain(num_inference_steps), plain(timesteps)
         if (num_inference_steps is None) == (timesteps is None):
             raise ValueError(
                 "IDDPMScheduler: exactly one of num_inference_steps and timesteps must be given, "
@@ -249,7 +253,7 @@ class IDDPMScheduler(SchedulerMixin, ConfigMixin):
         Not differentiable.
         """
         sampler = self.config.sampler
-        eta = self.config.eta if eta is None else eta
+        eta = self.config.eta if eta is None else plain(eta)
         _require_eta(sampler, eta)
         i = self._position(timestep)
         state = sample if sample.dtype == torch.float64 else sample.float()
@@ -323,7 +327,7 @@ class IDDPMScheduler(SchedulerMixin, ConfigMixin):
 
     def _position(self, timestep: Tensor | float | int) -> int:
         """The number of a step in the chain."""
-        value = timestep.item() if isinstance(timestep, Tensor) else timestep
+        value = timestep.item() if isinstance(timestep, Tensor) else plain(timestep)
         known: dict[Any, int] = self._by_index if isinstance(value, int) else self._by_told
         if value not in known:
             raise ValueError(

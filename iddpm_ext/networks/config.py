@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from iddpm_ext.scalars import make_fields_plain
+
 NUM_GROUPS = 32
 ATTENTION_ORDERS = ("legacy", "new")
 _COUNTS = (
@@ -61,6 +63,7 @@ class UNetConfig:
     resblock_updown: bool = False
 
     def __post_init__(self) -> None:
+        make_fields_plain(self)
         for name in _COUNTS:
             _require_count(name, getattr(self, name))
         for name in ("num_heads_upsample", "num_classes", "num_head_channels"):

@@ -11,6 +11,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 from iddpm_ext.files import write_whole
@@ -33,7 +35,8 @@ class RunLog:
         first_step, steps: where this life of the run begins and where the run is to end. Records after
             `first_step`, of a life that got further than its last checkpoint, are dropped.
         main: whether this is the process that speaks.
-        tensorboard: write the same numbers for TensorBoard, into out/tensorboard.
+        tensorboard: write the same numbers, and the grids of samples, for TensorBoard, into
+            out/tensorboard.
         progress: show a bar on a terminal, or a line a minute elsewhere.
 
     Raises:
@@ -103,6 +106,13 @@ class RunLog:
             for name, value in values.items():
                 if name != "step" and isinstance(value, (int, float)):
                     self._writer.add_scalar(name, value, values["step"])
+
+    def picture(self, name: str, path: Path, step: int) -> None:
+        """A picture that was written to a file, for TensorBoard."""
+        if self._main and self._writer is not None:
+            with Image.open(path) as image:
+                levels = np.asarray(image.convert("RGB"))
+            self._writer.add_image(name, levels, step, dataformats="HWC")
 
     def due(self, step: int) -> bool:
         """Whether a line is wanted now: after the first step, every minute, and after the last step."""

@@ -142,7 +142,7 @@ def _run(
         drawn = config.sample_every and not config.classifier
         if drawn and (done or state.step % config.sample_every == 0):
             with meter.paused():
-                _draw_samples(config, state, data, parallel, stop)
+                _draw_samples(config, state, data, parallel, stop, log)
         if stopping and not done:
             log.say(f"stopped by {stop.received or 'another process'}; saved {path}")
         if done or stopping:
@@ -229,7 +229,12 @@ def _require_finite(state: TrainState, folder: Path) -> None:
 
 
 def _draw_samples(
-    config: TrainConfig, state: TrainState, data: ImageData, parallel: Parallel, stop: StopSignals
+    config: TrainConfig,
+    state: TrainState,
+    data: ImageData,
+    parallel: Parallel,
+    stop: StopSignals,
+    log: RunLog,
 ) -> None:
     """A grid of samples with the averaged weights in out/samples, always from the same noise.
 
@@ -267,13 +272,14 @@ def _draw_samples(
         else:
             folder = Path(config.out) / "samples"
             folder.mkdir(exist_ok=True)
-            iddpm_ext.save_images(
+            path = iddpm_ext.save_images(
                 images,
                 folder / f"step-{state.step}.png",
                 recipe={"step": state.step, "seed": config.seed, "steps": config.sample_steps},
                 labels=labels,
                 class_names=state.class_names,
             )
+            log.picture("samples", path, state.step)
     parallel.barrier()
 
 
