@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 from collections.abc import Mapping
@@ -26,11 +27,23 @@ from .write import FORMAT_VERSION
 WEIGHTS = Path(__file__).parent.parent / "weights"
 _OF_DIFFUSERS = ("model_index.json", "config.json")
 _FOLDERS = (*_OF_DIFFUSERS, hub.WEIGHTS)
+# What the package iddpm-ext-models has, whose source is the folder models beside this package.
+COMPANION = ("cifar10-small",)
+_COMPANION_PACKAGE = "iddpm_ext_models"
 
 
 def bundled() -> list[str]:
-    """Names of the models inside the package, sorted."""
-    return sorted(path.stem for path in WEIGHTS.glob("*.safetensors"))
+    """Names of the models inside the package, and inside iddpm-ext-models where that is there, sorted."""
+    return sorted(_bundled_files())
+
+
+def _bundled_files() -> dict[str, Path]:
+    """Name -> file of every model that comes with the installation or lies in the source tree."""
+    folders = [WEIGHTS.parent.parent / "models" / _COMPANION_PACKAGE, WEIGHTS]
+    installed = importlib.util.find_spec(_COMPANION_PACKAGE)
+    if installed is not None:
+        folders += map(Path, installed.submodule_search_locations or ())
+    return {path.stem: path for folder in folders for path in folder.glob("*.safetensors")}
 
 
 def load(
@@ -120,13 +133,19 @@ def _locate(name_or_path: str | os.PathLike[str]) -> Path:
     if not isinstance(name_or_path, (str, os.PathLike)):
         kind = type(name_or_path).__name__
         raise TypeError(f"load: name_or_path must be a string or a path, got {kind}")
-    if name_or_path in bundled():
-        return WEIGHTS / f"{name_or_path}.safetensors"
+    files = _bundled_files()
+    if isinstance(name_or_path, str) and name_or_path in files:
+        return files[name_or_path]
     if hub.is_on_hub(name_or_path):
         return hub.fetch(*hub.HubName.parse(str(name_or_path)))
     path = Path(name_or_path)
+    if not path.exists() and name_or_path in COMPANION:
+        raise FileNotFoundError(
+            f"load: {name_or_path} must be installed: it is in the package iddpm-ext-models, the folder "
+            "models of iddpm_ext's source tree (pip install ./models)"
+        )
     if not path.exists():
-        names = ", ".join(bundled()) or "none in this installation"
+        names = ", ".join(files) or "none in this installation"
         raise FileNotFoundError(
             f"load: name_or_path must be an existing file or folder, a bundled model ({names}) or "
             f"{hub.SCHEME}org/name on the Hugging Face hub, got {str(name_or_path)!r}"
