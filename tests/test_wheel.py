@@ -132,7 +132,9 @@ def empty_environment(folder: Path, wheel: Path, base: str = sys.executable) -> 
     )
     site = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=folder)
     visible = Path(site.strip()) / "visible.pth"
-    visible.write_text(sysconfig.get_path("purelib") + "\n")
+    torch = importlib.util.find_spec("torch")
+    assert torch is not None and torch.origin is not None
+    visible.write_text(f"{Path(torch.origin).parent.parent}\n")
     return python
 
 
