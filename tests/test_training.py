@@ -430,7 +430,8 @@ def test_the_first_lines_come_before_and_after_the_first_step(data, tmp_path, ca
     train(_config(data, tmp_path, steps=3, progress=True, log_every=100))
     assert steps[0].splitlines()[0] == f"reading {data}"
     assert re.search(r"^training [\d,]+ parameters on cpu$", steps[0], re.MULTILINE)
-    assert re.fullmatch(r"step 1/3: loss \d+\.\d{4}, \d+\.\d images/s(, .* s left)?\n", steps[1])
+    # The first step packs weights and starts threads: by its pace a short run would seem to take hours.
+    assert re.fullmatch(r"step 1/3: loss \d+\.\d{4}\n", steps[1])
     assert steps[2] == "", "then one a minute"
     last = capsys.readouterr().err
     assert re.fullmatch(r"step 3/3: loss \d+\.\d{4}, \d+\.\d images/s\n", last)

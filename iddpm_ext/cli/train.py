@@ -1,6 +1,6 @@
 """Train a network on images; a folder that holds a run is resumed.
 
-Example: iddpm train --data DIR --out runs/mine --steps 5000 --batch-size 16 --class-cond
+Example: iddpm train --data DIR --out runs/mine --steps 2000 --batch-size 16 --lr 5e-4 --class-cond
 """
 
 from __future__ import annotations

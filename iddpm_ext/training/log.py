@@ -18,6 +18,8 @@ from tqdm import tqdm
 from iddpm_ext.files import write_whole
 from iddpm_ext.text import duration
 
+# Before the second line, which first tells the pace, and before every later one.
+_SECOND_LINE_SECONDS = 10.0
 _LINE_EVERY_SECONDS = 60.0
 
 
@@ -56,7 +58,7 @@ class RunLog:
         self._main, self._steps = main, steps
         self._progress = progress and main
         self._writer: Any = None
-        self._last_line = -math.inf
+        self._last_line, self._lines = -math.inf, 0
         if not main:
             return
         self._path = out / "metrics.jsonl"
@@ -115,18 +117,26 @@ class RunLog:
             self._writer.add_image(name, levels, step, dataformats="HWC")
 
     def due(self, step: int) -> bool:
-        """Whether a line is wanted now: after the first step, every minute, and after the last step."""
-        late = time.monotonic() - self._last_line >= _LINE_EVERY_SECONDS
+        """Whether a line is wanted now: after the first step, soon again, each minute, after the last."""
+        wait = _LINE_EVERY_SECONDS if self._lines > 1 else _SECOND_LINE_SECONDS
+        late = time.monotonic() - self._last_line >= wait
         return self._progress and (late or step == self._steps)
 
     def line(self, values: dict[str, Any]) -> None:
-        """How far the run is, on the bar or as a line; to be called when one is due."""
+        """How far the run is, on the bar or as a line; to be called when one is due.
+
+        values: loss, step, and once it is known the pace, images_per_second and eta_seconds.
+        """
         self._last_line = time.monotonic()
-        pace = f"loss {values['loss']:.4f}, {values['images_per_second']:.1f} images/s"
+        self._lines += 1
+        pace = f"loss {values['loss']:.4f}"
+        if "images_per_second" in values:
+            pace += f", {values['images_per_second']:.1f} images/s"
         if not self._bar.disable:
             self._bar.set_postfix_str(pace)
             return
-        left = f", {duration(values['eta_seconds'])} left" if values["eta_seconds"] else ""
+        seconds = values.get("eta_seconds")
+        left = f", {duration(seconds)} left" if seconds else ""
         say(f"step {values['step']}/{self._steps}: {pace}{left}")
 
     def say(self, text: str) -> None:

@@ -158,13 +158,18 @@ class _Meter:
         # When the interval that is measured began, without what was spent on something else in it.
         self._last = (self._started, state.images)
         self._drawn = 0.0
+        # When the first step was done, which also packs weights, starts threads and captures graphs.
+        self._warm: tuple[float, int] | None = None
         self._sum: Tensor | None = None
         self._count = 0
 
     def add(self, measures: Tensor) -> None:
         self._sum = measures if self._sum is None else self._sum + measures
         self._count += 1
-        self._state.seconds = self._seconds_before + time.monotonic() - self._started
+        now = time.monotonic()
+        self._state.seconds = self._seconds_before + now - self._started
+        if self._warm is None:
+            self._warm = (now, self._state.images)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -176,14 +181,19 @@ class _Meter:
         self._last = (self._last[0] + seconds, self._last[1])
 
     def glance(self) -> dict[str, float | int]:
-        """What a line says: of this process alone, which waits for no other one."""
-        assert self._sum is not None
-        loss = summarise(self._config, self._sum / self._count, self._parallel.size)["loss"]
-        return {"step": self._state.step, "loss": loss, **self._pace(time.monotonic())}
+        """What a line says: of this process alone, which waits for no other one.
 
-    def _pace(self, now: float) -> dict[str, float | int]:
-        """Images a second since the last record, and the seconds that are left at that pace."""
-        then, images = self._last
+        No pace after the first step of a run's life, by which nobody can tell when it ends.
+        """
+        assert self._sum is not None and self._warm is not None
+        loss = summarise(self._config, self._sum / self._count, self._parallel.size)["loss"]
+        since = max(self._last, self._warm)
+        pace = self._pace(time.monotonic(), since) if self._state.images > since[1] else {}
+        return {"step": self._state.step, "loss": loss, **pace}
+
+    def _pace(self, now: float, since: tuple[float, int]) -> dict[str, float | int]:
+        """Images a second since then, and the seconds that are left at that pace."""
+        then, images = since
         rate = (self._state.images - images) / max(now - then, 1e-9)
         left = (self._config.steps - self._state.step) * self._config.batch_size / rate
         training = max(now - self._started - self._drawn, 1e-9)
@@ -198,7 +208,7 @@ class _Meter:
         state, now = self._state, time.monotonic()
         mean = self._parallel.mean(self._sum / self._count)
         self._sum, self._count = None, 0
-        pace = self._pace(now)
+        pace = self._pace(now, self._last)
         self._last = (now, state.images)
         return {
             "step": state.step,
@@ -343,7 +353,8 @@ def _notes_on(data: ImageData, config: TrainConfig, state: TrainState) -> list[s
     if unused:
         notes.append(
             f"attention_resolutions names {', '.join(map(str, unused))}, but the features are "
-            f"{', '.join(map(str, sides))} wide: no attention there"
+            f"{', '.join(map(str, sides))} wide: no attention there (--attention-resolutions {sides[-1]} "
+            "for the smallest)"
         )
     if network.model_channels * network.channel_mult[0] == NUM_GROUPS and not config.classifier:
         notes.append(
