@@ -1,4 +1,7 @@
-"""Make the averaged weights of any length from what a run has stored (post-hoc EMA)."""
+"""Make the averaged weights of any length from what a run has stored (post-hoc EMA).
+
+Example: iddpm average runs/mine --sigma-rel 0.12 --out averaged.safetensors
+"""
 
 from __future__ import annotations
 

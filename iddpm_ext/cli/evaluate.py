@@ -1,4 +1,7 @@
-"""Compare samples with a reference: FID, KID, Inception Score, precision and recall."""
+"""Compare samples with a reference: FID, KID, Inception Score, precision and recall.
+
+Example: iddpm evaluate fashion-mnist --reference DIR --extractor efficientnet-lite0 -n 2000
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Draw images from a checkpoint into a grid, a folder, an array or an animation."""
+"""Draw images from a checkpoint into a grid, a folder, an array or an animation.
+
+Example: iddpm sample fashion-mnist --labels all -n 20 --out garments.png
+"""
 
 from __future__ import annotations
 
@@ -65,7 +68,7 @@ def run(
     Under torchrun, the processes divide the batches among them; the first one writes.
 
     Args:
-        checkpoint: a bundled name, one of this package's .safetensors files or an OpenAI .pt.
+        checkpoint: a bundled name, a file, a run's folder, or hf://org/name.
         n: how many images; 16, or one per label.
         steps: 50; ddim50; 10,15,20 for sections; optimal-8, analytic-8
             or pictures-8 for a schedule of the checkpoint.

@@ -9,6 +9,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from iddpm_ext.scalars import plain
 from iddpm_ext.sizes import checked_size
 
 from .arrays import ArrayData
@@ -95,6 +96,7 @@ def open_data(
         FileNotFoundError: nothing is there. ImportError: the library for it is not installed.
         ValueError: it is of no known format, damaged, empty or ambiguous.
     """
+    image_size, channels, value_range = plain((image_size, channels, value_range))
     if split not in SPLITS:
         raise ValueError(f"open_data: split must be one of {', '.join(SPLITS)}, got {split!r}")
     size = None if image_size is None else checked_size("open_data", image_size)

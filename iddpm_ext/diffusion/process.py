@@ -15,6 +15,7 @@ from iddpm_ext.ops import ReverseStep, checks
 from iddpm_ext.ops.columns import Column
 from iddpm_ext.ops.rows import Rows, compute_dtype
 from iddpm_ext.random import NoiseKey, normal
+from iddpm_ext.scalars import plain
 
 from .multistep import multistep_weights
 from .respace import space_timesteps
@@ -97,6 +98,7 @@ class Diffusion:
         zero_terminal_snr: bool = False,
         sigma_data: float = 0.5,
     ) -> None:
+        num_timesteps, sigma_data = plain((num_timesteps, sigma_data))
         if betas is None:
             train_betas = check_betas(named_betas(schedule, num_timesteps))
         else:
@@ -190,6 +192,7 @@ class Diffusion:
             dtype: float32, or float64 for reference computations.
         """
         _check_name("sampler", sampler, SAMPLERS)
+        eta = plain(eta)
         if not 0 <= eta <= 1:
             raise ValueError(f"Diffusion: eta must be from 0 to 1, got {eta}")
         device = torch.device(device)
@@ -430,6 +433,7 @@ class Diffusion:
                 "training_losses: objective must be 'simple' or 'vlb' where the variance is "
                 f"{self.variance}, got 'hybrid'"
             )
+        vlb_weight, min_snr = plain((vlb_weight, min_snr))
         if min_snr is not None and (objective == "vlb" or not min_snr > 0):
             raise ValueError(
                 "training_losses: min_snr must be above 0, and None for objective vlb, "

@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from iddpm_ext.scalars import plain
+
 SCHEDULES = ("cosine", "linear", "sigmoid", "karras")
 
 
@@ -31,6 +33,7 @@ def cosine_beta_schedule(num_timesteps: int, s: float = 0.008, max_beta: float =
 
     Source: Nichol & Dhariwal 2021, section 3.2.
     """
+    num_timesteps, s, max_beta = plain((num_timesteps, s, max_beta))
     if not s >= 0:
         raise ValueError(f"cosine_beta_schedule: s must be at least 0, got {s}")
     _check_num_timesteps("cosine_beta_schedule", num_timesteps)
@@ -56,6 +59,7 @@ def linear_beta_schedule(num_timesteps: int) -> Tensor:
 
     Source: Ho et al. 2020, section 4, with the scale of Nichol & Dhariwal's code.
     """
+    num_timesteps = plain(num_timesteps)
     _check_num_timesteps("linear_beta_schedule", num_timesteps)
     if num_timesteps < 20:
         raise ValueError(
@@ -90,6 +94,7 @@ def sigmoid_beta_schedule(
     Source: Jabri, Fleet & Chen 2022, "Scalable Adaptive Computation for Iterative Generation",
     appendix B, with temperature 1.
     """
+    num_timesteps, start, end, max_beta = plain((num_timesteps, start, end, max_beta))
     if not start < end:
         raise ValueError(f"sigmoid_beta_schedule: start must be below end {end}, got {start}")
     _check_num_timesteps("sigmoid_beta_schedule", num_timesteps)
@@ -128,6 +133,7 @@ def karras_beta_schedule(
     Source: Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based Generative Models",
     equation 5.
     """
+    num_timesteps, sigma_min, sigma_max, rho = plain((num_timesteps, sigma_min, sigma_max, rho))
     _check_num_timesteps("karras_beta_schedule", num_timesteps)
     if num_timesteps < 2:
         raise ValueError(
@@ -186,6 +192,7 @@ def betas_for_alpha_bar(
 
     Source: Nichol & Dhariwal 2021, section 3.2.
     """
+    num_timesteps, max_beta = plain((num_timesteps, max_beta))
     _check_num_timesteps("betas_for_alpha_bar", num_timesteps)
     _check_max_beta("betas_for_alpha_bar", max_beta)
     values = [float(alpha_bar(i / num_timesteps)) for i in range(num_timesteps + 1)]

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from iddpm_ext.random import STREAM_CHOICE, NoiseKey, integers, uniform
+from iddpm_ext.scalars import plain
 
 TIMESTEP_SAMPLERS = ("uniform", "loss-second-moment", "log-normal")
 
@@ -49,6 +50,7 @@ class UniformTimestepSampler:
     """
 
     def __init__(self, num_timesteps: int, *, seed: int = 0) -> None:
+        num_timesteps, seed = plain((num_timesteps, seed))
         _check_positive("UniformTimestepSampler", "num_timesteps", num_timesteps)
         self.num_timesteps = num_timesteps
         self.seed = seed
@@ -99,6 +101,7 @@ class LogNormalTimestepSampler:
         deviation: float = 1.2,
         device: torch.device | str = "cpu",
     ) -> None:
+        seed, mean, deviation = plain((seed, mean, deviation))
         if not bool((alphas_cumprod > 0).all()):
             raise ValueError(
                 "LogNormalTimestepSampler: alphas_cumprod must be above 0, as sigma has no largest in pure "
@@ -167,6 +170,9 @@ class LossSecondMomentSampler:
         uniform_prob: float = 1e-3,
         device: torch.device | str = "cpu",
     ) -> None:
+        num_timesteps, seed, history, uniform_prob = plain(
+            (num_timesteps, seed, history, uniform_prob)
+        )
         _check_positive("LossSecondMomentSampler", "num_timesteps", num_timesteps)
         _check_positive("LossSecondMomentSampler", "history", history)
         if not 0 <= uniform_prob <= 1:

@@ -18,6 +18,7 @@ from iddpm_ext.networks.foreign import unwrapped
 from iddpm_ext.networks.splice import Splice
 from iddpm_ext.networks.unet import UNet
 from iddpm_ext.ops.spec import resolve_backend
+from iddpm_ext.scalars import plain
 
 Steps = int | str | Sequence[int] | None
 #: Name of a stored schedule in `steps` -> its key in a checkpoint's `extra`.
@@ -91,6 +92,7 @@ def check_network(
         raise TypeError(f"{who}: model must be callable, got {type(model).__name__}")
     check_flags(who, engine=engine, exact=exact)
     ours = describing(model)
+    steps, image_shape = plain(steps), plain(image_shape)
     chain = _respaced(who, _process(who, ours, diffusion), steps, ours)
     device = _device(model, images[1], low_res)
     shape = _image_shape(who, ours, image_shape, images)
@@ -166,6 +168,7 @@ def batch_size_of(
     who: str, given: int | None, n: int, shape: tuple[int, int, int], device: torch.device
 ) -> int:
     """How many images are evaluated at once, at most n."""
+    given = plain(given)
     if given is None:
         given = default_batch_size(shape, device)
     elif isinstance(given, bool) or not isinstance(given, int) or given < 1:

@@ -38,6 +38,7 @@ from iddpm_ext.metrics import (
 )
 from iddpm_ext.networks.foreign import unwrapped
 from iddpm_ext.networks.unet import UNet
+from iddpm_ext.scalars import plain
 from iddpm_ext.sizes import checked_size
 
 METRICS = ("fid", "sfid", "kid", "inception_score", "precision_recall")
@@ -159,6 +160,10 @@ def evaluate(
     Raises:
         ValueError, TypeError, FileNotFoundError, RuntimeError: for an argument that cannot be used.
     """
+    n, reference_n, image_size, neighbours, resamples, batch_size = plain(
+        (n, reference_n, image_size, neighbours, resamples, batch_size)
+    )
+    steps, eta, guidance_scale, seed = plain((steps, eta, guidance_scale, seed))
     _check(metrics, n, reference_n, neighbours, resamples, batch_size)
     size = None if image_size is None else checked_size("evaluate", image_size)
     began = time.perf_counter()

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import iddpm_ext
-from iddpm_ext.checkpoint import bundled, is_model_folder
+from iddpm_ext.checkpoint import bundled, is_model_folder, is_on_hub
 from iddpm_ext.data import ImageData, match_classes, open_data
 from iddpm_ext.data.classes import shown
 from iddpm_ext.data.containers import Folder
@@ -83,7 +83,7 @@ def is_checkpoint(name: object) -> bool:
     if not isinstance(name, (str, os.PathLike)):
         return False
     text = os.fspath(name)
-    if text in bundled() or Path(text).suffix in (".safetensors", ".pt", ".pth"):
+    if text in bundled() or is_on_hub(text) or Path(text).suffix in (".safetensors", ".pt", ".pth"):
         return True
     return os.path.isdir(text) and is_model_folder(Path(text))
 

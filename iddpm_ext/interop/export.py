@@ -17,6 +17,7 @@ from torch import Tensor
 from iddpm_ext.engines.structure import weights_alone
 from iddpm_ext.files import flush, temporary_name
 from iddpm_ext.networks.unet import UNet
+from iddpm_ext.scalars import plain
 from iddpm_ext.sizes import ImageSize, checked_size, height_and_width
 
 # Larger weights are in a second file, as protocol buffers are limited to 2 GiB.
@@ -45,12 +46,12 @@ def export_program(
 
 
 def _program(model: UNet, image_size: ImageSize | None) -> torch.export.ExportedProgram:
-    plain = _plain_copy(model)
-    inputs = _example(model, image_size)
+    copy = _plain_copy(model)
+    inputs = _example(model, plain(image_size))
     batch = torch.export.Dim("batch", min=1, max=1 << 16)
     with torch.no_grad():
         return torch.export.export(
-            plain, (), inputs, dynamic_shapes={name: {0: batch} for name in inputs}
+            copy, (), inputs, dynamic_shapes={name: {0: batch} for name in inputs}
         )
 
 
@@ -130,10 +131,10 @@ def _quiet() -> Iterator[None]:
 def _plain_copy(model: UNet) -> UNet:
     """The network with the same weights, by PyTorch's own functions, in evaluation mode."""
     with torch.device("meta"):
-        plain = UNet(model.config)
-    plain.load_state_dict(model.state_dict(), assign=True)
-    plain.backend = "plain"
-    return plain.eval().requires_grad_(False)
+        copy = UNet(model.config)
+    copy.load_state_dict(model.state_dict(), assign=True)
+    copy.backend = "plain"
+    return copy.eval().requires_grad_(False)
 
 
 def _example(model: UNet, image_size: ImageSize | None) -> dict[str, Tensor]:

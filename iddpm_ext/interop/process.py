@@ -51,7 +51,7 @@ def diffusion_of(config: Mapping[str, Any]) -> Diffusion:
         return Diffusion(betas=torch.as_tensor(betas, dtype=torch.float64, device="cpu"), **common)
     if schedule in _COSINE:
         return Diffusion("cosine", steps, **common)
-    first, last = _ends(config, steps)
+    first, last = ends_of(config, steps)
     if schedule == "linear":
         own = Diffusion("linear", steps, **common) if steps >= 20 else None
         given = torch.linspace(first, last, steps, dtype=torch.float64, device="cpu")
@@ -99,7 +99,7 @@ def config_of(diffusion: Diffusion) -> dict[str, Any]:
         "rescale_timesteps": diffusion.rescale_timesteps,
         "rescale_betas_zero_snr": diffusion.zero_terminal_snr,
     }
-    if schedule in ("custom", "sigmoid"):
+    if schedule in ("custom", "sigmoid", "karras"):
         config["rescale_betas_zero_snr"] = False
         config.update(beta_schedule="linear", trained_betas=diffusion.betas.tolist())
     return config
@@ -127,7 +127,7 @@ def _edm(config: Mapping[str, Any]) -> Diffusion:
     )
 
 
-def _ends(config: Mapping[str, Any], steps: int) -> tuple[float, float]:
+def ends_of(config: Mapping[str, Any], steps: int) -> tuple[float, float]:
     """First and last beta; by default those of the linear schedule rescaled to T."""
     first, last = config.get("beta_start"), config.get("beta_end")
     if (first is None or last is None) and steps >= 20:

@@ -28,6 +28,7 @@ from iddpm_ext.networks.splice import Splice
 from iddpm_ext.networks.unet import UNet
 from iddpm_ext.sampling.request import network_spec
 from iddpm_ext.sampling.variance import with_variance
+from iddpm_ext.scalars import plain
 
 METHODS = ("bound", "full", "information", "ode")
 _FORMAT = 1
@@ -126,6 +127,7 @@ def make_likelihood_request(
 
     Raises ValueError, TypeError or RuntimeError as `nll` documents.
     """
+    budget, tolerance, limit, batch_size, seed = plain((budget, tolerance, limit, batch_size, seed))
     _check_method(who, method, tolerance, budget)
     number = isinstance(budget, (int, float)) and not isinstance(budget, bool)
     if budget is not None and not (number and budget >= 1 and budget < float("inf")):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from iddpm_ext.networks import plain
 from iddpm_ext.networks.config import NUM_GROUPS, JsonConfig, UNetConfig
 from iddpm_ext.networks.unet import GroupNormSiLU, encoder_of, time_embed_of, timestep_embedding
+from iddpm_ext.scalars import make_fields_plain
 from iddpm_ext.sizes import ImageSize
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ class ClassifierConfig(JsonConfig):
     pool: str = "attention"
 
     def __post_init__(self) -> None:
+        make_fields_plain(self)
         if self.pool not in POOLS:
             raise ValueError(
                 f"ClassifierConfig: pool must be one of {', '.join(POOLS)}, got {self.pool!r}"

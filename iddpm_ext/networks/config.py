@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, TypeVar
 
+from iddpm_ext.scalars import make_fields_plain
 from iddpm_ext.sizes import ImageSize, checked_size, height_and_width
 
 NUM_GROUPS = 32
@@ -86,6 +87,7 @@ class UNetConfig(JsonConfig):
     resblock_updown: bool = False
 
     def __post_init__(self) -> None:
+        make_fields_plain(self)
         object.__setattr__(self, "image_size", checked_size("UNetConfig", self.image_size))
         for name in _COUNTS:
             _require_count(name, getattr(self, name))

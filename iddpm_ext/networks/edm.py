@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from iddpm_ext.scalars import plain
+
 
 class EDMDenoiser(nn.Module):
     """F of D(x; sigma) = c_skip x + c_out F(c_in x; c_noise), from a D that is preconditioned by itself.
@@ -25,6 +27,7 @@ class EDMDenoiser(nn.Module):
 
     def __init__(self, denoiser: Callable[..., Tensor], sigma_data: float = 0.5) -> None:
         super().__init__()
+        sigma_data = plain(sigma_data)
         if not 0 < sigma_data < math.inf:
             raise ValueError(f"EDMDenoiser: sigma_data must be above 0, got {sigma_data}")
         self.denoiser, self.sigma_data = denoiser, sigma_data

@@ -32,6 +32,7 @@ from iddpm_ext.networks.unet import UNet
 from iddpm_ext.random import STREAM_CHOICE, NoiseKey, integers
 from iddpm_ext.sampling.inpainting import Known, known_images
 from iddpm_ext.sampling.variance import COMPUTED, FIXED, with_variance
+from iddpm_ext.scalars import plain
 
 SAMPLERS = (*ONE_STEP_SAMPLERS, *SOLVERS)
 _DEFAULT_N = 16
@@ -129,6 +130,8 @@ def make_request(
     Raises ValueError, TypeError or RuntimeError as `sample` documents.
     """
     check_flags(who, clip=clip, progress=progress)
+    n, eta, seed, batch_size = plain((n, eta, seed, batch_size))
+    strength, repaint = plain((strength, repaint))
     for name, function in (("cond_fn", cond_fn), ("denoised_fn", denoised_fn)):
         if function is not None and not callable(function):
             raise TypeError(f"{who}: {name} must be callable, got {type(function).__name__}")
@@ -225,6 +228,7 @@ def _check_sampler(who: str, sampler: str, eta: float, variance: str | None) -> 
 
 def checked_scale(spec: NetworkSpec, scale: float) -> float:
     """The scale of classifier-free guidance; ValueError for a network that it cannot guide."""
+    scale = plain(scale)
     if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
         raise ValueError(f"{spec.who}: guidance_scale must be a finite number, got {scale!r}")
     ours = describing(spec.model)

@@ -23,6 +23,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from iddpm_ext.files import write_whole
+from iddpm_ext.scalars import plain
 
 from .config import WIDEST_AVERAGE
 
@@ -139,6 +140,7 @@ def reconstruct_average(
     Raises:
         ValueError: sigma_rel is no width, or the run has stored nothing up to that step.
     """
+    sigma_rel, step = plain((sigma_rel, step))
     found, gamma = stored(Path(run)), exponent(sigma_rel)
     last = max((at for at, _, _ in found), default=0)
     step = last if step is None else step

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from iddpm_ext.scalars import make_fields_plain
 from iddpm_ext.sizes import checked_size
 
 _POSITIVE = (
@@ -120,7 +121,7 @@ class TrainConfig:
         sample_steps: sampling steps of a grid.
         sample_count: images of a grid.
         log_every: steps between records in metrics.jsonl.
-        tensorboard: log for TensorBoard too.
+        tensorboard: log for TensorBoard too, grids of samples among it.
         progress: show a progress bar.
         seed: of everything random.
         device: auto, cpu or cuda.
@@ -207,6 +208,7 @@ class TrainConfig:
     init_optimizer: str = ""
 
     def __post_init__(self) -> None:
+        make_fields_plain(self)
         for name in ("channel_mult", "attention_resolutions", "ema", "init_ema"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         whole = tuple(int(m) if m == int(m) else m for m in self.channel_mult)

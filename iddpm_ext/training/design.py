@@ -10,8 +10,8 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
-from iddpm_ext.checkpoint import bundled
-from iddpm_ext.checkpoint.read import parse_metadata, read_network
+from iddpm_ext.checkpoint import bundled, is_on_hub
+from iddpm_ext.checkpoint.read import COMPANION, parse_metadata, read_network
 from iddpm_ext.checkpoint.read_classifier import parse_classifier, read_classifier
 from iddpm_ext.checkpoint.runs import WEIGHTS
 from iddpm_ext.checkpoint.torch_file import is_torch_file
@@ -156,7 +156,8 @@ def design_of_file(
 
 def read_start(config: TrainConfig, name: str, image_shape: ImageShape, *, average: bool) -> Any:
     """(path, described, tensors) of a bundled name, file or folder that a run starts from."""
-    if name not in bundled() and not Path(name).exists():
+    known = (*bundled(), *COMPANION)
+    if name not in known and not is_on_hub(name) and not Path(name).exists():
         raise FileNotFoundError(f"train: init files must exist, got {name!r}")
     side = max(image_shape[1:])
     flags: dict[str, Any] = {"image_size": side, "attention_order": config.attention_order}

@@ -150,7 +150,7 @@ def _run(
         drawn = config.sample_every and not config.classifier
         if drawn and (done or state.step % config.sample_every == 0):
             with meter.paused():
-                _draw_samples(config, state, data, parallel, stop)
+                _draw_samples(config, state, data, parallel, stop, log)
         if stopping and not done:
             log.say(f"stopped by {stop.received or 'another process'}; saved {path}")
         if done or stopping:
@@ -171,13 +171,18 @@ class _Meter:
         # Start of the measured interval, moved on by pauses; and images by then.
         self._last = (self._started, state.images)
         self._drawn = 0.0
+        # When the first step was done, which also packs weights, starts threads and captures graphs.
+        self._warm: tuple[float, int] | None = None
         self._sum: Tensor | None = None
         self._count = 0
 
     def add(self, measures: Tensor) -> None:
         self._sum = measures if self._sum is None else self._sum + measures
         self._count += 1
-        self._state.seconds = self._seconds_before + time.monotonic() - self._started
+        now = time.monotonic()
+        self._state.seconds = self._seconds_before + now - self._started
+        if self._warm is None:
+            self._warm = (now, self._state.images)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -189,14 +194,19 @@ class _Meter:
         self._last = (self._last[0] + seconds, self._last[1])
 
     def glance(self) -> dict[str, float | int]:
-        """The numbers of a line: those of this process alone, without waiting for others."""
-        assert self._sum is not None
-        loss = summarise(self._config, self._sum / self._count, self._parallel.size)["loss"]
-        return {"step": self._state.step, "loss": loss, **self._pace(time.monotonic())}
+        """The numbers of a line: those of this process alone, without waiting for others.
 
-    def _pace(self, now: float) -> dict[str, float | int]:
-        """Images per second since the last record, and the remaining seconds at that pace."""
-        then, images = self._last
+        There is no pace after the first step of this process, which is far slower than later ones.
+        """
+        assert self._sum is not None and self._warm is not None
+        loss = summarise(self._config, self._sum / self._count, self._parallel.size)["loss"]
+        since = max(self._last, self._warm)
+        pace = self._pace(time.monotonic(), since) if self._state.images > since[1] else {}
+        return {"step": self._state.step, "loss": loss, **pace}
+
+    def _pace(self, now: float, since: tuple[float, int]) -> dict[str, float | int]:
+        """Images per second from `since`, (time, images), and the remaining seconds at that pace."""
+        then, images = since
         rate = (self._state.images - images) / max(now - then, 1e-9)
         left = (self._config.steps - self._state.step) * self._config.batch_size / rate
         training = max(now - self._started - self._drawn, 1e-9)
@@ -211,7 +221,7 @@ class _Meter:
         state, now = self._state, time.monotonic()
         mean = self._parallel.mean(self._sum / self._count)
         self._sum, self._count = None, 0
-        pace = self._pace(now)
+        pace = self._pace(now, self._last)
         self._last = (now, state.images)
         return {
             "step": state.step,
@@ -242,7 +252,12 @@ def _require_finite(state: TrainState, folder: Path) -> None:
 
 
 def _draw_samples(
-    config: TrainConfig, state: TrainState, data: ImageData, parallel: Parallel, stop: StopSignals
+    config: TrainConfig,
+    state: TrainState,
+    data: ImageData,
+    parallel: Parallel,
+    stop: StopSignals,
+    log: RunLog,
 ) -> None:
     """Writes a grid of samples of the averaged weights to out/samples, always from the same noise.
 
@@ -280,13 +295,14 @@ def _draw_samples(
         else:
             folder = Path(config.out) / "samples"
             folder.mkdir(exist_ok=True)
-            iddpm_ext.save_images(
+            path = iddpm_ext.save_images(
                 images,
                 folder / f"step-{state.step}.png",
                 recipe={"step": state.step, "seed": config.seed, "steps": config.sample_steps},
                 labels=labels,
                 class_names=state.class_names,
             )
+            log.picture("samples", path, state.step)
     parallel.barrier()
 
 
@@ -351,7 +367,8 @@ def _notes_on(data: ImageData, config: TrainConfig, state: TrainState) -> list[s
     if unused:
         notes.append(
             f"attention_resolutions names {', '.join(map(str, unused))}, but the features are "
-            f"{', '.join(map(str, sides))} wide: no attention there"
+            f"{', '.join(map(str, sides))} wide: no attention there (--attention-resolutions {sides[-1]} "
+            "for the smallest)"
         )
     if network.model_channels * network.channel_mult[0] == NUM_GROUPS and not config.classifier:
         notes.append(
