@@ -219,7 +219,7 @@ def test_torchrun_leaves_every_flag_of_ours_alone(tmp_path):
     for verb in ("sample", "train", "nll", "steps"):
         listed = subprocess.run(
             [sys.executable, "-m", "iddpm_ext", verb, "--help"], capture_output=True, text=True,
-            env={**os.environ, "COLUMNS": "200"},
+            env={**os.environ, "COLUMNS": "80"},  # wider, boxes of flags stand side by side
         ).stdout  # fmt: skip
         lines = re.findall(r"^│ (-(?!h).+)", listed, re.MULTILINE)
         assert len(lines) > 8 and any("--seed" in line for line in lines), verb
