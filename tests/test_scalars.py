@@ -411,6 +411,13 @@ def test_numpy_scalars_are_numbers(name, tmp_path):
     assert same(call(narrow_scalar, *more), expected)
 
 
+def test_facts_of_a_checkpoint_may_be_numpys(tmp_path):
+    facts = {"step": np.int64(7), "rates": [np.float32(0.5)], "done": np.bool_(True)}
+    checkpoint.save(model(), tmp_path / "x.safetensors", extra=facts)
+    again = iddpm_ext.load(tmp_path / "x.safetensors").extra
+    assert again == {"step": 7, "rates": [0.5], "done": True}
+
+
 def test_plain_goes_into_tuples_lists_and_dicts_and_leaves_arrays():
     array = np.arange(3)
     given = {"a": (np.int64(1), [np.float32(0.5)]), np.int8(2): np.bool_(True), "b": array}
