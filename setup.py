@@ -9,6 +9,7 @@ Environment:
                           that stay in the tree; wheels take tools/cuda_toolkit.py's list.
                           TORCH_CUDA_ARCH_LIST is followed where this is not set
     IDDPM_SANITIZE        "address,undefined": compile for these sanitizers
+    IDDPM_OBJECTS         folder of the object files; those of another build of the same tree are taken
     CXX, MAX_JOBS         the C++ compiler, "clang++" or "ccache g++"; how many run at once
 
 What was decided, and the reason for every fallback, is printed and kept in ``_C.build_info()``.
@@ -31,12 +32,16 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.compat.py310 import tomllib
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "tools"))
 
 from cuda_toolkit import CudaUnavailable, Toolkit, choose_archs, find_toolkit, gencode
+from index_readme import index_readme
 from objects import CompileError, Unit, compile_all, compile_one
+from source_state import source_state
 
+ROOT = Path(__file__).resolve().parent
 CSRC = Path("csrc")
 EMULATOR = Path("tests/cuda_emu")
 LAUNCHERS = ("ccache", "sccache", "distcc", "icecc")
@@ -172,6 +177,7 @@ class BuildKernels(build_ext):
             "openmp": {"built": not openmp_reason, "reason": openmp_reason},
             "cuda": asdict(cuda),
             "sanitize": os.environ.get("IDDPM_SANITIZE", ""),
+            "source": asdict(source_state(ROOT)),
         }
         emulated = cuda.built and not toolkit
         units = [self.bindings_unit(cuda.built, emulated), self.record_unit(record)]
@@ -202,6 +208,10 @@ class BuildKernels(build_ext):
 
     def object_cache(self) -> Path:
         """build/ of the source tree, or the build's temporary folder where that is read-only."""
+        if "IDDPM_OBJECTS" in os.environ:
+            cache = Path(os.environ["IDDPM_OBJECTS"]).resolve()
+            cache.mkdir(parents=True, exist_ok=True)
+            return cache
         name = f"iddpm-objects-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
         for folder in (Path("build"), Path(self.build_temp)):
             try:
@@ -372,4 +382,15 @@ def extensions() -> list[Extension]:
     return [Extension("iddpm_ext._C", sources=[str(s) for s in sorted(CSRC.rglob("*.cpp"))])]
 
 
-setup(ext_modules=extensions(), cmdclass={"build_ext": BuildKernels})
+def description() -> str:
+    """README.md for an index, its links led to `project.urls` Source of pyproject.toml, if that is there."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    return index_readme((ROOT / "README.md").read_text(), project.get("urls", {}).get("Source"))
+
+
+setup(
+    ext_modules=extensions(),
+    cmdclass={"build_ext": BuildKernels},
+    long_description=description(),
+    long_description_content_type="text/markdown",
+)

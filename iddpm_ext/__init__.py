@@ -13,6 +13,7 @@ _LAZY: dict[str, str] = {
     "Classifier": "iddpm_ext.networks.classifier",
     "ClassifierConfig": "iddpm_ext.networks.classifier",
     "Diffusion": "iddpm_ext.diffusion",
+    "EDMDenoiser": "iddpm_ext.networks.edm",
     "IDDPMPipeline": "iddpm_ext.interop.pipeline",
     "IDDPMScheduler": "iddpm_ext.interop.scheduler",
     "IDDPMUNet2DModel": "iddpm_ext.interop.unet2d",
@@ -79,6 +80,7 @@ if TYPE_CHECKING:
     from iddpm_ext.networks.classifier import Classifier as Classifier
     from iddpm_ext.networks.classifier import ClassifierConfig as ClassifierConfig
     from iddpm_ext.networks.config import UNetConfig as UNetConfig
+    from iddpm_ext.networks.edm import EDMDenoiser as EDMDenoiser
     from iddpm_ext.networks.splice import Splice as Splice
     from iddpm_ext.networks.unet import UNet as UNet
     from iddpm_ext.sampling import classifier_gradient as classifier_gradient

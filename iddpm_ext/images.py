@@ -23,6 +23,7 @@ from torch import Tensor
 
 import iddpm_ext
 from iddpm_ext.files import replacing, temporary_name
+from iddpm_ext.scalars import plain
 
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 _ANIMATIONS = (".webp", ".gif")
@@ -65,6 +66,7 @@ def save_images(
         TypeError, ValueError: for an argument of a wrong type, shape or value.
         OSError: if the path cannot be written.
     """
+    recipe, columns, scale = plain((recipe, columns, scale))
     target = check_writable(path)
     levels = _levels("save_images", "x", x)
     numbers = _checked_labels(labels, len(levels), class_names)
@@ -121,6 +123,7 @@ def save_animation(
     Raises:
         TypeError, ValueError, OSError: as `save_images`.
     """
+    recipe, columns, scale, frame_ms, last_ms = plain((recipe, columns, scale, frame_ms, last_ms))
     target = check_writable(path, suffixes=_ANIMATIONS)
     for name, value in (
         ("columns", columns), ("scale", scale), ("frame_ms", frame_ms), ("last_ms", last_ms),

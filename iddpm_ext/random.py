@@ -21,6 +21,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from iddpm_ext.scalars import make_fields_plain, plain
+
 STREAM_INITIAL = 0
 STREAM_REVERSE = 1
 STREAM_FORWARD = 2
@@ -51,6 +53,7 @@ class NoiseKey:
     draw: int = 0
 
     def __post_init__(self) -> None:
+        make_fields_plain(self)
         if not isinstance(self.seed, int) or not 0 <= self.seed < 1 << 64:
             raise ValueError(f"NoiseKey: seed must be an int from 0 to 2^64 - 1, got {self.seed!r}")
         if not isinstance(self.stream, int) or not 0 <= self.stream < 16:
@@ -157,6 +160,7 @@ def integers(
 
     ``high`` is from 1 to 2^31; no value is more likely than another by more than high / 2^32.
     """
+    high = plain(high)
     if isinstance(high, bool) or not isinstance(high, int) or not 1 <= high <= 1 << 31:
         raise ValueError(f"integers: high must be an int from 1 to 2^31, got {high!r}")
     return words(key, shape, device) * high >> 32

@@ -248,7 +248,7 @@ def test_pickle_is_refused_and_never_run(tmp_path):
 
 def test_wrong_arguments_of_load_are_refused(tmp_path):
     with pytest.raises(
-        FileNotFoundError, match=r"existing file or folder, or a bundled model .*'no-such'"
+        FileNotFoundError, match=r"existing file or folder, a bundled model .*'no-such'"
     ):
         load("no-such")
     with pytest.raises(ValueError, match=r"must be a file, the folder of a run .* got the folder"):

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import importlib
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -144,6 +148,38 @@ def test_help_lists_every_verb_and_every_flag(capsys):
     assert run("--version") == 0 and iddpm_ext.__version__ in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("verb", cli.verbs())
+def test_every_help_has_an_example_that_is_a_right_call(verb, capsys):
+    from iddpm_ext.cli._flags import parse_and_call
+
+    module = importlib.import_module(f"iddpm_ext.cli.{verb}")
+    assert run(verb, "--help") == 0
+    example = re.search(r"Example: (.*)", module.__doc__ or "")
+    assert example is not None and f"Example: {example[1][:30]}" in capsys.readouterr().out
+    words = shlex.split(example[1].removeprefix('eval "$(').removesuffix(')"'))
+    assert words[:2] == ["iddpm", verb]
+    called: list[object] = []
+
+    @functools.wraps(module.run)
+    def nothing(*_: Any, **given: Any) -> None:
+        called.append(given)
+
+    parse_and_call(nothing, words[2:], prog="iddpm", description="")
+    assert called
+
+
+def test_the_help_of_train_is_in_groups_and_every_setting_is_in_one(capsys):
+    from iddpm_ext.training import TrainConfig
+
+    assert run("train", "--help") == 0
+    shown = capsys.readouterr().out
+    groups = re.findall(r"(\w+) options\b", shown)
+    assert groups == ["run", "image", "task", "network", "process", "loss", "optimiser", "speed",
+                      "output", "start"]  # fmt: skip
+    for field in dataclasses.fields(TrainConfig):
+        assert f" --{field.name.replace('_', '-')}" in shown
+
+
 def test_tuples_are_read_as_comma_separated_words():
     from iddpm_ext.cli._flags import parse_and_call
 
@@ -183,7 +219,7 @@ def test_torchrun_leaves_every_flag_of_ours_alone(tmp_path):
     for verb in ("sample", "train", "nll", "steps"):
         listed = subprocess.run(
             [sys.executable, "-m", "iddpm_ext", verb, "--help"], capture_output=True, text=True,
-            env={**os.environ, "COLUMNS": "200"},
+            env={**os.environ, "COLUMNS": "80"},  # wider, boxes of flags stand side by side
         ).stdout  # fmt: skip
         lines = re.findall(r"^│ (-(?!h).+)", listed, re.MULTILINE)
         assert len(lines) > 8 and any("--seed" in line for line in lines), verb

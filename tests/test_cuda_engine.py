@@ -192,6 +192,23 @@ def test_steps_that_are_looked_at_are_those_of_the_graph(gpu):
     assert gpu.counts[0] == 2  # the chain's, and the network's own
 
 
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "unipc"])
+def test_given_images_and_edits_by_a_callback_are_those_of_the_module(gpu, sampler):
+    model = network(gpu)
+    g = torch.Generator().manual_seed(0)
+    x_0 = (torch.rand(3, 3, 8, 8, generator=g) * 2 - 1).to(gpu.device)
+    mask = (torch.arange(8, device=gpu.device) > 3).float()
+    edit = {"callback": lambda step: step.x.mul_(0.5) if step.t == 2 else None}
+    repaint = {"repaint": 2} if sampler != "unipc" else {}
+    for options in ({"mask": mask, **repaint}, {"strength": 0.5}, {"mask": mask, "strength": 0.5}):
+        options = {"x_0": x_0, "sampler": sampler, **options}
+        assert_images_agree(sample(model, **DRAW, **options), plain(model, **options))
+    options = {"sampler": sampler, **edit}
+    edited = sample(model, **DRAW, **options)
+    assert_images_agree(edited, plain(model, **options))
+    assert (edited - sample(model, **DRAW, sampler=sampler)).abs().max() > 1e-3
+
+
 @pytest.mark.parametrize("change", ["written", "data written", "replaced"])
 def test_changed_weights_reach_the_graph_without_a_capture(gpu, change):
     model = network(gpu)

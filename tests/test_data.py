@@ -195,7 +195,7 @@ def _original_resize(image: Image.Image, size: int) -> np.ndarray:
 @pytest.mark.parametrize("height, width", [(70, 33), (16, 16), (9, 40), (5, 7), (128, 64)])
 def test_resize_and_crop_are_the_originals(height, width):
     image = Image.fromarray(_noise(3, height, width, 3))
-    assert np.array_equal(np.asarray(fit(image, 16)), _original_resize(image, 16))
+    assert np.array_equal(np.asarray(fit(image, (16, 16))), _original_resize(image, 16))
 
 
 def test_arrays_are_resized_like_files():
@@ -204,7 +204,7 @@ def test_arrays_are_resized_like_files():
     )  # in the middle, so that nothing is cut off between the passes
     data = ArrayData(image[None], image_size=16)
     got = data.images(torch.tensor([0]))[0][0, 0].numpy()
-    expected = to_array(Image.fromarray(image), 1, 16)[..., 0]
+    expected = to_array(Image.fromarray(image), 1, (16, 16))[..., 0]
     assert data.image_shape == (1, 16, 16)
     # Pillow resizes rows, then columns, and rounds 8-bit images to whole levels after each; floating ones it
     # does not. The second pass weighs the half level of the first with the sum of its weights' sizes.
@@ -252,7 +252,7 @@ def test_every_mode_becomes_the_asked_channels(mode):
     image = Image.new("L", (4, 4), 128).convert(mode)
     reading = Reading((0, 255)) if mode == "F" else None
     for channels in (1, 3):
-        array = to_array(image, channels, 2, reading)
+        array = to_array(image, channels, (2, 2), reading)
         assert array.shape == (2, 2, channels) and array.dtype == np.float32
         assert array.min() >= -1 and array.max() <= 1
 

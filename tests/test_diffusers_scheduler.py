@@ -107,7 +107,8 @@ def test_the_solver_starts_anew_after_a_jump():
     assert torch.equal(first.step(out, t, x).prev_sample, second.step(out, t, x).prev_sample)
 
 
-def test_saved_pipelines_are_read_back_in_a_process_that_imports_only_iddpm_ext(tmp_path):
+def test_saved_pipelines_are_read_back_in_a_process_of_their_own(tmp_path):
+    """By diffusers alone with the folder's pipeline.py, and by name after `import iddpm_ext`."""
     pipe = diffusers.DDPMPipeline(
         to_diffusers(small_network()), IDDPMScheduler(sampler="ddim", eta=0.5)
     )
@@ -116,7 +117,11 @@ def test_saved_pipelines_are_read_back_in_a_process_that_imports_only_iddpm_ext(
     conditional = small_network(type(config)(**{**config.to_dict(), "num_classes": 4}))
     IDDPMPipeline(to_diffusers(conditional), IDDPMScheduler()).save_pretrained(tmp_path / "ours")
     code = (
-        "import iddpm_ext, diffusers, torch\n"
+        "import diffusers, sys\n"
+        f"c = diffusers.DiffusionPipeline.from_pretrained({str(tmp_path / 'ours')!r}, "
+        "custom_pipeline='pipeline', trust_remote_code=True)\n"
+        "print(type(c).__name__, type(c.unet).__name__)\n"
+        "import iddpm_ext\n"
         f"a = diffusers.DDPMPipeline.from_pretrained({str(tmp_path / 'stock')!r})\n"
         "print(type(a.scheduler).__name__, a.scheduler.config.sampler, a.scheduler.config.eta)\n"
         f"b = iddpm_ext.IDDPMPipeline.from_pretrained({str(tmp_path / 'ours')!r})\n"
@@ -125,12 +130,13 @@ def test_saved_pipelines_are_read_back_in_a_process_that_imports_only_iddpm_ext(
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     lines = result.stdout.splitlines()
-    assert lines[:2] == [
+    assert lines[:3] == [
+        "IDDPMPipeline IDDPMUNet2DModel",
         "IDDPMScheduler ddim 0.5",
         "IDDPMUNet2DModel Diffusion(cosine, 4000 steps, learned_range, epsilon) 4",
     ], result.stderr[-2000:]
     total = sum(float(p.double().sum()) for p in conditional.parameters())
-    assert float(lines[2]) == pytest.approx(total, rel=1e-9)
+    assert float(lines[3]) == pytest.approx(total, rel=1e-9)
 
 
 def test_the_default_is_the_papers_process_and_steps():

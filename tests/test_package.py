@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ PACKAGE = Path(iddpm_ext.__file__).parent
 # Layers of parts, the lowest first. A part may import its own layer and lower ones.
 FLOORS = [
     {"_C"},
-    {"_native", "random", "files", "text", "process_group"},
+    {"_native", "random", "files", "sizes", "text", "process_group", "scalars"},
     {"images", "data", "metrics", "ops"},
     {"diffusion"},
     {"networks"},
@@ -32,7 +33,7 @@ FLOORS = [
 ]
 FLOOR = {part: number for number, parts in enumerate(FLOORS) for part in parts}
 _TYPE_ONLY = ("TYPE_CHECKING", "typing.TYPE_CHECKING")
-OPTIONAL = "matplotlib tyro diffusers tensorboard datasets webdataset torch_fidelity torchvision"
+OPTIONAL = "matplotlib tyro diffusers tensorboard datasets lmdb torch_fidelity torchvision"
 
 
 def sources() -> Iterator[tuple[str, Path]]:
@@ -250,5 +251,65 @@ def test_hints_name_what_an_index_has():
 def test_every_place_says_the_same_version():
     cited = (PACKAGE.parent / "CITATION.cff").read_text()
     assert f"\nversion: {iddpm_ext.__version__}\n" in cited
+    models = (PACKAGE.parent / "models" / "pyproject.toml").read_text()
+    assert f'\nversion = "{iddpm_ext.__version__}"\n' in models
     newest = (PACKAGE.parent / "CHANGELOG.md").read_text().split("\n## ")[1]
     assert newest.startswith(iddpm_ext.__version__)
+
+
+def test_every_place_says_the_same_of_authors_licence_and_purpose():
+    """pyproject.toml is the one that is edited."""
+    root = PACKAGE.parent
+    project, models = ((root / name / "pyproject.toml").read_text() for name in ("", "models"))
+    author = re.search(r'authors = \[\{ name = "(.*)" \}\]', project)
+    about = re.search(r'^description = "(.*)"$', project, re.MULTILINE)
+    assert author is not None and about is not None
+    cited = (root / "CITATION.cff").read_text()
+    assert f"\n  - name: {author[1]}\n" in cited and f"\nabstract: {about[1]}\n" in cited
+    assert f"\nsite_description: {about[1]}\n" in (root / "mkdocs.yml").read_text()
+    assert f'"{author[1]}"' in models
+    assert "\nlicense: MIT\n" in cited
+    assert all('\nlicense = "MIT"\n' in text for text in (project, models))
+
+
+def test_a_model_that_is_not_installed_says_what_to_install(monkeypatch, tmp_path):
+    from iddpm_ext.checkpoint import read
+
+    (tmp_path / "iddpm_ext" / "weights").mkdir(parents=True)
+    monkeypatch.setattr(read, "WEIGHTS", tmp_path / "iddpm_ext" / "weights")
+    with pytest.raises(FileNotFoundError, match=r"iddpm-ext-models.*pip install \./models"):
+        iddpm_ext.load("cifar10-small")
+
+
+def test_a_build_records_the_commit_of_its_own_repository_alone(tmp_path):
+    from source_state import source_state
+
+    def git(*words: str) -> str:
+        command = ["git", "-c", "user.name=x", "-c", "user.email=x@x", "-C", str(tmp_path), *words]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    assert source_state(tmp_path).commit == "" and source_state(tmp_path).reason
+    git("init", "-q")
+    (tmp_path / "file").write_text("1")
+    git("add", "file")
+    git("commit", "-qm", "x")
+    found = source_state(tmp_path)
+    assert (found.commit, found.changed, found.reason) == (git("rev-parse", "HEAD"), False, "")
+    (tmp_path / "new").write_text("not tracked")
+    assert not source_state(tmp_path).changed
+    (tmp_path / "file").write_text("2")
+    assert source_state(tmp_path).changed
+    (tmp_path / "unpacked").mkdir()
+    assert source_state(tmp_path / "unpacked").commit == ""
+
+
+def test_the_description_for_an_index_has_no_relative_link():
+    from index_readme import index_readme
+
+    text = "![a](x/y.png) [b](docs/c.md), [d](https://e.org/f) and [g](#h)"
+    assert index_readme(text, None) == " b, [d](https://e.org/f) and [g](#h)"
+    assert index_readme(text, "https://h/p/") == (
+        "![a](https://h/p/x/y.png) [b](https://h/p/docs/c.md), [d](https://e.org/f) and [g](#h)"
+    )
+    readme = index_readme((PACKAGE.parent / "README.md").read_text(), None)
+    assert re.findall(r"\]\((?!https?:|#)", readme) == []

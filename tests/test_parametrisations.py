@@ -256,6 +256,7 @@ def test_processes_survive_diffusers_and_json():
     for process in (
         *(process_of(name) for name in PROCESSES),
         process_of("cosine, pure noise", prediction="x_0", variance="fixed_small"),
+        Diffusion("karras", T),
     ):
         there = diffusion_of(config_of(process))
         torch.testing.assert_close(there.alphas_cumprod, process.alphas_cumprod, rtol=1e-12, atol=0)

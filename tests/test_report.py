@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import iddpm_ext
 from iddpm_ext import Diffusion, UNet, UNetConfig
@@ -24,7 +25,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
 from iddpm_ext.report import parts, write_report
 from iddpm_ext.report.elements import Missing, Table
-from iddpm_ext.report.parts import advice, drawing
+from iddpm_ext.report.parts import advice, bits, drawing
 
 NAMES = ["bag", "<b>boot</b>", "coat"]
 SECTIONS = ["samples", "chain", "nearest", "likelihood", "cost", "training", "configuration"]
@@ -193,6 +194,37 @@ def test_the_advice_is_the_cheapest_that_is_not_told_apart_from_the_best():
     assert advice.advised([advice.Cost("ddim", 1, 1.0)]) is None
 
 
+def test_it_says_whether_to_train_on(page, tmp_path):
+    text = Seen(page.read_text()).text
+    assert "The loss still falls (first quarter of t, second, third, last): train on." in text
+    run = tmp_path / "run"
+    write_run(run)
+    (run / "config.json").write_text("{}")
+    subject = _subject(run=run)
+    assert [e.text for e in parts.training(subject).elements if hasattr(e, "text")][-1] == (
+        f"iddpm train --config-file {run}/config.json --steps 60"
+    )
+    flat = [{"step": s, "loss_q0": 1 + 0.01 * (s % 2), "loss": 1.0} for s in range(1, 31)]
+    (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, flat)))
+    assert "levelled off" in parts.training(subject).facts["what next"]
+
+
+def test_a_folder_without_splits_has_no_test_images(tmp_path):
+    """Both splits read all of it: to call these test images would hide that they were trained on."""
+    write_data(tmp_path / "data.npz")
+    with np.load(tmp_path / "data.npz") as arrays:
+        for i, image in enumerate(arrays["arr_0"]):
+            (tmp_path / "images").mkdir(exist_ok=True)
+            Image.fromarray(image[:, :, 0]).save(tmp_path / "images" / f"{i}.png")
+    assert bits.held_out(_subject(str(tmp_path / "images")))[0] == "train"
+    for split in ("train", "test"):
+        for path in sorted((tmp_path / "images").glob("*.png"))[:: 1 + (split == "test")]:
+            target = tmp_path / "split" / split / path.name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, target)
+    assert bits.held_out(_subject(str(tmp_path / "split")))[0] == "test"
+
+
 def test_images_of_another_shape_are_said_to_be(tmp_path):
     np.savez(tmp_path / "x.npz", np.zeros((4, 8, 8, 3), np.uint8))
     with pytest.raises(
@@ -201,11 +233,11 @@ def test_images_of_another_shape_are_said_to_be(tmp_path):
         _subject(str(tmp_path / "x.npz")).open("train")
 
 
-def _subject(data: str | None = None) -> Any:
+def _subject(data: str | None = None, run: Path | None = None) -> Any:
     from iddpm_ext.report.subject import QUICK, DataArguments, Subject
 
     cpu = torch.device("cpu")
-    return Subject("m", network(), None, DataArguments(data), QUICK, 0, cpu)
+    return Subject("m", network(), run, DataArguments(data), QUICK, 0, cpu)
 
 
 @pytest.fixture(scope="module")

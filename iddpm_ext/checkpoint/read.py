@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from iddpm_ext.diffusion import Diffusion
 from iddpm_ext.networks.config import UNetConfig
 from iddpm_ext.networks.unet import UNet
 
+from . import hub
 from .flags import Flags
 from .openai import Described, describe
 from .runs import is_run, weights_of_run
@@ -24,11 +26,24 @@ from .write import FORMAT_VERSION
 
 WEIGHTS = Path(__file__).parent.parent / "weights"
 _OF_DIFFUSERS = ("model_index.json", "config.json")
+_FOLDERS = (*_OF_DIFFUSERS, hub.WEIGHTS)
+# What the package iddpm-ext-models has, whose source is the folder models beside this package.
+COMPANION = ("cifar10-small",)
+_COMPANION_PACKAGE = "iddpm_ext_models"
 
 
 def bundled() -> list[str]:
-    """Names of the models inside the package, sorted."""
-    return sorted(path.stem for path in WEIGHTS.glob("*.safetensors"))
+    """Names of the models inside the package, and inside iddpm-ext-models where that is there, sorted."""
+    return sorted(_bundled_files())
+
+
+def _bundled_files() -> dict[str, Path]:
+    """Name -> file of every model that comes with the installation or lies in the source tree."""
+    folders = [WEIGHTS.parent.parent / "models" / _COMPANION_PACKAGE, WEIGHTS]
+    installed = importlib.util.find_spec(_COMPANION_PACKAGE)
+    if installed is not None:
+        folders += map(Path, installed.submodule_search_locations or ())
+    return {path.stem: path for folder in folders for path in folder.glob("*.safetensors")}
 
 
 def load(
@@ -49,9 +64,10 @@ def load(
     {"model": ..., "ema": ...} and the like.
 
     name_or_path: a bundled model's name, a file that `save` wrote, an OpenAI .pt, the folder of a run of
-        `iddpm train` (the first average of its newest valid checkpoint), or a folder of diffusers. A
-        bundled name has priority over a file of that name; "./name" is always a file. The kind of file is
-        recognised by its content, not by its suffix.
+        `iddpm train` (the first average of its newest valid checkpoint), a folder of `save_pretrained` or
+        of diffusers, or "hf://org/name" and "hf://org/name@revision" on the Hugging Face hub. A bundled name
+        has priority over a file of that name; "./name" is always a file. The kind of file is recognised by
+        its content, not by its suffix.
     device: of the weights. dtype: of the weights in memory, floating (None: float32).
     flags: for an OpenAI file, names and values or a command line, {"num_heads": 4} or
         "--num_heads 4", with the original's names (image_size, noise_schedule, diffusion_steps, ...) or
@@ -98,9 +114,12 @@ def read_network(
     """
     path = _locate(name_or_path)
     if path.is_dir():
-        if not is_run(path):
+        if is_run(path):
+            path = weights_of_run(path, average=average)
+        elif (path / hub.WEIGHTS).is_file():
+            path = path / hub.WEIGHTS
+        else:
             return _read_folder(path, flags, part)
-        path = weights_of_run(path, average=average)
     metadata, tensors = read_file(path, part, average=average)
     if "unet" not in metadata and (flags is not None or is_torch_file(path)):
         shapes = {name: tuple(value.shape) for name, value in tensors.items()}
@@ -114,29 +133,38 @@ def _locate(name_or_path: str | os.PathLike[str]) -> Path:
     if not isinstance(name_or_path, (str, os.PathLike)):
         kind = type(name_or_path).__name__
         raise TypeError(f"load: name_or_path must be a string or a path, got {kind}")
-    if name_or_path in bundled():
-        return WEIGHTS / f"{name_or_path}.safetensors"
+    files = _bundled_files()
+    if isinstance(name_or_path, str) and name_or_path in files:
+        return files[name_or_path]
+    if hub.is_on_hub(name_or_path):
+        return hub.fetch(*hub.HubName.parse(str(name_or_path)))
     path = Path(name_or_path)
-    if not path.exists():
-        names = ", ".join(bundled()) or "none in this installation"
+    if not path.exists() and name_or_path in COMPANION:
         raise FileNotFoundError(
-            f"load: name_or_path must be an existing file or folder, or a bundled model ({names}), "
-            f"got {str(name_or_path)!r}"
+            f"load: {name_or_path} must be installed: it is in the package iddpm-ext-models, the folder "
+            "models of iddpm_ext's source tree (pip install ./models)"
+        )
+    if not path.exists():
+        names = ", ".join(files) or "none in this installation"
+        raise FileNotFoundError(
+            f"load: name_or_path must be an existing file or folder, a bundled model ({names}) or "
+            f"{hub.SCHEME}org/name on the Hugging Face hub, got {str(name_or_path)!r}"
         )
     return path
 
 
 def is_model_folder(folder: Path) -> bool:
-    """Whether `load` takes this folder: of a run, or of diffusers."""
-    return is_run(folder) or any((folder / name).is_file() for name in _OF_DIFFUSERS)
+    """Whether `load` takes this folder: of a run, of `save_pretrained` or of diffusers."""
+    return is_run(folder) or any((folder / name).is_file() for name in _FOLDERS)
 
 
 def _read_folder(folder: Path, flags: Flags | None, part: str | None) -> Read:
     """The network of a folder of diffusers."""
     if not is_model_folder(folder):
         raise ValueError(
-            "load: name_or_path must be a file, the folder of a run (with ckpt in it) or a folder of "
-            f"diffusers (with model_index.json or config.json), got the folder {str(folder)!r}"
+            "load: name_or_path must be a file, the folder of a run (with ckpt in it), of save_pretrained "
+            f"(with {hub.WEIGHTS}) or of diffusers (with model_index.json or config.json), got the folder "
+            f"{str(folder)!r}"
         )
     for name, given in (("flags", flags), ("part", part)):
         if given is not None:

@@ -18,6 +18,7 @@ from iddpm_ext.files import write_whole
 from iddpm_ext.networks.classifier import Classifier
 from iddpm_ext.networks.foreign import unwrapped
 from iddpm_ext.networks.unet import UNet
+from iddpm_ext.scalars import plain
 
 FORMAT_VERSION = 1
 STORED_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -96,6 +97,7 @@ def _require_loadable(model: UNet | Classifier) -> None:
 def metadata_of(model: UNet | Classifier, extra: Mapping[str, Any] | None = None) -> dict[str, str]:
     """The metadata of a network's checkpoint, each value JSON text. extra: None for `model.extra`."""
     extra = model.extra if extra is None else extra
+    extra = plain(extra)
     if not isinstance(extra, Mapping):
         raise TypeError(f"save: extra must be a mapping, got {type(extra).__name__}")
     kind = "unet" if isinstance(model, UNet) else "classifier"

@@ -31,6 +31,7 @@ _ORDER = (
     "steps",
     "covariance",
     "convert",
+    "average",
     "plot",
     "data",
     "tune",

@@ -31,7 +31,19 @@ def _versions() -> Iterator[tuple[str, str]]:
     yield "iddpm_ext", f"{iddpm_ext.__version__} in {Path(iddpm_ext.__file__).parent}"
     yield "python", f"{sys.version.split()[0]} on {platform.system()} {platform.machine()}"
     yield "torch", f"{torch.__version__} (CUDA {torch.version.cuda or 'not in this build'})"
+    yield "source", _source()
     yield "packages", ", ".join(f"{name} {_version(name)}" for name in _PACKAGES)
+
+
+def _source() -> str:
+    """The commit that the compiled module was built from."""
+    if _native.cpu_absence() is not None:
+        return "not recorded: there is no compiled module"
+    source = _native.native().build_info().get("source", {})
+    if not source.get("commit"):
+        return f"not recorded: {source.get('reason') or 'built before builds recorded it'}"
+    changed = ", with changes" if source["changed"] else ""
+    return f"commit {source['commit']}{changed}"
 
 
 def _version(package: str) -> str:

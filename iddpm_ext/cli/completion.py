@@ -1,4 +1,7 @@
-"""Print a script that makes a shell complete verbs and flags."""
+"""Print a script that makes a shell complete verbs and flags.
+
+Example: eval "$(iddpm completion bash)"
+"""
 
 from __future__ import annotations
 

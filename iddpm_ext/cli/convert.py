@@ -1,4 +1,7 @@
-"""Convert a checkpoint between this package's format, OpenAI's, diffusers' and ONNX."""
+"""Convert a checkpoint between this package's format, OpenAI's, diffusers' and ONNX.
+
+Example: iddpm convert fashion-mnist garments/ --verify
+"""
 
 from __future__ import annotations
 
@@ -22,8 +25,8 @@ def run(
     """Converts and writes; the target appears when it is complete.
 
     Args:
-        source: a bundled name, a file or run folder of this package, an OpenAI .pt, or a folder of
-            diffusers.
+        source: a bundled name, a file or run folder of this package, an OpenAI .pt, a folder of diffusers,
+            or hf://org/name.
         target: a .safetensors or .onnx file, or a new folder for diffusers' from_pretrained.
         verify: read the target back and print the largest difference of its outputs.
         flags: for an OpenAI .pt, those that do not follow from its tensors: "noise_schedule=cosine ...".

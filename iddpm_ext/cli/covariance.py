@@ -1,4 +1,7 @@
-"""Train a head that predicts the variance of every pixel, and store it in the checkpoint."""
+"""Train a head that predicts the variance of every pixel, and store it in the checkpoint.
+
+Example: iddpm covariance runs/mine --data DIR --out with-head.safetensors
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ def run(
     Minutes on a CPU for the bundled models: 16 evaluations an update, and 4096 more.
 
     Args:
-        checkpoint: a bundled name, one of our .safetensors files or an OpenAI .pt.
+        checkpoint: a bundled name, a file, a run's folder, or hf://org/name.
         data: a folder, zip or array of images, of training best; classes are taken by their names.
         classes: where they come from: auto, folders, names, file (dataset.json), ids, none or a column.
         value_range: the values of black and white, 0,1 or 0,4095 or =-1,1, where their type does not tell.

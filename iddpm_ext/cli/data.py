@@ -1,4 +1,7 @@
-"""Look at data before training: `iddpm data check PATH`."""
+"""Look at data before training: `iddpm data check PATH`.
+
+Example: iddpm data check DIR
+"""
 
 from __future__ import annotations
 

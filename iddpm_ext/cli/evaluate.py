@@ -1,4 +1,7 @@
-"""Compare samples with a reference: FID, KID, Inception Score, precision and recall."""
+"""Compare samples with a reference: FID, KID, Inception Score, precision and recall.
+
+Example: iddpm evaluate fashion-mnist --reference DIR --extractor efficientnet-lite0 -n 2000
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ def run(
     n: MaybeCount = None,
     reference_n: int | None = None,
     split: Literal["train", "test", "all"] = "train",
-    image_size: int | None = None,
+    image_size: int | tuple[int, ...] | None = None,
     classes: str = "auto",
     value_range: tuple[float, ...] | None = None,
     alpha: Literal["refuse", "drop", "black", "white"] = "refuse",
@@ -46,8 +49,8 @@ def run(
         n: how many samples; by default all, or 10000 of a checkpoint.
         reference_n: how many reference images; by default all.
         split: train or test, for data that has both.
-        image_size: side that images of files are resized and cropped to, as in training; by default that of
-            the checkpoint, if there is one.
+        image_size: side, or height,width, that images of files are resized and cropped to, as in training;
+            by default that of the checkpoint, if there is one.
         classes: source of the classes: auto, folders, names, file (dataset.json), ids, none or a column.
             A checkpoint draws those of its classes that occur in the reference.
         value_range: the values of black and white, 0,1 or 0,4095 or =-1,1, if the type does not imply them.

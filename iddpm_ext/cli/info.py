@@ -1,4 +1,7 @@
-"""Say what was built, which backend each op takes and why, and what a checkpoint holds."""
+"""Say what was built, which backend each op takes and why, and what a checkpoint holds.
+
+Example: iddpm info fashion-mnist
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Bits per dimension of images, with confidence intervals, and the terms of every step."""
+"""Bits per dimension of images, with confidence intervals, and the terms of every step.
+
+Example: iddpm nll fashion-mnist --data DIR -n 100 --budget 64
+"""
 
 from __future__ import annotations
 
@@ -43,7 +46,7 @@ def run(
     images among them; the first one writes.
 
     Args:
-        checkpoint: a bundled name, one of this package's .safetensors files or an OpenAI .pt.
+        checkpoint: a bundled name, a file, a run's folder, or hf://org/name.
         data: a folder, zip or array of images, as for training; classes are taken by their names.
         classes: source of the classes: auto, folders, names, file (dataset.json), ids, none or a column.
         value_range: the values of black and white, 0,1 or 0,4095 or =-1,1, if the type does not imply them.

@@ -1,4 +1,7 @@
-"""Write one HTML page about a model, or about several side by side."""
+"""Write one HTML page about a model, or about several side by side.
+
+Example: iddpm report runs/mine --quick --out report.html
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ def run(
     steps, the losses of a run, the configuration, and the command that reproduces each of them.
 
     Args:
-        checkpoints: bundled names, files or folders of runs; several are shown side by side.
+        checkpoints: bundled names, files, folders of runs or hf://org/name; several are shown side by side.
         data: images like those it was trained on; by default those of the run, if they still exist.
         out: the .html file.
         quick: measure less: a minute for a small model.

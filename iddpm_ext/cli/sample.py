@@ -1,4 +1,7 @@
-"""Draw images from a checkpoint into a grid, a folder, an array or an animation."""
+"""Draw images from a checkpoint into a grid, a folder, an array or an animation.
+
+Example: iddpm sample fashion-mnist --labels all -n 20 --out garments.png
+"""
 
 from __future__ import annotations
 
@@ -23,6 +26,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from iddpm_ext.networks.config import UNetConfig
+
 
 def run(
     checkpoint: Annotated[str, tyro.conf.Positional] = "fashion-mnist",
@@ -40,6 +45,10 @@ def run(
     seed: int | Literal["random"] = 0,
     out: Path = Path("samples.png"),
     animate: Path | None = None,
+    image: Path | None = None,
+    mask: Path | None = None,
+    strength: float = 1.0,
+    repaint: int = 1,
     low_res: Path | None = None,
     upsampler: str | None = None,
     upsampler_steps: str | None = None,
@@ -59,7 +68,7 @@ def run(
     Under torchrun, the processes divide the batches among them; the first one writes.
 
     Args:
-        checkpoint: a bundled name, one of this package's .safetensors files or an OpenAI .pt.
+        checkpoint: a bundled name, a file, a run's folder, or hf://org/name.
         n: how many images; 16, or one per label.
         steps: 50; ddim50; 10,15,20 for sections; optimal-8, analytic-8
             or pictures-8 for a schedule of the checkpoint.
@@ -78,6 +87,10 @@ def run(
         seed: of all noise; random draws one and prints it.
         out: a .png for a grid, an .npz for arrays, no suffix for a folder of PNGs.
         animate: a .webp or .gif file for the chain.
+        image: to change: an image file for all samples, or an .npz of uint8 images [N, H, W, C] (arr_0).
+        mask: an image file, white where the chain paints and black where image stays.
+        strength: share of the chain that image is taken through; 1 begins with pure noise.
+        repaint: how often each step is taken, for a better fit of what is painted.
         low_res: an .npz of uint8 images [N, h, w, C] (arr_0), for a super-resolution checkpoint.
         upsampler: a super-resolution checkpoint that enlarges the images, with the same labels.
         upsampler_steps: its steps; by default those of --steps.
@@ -128,11 +141,16 @@ def run(
                 raise ValueError(
                     "labels must be given with classifier to a network without classes, got None"
                 )
+    chosen = _labels(labels, n, num_classes, class_names)
+    count = len(chosen) if chosen is not None else n
     request = make_request(
         "sample", model, read_steps(steps), n=n, sampler=sampler, eta=eta,
-        labels=_labels(labels, n, num_classes, class_names),
+        labels=chosen,
+        x_0=_read_images(image, model.config, count, pick_device(device)),
+        mask=_read_mask(mask, model.config, pick_device(device)), strength=strength,
+        repaint=repaint,
         guidance_scale=guidance_scale, cond_fn=cond_fn,
-        low_res=_read_low_res(low_res, pick_device(device)), seed=number,
+        low_res=_read_levels("low_res", low_res, pick_device(device)), seed=number,
         clip=clip, batch_size=batch_size,
         dtype=None if dtype is None else getattr(torch, dtype), engine=engine, exact=exact,
         backend=backend, progress=distributed.rank() == 0 and not quiet(), variance=variance,
@@ -168,6 +186,10 @@ def run(
         "guidance_scale": guidance_scale,
         **({} if variance is None else {"variance": variance}),
     }  # fmt: skip
+    if image is not None:
+        recipe.update(image=str(image), strength=strength, repaint=repaint)
+    if mask is not None:
+        recipe.update(mask=str(mask))
     if classifier is not None:
         recipe.update(classifier=str(classifier), classifier_scale=classifier_scale)
     if upsampler is not None:
@@ -180,7 +202,7 @@ def run(
     if animate is not None:
         places += [save_animation(frames, animate, recipe=recipe, columns=columns, scale=scale)]
     engine_name = loop.network_of(request).name
-    taken = request.spec.diffusion.num_timesteps
+    taken = request.steps
     result(
         f"{', '.join(str(path.resolve()) for path in places)}: {len(x)} images of {checkpoint} in "
         f"{duration(seconds)} ({taken} steps, {engine_name}, {request.spec.device}"
@@ -223,7 +245,42 @@ def _labels(
     return labels
 
 
-def _read_low_res(path: Path | None, device: torch.device) -> Tensor | None:
+def _read_images(
+    path: Path | None, config: UNetConfig, n: int | None, device: torch.device
+) -> Tensor | None:
+    """One image file n times (16 if None), or those of an .npz, float32 [n, C, H, W] in [-1, 1]."""
+    if path is None or path.suffix == ".npz":
+        return _read_levels("image", path, device)
+    read = _read_picture("image", path, config, config.in_channels, device)
+    return read.expand(16 if n is None else n, -1, -1, -1)
+
+
+def _read_mask(path: Path | None, config: UNetConfig, device: torch.device) -> Tensor | None:
+    """An image file as float32 [1, 1, H, W], white 1 and black 0."""
+    return None if path is None else (_read_picture("mask", path, config, 1, device) + 1) / 2
+
+
+def _read_picture(
+    name: str, path: Path, config: UNetConfig, channels: int, device: torch.device
+) -> Tensor:
+    """An image file of the network's size, float32 [1, channels, H, W] in [-1, 1]."""
+    import torch
+
+    from iddpm_ext.data.image import open_image, to_array
+
+    if not path.is_file():
+        raise FileNotFoundError(f"{name} must exist, got {str(path)!r}")
+    read = open_image(path.read_bytes(), str(path))
+    height, width = config.size
+    if read.size != (width, height):
+        raise ValueError(
+            f"{name} must be {width}x{height} for this network, got {read.width}x{read.height}"
+        )
+    array = to_array(read, channels, None, name=str(path))
+    return torch.from_numpy(array).permute(2, 0, 1)[None].contiguous().to(device)
+
+
+def _read_levels(name: str, path: Path | None, device: torch.device) -> Tensor | None:
     """uint8 [N, h, w, C] of an .npz -> float32 [N, C, h, w] in [-1, 1]."""
     if path is None:
         return None
@@ -235,6 +292,6 @@ def _read_low_res(path: Path | None, device: torch.device) -> Tensor | None:
     levels = read_npz(path).images
     if levels.dtype != np.uint8 or levels.ndim != 4:
         raise ValueError(
-            f"low_res must be an .npz of uint8 [N, h, w, C], got {levels.dtype} {levels.shape}"
+            f"{name} must be an .npz of uint8 [N, h, w, C], got {levels.dtype} {levels.shape}"
         )
     return torch.from_numpy(levels).permute(0, 3, 1, 2).to(device).float() / 127.5 - 1

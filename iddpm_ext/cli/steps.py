@@ -1,4 +1,7 @@
-"""Find the best step schedule for every number of steps, and store them in the checkpoint."""
+"""Find the best step schedule for every number of steps, and store them in the checkpoint.
+
+Example: iddpm steps runs/mine --data DIR --out with-steps.safetensors
+"""
 
 from __future__ import annotations
 
@@ -42,7 +45,7 @@ def run(
     steps among them; the first one writes.
 
     Args:
-        checkpoint: a bundled name, one of this package's .safetensors files or an OpenAI .pt.
+        checkpoint: a bundled name, a file, a run's folder, or hf://org/name.
         data: a folder, zip or array of images, preferably training images; classes are matched by their
             names. Needed for the bound.
         purpose: bound or pictures.

@@ -1,4 +1,7 @@
-"""Measure which convolution algorithms are fastest on this CPU, for the CPU engine to use."""
+"""Measure which convolution algorithms are fastest on this CPU, for the CPU engine to use.
+
+Example: iddpm tune runs/mine --batch-sizes 1,16
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ def run(
     """Measures the convolutions of one network and stores the fastest algorithms.
 
     Args:
-        checkpoint: a bundled name or a file: the network.
+        checkpoint: a bundled name, a file, a run's folder or hf://org/name: the network.
         batch_sizes: batch sizes to measure.
         rounds: how often each operation is timed.
         out: the table to write or update; by default the one in the user's cache directory.

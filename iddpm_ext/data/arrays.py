@@ -9,8 +9,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from iddpm_ext.sizes import ImageSize, height_and_width
+
 from .classes import of_numbers
-from .image import fit
+from .image import fit, random_crop
 from .values import Range, choose_range, extremes, to_signed_unit
 
 ARRAY_CLASSES = ("auto", "ids", "none")
@@ -25,7 +27,7 @@ class ArrayData:
             that floating values are all checked once.
         labels: integers [N] from 0, or None.
         class_names: one per class; the numbers if not given.
-        image_size: side of the square that each image is resized to; None keeps them as they are.
+        image_size: side, or (height, width), that each image is resized to; None keeps them as they are.
         value_range: the values of black and white; None: those of the type, if that is unambiguous.
         classes: "auto"; "ids" makes a class of each different label, whatever the numbers; "none" ignores
             labels.
@@ -40,7 +42,7 @@ class ArrayData:
         images: np.ndarray,
         labels: np.ndarray | None = None,
         class_names: Sequence[str] | None = None,
-        image_size: int | None = None,
+        image_size: ImageSize | None = None,
         *,
         value_range: Range | None = None,
         classes: str = "auto",
@@ -58,15 +60,14 @@ class ArrayData:
         self.extremes = extremes(self._images)
         self._range = choose_range("ArrayData: images", images.dtype, self.extremes, value_range)
         height, width = self._images.shape[1:3]
-        self._size = (
-            None if image_size in (None, height) and image_size in (None, width) else image_size
-        )
+        size = (height, width) if image_size is None else height_and_width(image_size)
+        self._size = None if size == (height, width) else size
         self._labels: Tensor | None = None
         self.class_names: tuple[str, ...] | None = None
         self.notes = list(notes)
         if self._size is not None:
             self.notes.append(
-                f"images of {width}x{height} are resized and cropped to {self._size}x{self._size}"
+                f"images of {width}x{height} are resized and cropped to {self._size[1]}x{self._size[0]}"
             )
         if labels is not None and classes != "none":
             if labels.shape != (len(images),):
@@ -83,13 +84,16 @@ class ArrayData:
     def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of every image."""
         _, height, width, channels = self._images.shape
-        return (channels, height, width) if self._size is None else (channels, *[self._size] * 2)
+        return (channels, height, width) if self._size is None else (channels, *self._size)
 
-    def images(self, indices: Tensor) -> tuple[Tensor, Tensor, list[str]]:
+    def images(
+        self, indices: Tensor, crops: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, list[str]]:
         """The images of these indices.
 
         Args:
             indices: int64 [N].
+            crops: as of `FileData.images`.
 
         Returns:
             float32 [N, C, H, W] in [-1, 1]; the indices; and an empty list, since an array has no unreadable
@@ -100,8 +104,15 @@ class ArrayData:
         """
         values = self._images[indices.numpy()]
         unit = to_signed_unit("ArrayData: images", values, self._range)
-        if self._size is not None:
-            unit = np.stack([_resized(image, self._size) for image in unit])
+        if self._size is not None or crops is not None:
+            _, *size = self.image_shape
+            chosen = [None] * len(unit) if crops is None else crops.tolist()
+            unit = np.stack(
+                [
+                    _resized(image, (size[0], size[1]), crop)
+                    for image, crop in zip(unit, chosen, strict=True)
+                ]
+            )
         return torch.from_numpy(unit).permute(0, 3, 1, 2).contiguous(), indices, []
 
     def labels(self, indices: Tensor) -> Tensor | None:
@@ -109,8 +120,9 @@ class ArrayData:
         return None if self._labels is None else self._labels[indices]
 
 
-def _resized(image: np.ndarray, size: int) -> np.ndarray:
-    planes = [fit(Image.fromarray(np.ascontiguousarray(p)), size) for p in image.transpose(2, 0, 1)]
+def _resized(image: np.ndarray, size: tuple[int, int], crop: Sequence[float] | None) -> np.ndarray:
+    whole = [Image.fromarray(np.ascontiguousarray(plane)) for plane in image.transpose(2, 0, 1)]
+    planes = [fit(p, size) if crop is None else random_crop(p, size, crop) for p in whole]
     return np.clip(np.stack([np.asarray(plane) for plane in planes], axis=-1), -1, 1)
 
 

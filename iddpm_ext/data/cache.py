@@ -53,8 +53,11 @@ class CachedData:
     def __len__(self) -> int:
         return len(self._data)
 
-    def images(self, indices: Tensor) -> tuple[Tensor, Tensor, list[str]]:
-        """As in `ImageData`."""
+    def images(
+        self, indices: Tensor, crops: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, list[str]]:
+        """As in `ImageData`, without crops: cached images already have their size."""
+        assert crops is None
         complaints = [
             line
             for i in indices.tolist()

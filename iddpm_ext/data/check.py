@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from .arrays import ArrayData
-from .containers import Folder, Zip
+from .containers import Container
 from .files import Extremes, FileData, Listing, list_images
 from .hub import is_saved_dataset
 from .image import BadImage, Reading, UnclearImage, bit_depth, is_grey, look_at, to_array
@@ -115,7 +115,7 @@ def empty_classes(data: ImageData) -> list[str]:
 
 
 def _check_files(
-    source: Folder | Zip,
+    source: Container,
     listing: Listing,
     report: DataReport,
     value_range: Range | None,

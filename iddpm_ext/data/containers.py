@@ -1,18 +1,18 @@
-"""Sources of image files: a folder, or a zip archive."""
+"""Sources of image files: a folder, or a zip archive; others are in `shards` and `lmdb_file`."""
 
 from __future__ import annotations
 
 import os
 import zipfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from .classes import shown
 from .image import BadImage
 from .names import printable
 
 # Larger files and members are refused without reading them.
-_MAX_FILE_BYTES = 1 << 29
+MAX_FILE_BYTES = 1 << 29
 
 
 class Survey(NamedTuple):
@@ -21,6 +21,20 @@ class Survey(NamedTuple):
     files: list[str]
     folders: list[str]
     notes: list[str]
+
+
+class Container(Protocol):
+    """What image files lie in. path: of it all, for messages."""
+
+    path: Path
+
+    def survey(self) -> Survey:
+        """All that is there."""
+        ...
+
+    def read(self, name: str) -> bytes:
+        """The bytes of one file; BadImage when it cannot be read."""
+        ...
 
 
 class Folder:
@@ -70,9 +84,9 @@ class Folder:
         try:
             with open(self.path / name, "rb") as file:
                 size = os.fstat(file.fileno()).st_size
-                if size > _MAX_FILE_BYTES:
+                if size > MAX_FILE_BYTES:
                     raise BadImage(
-                        f"{shown_name}: must have at most {_MAX_FILE_BYTES} bytes, got {size}"
+                        f"{shown_name}: must have at most {MAX_FILE_BYTES} bytes, got {size}"
                     )
                 return file.read()
         except OSError as error:
@@ -107,9 +121,9 @@ class Zip:
     def read(self, name: str) -> bytes:
         """The bytes of one member; BadImage when it is damaged, encrypted or claims to be huge."""
         member, shown_name = self._members[name], f"{printable(str(self.path))}:{printable(name)}"
-        if member.file_size > _MAX_FILE_BYTES:
+        if member.file_size > MAX_FILE_BYTES:
             raise BadImage(
-                f"{shown_name}: must unpack to at most {_MAX_FILE_BYTES} bytes, got {member.file_size}"
+                f"{shown_name}: must unpack to at most {MAX_FILE_BYTES} bytes, got {member.file_size}"
             )
         try:
             return self._archive().read(member)

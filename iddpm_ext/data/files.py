@@ -1,8 +1,9 @@
-"""Folders and zip archives of images."""
+"""Folders, archives and databases of images."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -10,8 +11,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from iddpm_ext.sizes import ImageSize, height_and_width
+
 from .classes import Labelled, of_names
-from .containers import Folder, Zip
+from .containers import Container
 from .image import (
     ALPHA,
     BadImage,
@@ -25,6 +28,7 @@ from .image import (
     to_array,
 )
 from .label_file import find_label_file, read_label_file
+from .lmdb_file import Lmdb
 from .names import (
     CLASSES,
     EXTENSIONS,
@@ -34,6 +38,7 @@ from .names import (
     in_split,
     printable,
 )
+from .shards import LABEL_SUFFIXES, Shards
 from .values import Range, choose_range
 
 BAD_IMAGES = ("skip", "stop")
@@ -53,7 +58,7 @@ class Listing(NamedTuple):
     notes: list[str]
 
 
-def list_images(source: Folder | Zip, split: str, classes: str) -> Listing:
+def list_images(source: Container, split: str, classes: str) -> Listing:
     """The images of a split with their classes, by names alone, without opening them.
 
     Raises ValueError if there are none, or if it is ambiguous which they are.
@@ -61,7 +66,11 @@ def list_images(source: Folder | Zip, split: str, classes: str) -> Listing:
     if classes not in CLASSES:
         raise ValueError(f"open_data: classes must be one of {', '.join(CLASSES)}, got {classes!r}")
     survey = source.survey()
-    images, notes = images_among(survey.files)
+    bare = isinstance(source, Lmdb)
+    files = survey.files
+    if isinstance(source, Shards):
+        files = [name for name in files if not name.endswith(LABEL_SUFFIXES)]
+    images, notes = (files, []) if bare else images_among(files)
     if not images:
         raise ValueError(
             f"open_data: path must hold image files ({', '.join(EXTENSIONS)}), "
@@ -69,6 +78,8 @@ def list_images(source: Folder | Zip, split: str, classes: str) -> Listing:
         )
     names, more = in_split(images, split)
     notes = [*survey.notes, *notes, *more]
+    if isinstance(source, Shards):
+        source.require_one_image_a_key(names)
     if classes == "none":
         return Listing(names, None, [], notes)
     found: Labelled | None = None
@@ -80,12 +91,17 @@ def list_images(source: Folder | Zip, split: str, classes: str) -> Listing:
         data = source.read(label_file)
         found, more = read_label_file(data, label_file, names, ids=classes == "ids")
         notes += more
+    if found is None and isinstance(source, Shards) and classes in ("auto", "file", "ids"):
+        found, more = source.labels(names, ids=classes == "ids")
+        notes += more
     if found is None and classes in ("file", "ids"):
         raise ValueError(
-            f"open_data: classes must be other than {classes!r} for images without a dataset.json that "
-            f"labels them, got {printable(str(source.path))}"
+            f"open_data: classes must be other than {classes!r} for images without a dataset.json (in a "
+            f"tar, .cls or .json files) that labels them, got {printable(str(source.path))}"
         )
-    if found is None:
+    if found is None and classes == "auto" and isinstance(source, Shards) and source.prefixed:
+        notes.append("names occur in several shards: folders in them are taken for no classes")
+    elif found is None:
         each, more = class_of_each(names, classes)
         notes += more
         if each is not None:
@@ -98,11 +114,11 @@ class FileData:
     """Images in files, decoded on request.
 
     Args:
-        source: a `Folder` or a `Zip`.
+        source: a `Folder`, a `Zip`, `Shards` or an `Lmdb`.
         split: "train" or "test"; if the top folders have such names, only the one of this name is read. With
             "all" such folders are not splits.
-        image_size: side of the square that each image is resized to; None requires equal sizes: those of
-            64 images spread over the data are compared, and images of other sizes count as unreadable.
+        image_size: side, or (height, width), that each image is resized to; None requires equal sizes: those
+            of 64 images spread over the data are compared, and images of other sizes count as unreadable.
         channels: 1 or 3; None takes 1 if all of the first images are grey.
         bad_images: "skip" replaces an unreadable image by the next readable one and names it;
             "stop" raises BadImage.
@@ -124,10 +140,10 @@ class FileData:
 
     def __init__(
         self,
-        source: Folder | Zip,
+        source: Container,
         *,
         split: str = "train",
-        image_size: int | None = None,
+        image_size: ImageSize | None = None,
         channels: int | None = None,
         bad_images: str = "skip",
         classes: str = "auto",
@@ -145,7 +161,7 @@ class FileData:
         self.names, self.empty_classes = listing.names, listing.empty
         self.class_names = None if listing.classes is None else listing.classes.names
         self._labels = None if listing.classes is None else listing.classes.labels
-        self._size = image_size
+        self._size = None if image_size is None else height_and_width(image_size)
         self._reading = Reading(value_range, alpha)
         self.notes = listing.notes
         self.image_shape = self._probe(channels)
@@ -153,11 +169,15 @@ class FileData:
     def __len__(self) -> int:
         return len(self.names)
 
-    def images(self, indices: Tensor) -> tuple[Tensor, Tensor, list[str]]:
+    def images(
+        self, indices: Tensor, crops: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, list[str]]:
         """The images of these indices.
 
         Args:
             indices: int64 [N].
+            crops: of each image three numbers in [0, 1), [N, 3], for a random crop in place of the middle;
+                only where an image_size was given.
 
         Returns:
             float32 [N, C, H, W] in [-1, 1]; their indices, which differ from the requested ones where an
@@ -167,7 +187,11 @@ class FileData:
             BadImage: an unreadable image with bad_images="stop", or too many in a row.
         """
         complaints: list[str] = []
-        found = [self._nearest(int(index), complaints) for index in indices]
+        chosen = [None] * len(indices) if crops is None else crops.tolist()
+        found = [
+            self._nearest(index, complaints, crop)
+            for index, crop in zip(indices.tolist(), chosen, strict=True)
+        ]
         stacked = np.stack([array for array, _ in found]).transpose(0, 3, 1, 2)
         used = torch.tensor([index for _, index in found], dtype=torch.int64, device="cpu")
         return torch.from_numpy(np.ascontiguousarray(stacked)), used, complaints
@@ -180,11 +204,13 @@ class FileData:
         """The name of an image in messages."""
         return f"{printable(str(self.source.path))}/{printable(self.names[index])}"
 
-    def _nearest(self, index: int, complaints: list[str]) -> tuple[np.ndarray, int]:
+    def _nearest(
+        self, index: int, complaints: list[str], crop: Sequence[float] | None
+    ) -> tuple[np.ndarray, int]:
         for offset in range(min(len(self), 1000)):
             candidate = (index + offset) % len(self)
             try:
-                return self._decode(candidate), candidate
+                return self._decode(candidate, crop), candidate
             except BadImage as error:
                 if self._stop:
                     raise
@@ -193,11 +219,11 @@ class FileData:
             f"{printable(str(self.source.path))}: must hold readable images, got {complaints[-1]}"
         )
 
-    def _decode(self, index: int) -> np.ndarray:
+    def _decode(self, index: int, crop: Sequence[float] | None) -> np.ndarray:
         label = self.label(index)
         channels, *size = self.image_shape
         image = open_image(self.source.read(self.names[index]), label)
-        array = to_array(image, channels, self._size, self._reading, label)
+        array = to_array(image, channels, self._size, self._reading, label, crop)
         if list(array.shape[:2]) != size:
             raise BadImage(
                 f"{label}: must be {size[1]}x{size[0]} like the others, or image_size given, "
@@ -246,7 +272,7 @@ class FileData:
         if self._size is None:
             height, width = next(iter(sizes))
         else:
-            height = width = self._size
+            height, width = self._size
             self.notes += resizing_note(sizes, self._size)
         return (1 if grey else 3) if channels is None else channels, height, width
 
@@ -272,10 +298,12 @@ class Extremes:
             choose_range(f"{who}: images", dtype, found, given)
 
 
-def resizing_note(sizes: Counter[tuple[int, int]], size: int) -> list[str]:
-    """The message on sizes (H, W) that are not `size` x `size`."""
-    others = [f"{w}x{h}" for (h, w), _ in sizes.most_common() if (h, w) != (size, size)]
+def resizing_note(sizes: Counter[tuple[int, int]], size: tuple[int, int]) -> list[str]:
+    """The message on sizes (H, W) that are not `size`."""
+    others = [f"{w}x{h}" for (h, w), _ in sizes.most_common() if (h, w) != size]
     if not others:
         return []
     more = f" and {len(others) - 3} other sizes" if len(others) > 3 else ""
-    return [f"images of {', '.join(others[:3])}{more} are resized and cropped to {size}x{size}"]
+    return [
+        f"images of {', '.join(others[:3])}{more} are resized and cropped to {size[1]}x{size[0]}"
+    ]

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from iddpm_ext.sizes import ImageSize, height_and_width
+
 from .classes import of_numbers
 from .files import Extremes, resizing_note
 from .image import BadImage, Reading, is_grey, look_at, open_image, to_array
@@ -30,7 +32,7 @@ class HubData:
     Args:
         name: "owner/name" on the hub, or the path of a folder written by `save_to_disk`.
         split: of the data set.
-        image_size: side of the square that each image is brought to; None takes the first image's size.
+        image_size: side, or (height, width), that each image is brought to; None takes that of the first.
         channels: 1 or 3; None takes 1 where the first images are all grey.
         classes: "auto", "none", or the name of the column of classes, which must be given if there are
             several.
@@ -46,7 +48,7 @@ class HubData:
         name: str,
         *,
         split: str = "train",
-        image_size: int | None = None,
+        image_size: ImageSize | None = None,
         channels: int | None = None,
         classes: str = "auto",
         value_range: Range | None = None,
@@ -81,19 +83,26 @@ class HubData:
             self._labels, self.class_names = found
         # Not decoded by the library, which has other limits.
         self._rows = rows.cast_column(self._column, datasets.Image(decode=False))
-        self._size, self._reading = image_size, Reading(value_range, alpha)
+        self._size = None if image_size is None else height_and_width(image_size)
+        self._reading = Reading(value_range, alpha)
         self.image_shape = self._probe(channels)
 
     def __len__(self) -> int:
         return len(self._rows)
 
-    def images(self, indices: Tensor) -> tuple[Tensor, Tensor, list[str]]:
-        """indices int64 [N] -> float32 [N, C, H, W] in [-1, 1], the indices, and no complaints."""
+    def images(
+        self, indices: Tensor, crops: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, list[str]]:
+        """indices int64 [N] -> float32 [N, C, H, W] in [-1, 1], the indices, and no complaints.
+
+        crops: as of `FileData.images`.
+        """
         channels, *shape = self.image_shape
         arrays = []
-        for index in indices.tolist():
+        chosen = [None] * len(indices) if crops is None else crops.tolist()
+        for index, crop in zip(indices.tolist(), chosen, strict=True):
             image = open_image(self._read(index), self._label(index))
-            array = to_array(image, channels, self._size, self._reading, self._label(index))
+            array = to_array(image, channels, self._size, self._reading, self._label(index), crop)
             if list(array.shape[:2]) != shape:
                 raise ValueError(
                     f"open_data: image_size must be given where sizes differ, got "
@@ -138,7 +147,7 @@ class HubData:
             raise ValueError(f"open_data: image_size must be given where sizes differ, got {both}")
         if self._size is not None:
             self.notes += resizing_note(sizes, self._size)
-            height = width = self._size
+            height, width = self._size
         return (1 if grey else 3) if channels is None else channels, height, width
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import warnings
+from collections.abc import Sequence
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
@@ -14,6 +15,8 @@ from .values import Range, choose_range, to_signed_unit
 
 # Larger images are taken for decompression bombs; Pillow itself only warns up to twice its own limit.
 MAX_PIXELS = 100_000_000
+# The least part of the shorter side that a random crop shows.
+_LEAST_CROP = 0.8
 ALPHA = ("refuse", "drop", "black", "white")
 # Without formats whose decoders start another program, such as PostScript.
 _FORMATS = (
@@ -130,20 +133,23 @@ def deep_values(image: Image.Image) -> np.ndarray:
 def to_array(
     image: Image.Image,
     channels: int,
-    size: int | None,
+    size: tuple[int, int] | None,
     reading: Reading | None = None,
     name: str = "image",
+    crop: Sequence[float] | None = None,
 ) -> np.ndarray:
-    """float32 [H, W, channels] in [-1, 1]; with `size`, resized and cropped to that square.
+    """float32 [H, W, channels] in [-1, 1]; with `size`, resized and cropped to that height
+    and width.
 
     16-bit values keep their precision (65535 becomes 1). name: for the message of BadImage, raised for
     values outside the range of `reading`, and of UnclearImage, raised if `reading` must be more specific.
+    crop: three numbers in [0, 1) for `random_crop`; None crops at the centre.
     """
     reading = Reading() if reading is None else reading
     if image.mode in _DEEP:
         unit = _deep_unit(image, reading, name)
         if size is not None:
-            unit = np.clip(np.asarray(_fitted(Image.fromarray(unit), size, name)), -1, 1)
+            unit = np.clip(np.asarray(_fitted(Image.fromarray(unit), size, name, crop)), -1, 1)
         return np.repeat(unit[..., None], channels, axis=2)
     image = _opaque(image, reading.alpha, name)
     one_bit = image.mode == "1"
@@ -154,7 +160,7 @@ def to_array(
     if reading.value_range is not None and not one_bit:
         unit = _unit(np.asarray(image), reading.value_range, name)
         image = Image.fromarray(np.round((unit + 1) * np.float32(127.5)).astype(np.uint8))
-    image = image if size is None else _fitted(image, size, name)
+    image = image if size is None else _fitted(image, size, name, crop)
     levels = np.asarray(image, dtype=np.float32)
     return levels.reshape(*levels.shape[:2], channels) / np.float32(127.5) - 1
 
@@ -182,14 +188,17 @@ def _unit(values: np.ndarray, given: Range | None, name: str) -> np.ndarray:
         raise UnclearImage(str(error)) from None
 
 
-def _fitted(image: Image.Image, size: int, name: str) -> Image.Image:
-    """`fit`, unless resizing would first enlarge the image beyond MAX_PIXELS."""
-    short, long = sorted(image.size)
-    if size * (long * size / short) > MAX_PIXELS:
+def _fitted(
+    image: Image.Image, size: tuple[int, int], name: str, crop: Sequence[float] | None
+) -> Image.Image:
+    """`fit` or `random_crop`, unless resizing would first enlarge the image beyond MAX_PIXELS."""
+    height, width = size
+    scale = max(width / image.width, height / image.height)
+    if (image.width * scale) * (image.height * scale) > MAX_PIXELS:
         raise BadImage(
-            f"{name}: must have sides more alike for {size}x{size}, got {image.width}x{image.height}"
+            f"{name}: must have sides more alike for {width}x{height}, got {image.width}x{image.height}"
         )
-    return fit(image, size)
+    return fit(image, size) if crop is None else random_crop(image, size, crop)
 
 
 def _opaque(image: Image.Image, alpha: str, name: str) -> Image.Image:
@@ -204,19 +213,53 @@ def _opaque(image: Image.Image, alpha: str, name: str) -> Image.Image:
     return Image.alpha_composite(ground, image.convert("RGBA"))
 
 
-def fit(image: Image.Image, size: int) -> Image.Image:
-    """The largest centred square of `image`, resized to `size` x `size` like the original.
+def fit(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """The largest centred part of `image` with the proportions of `size` (height, width), resized to it.
 
-    Halved by averaging while the shorter side is at least twice `size`, then resized bicubically so that the
-    shorter side is `size`, then cropped at the centre. Source: improved-diffusion's image_datasets.py.
+    Squares are the same as in the original. Source: improved-diffusion's image_datasets.py.
     """
-    if image.size == (size, size):
+    height, width = size
+    if image.size == (width, height):
         return image
-    while min(image.size) >= 2 * size:
+    image = _covering(image, size)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
+
+
+def random_crop(image: Image.Image, size: tuple[int, int], numbers: Sequence[float]) -> Image.Image:
+    """A part of `image` of a size (height, width), at a random place of it at a random scale.
+
+    The image is first resized so that it covers `size` by 1 to 1.25 times: the shorter side of that is a
+    whole number of pixels, each as likely as the other.
+
+    numbers: in [0, 1), of the scale, of the height and of the width at which the part is.
+
+    Source: guided-diffusion's image_datasets.py, random_crop_arr.
+    """
+    height, width = size
+    short = min(size)
+    largest = math.ceil(short / _LEAST_CROP)
+    goal = short + _below(numbers[0], largest - short + 1)
+    covered = (math.ceil(height * goal / short), math.ceil(width * goal / short))
+    image = _covering(image, covered)
+    top = _below(numbers[1], image.height - height + 1)
+    left = _below(numbers[2], image.width - width + 1)
+    return image.crop((left, top, left + width, top + height))
+
+
+def _below(number: float, count: int) -> int:
+    """One of 0 .. count - 1, by a number in [0, 1), which rounding may have made 1."""
+    return min(int(number * count), count - 1)
+
+
+def _covering(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """The image at the least scale that covers a size (height, width).
+
+    Halved by averaging while it is at least twice as large, then bicubic.
+    """
+    height, width = size
+    while image.width >= 2 * width and image.height >= 2 * height:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
-    image = image.resize(
-        (round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC
-    )
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
+    scale = max(width / image.width, height / image.height)
+    sides = (round(image.width * scale), round(image.height * scale))
+    return image.resize(sides, Image.Resampling.BICUBIC)

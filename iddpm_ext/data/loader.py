@@ -10,8 +10,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from iddpm_ext.random import STREAM_CHOICE, NoiseKey, uniform
+
 from .order import Order
 from .source import ImageData
+
+_CROP_DRAW = 3
 
 
 class Batch(NamedTuple):
@@ -28,16 +32,22 @@ class Batch(NamedTuple):
 
 
 def batches(
-    data: ImageData, order: Order, positions: Iterable[list[int]], workers: int = 0
+    data: ImageData,
+    order: Order,
+    positions: Iterable[list[int]],
+    workers: int = 0,
+    *,
+    random_crop: bool = False,
 ) -> Iterator[Batch]:
     """The batches at these lists of positions, in this order for any number of workers.
 
     workers: processes that read and decode; 0 does it in this process. They ignore SIGTERM and SIGINT,
         which are meant for the run even if sent to the whole process group: it may need more batches
         before it stops.
+    random_crop: crop each image at random, determined by the order's seed and the position.
     """
     loader = DataLoader(
-        _Positions(data, order),
+        _Positions(data, order, random_crop),
         batch_sampler=positions,
         num_workers=workers,
         collate_fn=_only,
@@ -51,12 +61,16 @@ def batches(
 
 
 class _Positions(Dataset):
-    def __init__(self, data: ImageData, order: Order):
-        self._data, self._order = data, order
+    def __init__(self, data: ImageData, order: Order, random_crop: bool):
+        self._data, self._order, self._random_crop = data, order, random_crop
 
     def __getitems__(self, positions: list[int]) -> list[Batch]:
         at = torch.tensor(positions, dtype=torch.int64, device="cpu")
-        images, used, complaints = self._data.images(self._order.at(at))
+        crops = None
+        if self._random_crop:
+            key = NoiseKey(self._order.seed, STREAM_CHOICE, at, 0, _CROP_DRAW)
+            crops = uniform(key, (len(at), 3))
+        images, used, complaints = self._data.images(self._order.at(at), crops)
         return [Batch(at, images, self._data.labels(used), complaints)]
 
     def __getitem__(self, position: int) -> Batch:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from iddpm_ext.random import STREAM_CHOICE, NoiseKey, words
+from iddpm_ext.scalars import plain
 
 _ORDER_DRAW = 1
 
@@ -18,6 +19,7 @@ class Order:
     """
 
     def __init__(self, count: int, seed: int):
+        count, seed = plain((count, seed))
         if count < 1:
             raise ValueError(f"Order: count must be at least 1, got {count}")
         self.count, self.seed = count, seed

@@ -9,13 +9,18 @@ from typing import Protocol
 
 from torch import Tensor
 
+from iddpm_ext.scalars import plain
+from iddpm_ext.sizes import checked_size
+
 from .arrays import ArrayData
-from .containers import Folder, Zip
+from .containers import Container, Folder, Zip
 from .files import FileData
 from .formats import Arrays, find_cifar, read_cifar, read_npy, read_npz
 from .hub import HubData, is_saved_dataset
 from .idx import find_idx, read_idx
+from .lmdb_file import Lmdb, is_lmdb
 from .names import printable
+from .shards import Shards, is_shards
 from .values import check_value_range
 
 SPLITS = ("train", "test", "all")
@@ -38,8 +43,13 @@ class ImageData(Protocol):
 
     def __len__(self) -> int: ...
 
-    def images(self, indices: Tensor) -> tuple[Tensor, Tensor, list[str]]:
-        """float32 [N, C, H, W] in [-1, 1], the indices that were used, messages about the others."""
+    def images(
+        self, indices: Tensor, crops: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, list[str]]:
+        """float32 [N, C, H, W] in [-1, 1], the indices that were used, messages about the others.
+
+        crops: [N, 3], three numbers in [0, 1) per image for a random crop; None crops at the centre.
+        """
         ...
 
     def labels(self, indices: Tensor) -> Tensor | None:
@@ -51,7 +61,7 @@ def open_data(
     path: str | Path,
     *,
     split: str = "train",
-    image_size: int | None = None,
+    image_size: int | Sequence[int] | None = None,
     channels: int | None = None,
     bad_images: str = "skip",
     classes: str = "auto",
@@ -61,12 +71,14 @@ def open_data(
     """The images at `path`.
 
     Args:
-        path: a folder or zip of image files, a .npz or .npy file of arrays, IDX files (MNIST's family) or
+        path: a folder or zip of image files; tar archives of them, one, a folder of them, or
+            "train-{0000..0099}.tar"; an LMDB database of them (with the `data`
+            extra); a .npz or .npy file of arrays, IDX files (MNIST's family) or
             CIFAR's binary batches (one, or the folder with them), or "hf:name" and folders of
             `datasets.save_to_disk` with the `data` extra.
         split: "train" or "test", for sources that have both; for folders and zips also "all", for which
             folders of these names are not splits.
-        image_size: side of the square that every image is resized and cropped to; None: as they are.
+        image_size: side, or (height, width), that every image is resized and cropped to; None: as they are.
         channels: 1 or 3 for image files; None: 1 if they are all grey.
         bad_images: "skip" or "stop", see `FileData`.
         classes: source of the classes: "auto"; "folders", "names" (up to the first "_") or "file"
@@ -81,13 +93,13 @@ def open_data(
     ambiguous data say how to resolve the ambiguity.
 
     Raises:
-        FileNotFoundError: nothing is there. ValueError: it is of no known format, damaged, empty or
-        ambiguous.
+        FileNotFoundError: nothing is there. ImportError: the library for it is not installed.
+        ValueError: it is of no known format, damaged, empty or ambiguous.
     """
+    image_size, channels, value_range = plain((image_size, channels, value_range))
     if split not in SPLITS:
         raise ValueError(f"open_data: split must be one of {', '.join(SPLITS)}, got {split!r}")
-    if image_size is not None and image_size < 1:
-        raise ValueError(f"open_data: image_size must be at least 1, got {image_size}")
+    size = None if image_size is None else checked_size("open_data", image_size)
     if channels not in (None, 1, 3):
         raise ValueError(f"open_data: channels must be 1 or 3, got {channels}")
     values = check_value_range(value_range)
@@ -96,19 +108,17 @@ def open_data(
         hub = str(path)
     if hub is not None:
         return HubData(
-            hub, split=split, image_size=image_size, channels=channels, classes=classes,
+            hub, split=split, image_size=size, channels=channels, classes=classes,
             value_range=values, alpha=alpha,
         )  # fmt: skip
     source = file_source(path)
     if source is not None:
         return FileData(
-            source, split=split, image_size=image_size, channels=channels, bad_images=bad_images,
+            source, split=split, image_size=size, channels=channels, bad_images=bad_images,
             classes=classes, value_range=values, alpha=alpha,
         )  # fmt: skip
     images, labels, names, notes = _read_arrays(Path(path), split)
-    data = ArrayData(
-        images, labels, names, image_size, value_range=values, classes=classes, notes=notes
-    )
+    data = ArrayData(images, labels, names, size, value_range=values, classes=classes, notes=notes)
     if channels not in (None, data.image_shape[0]):
         raise ValueError(
             f"open_data: channels must be those of the array, {data.image_shape[0]}, got {channels}"
@@ -116,12 +126,16 @@ def open_data(
     return data
 
 
-def file_source(path: str | Path) -> Folder | Zip | None:
-    """The folder or zip of image files at `path`, or None if it holds data in another form.
+def file_source(path: str | Path) -> Container | None:
+    """The container of image files at `path`, or None if it holds data in another form.
 
-    Raises FileNotFoundError or ValueError as `open_data`.
+    Raises FileNotFoundError, ValueError or ImportError as `open_data`.
     """
+    if is_shards(path):
+        return Shards(path)
     path = Path(path)
+    if is_lmdb(path):
+        return Lmdb(path)
     shown = printable(str(path))
     if not path.exists():
         raise FileNotFoundError(f"open_data: path must exist, got {shown}")
@@ -136,7 +150,7 @@ def file_source(path: str | Path) -> Folder | Zip | None:
         )
     if not path.is_dir() and not zipfile.is_zipfile(path) and path.suffix != ".zip":
         raise ValueError(
-            "open_data: path must be a folder, .zip, .npz, .npy, IDX or CIFAR .bin file, "
+            "open_data: path must be a folder, .zip, .tar, .mdb, .npz, .npy, IDX or CIFAR .bin file, "
             f"got {shown}"
         )
     return Folder(path) if path.is_dir() else Zip(path)

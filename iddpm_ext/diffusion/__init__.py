@@ -15,6 +15,7 @@ from .schedule import (
     SCHEDULES,
     betas_for_alpha_bar,
     cosine_beta_schedule,
+    karras_beta_schedule,
     linear_beta_schedule,
     rescale_zero_terminal_snr,
     sigmoid_beta_schedule,
@@ -22,6 +23,7 @@ from .schedule import (
 from .table import PREDICTIONS, SAMPLERS, VARIANCES
 from .timestep_samplers import (
     TIMESTEP_SAMPLERS,
+    LogNormalTimestepSampler,
     LossSecondMomentSampler,
     TimestepSampler,
     UniformTimestepSampler,
@@ -37,6 +39,7 @@ __all__ = [
     "TIMESTEP_SAMPLERS",
     "VARIANCES",
     "Diffusion",
+    "LogNormalTimestepSampler",
     "LossSecondMomentSampler",
     "MeanVariance",
     "TimestepSampler",
@@ -46,6 +49,7 @@ __all__ = [
     "betas_for_alpha_bar",
     "cosine_beta_schedule",
     "discretized_gaussian_log_likelihood",
+    "karras_beta_schedule",
     "linear_beta_schedule",
     "make_timestep_sampler",
     "multistep_update",

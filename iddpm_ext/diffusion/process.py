@@ -15,6 +15,7 @@ from iddpm_ext.ops import ReverseStep, checks
 from iddpm_ext.ops.columns import Column
 from iddpm_ext.ops.rows import Rows, compute_dtype
 from iddpm_ext.random import NoiseKey, normal
+from iddpm_ext.scalars import plain
 
 from .multistep import multistep_weights
 from .respace import space_timesteps
@@ -47,16 +48,21 @@ class Diffusion:
     float32.
 
     Args:
-        schedule: ``"cosine"``, ``"linear"`` or ``"sigmoid"``; ignored where betas are given.
+        schedule: ``"cosine"``, ``"linear"``, ``"sigmoid"`` or ``"karras"`` (noise levels of EDM);
+            ignored where betas are given.
         num_timesteps: T, at least 2.
         variance: ``"learned_range"`` (equation 15), ``"learned"`` (the output is the
             log-variance), ``"fixed_large"`` (beta_t) or ``"fixed_small"`` (beta~_t).
-        prediction: what the network predicts: ``"epsilon"``, ``"x_0"``, ``"x_prev"``, or
-            ``"velocity"``, sqrt(alpha_bar) epsilon - sqrt(1 - alpha_bar) x_0, also called v.
+        prediction: what the network predicts: ``"epsilon"``, ``"x_0"``, ``"x_prev"``,
+            ``"velocity"``, sqrt(alpha_bar) epsilon - sqrt(1 - alpha_bar) x_0, also called v, or
+            ``"edm"``: F of x_0 = c_skip x + c_out F(c_in x, c_noise), x = x_t / sqrt(alpha_bar), with the
+            coefficients of Karras et al. 2022. The network's inputs are c_in x and c_noise = log(sigma) / 4.
         rescale_timesteps: the network's timestep input is t * 1000/T instead of t.
         betas: a custom schedule, [T] in (0, 1), instead of a named one.
         zero_terminal_snr: rescale the schedule so that the chain ends in pure noise, alpha_bar = 0
-            (Lin et al. 2024). There x_0 cannot be computed from epsilon, so another prediction is needed.
+            (Lin et al. 2024). There x_0 cannot be computed from epsilon or EDM's F, so another prediction is
+            needed.
+        sigma_data: standard deviation of the data that ``"edm"`` assumes; unused by other predictions.
 
     Attributes:
         betas, alphas_cumprod: float64 [T] on the CPU.
@@ -72,6 +78,7 @@ class Diffusion:
     prediction: str
     rescale_timesteps: bool
     zero_terminal_snr: bool
+    sigma_data: float
     betas: Tensor
     alphas_cumprod: Tensor
     timesteps: Tensor
@@ -89,7 +96,9 @@ class Diffusion:
         rescale_timesteps: bool = True,
         betas: Tensor | Sequence[float] | None = None,
         zero_terminal_snr: bool = False,
+        sigma_data: float = 0.5,
     ) -> None:
+        num_timesteps, sigma_data = plain((num_timesteps, sigma_data))
         if betas is None:
             train_betas = check_betas(named_betas(schedule, num_timesteps))
         else:
@@ -104,6 +113,8 @@ class Diffusion:
             given = torch.tensor(train_betas, dtype=torch.float64, device="cpu")
             train_betas = check_betas(rescale_zero_terminal_snr(given))
         _check_prediction(prediction, train_betas)
+        if not 0 < sigma_data < math.inf:
+            raise ValueError(f"Diffusion: sigma_data must be above 0, got {sigma_data}")
         alpha_bars = fixed_point_alpha_bars(train_betas)
         self._set(
             schedule=schedule,
@@ -113,6 +124,7 @@ class Diffusion:
             rescale_timesteps=bool(rescale_timesteps),
             # Custom betas are stored after rescaling.
             zero_terminal_snr=bool(zero_terminal_snr) and schedule != "custom",
+            sigma_data=float(sigma_data),
             _train_betas=train_betas,
             _train_alpha_bars=alpha_bars,
         )
@@ -180,6 +192,7 @@ class Diffusion:
             dtype: float32, or float64 for reference computations.
         """
         _check_name("sampler", sampler, SAMPLERS)
+        eta = plain(eta)
         if not 0 <= eta <= 1:
             raise ValueError(f"Diffusion: eta must be from 0 to 1, got {eta}")
         device = torch.device(device)
@@ -188,7 +201,13 @@ class Diffusion:
             # Cached for later calls, which may need gradients: no inference tensor.
             with torch.inference_mode(False):
                 table = build_table(
-                    self._chain, self.timesteps, self.variance, self.prediction, sampler, key[2]
+                    self._chain,
+                    self.timesteps,
+                    self.variance,
+                    self.prediction,
+                    sampler,
+                    key[2],
+                    self.sigma_data,
                 )
                 self._tables[key] = table.to(dtype).to(device)
         return self._tables[key]
@@ -207,11 +226,46 @@ class Diffusion:
             t: int64 [N].
 
         Returns:
-            float32 [N]: timesteps[t], times 1000/T of the training chain if ``rescale_timesteps``.
+            float32 [N]: timesteps[t], times 1000/T of the training chain if ``rescale_timesteps``; of
+            the prediction ``"edm"`` log(sigma_t) / 4.
         """
         checks.timesteps("model_timesteps", t, len(t), self.num_timesteps, t.device)
+        if self.prediction == "edm":
+            return self._numbers("c_noise", t.device, torch.float32)[t]
         steps = self.table(t.device)[t, Column.STEP]
         return steps * (1000.0 / self.num_train_timesteps) if self.rescale_timesteps else steps
+
+    @property
+    def scales_input(self) -> bool:
+        """Whether the network is given something else than x_t: see ``model_input``."""
+        return self.prediction == "edm"
+
+    def model_input(self, x_t: Tensor, t: Tensor | int) -> Tensor:
+        """What the network is given: x_t, or of the prediction ``"edm"`` c_in x, of unit variance.
+
+        Args:
+            x_t: floating [N, C, H, W].
+            t: int64 [N], or one step.
+
+        Returns:
+            like x_t.
+        """
+        if not self.scales_input:
+            return x_t
+        scale = self._numbers("c_in", x_t.device, compute_dtype(x_t))[t]
+        return (x_t * scale.reshape(-1, 1, 1, 1)).to(x_t.dtype)
+
+    def _numbers(self, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """One number a step of what EDM's networks are given, [T]."""
+        key = (device, name, 0.0, dtype)
+        if key not in self._tables:
+            with torch.inference_mode(False):
+                values = {
+                    "c_noise": lambda: self._chain.log_sigma / 4,
+                    "c_in": lambda: self._chain.input_scale(self.sigma_data),
+                }[name]()
+                self._tables[key] = values.to(dtype).to(device)
+        return self._tables[key]
 
     def q_sample(self, x_0: Tensor, t: Tensor, noise: Tensor | NoiseKey) -> Tensor:
         """x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) noise (equation 8): ``ops.q_sample``.
@@ -356,8 +410,9 @@ class Diffusion:
         is not clipped.
 
         Args:
-            model: called with (x_t [N, C, H, W], model_timesteps float32 [N], **model_kwargs),
-                returns a tensor or, like networks of diffusers, an object with a tensor `sample`.
+            model: called with (model_input [N, C, H, W], model_timesteps float32 [N],
+                **model_kwargs), returns a tensor or, like networks of diffusers, an object with a tensor
+                `sample`.
             x_0: floating [N, C, H, W].
             t: int64 [N].
             noise: like x_0, or a `NoiseKey`, by which it is drawn.
@@ -378,6 +433,7 @@ class Diffusion:
                 "training_losses: objective must be 'simple' or 'vlb' where the variance is "
                 f"{self.variance}, got 'hybrid'"
             )
+        vlb_weight, min_snr = plain((vlb_weight, min_snr))
         if min_snr is not None and (objective == "vlb" or not min_snr > 0):
             raise ValueError(
                 "training_losses: min_snr must be above 0, and None for objective vlb, "
@@ -386,7 +442,8 @@ class Diffusion:
         checks.image_batch("training_losses", "x_0", x_0)
         checks.noise_arguments("training_losses", noise, x_0)
         x_t = self.q_sample(x_0, t, noise)
-        output = model(x_t, self.model_timesteps(t), **(model_kwargs or {}))
+        given = self.model_input(x_t, t)
+        output = model(given, self.model_timesteps(t), **(model_kwargs or {}))
         model_output = output_tensor("training_losses", output)
         checks.model_output("training_losses", model_output, x_t, self.table())
         table = self.table(x_0.device, dtype=compute_dtype(model_output, x_0))
@@ -432,8 +489,10 @@ class Diffusion:
         """A JSON-ready dict, from which ``from_dict`` rebuilds this process."""
         whole = self.num_timesteps == self.num_train_timesteps
         terminal = {"zero_terminal_snr": True} if self.zero_terminal_snr else {}
+        edm = {"sigma_data": self.sigma_data} if self.prediction == "edm" else {}
         return {
             **terminal,
+            **edm,
             "schedule": self.schedule,
             "num_timesteps": self.num_train_timesteps,
             "variance": self.variance,
@@ -448,7 +507,7 @@ class Diffusion:
         """The process that ``to_dict`` described; ValueError names keys missing or unknown."""
         keys = {"schedule", "num_timesteps", "variance", "prediction", "rescale_timesteps"}
         keys |= {"betas", "timesteps"}
-        if set(config) - {"zero_terminal_snr"} != keys:
+        if set(config) - {"zero_terminal_snr", "sigma_data"} != keys:
             raise ValueError(
                 f"Diffusion.from_dict: config must have the keys {sorted(keys)}, "
                 f"got {sorted(config)}"
@@ -457,6 +516,10 @@ class Diffusion:
         diffusion = cls(**arguments)
         steps = config["timesteps"]
         return diffusion if steps is None else diffusion.respace(steps)
+
+    def same_training(self, other: Diffusion) -> bool:
+        """Whether both are of one training process: respacings of each other's whole chain."""
+        return {**self.to_dict(), "timesteps": None} == {**other.to_dict(), "timesteps": None}
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Diffusion) and self.to_dict() == other.to_dict()
@@ -488,10 +551,10 @@ class Diffusion:
 
 def _check_prediction(prediction: str, train_betas: Sequence[float]) -> None:
     _check_name("prediction", prediction, PREDICTIONS)
-    if prediction == "epsilon" and train_betas[-1] == 1:
+    if prediction in ("epsilon", "edm") and train_betas[-1] == 1:
         raise ValueError(
             "Diffusion: prediction must be x_0, x_prev or velocity for a chain that ends in pure "
-            "noise, got 'epsilon'"
+            f"noise, got {prediction!r}"
         )
 
 

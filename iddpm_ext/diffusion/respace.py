@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from iddpm_ext.scalars import plain
+
 
 def space_timesteps(num_timesteps: int, spec: int | str | Sequence[int]) -> list[int]:
     """The steps of a chain of ``num_timesteps`` that ``spec`` asks for, ascending.
@@ -28,6 +30,7 @@ def space_timesteps(num_timesteps: int, spec: int | str | Sequence[int]) -> list
     Source: the original code, including its rounding: positions are accumulated in float64 and ties
     rounded to even. "dense-K": appendix E of Improved DDPM.
     """
+    num_timesteps, spec = plain(num_timesteps), plain(spec)
     if isinstance(spec, bool):
         raise TypeError(f"respace: spec must be an int, a string or indices, got {spec!r}")
     if isinstance(spec, int):

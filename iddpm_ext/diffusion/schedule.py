@@ -9,7 +9,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-SCHEDULES = ("cosine", "linear", "sigmoid")
+from iddpm_ext.scalars import plain
+
+SCHEDULES = ("cosine", "linear", "sigmoid", "karras")
 
 
 def cosine_beta_schedule(num_timesteps: int, s: float = 0.008, max_beta: float = 0.999) -> Tensor:
@@ -31,6 +33,7 @@ def cosine_beta_schedule(num_timesteps: int, s: float = 0.008, max_beta: float =
 
     Source: Nichol & Dhariwal 2021, section 3.2.
     """
+    num_timesteps, s, max_beta = plain((num_timesteps, s, max_beta))
     if not s >= 0:
         raise ValueError(f"cosine_beta_schedule: s must be at least 0, got {s}")
     _check_num_timesteps("cosine_beta_schedule", num_timesteps)
@@ -56,6 +59,7 @@ def linear_beta_schedule(num_timesteps: int) -> Tensor:
 
     Source: Ho et al. 2020, section 4, with the scale of Nichol & Dhariwal's code.
     """
+    num_timesteps = plain(num_timesteps)
     _check_num_timesteps("linear_beta_schedule", num_timesteps)
     if num_timesteps < 20:
         raise ValueError(
@@ -90,6 +94,7 @@ def sigmoid_beta_schedule(
     Source: Jabri, Fleet & Chen 2022, "Scalable Adaptive Computation for Iterative Generation",
     appendix B, with temperature 1.
     """
+    num_timesteps, start, end, max_beta = plain((num_timesteps, start, end, max_beta))
     if not start < end:
         raise ValueError(f"sigmoid_beta_schedule: start must be below end {end}, got {start}")
     _check_num_timesteps("sigmoid_beta_schedule", num_timesteps)
@@ -104,6 +109,47 @@ def sigmoid_beta_schedule(
         lambda u: (last - sigmoid(start + u * (end - start))) / (last - first),
         max_beta,
     )
+
+
+def karras_beta_schedule(
+    num_timesteps: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0
+) -> Tensor:
+    """Betas of the noise levels of EDM, of which the first step has the smallest.
+
+    sigma_t = (sigma_min^(1/rho) + t/(T - 1) (sigma_max^(1/rho) - sigma_min^(1/rho)))^rho,
+    alpha_bar_t = 1 / (1 + sigma_t^2): x_t is EDM's image divided by sqrt(1 + sigma_t^2).
+
+    Args:
+        num_timesteps: T, at least 2.
+        sigma_min, sigma_max: 0 < sigma_min < sigma_max.
+        rho: above 0; large ones spend more steps on little noise.
+
+    Returns:
+        float64 [T] on the CPU.
+
+    Raises:
+        ValueError: an argument is out of range.
+
+    Source: Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based Generative Models",
+    equation 5.
+    """
+    num_timesteps, sigma_min, sigma_max, rho = plain((num_timesteps, sigma_min, sigma_max, rho))
+    _check_num_timesteps("karras_beta_schedule", num_timesteps)
+    if num_timesteps < 2:
+        raise ValueError(
+            f"karras_beta_schedule: num_timesteps must be at least 2, got {num_timesteps}"
+        )
+    if not 0 < sigma_min < sigma_max < math.inf:
+        raise ValueError(
+            "karras_beta_schedule: sigma_min must be above 0 and below sigma_max, "
+            f"got {sigma_min} and {sigma_max}"
+        )
+    if not 0 < rho < math.inf:
+        raise ValueError(f"karras_beta_schedule: rho must be above 0, got {rho}")
+    first, last = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
+    part = torch.arange(num_timesteps, dtype=torch.float64, device="cpu") / (num_timesteps - 1)
+    square = torch.cat([torch.zeros_like(part[:1]), (first + part * (last - first)).pow(2 * rho)])
+    return square.diff() / (1 + square[1:])
 
 
 def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
@@ -146,6 +192,7 @@ def betas_for_alpha_bar(
 
     Source: Nichol & Dhariwal 2021, section 3.2.
     """
+    num_timesteps, max_beta = plain((num_timesteps, max_beta))
     _check_num_timesteps("betas_for_alpha_bar", num_timesteps)
     _check_max_beta("betas_for_alpha_bar", max_beta)
     values = [float(alpha_bar(i / num_timesteps)) for i in range(num_timesteps + 1)]
@@ -168,6 +215,8 @@ def named_betas(schedule: str, num_timesteps: int) -> Tensor:
         return linear_beta_schedule(num_timesteps)
     if schedule == "sigmoid":
         return sigmoid_beta_schedule(num_timesteps)
+    if schedule == "karras":
+        return karras_beta_schedule(num_timesteps)
     raise ValueError(f"Diffusion: schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
 
 

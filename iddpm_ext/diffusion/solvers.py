@@ -66,6 +66,7 @@ class SolverWalk:
         self._second = multistep_weights(numbers, limit, solver.eta).numpy()
         self._known: list[Tensor] = []  # previous predictions, the latest first
         self._x: Tensor | None = None  # the corrected start of the last jump
+        self._given: Tensor | None = None  # the end of the last jump, as it was returned
         self._next = -1
 
     def __call__(self, i: int, x_t: Tensor, x_prev: Tensor, x_0: Tensor) -> Tensor:
@@ -76,13 +77,16 @@ class SolverWalk:
         if i != self._next:
             self._known = []
         if self._known and self._solver.corrects:
-            corrected = self._corrected(i + 1, x_0)
-            x_prev = x_prev + float(self._c2[i]) * (corrected - x_t)
-            x_t = corrected
+            assert self._given is not None
+            moved = self._corrected(i + 1, x_0) - self._given
+            x_prev = x_prev + float(self._c2[i]) * moved
+            x_t = x_t + moved
         if i > 0:
             x_prev = self._higher_order(i, x_prev, x_0)
         self._known = [x_0, *self._known][: self._solver.order]
         self._x, self._next = x_t, i - 1
+        if self._solver.corrects:  # a copy, as the caller may write into what it gets
+            self._given = x_prev.clone()
         return x_prev
 
     def _higher_order(self, i: int, x_prev: Tensor, x_0: Tensor) -> Tensor:

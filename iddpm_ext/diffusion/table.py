@@ -17,7 +17,7 @@ from torch import Tensor
 from iddpm_ext.ops.columns import NUM_COLUMNS, Column
 
 VARIANCES = ("learned_range", "learned", "fixed_large", "fixed_small")
-PREDICTIONS = ("epsilon", "x_0", "x_prev", "velocity")
+PREDICTIONS = ("epsilon", "x_0", "x_prev", "velocity", "edm")
 SAMPLERS = ("ddpm", "ddim")
 
 _ONE = 1 << 512
@@ -87,6 +87,15 @@ class Chain:
         """log beta~_t, at t = 0 that of the step after it."""
         return self.log_beta - self.log_variance_range
 
+    @property
+    def log_sigma(self) -> Tensor:
+        """log sigma_t of EDM's noise levels, sigma_t^2 = (1 - ab_t) / ab_t."""
+        return (self.one_minus_alpha_bar.log() - self.log_alpha_bar) / 2
+
+    def input_scale(self, sigma_data: float) -> Tensor:
+        """What brings x_t to unit variance, where that of the data is sigma_data^2."""
+        return (self.one_minus_alpha_bar + self.alpha_bar * sigma_data**2).rsqrt()
+
     def mean_coefficients(self, eta: float) -> tuple[Tensor, Tensor]:
         """(c1, c2) with mean of x_{t-1} = c1 x_0 + c2 x_t, for DDIM's eta; 1 gives the posterior.
 
@@ -109,11 +118,18 @@ class Chain:
 
 
 def build_table(
-    chain: Chain, steps: Tensor, variance: str, prediction: str, sampler: str, eta: float
+    chain: Chain,
+    steps: Tensor,
+    variance: str,
+    prediction: str,
+    sampler: str,
+    eta: float,
+    sigma_data: float,
 ) -> Tensor:
     """The coefficients of a chain, float64 [T, 16]; ``Column`` says what each means.
 
-    log_alpha_bar is stored as its float32 rounding and the remainder.
+    sigma_data: for the prediction "edm" only. log_alpha_bar is stored as its float32 rounding and the
+    remainder.
     """
     table = torch.zeros(len(steps), NUM_COLUMNS, dtype=torch.float64, device="cpu")
     posterior_c1, posterior_c2 = chain.mean_coefficients(1.0)
@@ -132,6 +148,14 @@ def build_table(
         table[:, Column.X0_FROM_OUT] = -noise
         table[:, Column.TARGET_NOISE] = signal
         table[:, Column.TARGET_X0] = -noise
+    elif prediction == "edm":
+        # x_0 = c_skip x_t / sqrt(ab) + c_out out of sigma^2 = (1 - ab) / ab (Karras et al. 2022, table 1).
+        signal, noise = chain.alpha_bar.sqrt(), chain.one_minus_alpha_bar.sqrt()
+        scale = chain.input_scale(sigma_data)
+        table[:, Column.X0_FROM_XT] = signal * (sigma_data * scale).square()
+        table[:, Column.X0_FROM_OUT] = noise * sigma_data * scale
+        table[:, Column.TARGET_X0] = noise * scale / sigma_data
+        table[:, Column.TARGET_NOISE] = -signal * sigma_data * scale
     else:
         table[:, Column.X0_FROM_XT] = -posterior_c2 / posterior_c1
         table[:, Column.X0_FROM_OUT] = 1 / posterior_c1

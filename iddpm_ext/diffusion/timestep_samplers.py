@@ -13,8 +13,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from iddpm_ext.random import STREAM_CHOICE, NoiseKey, integers, uniform
+from iddpm_ext.scalars import plain
 
-TIMESTEP_SAMPLERS = ("uniform", "loss-second-moment")
+TIMESTEP_SAMPLERS = ("uniform", "loss-second-moment", "log-normal")
 
 
 class WeightedTimesteps(NamedTuple):
@@ -49,6 +50,7 @@ class UniformTimestepSampler:
     """
 
     def __init__(self, num_timesteps: int, *, seed: int = 0) -> None:
+        num_timesteps, seed = plain((num_timesteps, seed))
         _check_positive("UniformTimestepSampler", "num_timesteps", num_timesteps)
         self.num_timesteps = num_timesteps
         self.seed = seed
@@ -73,6 +75,73 @@ class UniformTimestepSampler:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Nothing to restore; ValueError for another sampler's state."""
         _check_state("UniformTimestepSampler", state, {})
+
+
+class LogNormalTimestepSampler:
+    """Noise levels sigma_t = sqrt((1 - ab_t) / ab_t) from a log-normal distribution, every weight 1.
+
+    The weights are no oversight: this changes the objective, as EDM wants it. Of a chain's steps each
+    stands for the log sigma nearest to it.
+
+    Args:
+        alphas_cumprod: of the chain, float64 [T], falling, all above 0.
+        seed: of the draws, stream 3 of the noise contract.
+        mean, deviation: of log sigma, P_mean and P_std.
+        device: where probabilities lie.
+
+    Source: Karras et al. 2022, table 1.
+    """
+
+    def __init__(
+        self,
+        alphas_cumprod: Tensor,
+        *,
+        seed: int = 0,
+        mean: float = -1.2,
+        deviation: float = 1.2,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        seed, mean, deviation = plain((seed, mean, deviation))
+        if not bool((alphas_cumprod > 0).all()):
+            raise ValueError(
+                "LogNormalTimestepSampler: alphas_cumprod must be above 0, as sigma has no largest in pure "
+                f"noise, got {float(alphas_cumprod.min())}"
+            )
+        if not deviation > 0:
+            raise ValueError(
+                f"LogNormalTimestepSampler: deviation must be above 0, got {deviation}"
+            )
+        log_sigma = (torch.log1p(-alphas_cumprod) - alphas_cumprod.log()) / 2
+        inner = ((log_sigma[1:] + log_sigma[:-1]) / 2 - mean) / deviation
+        self.num_timesteps, self.seed = len(log_sigma), seed
+        one = torch.ones(1, dtype=torch.float64, device="cpu")
+        self._cumulative = torch.cat([torch.special.ndtr(inner), one]).to(device)
+
+    def probabilities(self) -> Tensor:
+        """p_t, float64 [T]."""
+        return torch.diff(self._cumulative, prepend=torch.zeros_like(self._cumulative[:1]))
+
+    def sample(self, samples: Tensor) -> WeightedTimesteps:
+        """Steps of the examples at these global positions (iteration * global batch + position).
+
+        Args:
+            samples: int64 [N] on the sampler's device.
+        """
+        key = NoiseKey(self.seed, STREAM_CHOICE, samples, 0)
+        u = uniform(key, (len(samples), 1), self._cumulative.device)[:, 0].double()
+        t = torch.searchsorted(self._cumulative, u, right=True).clamp(max=self.num_timesteps - 1)
+        return WeightedTimesteps(t, torch.ones(len(t), device=t.device, dtype=torch.float32))
+
+    def update(self, t: Tensor, losses: Tensor, *, capacity: int | None = None) -> None:
+        """Nothing to learn."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Nothing to keep."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Nothing to take up; ValueError where another sampler's state is given."""
+        _check_state("LogNormalTimestepSampler", state, {})
 
 
 class LossSecondMomentSampler:
@@ -101,6 +170,9 @@ class LossSecondMomentSampler:
         uniform_prob: float = 1e-3,
         device: torch.device | str = "cpu",
     ) -> None:
+        num_timesteps, seed, history, uniform_prob = plain(
+            (num_timesteps, seed, history, uniform_prob)
+        )
         _check_positive("LossSecondMomentSampler", "num_timesteps", num_timesteps)
         _check_positive("LossSecondMomentSampler", "history", history)
         if not 0 <= uniform_prob <= 1:
@@ -183,13 +255,27 @@ class LossSecondMomentSampler:
 
 
 def make_timestep_sampler(
-    name: str, num_timesteps: int, *, seed: int = 0, device: torch.device | str = "cpu"
+    name: str,
+    num_timesteps: int,
+    *,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    alphas_cumprod: Tensor | None = None,
 ) -> TimestepSampler:
-    """The sampler called ``"uniform"`` or ``"loss-second-moment"``."""
+    """The sampler called ``"uniform"``, ``"loss-second-moment"`` or ``"log-normal"``.
+
+    alphas_cumprod: of the chain, which ``"log-normal"`` needs.
+    """
     if name == "uniform":
         return UniformTimestepSampler(num_timesteps, seed=seed)
     if name == "loss-second-moment":
         return LossSecondMomentSampler(num_timesteps, seed=seed, device=device)
+    if name == "log-normal":
+        if alphas_cumprod is None:
+            raise ValueError(
+                "make_timestep_sampler: alphas_cumprod must be given for log-normal, got None"
+            )
+        return LogNormalTimestepSampler(alphas_cumprod, seed=seed, device=device)
     raise ValueError(
         f"make_timestep_sampler: name must be one of {', '.join(TIMESTEP_SAMPLERS)}, got {name!r}"
     )

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from iddpm_ext.diffusion import Diffusion
 from iddpm_ext.engines.base import NotSupported, undisturbed
 from iddpm_ext.engines.kept import kept_of
 from iddpm_ext.engines.locks import Lock
@@ -51,12 +52,45 @@ class Network(Protocol):
 
 def choose_network(spec: NetworkSpec, batch_size: int) -> Network:
     """The fastest network that supports the call, on batches of up to `batch_size` images."""
+    network = _chosen(spec, batch_size)
+    return Preconditioned(network, spec.diffusion) if spec.diffusion.scales_input else network
+
+
+def _chosen(spec: NetworkSpec, batch_size: int) -> Network:
     if spec.engine:
         for build in (_spliced_network, _cuda_network, _cpu_network):
             network = build(spec, batch_size)
             if network is not None:
                 return network
     return PlainNetwork(spec)
+
+
+class Preconditioned:
+    """A network that is given images of unit variance instead of x_t: one of EDM's."""
+
+    def __init__(self, network: Network, chain: Diffusion) -> None:
+        self._network, self._chain = network, chain
+        self.name = network.name
+
+    def begin(
+        self, timesteps: Tensor, labels: Tensor | None = None, low_res: Tensor | None = None
+    ) -> None:
+        self._network.begin(timesteps, labels, low_res)
+
+    def __call__(self, x: Tensor, step: int) -> Tensor:
+        return self._network(self._chain.model_input(x, step), step)
+
+    def at(
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        labels: Tensor | None = None,
+        low_res: Tensor | None = None,
+    ) -> Tensor:
+        # Which step each row is at, the timesteps tell: they rise with the noise.
+        steps = torch.arange(self._chain.num_timesteps, dtype=torch.int64, device=x.device)
+        t = torch.searchsorted(self._chain.model_timesteps(steps), timesteps)
+        return self._network.at(self._chain.model_input(x, t), timesteps, labels, low_res)
 
 
 class PlainNetwork:
@@ -264,7 +298,7 @@ def _spliced_network(spec: NetworkSpec, batch_size: int) -> Network | None:
         )
         return None
     ends, between = (
-        choose_network(replace(spec, model=network), batch_size)
+        _chosen(replace(spec, model=network), batch_size)
         for network in (splice.ends, splice.between)
     )
     return SplicedNetwork(splice, ends, between)

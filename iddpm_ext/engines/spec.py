@@ -18,6 +18,7 @@ from iddpm_ext.networks.foreign import unwrapped
 from iddpm_ext.networks.splice import Splice
 from iddpm_ext.networks.unet import UNet
 from iddpm_ext.ops.spec import resolve_backend
+from iddpm_ext.scalars import plain
 
 Steps = int | str | Sequence[int] | None
 #: Name of a stored schedule in `steps` -> its key in a checkpoint's `extra`.
@@ -91,6 +92,7 @@ def check_network(
         raise TypeError(f"{who}: model must be callable, got {type(model).__name__}")
     check_flags(who, engine=engine, exact=exact)
     ours = describing(model)
+    steps, image_shape = plain(steps), plain(image_shape)
     chain = _respaced(who, _process(who, ours, diffusion), steps, ours)
     device = _device(model, images[1], low_res)
     shape = _image_shape(who, ours, image_shape, images)
@@ -166,6 +168,7 @@ def batch_size_of(
     who: str, given: int | None, n: int, shape: tuple[int, int, int], device: torch.device
 ) -> int:
     """How many images are evaluated at once, at most n."""
+    given = plain(given)
     if given is None:
         given = default_batch_size(shape, device)
     elif isinstance(given, bool) or not isinstance(given, int) or given < 1:
@@ -204,6 +207,10 @@ def _process(who: str, ours: UNet | Splice | None, given: Diffusion | None) -> D
 
 
 def _training_process(diffusion: Diffusion) -> dict[str, Any]:
+    if (
+        diffusion.prediction == "edm"
+    ):  # told its noise level, the network has no schedule of its own
+        return {name: getattr(diffusion, name) for name in ("prediction", "sigma_data", "variance")}
     return {**diffusion.to_dict(), "timesteps": None}
 
 
@@ -237,6 +244,11 @@ def _stored(who: str, diffusion: Diffusion, steps: str, ours: object) -> list[in
         have = have or "the checkpoint has none"
         raise ValueError(
             f"{who}: steps must be a schedule of the checkpoint ({have}), got {steps!r}"
+        )
+    own = getattr(ours, "diffusion", None)
+    if own is not None and not own.same_training(diffusion):
+        raise ValueError(
+            f"{who}: diffusion must be {own!r} or a respacing of it for steps {steps!r}, got {diffusion!r}"
         )
     return _positions(who, diffusion, steps, found[steps])
 
@@ -311,8 +323,7 @@ def _image_shape(
             raise ValueError(
                 f"{who}: image_shape must be given as (C, H, W) for a model of another kind, got None"
             )
-        side = ours.config.image_size
-        return (ours.config.in_channels, side, side)
+        return (ours.config.in_channels, *ours.config.size)
     sizes = tuple(given)
     if len(sizes) != 3 or not all(isinstance(size, int) and size > 0 for size in sizes):
         raise ValueError(f"{who}: image_shape must be three positive ints (C, H, W), got {given!r}")
@@ -325,6 +336,16 @@ def _image_shape(
                 f"multiples of {multiple}, got {sizes}"
             )
     return (channels, height, width)
+
+
+def check_like(who: str, name: str, value: Tensor, other: Tensor) -> None:
+    """Raises unless `value` is finite and has the image shape, dtype and device of `other`."""
+    _check_images(who, name, value, other.device)
+    if value.shape[1:] != other.shape[1:] or value.dtype != other.dtype:
+        raise ValueError(
+            f"{who}: {name} must be {other.dtype} [n, {', '.join(map(str, other.shape[1:]))}], "
+            f"got {value.dtype} {list(value.shape)}"
+        )
 
 
 def _check_low_res(

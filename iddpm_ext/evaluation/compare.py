@@ -38,6 +38,8 @@ from iddpm_ext.metrics import (
 )
 from iddpm_ext.networks.foreign import unwrapped
 from iddpm_ext.networks.unet import UNet
+from iddpm_ext.scalars import plain
+from iddpm_ext.sizes import checked_size
 
 METRICS = ("fid", "sfid", "kid", "inception_score", "precision_recall")
 # Reference images that neighbourhoods are computed from, as in the original evaluator.
@@ -106,7 +108,7 @@ def evaluate(
     n: int | None = None,
     reference_n: int | None = None,
     split: str = "train",
-    image_size: int | None = None,
+    image_size: int | Sequence[int] | None = None,
     classes: str = "auto",
     value_range: Sequence[float] | None = None,
     alpha: str = "refuse",
@@ -136,7 +138,7 @@ def evaluate(
         n: how many samples; by default all, or 10,000 of a model. The paper uses 50,000.
         reference_n: how many reference images; all if None.
         split: "train" or "test", for data that has both.
-        image_size: side of the square that images of files are resized and cropped to, as in training;
+        image_size: side, or (height, width), that images of files are resized and cropped to, as in training;
             None: the size of the model if one is sampled, else no change. The sizes of both sets must agree.
         classes, value_range, alpha: as in `open_data`, for both sets if they are paths.
         steps, sampler, eta, guidance_scale, seed: as in `sample`, for a model.
@@ -158,14 +160,19 @@ def evaluate(
     Raises:
         ValueError, TypeError, FileNotFoundError, RuntimeError: for an argument that cannot be used.
     """
+    n, reference_n, image_size, neighbours, resamples, batch_size = plain(
+        (n, reference_n, image_size, neighbours, resamples, batch_size)
+    )
+    steps, eta, guidance_scale, seed = plain((steps, eta, guidance_scale, seed))
     _check(metrics, n, reference_n, neighbours, resamples, batch_size)
+    size = None if image_size is None else checked_size("evaluate", image_size)
     began = time.perf_counter()
     network = open_extractor(extractor, device)
     drawn, real = _open_both(
         samples, reference,
         (Recipe(n or 10_000, steps, sampler, eta, guidance_scale, seed), n),
         (Recipe(reference_n or 10_000, steps, sampler, eta, guidance_scale, seed + 1), reference_n),
-        Reading(split, image_size, classes, None if value_range is None else tuple(value_range), alpha),
+        Reading(split, size, classes, None if value_range is None else tuple(value_range), alpha),
         batch_size, device,
     )  # fmt: skip
     others = {"kid", "precision_recall"} & set(metrics)

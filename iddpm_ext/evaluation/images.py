@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import iddpm_ext
-from iddpm_ext.checkpoint import bundled, is_model_folder
+from iddpm_ext.checkpoint import bundled, is_model_folder, is_on_hub
 from iddpm_ext.data import ImageData, match_classes, open_data
 from iddpm_ext.data.classes import shown
 from iddpm_ext.data.containers import Folder
@@ -25,6 +25,7 @@ from iddpm_ext.networks.foreign import unwrapped
 from iddpm_ext.networks.unet import UNet
 from iddpm_ext.sampling.loop import batches, network_of, run
 from iddpm_ext.sampling.request import make_request
+from iddpm_ext.sizes import ImageSize
 
 _HALF_LEVEL = 1 / 255
 Images = str | os.PathLike[str] | Tensor | UNet | ImageData | Iterable[Tensor]
@@ -71,7 +72,7 @@ class Reading:
     """How to open a path: arguments of `open_data`."""
 
     split: str = "train"
-    image_size: int | None = None
+    image_size: ImageSize | None = None
     classes: str = "auto"
     value_range: tuple[float, ...] | None = None
     alpha: str = "refuse"
@@ -82,7 +83,7 @@ def is_checkpoint(name: object) -> bool:
     if not isinstance(name, (str, os.PathLike)):
         return False
     text = os.fspath(name)
-    if text in bundled() or Path(text).suffix in (".safetensors", ".pt", ".pth"):
+    if text in bundled() or is_on_hub(text) or Path(text).suffix in (".safetensors", ".pt", ".pth"):
         return True
     return os.path.isdir(text) and is_model_folder(Path(text))
 

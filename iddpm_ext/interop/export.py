@@ -17,18 +17,23 @@ from torch import Tensor
 from iddpm_ext.engines.structure import weights_alone
 from iddpm_ext.files import flush, temporary_name
 from iddpm_ext.networks.unet import UNet
+from iddpm_ext.scalars import plain
+from iddpm_ext.sizes import ImageSize, checked_size, height_and_width
 
 # Larger weights are in a second file, as protocol buffers are limited to 2 GiB.
 _SINGLE_FILE_BYTES = 1_900_000_000
 
 
-def export_program(model: UNet, *, image_size: int | None = None) -> torch.export.ExportedProgram:
+def export_program(
+    model: UNet, *, image_size: ImageSize | None = None
+) -> torch.export.ExportedProgram:
     """The network as an `ExportedProgram` of PyTorch's own operators, with any batch size.
 
     Args:
         model: a UNet, also inside PyTorch's wrappers (`torch.compile`, DataParallel and the like); its
             weights are shared, not copied.
-        image_size: the side of its images, which is fixed in the graph; the configuration's if None.
+        image_size: the side of its images, or (height, width), which is fixed in the graph; the
+            configuration's if None.
 
     Returns:
         a program with the arguments of `model`: x, timesteps, and y or low_res if the network has them.
@@ -40,18 +45,18 @@ def export_program(model: UNet, *, image_size: int | None = None) -> torch.expor
     return _program(weights_alone("export_program", model), image_size)
 
 
-def _program(model: UNet, image_size: int | None) -> torch.export.ExportedProgram:
-    plain = _plain_copy(model)
-    inputs = _example(model, image_size)
+def _program(model: UNet, image_size: ImageSize | None) -> torch.export.ExportedProgram:
+    copy = _plain_copy(model)
+    inputs = _example(model, plain(image_size))
     batch = torch.export.Dim("batch", min=1, max=1 << 16)
     with torch.no_grad():
         return torch.export.export(
-            plain, (), inputs, dynamic_shapes={name: {0: batch} for name in inputs}
+            copy, (), inputs, dynamic_shapes={name: {0: batch} for name in inputs}
         )
 
 
 def export_onnx(
-    model: UNet, path: str | os.PathLike[str], *, image_size: int | None = None
+    model: UNet, path: str | os.PathLike[str], *, image_size: ImageSize | None = None
 ) -> Path:
     """Writes the network as an ONNX model that ONNX Runtime and others run, with any batch size.
 
@@ -63,7 +68,7 @@ def export_onnx(
         model: a UNet, as of `export_program`.
         path: an .onnx file in an existing folder; weights of more than 1.9 GB go to a second file
             beside it, NAME.onnx.data.
-        image_size: the side of its images; the configuration's if None.
+        image_size: the side of its images, or (height, width); the configuration's if None.
 
     Returns:
         the path.
@@ -126,32 +131,30 @@ def _quiet() -> Iterator[None]:
 def _plain_copy(model: UNet) -> UNet:
     """The network with the same weights, by PyTorch's own functions, in evaluation mode."""
     with torch.device("meta"):
-        plain = UNet(model.config)
-    plain.load_state_dict(model.state_dict(), assign=True)
-    plain.backend = "plain"
-    return plain.eval().requires_grad_(False)
+        copy = UNet(model.config)
+    copy.load_state_dict(model.state_dict(), assign=True)
+    copy.backend = "plain"
+    return copy.eval().requires_grad_(False)
 
 
-def _example(model: UNet, image_size: int | None) -> dict[str, Tensor]:
+def _example(model: UNet, image_size: ImageSize | None) -> dict[str, Tensor]:
     """Inputs for tracing: a batch of two, since a batch of one would be traced as a constant."""
     config = model.config
-    size = config.image_size if image_size is None else image_size
-    if (
-        isinstance(size, bool)
-        or not isinstance(size, int)
-        or size < 1
-        or size % config.size_multiple
-    ):
+    size = config.size
+    if image_size is not None:
+        size = height_and_width(checked_size("export_program", image_size))
+    if any(side % config.size_multiple for side in size):
         raise ValueError(
-            f"export_program: image_size must be a multiple of {config.size_multiple}, got {size!r}"
+            f"export_program: image_size must be a multiple of {config.size_multiple}, got {image_size!r}"
         )
     device, dtype = model.input_blocks[0].get_parameter("0.weight").device, torch.float32
     inputs = {
-        "x": torch.zeros(2, config.in_channels, size, size, device=device, dtype=dtype),
+        "x": torch.zeros(2, config.in_channels, *size, device=device, dtype=dtype),
         "timesteps": torch.zeros(2, device=device, dtype=dtype),
     }
     if config.num_classes is not None:
         inputs["y"] = torch.zeros(2, device=device, dtype=torch.int64)
     if config.super_resolution:
-        inputs["low_res"] = inputs["x"][:, :, : max(1, size // 4), : max(1, size // 4)].clone()
+        height, width = (max(1, side // 4) for side in size)
+        inputs["low_res"] = inputs["x"][:, :, :height, :width].clone()
     return inputs

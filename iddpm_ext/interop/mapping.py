@@ -214,9 +214,9 @@ def config_of_unet2d(theirs: Mapping[str, Any]) -> UNetConfig:
     if groups not in ((NUM_GROUPS, None) if scale_shift == "default" else (NUM_GROUPS,)):
         problems.append(f"attn_norm_num_groups={NUM_GROUPS} (got {groups})")
     size = theirs.get("sample_size")
-    size = size[0] if isinstance(size, (tuple, list)) and len(set(size)) == 1 else size
-    if not isinstance(size, int):
-        problems.append(f"sample_size=a whole number (got {theirs.get('sample_size')!r})")
+    sides: list[Any] = list(size) if isinstance(size, (tuple, list)) else [size]
+    if len(sides) not in (1, 2) or not all(isinstance(side, int) for side in sides):
+        problems.append(f"sample_size=a whole number, or two (got {size!r})")
     kinds = {_resampling(theirs, name) for name in ("downsample_type", "upsample_type")}
     resample = kinds.pop()
     if kinds or resample not in _BLOCK_TYPES:
@@ -241,7 +241,7 @@ def config_of_unet2d(theirs: Mapping[str, Any]) -> UNetConfig:
             "out_channels": theirs["out_channels"],
             "num_res_blocks": theirs["layers_per_block"],
             "channel_mult": multiples,
-            "attention_resolutions": [size // 2**i for i, a in enumerate(attended) if a],
+            "attention_resolutions": [max(sides) // 2**i for i, a in enumerate(attended) if a],
             "num_heads": heads,
             "num_heads_upsample": theirs.get("num_attention_heads_up"),
             "dropout": theirs.get("dropout", 0.0),

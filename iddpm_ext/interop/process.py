@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from iddpm_ext.diffusion import Diffusion, linear_beta_schedule
+from iddpm_ext.diffusion import Diffusion, karras_beta_schedule, linear_beta_schedule
 
 _COSINE = ("squaredcos_cap_v2", "cosine")
 _SCHEDULES = (*_COSINE, "linear", "scaled_linear", "sigmoid")
@@ -35,6 +35,8 @@ def diffusion_of(config: Mapping[str, Any]) -> Diffusion:
 
     Raises ValueError if this package has no such process.
     """
+    if "sigma_data" in config:
+        return _edm(config)
     steps, betas = int(config["num_train_timesteps"]), config.get("trained_betas")
     schedule = config.get("beta_schedule", "linear")
     variance = _named("variance_type", config["variance_type"], _VARIANCES)
@@ -49,7 +51,7 @@ def diffusion_of(config: Mapping[str, Any]) -> Diffusion:
         return Diffusion(betas=torch.as_tensor(betas, dtype=torch.float64, device="cpu"), **common)
     if schedule in _COSINE:
         return Diffusion("cosine", steps, **common)
-    first, last = _ends(config, steps)
+    first, last = ends_of(config, steps)
     if schedule == "linear":
         own = Diffusion("linear", steps, **common) if steps >= 20 else None
         given = torch.linspace(first, last, steps, dtype=torch.float64, device="cpu")
@@ -73,8 +75,14 @@ def diffusion_of(config: Mapping[str, Any]) -> Diffusion:
 def config_of(diffusion: Diffusion) -> dict[str, Any]:
     """The arguments of `IDDPMScheduler` that describe a whole training process.
 
-    Raises ValueError for a respaced process: a scheduler chooses its steps itself.
+    Raises ValueError for a respaced process, since a scheduler chooses its steps itself, and for one whose
+    network's input is not x_t.
     """
+    if diffusion.scales_input:
+        raise ValueError(
+            "IDDPMScheduler: prediction must be one of a network that is given x_t, got "
+            f"{diffusion.prediction!r}: diffusers.EDMEulerScheduler and its kin are for that"
+        )
     if diffusion.num_timesteps != diffusion.num_train_timesteps:
         raise ValueError(
             "IDDPMScheduler: diffusion must be a whole training process, "
@@ -91,13 +99,35 @@ def config_of(diffusion: Diffusion) -> dict[str, Any]:
         "rescale_timesteps": diffusion.rescale_timesteps,
         "rescale_betas_zero_snr": diffusion.zero_terminal_snr,
     }
-    if schedule in ("custom", "sigmoid"):
+    if schedule in ("custom", "sigmoid", "karras"):
         config["rescale_betas_zero_snr"] = False
         config.update(beta_schedule="linear", trained_betas=diffusion.betas.tolist())
     return config
 
 
-def _ends(config: Mapping[str, Any], steps: int) -> tuple[float, float]:
+def _edm(config: Mapping[str, Any]) -> Diffusion:
+    """Of `EDMEulerScheduler` and `EDMDPMSolverMultistepScheduler`: noise levels without a training chain.
+
+    Their noise levels, between which a chain of `num_train_timesteps` is laid; a sampler takes some.
+    """
+    if config["prediction_type"] != "epsilon":
+        raise ValueError(
+            "IDDPMScheduler: prediction_type must be epsilon of a scheduler with sigma_data, "
+            f"got {config['prediction_type']!r}"
+        )
+    if config.get("sigma_schedule", "karras") != "karras":
+        raise ValueError(
+            f"IDDPMScheduler: sigma_schedule must be karras, got {config['sigma_schedule']!r}"
+        )
+    betas = karras_beta_schedule(
+        int(config["num_train_timesteps"]), config["sigma_min"], config["sigma_max"], config["rho"]
+    )
+    return Diffusion(
+        betas=betas, prediction="edm", variance="fixed_small", sigma_data=config["sigma_data"]
+    )
+
+
+def ends_of(config: Mapping[str, Any], steps: int) -> tuple[float, float]:
     """First and last beta; by default those of the linear schedule rescaled to T."""
     first, last = config.get("beta_start"), config.get("beta_end")
     if (first is None or last is None) and steps >= 20:

@@ -20,7 +20,8 @@ from iddpm_ext.interop.diffusers_api import (
     randn_tensor,
     register_to_config,
 )
-from iddpm_ext.interop.process import config_of, diffusion_of
+from iddpm_ext.interop.process import config_of, diffusion_of, ends_of
+from iddpm_ext.scalars import plain
 
 _SAMPLERS = ("ddpm", "ddim", *SOLVERS)
 
@@ -88,18 +89,21 @@ class IDDPMScheduler(SchedulerMixin, ConfigMixin):
         eta: float = 0.0,
         extrapolation_limit: float | None = 0.5,
     ) -> None:
+        self.register_to_config(**plain(dict(self.config)))
+        num_train_timesteps, eta = plain((num_train_timesteps, eta))
         if sampler not in _SAMPLERS:
             raise ValueError(
                 f"IDDPMScheduler: sampler must be one of {', '.join(_SAMPLERS)}, got {sampler!r}"
             )
         # Otherwise a class that is built from this configuration would replace values that are marked as
-        # defaults by its own defaults.
-        self.register_to_config(_use_default_values=[])
+        # defaults by its own defaults. A configuration that was read from a file has no such marks.
+        if "_use_default_values" in self.config:
+            self.register_to_config(_use_default_values=[])
         self.diffusion = diffusion_of(self.config)
         if trained_betas is None and beta_schedule == "linear":
             # Schedulers of diffusers do not accept None here.
-            betas = self.diffusion.betas
-            self.register_to_config(beta_start=float(betas[0]), beta_end=float(betas[-1]))
+            first, last = ends_of(self.config, num_train_timesteps)
+            self.register_to_config(beta_start=first, beta_end=last)
         _require_eta(sampler, eta)
         self.betas = self.diffusion.betas.float()
         self.alphas = (1 - self.diffusion.betas).float()
@@ -124,9 +128,20 @@ class IDDPMScheduler(SchedulerMixin, ConfigMixin):
     def from_config(cls, config: Any = None, *args: Any, **kwargs: Any) -> Any:
         """The scheduler of a configuration, of this class or of a scheduler of diffusers.
 
-        The latter's networks take the index itself. Its "learned" means a variance, and is refused.
+        The latter's networks take the index itself. Its "learned" means a variance, and is refused, as are
+        `thresholding` and a `clip_sample_range` other than 1, which this class does not have. Its spacing
+        and offset of steps are ignored.
         """
         values = dict(config)
+        if values.get("thresholding"):
+            raise ValueError(
+                "IDDPMScheduler: thresholding must be False, as x_0 is clipped to [-1, 1] or not at all, "
+                "got True"
+            )
+        if values.get("clip_sample") and values.get("clip_sample_range", 1.0) != 1.0:
+            raise ValueError(
+                f"IDDPMScheduler: clip_sample_range must be 1, got {values['clip_sample_range']}"
+            )
         if "rescale_timesteps" not in values:
             # This class has other defaults.
             values.pop("_use_default_values", None)
@@ -136,7 +151,11 @@ class IDDPMScheduler(SchedulerMixin, ConfigMixin):
                     "IDDPMScheduler: variance_type must not be 'learned' where it comes from another "
                     "scheduler, whose head is the variance, not its logarithm, got 'learned'"
                 )
-        return super().from_config(values, *args, **kwargs)
+        made = super().from_config(values, *args, **kwargs)
+        if "_use_default_values" in values:  # of a living scheduler, not of a file
+            scheduler = made[0] if isinstance(made, tuple) else made
+            scheduler.register_to_config(_use_default_values=[])
+        return made
 
     @property
     def compatibles(self) -> list[type]:
@@ -168,6 +187,7 @@ class IDDPMScheduler(SchedulerMixin, ConfigMixin):
             device: of `timesteps`.
             timesteps: descending indices in the training chain, instead of num_inference_steps.
         """
+        num_inference_steps, timesteps = plain(num_inference_steps), plain(timesteps)
         if (num_inference_steps is None) == (timesteps is None):
             raise ValueError(
                 "IDDPMScheduler: exactly one of num_inference_steps and timesteps must be given, "
@@ -233,7 +253,7 @@ class IDDPMScheduler(SchedulerMixin, ConfigMixin):
         Not differentiable.
         """
         sampler = self.config.sampler
-        eta = self.config.eta if eta is None else eta
+        eta = self.config.eta if eta is None else plain(eta)
         _require_eta(sampler, eta)
         i = self._position(timestep)
         state = sample if sample.dtype == torch.float64 else sample.float()
@@ -276,6 +296,17 @@ class IDDPMScheduler(SchedulerMixin, ConfigMixin):
         t = self._training_index(timesteps, len(original_samples), original_samples.device)
         return self.diffusion.q_sample(original_samples, t, noise)
 
+    def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """What a network of "v_prediction" is to predict, sqrt(alpha_bar) noise - sqrt(1 - alpha_bar) x_0.
+
+        Args:
+            sample: x_0; the others as of `add_noise`.
+
+        Returns:
+            like sample.
+        """
+        return self.add_noise(noise, -sample, timesteps)
+
     def previous_timestep(self, timestep: Tensor | float | int) -> Tensor:
         """The timestep after a step from this one, as in `timesteps`; -1 after the last.
 
@@ -296,7 +327,7 @@ class IDDPMScheduler(SchedulerMixin, ConfigMixin):
 
     def _position(self, timestep: Tensor | float | int) -> int:
         """The index of a step in the chain."""
-        value = timestep.item() if isinstance(timestep, Tensor) else timestep
+        value = timestep.item() if isinstance(timestep, Tensor) else plain(timestep)
         known: dict[Any, int] = self._by_index if isinstance(value, int) else self._by_told
         if value not in known:
             raise ValueError(

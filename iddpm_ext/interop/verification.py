@@ -49,13 +49,13 @@ def _times(model: UNet) -> list[float]:
 
 def _inputs(model: UNet, t: float) -> dict[str, Tensor]:
     config, generator = model.config, torch.Generator().manual_seed(0)
-    size = config.image_size
+    height, width = config.size
     inputs = {
         "x": torch.randn(
             _BATCH,
             config.in_channels,
-            size,
-            size,
+            height,
+            width,
             generator=generator,
             dtype=torch.float32,
             device="cpu",
@@ -65,7 +65,7 @@ def _inputs(model: UNet, t: float) -> dict[str, Tensor]:
     if config.num_classes is not None:
         inputs["y"] = torch.tensor([0, config.num_classes - 1], dtype=torch.int64, device="cpu")
     if config.super_resolution:
-        small = (_BATCH, config.in_channels, size // 4, size // 4)
+        small = (_BATCH, config.in_channels, height // 4, width // 4)
         inputs["low_res"] = torch.randn(
             small, generator=generator, dtype=torch.float32, device="cpu"
         )

@@ -19,6 +19,7 @@ from iddpm_ext.networks.head import last_convolution, with_last_convolution
 from iddpm_ext.ops.columns import Column
 from iddpm_ext.random import STREAM_CHOICE, NoiseKey, integers
 from iddpm_ext.sampling.variance import bare_network
+from iddpm_ext.scalars import plain
 
 _TIMESTEPS = 128
 _IMAGES_FOR_MEANS = 32
@@ -63,6 +64,7 @@ def find_covariance(
 
     Source: Bao et al. 2022, "Estimating the Optimal Covariance with Imperfect Mean", section 4 (NPR-DPM).
     """
+    updates = plain(updates)
     if isinstance(updates, bool) or not isinstance(updates, int) or updates < 1:
         raise ValueError(f"find_covariance: updates must be an int above 0, got {updates!r}")
     request = make_likelihood_request(

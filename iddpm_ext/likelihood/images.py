@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from iddpm_ext.data import ImageData, Order, open_data
+from iddpm_ext.sizes import ImageSize
 
 # Tolerance in levels, for float32 and for other people's arithmetic on the way to [-1, 1].
 _ROUNDING = 1e-2
@@ -30,7 +31,13 @@ class Images(NamedTuple):
 
 
 def read_images(
-    data: Data, *, who: str, split: str, limit: int | None, size: int | None, shuffle: bool = False
+    data: Data,
+    *,
+    who: str,
+    split: str,
+    limit: int | None,
+    size: ImageSize | None,
+    shuffle: bool = False,
 ) -> Images:
     """All images of `data`, or the first `limit`; images from files are resized to `size`.
 

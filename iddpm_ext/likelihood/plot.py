@@ -21,25 +21,28 @@ def require_matplotlib() -> Any:
 
 
 def plot_steps(per_step: PerStep, path: str | os.PathLike[str]) -> Path:
-    """Draws L_t, with its standard error, and the squared errors against t, both axes logarithmic.
+    """Draws L_t, with its 95 % interval, and the squared errors against t, both axes logarithmic.
 
     path: its suffix names the format (.png, .svg, .pdf). Returns it.
     """
     target = Path(path)
-    figure = require_matplotlib().Figure(figsize=(9, 4), layout="constrained")
+    figure = require_matplotlib().Figure(figsize=(10, 4.5), layout="constrained")
     terms, errors = figure.subplots(1, 2)
     seen = per_step.count > 0
     # Steps count from 1 here, as in the paper: a logarithmic axis has no 0.
     t = (per_step.timesteps[seen] + 1).numpy()
     bpd, error = per_step.bpd[seen].numpy(), per_step.bpd_error[seen].nan_to_num(0).numpy()
-    terms.fill_between(t, (bpd - error).clip(min=1e-12), bpd + error, alpha=0.3, linewidth=0)
-    terms.plot(t, bpd, marker=".", markersize=3)
+    low, high = (bpd - 1.96 * error).clip(min=1e-12), bpd + 1.96 * error
+    terms.fill_between(t, low, high, alpha=0.3, linewidth=0, label="95 % interval")
+    terms.plot(t, bpd, marker=".", markersize=3, label="mean")
     terms.set(xscale="log", yscale="log", xlabel="diffusion step t", ylabel="L_t in bits/dim")
+    terms.set_title("Terms of the bound")
     for name, column in (("x_0", per_step.x_0_mse), ("eps", per_step.eps_mse)):
         errors.plot(t, column[seen].numpy(), marker=".", markersize=3, label=name)
     errors.set(xscale="log", yscale="log", xlabel="diffusion step t", ylabel="mean squared error")
-    errors.legend()
+    errors.set_title("Squared errors of the predictions")
     for axes in (terms, errors):
+        axes.legend()
         axes.grid(alpha=0.3)
     data = io.BytesIO()
     figure.savefig(data, format=target.suffix.removeprefix(".") or "png", dpi=150)

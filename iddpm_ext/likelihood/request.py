@@ -28,6 +28,7 @@ from iddpm_ext.networks.splice import Splice
 from iddpm_ext.networks.unet import UNet
 from iddpm_ext.sampling.request import network_spec
 from iddpm_ext.sampling.variance import with_variance
+from iddpm_ext.scalars import plain
 
 METHODS = ("bound", "full", "information", "ode")
 _FORMAT = 1
@@ -126,6 +127,7 @@ def make_likelihood_request(
 
     Raises ValueError, TypeError or RuntimeError as `nll` documents.
     """
+    budget, tolerance, limit, batch_size, seed = plain((budget, tolerance, limit, batch_size, seed))
     _check_method(who, method, tolerance, budget)
     number = isinstance(budget, (int, float)) and not isinstance(budget, bool)
     if budget is not None and not (number and budget >= 1 and budget < float("inf")):
@@ -137,12 +139,13 @@ def make_likelihood_request(
         raise TypeError(f"{who}: exact must be True or False, got {exact!r}")
     ours = describing(model)
     config = None if ours is None else ours.config
-    side = None if config is None else config.image_size
-    images = read_images(data, who=who, split=split, limit=limit, size=side, shuffle=shuffle)
+    size = None if config is None else config.image_size
+    images = read_images(data, who=who, split=split, limit=limit, size=size, shuffle=shuffle)
     shape = list(images.x_0.shape[1:])
-    if config is not None and shape != [config.in_channels, side, side]:
+    if config is not None and shape != [config.in_channels, *config.size]:
+        height, width = config.size
         raise ValueError(
-            f"{who}: data must be [N, {config.in_channels}, {side}, {side}] for this model, "
+            f"{who}: data must be [N, {config.in_channels}, {height}, {width}] for this model, "
             f"got {list(images.x_0.shape)}"
         )
     if budget is not None and budget < 2 and len(images.x_0) == 1:

@@ -26,6 +26,7 @@ from iddpm_ext.likelihood.journal import Journal
 from iddpm_ext.likelihood.moments import eps_squares
 from iddpm_ext.likelihood.request import LikelihoodRequest, make_likelihood_request
 from iddpm_ext.sampling.distributed import Processes
+from iddpm_ext.scalars import plain
 
 #: So many of the first steps are all candidates, because the terms change fastest there.
 _EVERY_EARLY = 64
@@ -90,6 +91,7 @@ def find_schedules(
 
     Source: Watson et al. 2021.
     """
+    candidates, most = plain((candidates, most))
     check_counts(candidates, most)
     request = make_likelihood_request(
         model, data, labels=labels, low_res=None, budget=None, steps=None, clip=clip, exact=exact,

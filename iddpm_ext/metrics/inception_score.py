@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import torch
 
+from iddpm_ext.scalars import plain
+
 from . import checks
 from .checks import Features
 
@@ -33,6 +35,7 @@ def inception_score(probabilities: Features, *, splits: int = 10, seed: int = 0)
 
     Source: Salimans et al. 2016, section 4.
     """
+    splits, seed = plain((splits, seed))
     checks.positive("inception_score", "splits", splits)
     p = checks.features("inception_score", "probabilities", probabilities, least=splits)
     if bool((p < 0).any()) or bool(((p.sum(1) - 1).abs() > 1e-3).any()):

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from iddpm_ext.scalars import plain
+
 from . import checks
 from .checks import Features
 
@@ -47,6 +49,7 @@ def kernel_distance(
 
     Source: Bińkowski et al. 2018, section 4.
     """
+    subsets, subset_size, seed = plain((subsets, subset_size, seed))
     x = checks.features("kernel_distance", "a", a, least=2)
     y = checks.features("kernel_distance", "b", b, least=2).to(x.device)
     checks.pair("kernel_distance", a=x, b=y)

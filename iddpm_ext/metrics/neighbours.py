@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from iddpm_ext.scalars import plain
+
 from . import checks
 from .checks import Features
 
@@ -28,6 +30,7 @@ class Neighbourhoods:
     """
 
     def __init__(self, features: Features, k: int = 3) -> None:
+        k = plain(k)
         checks.positive("Neighbourhoods", "k", k)
         self._features = checks.features("Neighbourhoods", "features", features, least=k + 1)
         # Every vector is its own nearest neighbour, at distance 0.
@@ -59,6 +62,7 @@ def precision_recall(real: Features, generated: Features, k: int = 3) -> Precisi
 
     Source: Kynkäänniemi et al. 2019, equations 1 and 2.
     """
+    k = plain(k)
     checks.positive("precision_recall", "k", k)
     x = checks.features("precision_recall", "real", real, least=k + 1)
     y = checks.features("precision_recall", "generated", generated, least=k + 1).to(x.device)

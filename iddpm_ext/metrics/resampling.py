@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from iddpm_ext.scalars import plain
+
 from . import checks
 
 
@@ -43,6 +45,7 @@ def half_sample_interval(
 
     Source: Shao & Wu 1989.
     """
+    value, count, resamples, seed = plain((value, count, resamples, seed))
     checks.positive("half_sample_interval", "count", count, least=4)
     checks.positive("half_sample_interval", "resamples", resamples, least=2)
     generator = torch.Generator(device="cpu").manual_seed(seed)

@@ -5,6 +5,7 @@ It is the U-Net's encoder and a pooling, with the state-dict keys of openai/guid
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 from iddpm_ext.networks import plain
 from iddpm_ext.networks.config import NUM_GROUPS, JsonConfig, UNetConfig
 from iddpm_ext.networks.unet import GroupNormSiLU, encoder_of, time_embed_of, timestep_embedding
+from iddpm_ext.scalars import make_fields_plain
+from iddpm_ext.sizes import ImageSize
 
 if TYPE_CHECKING:
     from iddpm_ext.diffusion import Diffusion
@@ -31,7 +34,7 @@ class ClassifierConfig(JsonConfig):
     All else is as in `UNetConfig`; the defaults are those of the released 64x64 classifier.
     """
 
-    image_size: int = 64
+    image_size: ImageSize = 64
     in_channels: int = 3
     model_channels: int = 128
     num_classes: int = 1000
@@ -48,12 +51,13 @@ class ClassifierConfig(JsonConfig):
     pool: str = "attention"
 
     def __post_init__(self) -> None:
+        make_fields_plain(self)
         if self.pool not in POOLS:
             raise ValueError(
                 f"ClassifierConfig: pool must be one of {', '.join(POOLS)}, got {self.pool!r}"
             )
         encoder = self.encoder()
-        for name in ("channel_mult", "attention_resolutions"):
+        for name in ("image_size", "channel_mult", "attention_resolutions"):
             object.__setattr__(self, name, getattr(encoder, name))
         if self.pool == "attention" and self.num_head_channels is None:
             raise ValueError(
@@ -67,15 +71,15 @@ class ClassifierConfig(JsonConfig):
 
 
 class AttentionPool(nn.Module):
-    """Attention from the mean of a feature map to its positions: [N, C, side, side] -> [N, out_channels]."""
+    """Attention from the mean of a feature map to its positions: [N, C, h, w] -> [N, out_channels]."""
 
-    def __init__(self, side: int, channels: int, head_channels: int, out_channels: int):
+    def __init__(self, positions: int, channels: int, head_channels: int, out_channels: int):
         super().__init__()
         self.num_heads = channels // head_channels
         # The defaults of PyTorch, which the other layers follow as well.
         dtype, device = torch.get_default_dtype(), torch.get_default_device()
-        positions = torch.randn(channels, side**2 + 1, dtype=dtype, device=device) / channels**0.5
-        self.positional_embedding = nn.Parameter(positions)
+        embedding = torch.randn(channels, positions + 1, dtype=dtype, device=device)
+        self.positional_embedding = nn.Parameter(embedding / channels**0.5)
         self.qkv_proj = nn.Conv1d(channels, 3 * channels, 1)
         self.c_proj = nn.Conv1d(channels, out_channels, 1)
 
@@ -148,9 +152,10 @@ class Classifier(nn.Module):
                 f"Classifier: x must have a height and a width that are multiples of {multiple}, "
                 f"got {height}x{width}"
             )
-        if c.pool == "attention" and (height, width) != (c.image_size, c.image_size):
+        expected = c.encoder().size
+        if c.pool == "attention" and (height, width) != expected:
             raise ValueError(
-                f"Classifier: x must be {c.image_size}x{c.image_size} for pool 'attention', "
+                f"Classifier: x must be {expected[0]}x{expected[1]} for pool 'attention', "
                 f"got {height}x{width}"
             )
         if timesteps.shape != (n,):
@@ -162,8 +167,9 @@ def _head(c: ClassifierConfig, widths: list[int]) -> nn.Sequential:
     width = widths[-1]
     if c.pool == "attention":
         assert c.num_head_channels is not None
-        side = c.image_size // c.encoder().size_multiple
-        pool = AttentionPool(side, width, c.num_head_channels, c.num_classes)
+        encoder = c.encoder()
+        positions = math.prod(side // encoder.size_multiple for side in encoder.size)
+        pool = AttentionPool(positions, width, c.num_head_channels, c.num_classes)
         return nn.Sequential(GroupNormSiLU(width), nn.Identity(), pool)
     if c.pool == "adaptive":
         logits = nn.Conv2d(width, c.num_classes, 1)

@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, TypeVar
 
+from iddpm_ext.scalars import make_fields_plain
+from iddpm_ext.sizes import ImageSize, checked_size, height_and_width
+
 NUM_GROUPS = 32
 ATTENTION_ORDERS = ("legacy", "new")
 _COUNTS = (
-    "image_size",
     "in_channels",
     "model_channels",
     "out_channels",
@@ -46,7 +48,8 @@ class JsonConfig:
 class UNetConfig(JsonConfig):
     """What determines the tensors of a `UNet` and what it computes. Raises ValueError or TypeError.
 
-    image_size: the side at level 0 for `attention_resolutions`; `forward` takes other sizes too.
+    image_size: the side, or (height, width), of the images; `attention_resolutions` refer to the longer
+        side; `forward` takes other sizes too.
     in_channels, out_channels: of image and output (2 * in_channels for a learned variance).
     model_channels, channel_mult: level i has model_channels * channel_mult[i] channels, a multiple of
         32; a multiplier may be a fraction.
@@ -65,7 +68,7 @@ class UNetConfig(JsonConfig):
     The last three are options of openai/guided-diffusion.
     """
 
-    image_size: int = 32
+    image_size: ImageSize = 32
     in_channels: int = 3
     model_channels: int = 128
     out_channels: int = 6
@@ -84,6 +87,8 @@ class UNetConfig(JsonConfig):
     resblock_updown: bool = False
 
     def __post_init__(self) -> None:
+        make_fields_plain(self)
+        object.__setattr__(self, "image_size", checked_size("UNetConfig", self.image_size))
         for name in _COUNTS:
             _require_count(name, getattr(self, name))
         for name in ("num_heads_upsample", "num_classes", "num_head_channels"):
@@ -111,7 +116,7 @@ class UNetConfig(JsonConfig):
                 f"UNetConfig: model_channels must be a multiple of {NUM_GROUPS} "
                 f"(the groups of every normalisation), got {self.model_channels}"
             )
-        if self.image_size % self.size_multiple:
+        if any(side % self.size_multiple for side in self.size):
             raise ValueError(
                 f"UNetConfig: image_size must be a multiple of {self.size_multiple} "
                 f"(2^(levels - 1) for {len(self.channel_mult)} levels), got {self.image_size}"
@@ -130,6 +135,16 @@ class UNetConfig(JsonConfig):
             return
         _require_heads("num_heads", self.num_heads, attended | {self.channels(levels[-1])})
         _require_heads("num_heads_upsample", self.heads_up, attended)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the images."""
+        return height_and_width(self.image_size)
+
+    @property
+    def side(self) -> int:
+        """The longer of height and width."""
+        return max(self.size)
 
     @property
     def size_multiple(self) -> int:
@@ -153,7 +168,7 @@ class UNetConfig(JsonConfig):
 
     def has_attention(self, level: int) -> bool:
         """Whether the blocks of `level` carry attention."""
-        return self.image_size // 2**level in self.attention_resolutions
+        return self.side // 2**level in self.attention_resolutions
 
 
 def _require_count(name: str, value: object) -> None:

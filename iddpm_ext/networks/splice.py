@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from iddpm_ext.diffusion import Diffusion
 from iddpm_ext.networks.config import UNetConfig
 from iddpm_ext.networks.unet import UNet
+from iddpm_ext.scalars import plain
 
 _SHARED = ("image_size", "in_channels", "out_channels", "num_classes", "super_resolution")
 
@@ -50,6 +51,7 @@ class Splice(nn.Module):
                 f"Splice: ends and between must have the same diffusion, "
                 f"got {ends.diffusion!r} and {between.diffusion!r}"
             )
+        low, high = plain((low, high))
         total = ends.diffusion.num_train_timesteps
         for name, count in (("low", low), ("high", high)):
             if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count <= total:

@@ -6,6 +6,7 @@ Attribute names such as `input_blocks` are the checkpoints' keys and therefore f
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+import iddpm_ext
 from iddpm_ext.networks.blocks import (
     AttentionBlock,
     Block,
@@ -152,6 +154,22 @@ class UNet(nn.Module):
             elif isinstance(module, AttentionBlock):
                 supported = value in ("plain", *REGISTRY["qkv_attention"].kernels)
                 module.backend = value if supported else "auto"
+
+    # As people know them from other libraries. They are functions of the rooms above, so they go by the
+    # package's public names.
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Writes the network into a folder, with a card: `iddpm_ext.checkpoint.save_pretrained`."""
+        iddpm_ext.checkpoint.save_pretrained(self, folder)
+
+    def push_to_hub(self, repository: str, **how: Any) -> str:
+        """Publishes the network on the Hugging Face hub: `iddpm_ext.checkpoint.push_to_hub`."""
+        return iddpm_ext.checkpoint.push_to_hub(self, repository, **how)
+
+    @staticmethod
+    def from_pretrained(name: str | os.PathLike[str], **how: Any) -> UNet:
+        """The network of a folder, or of a repository of the hub: `iddpm_ext.checkpoint.from_pretrained`."""
+        return iddpm_ext.checkpoint.from_pretrained(name, **how)
 
     def forward(
         self, x: Tensor, timesteps: Tensor, y: Tensor | None = None, low_res: Tensor | None = None

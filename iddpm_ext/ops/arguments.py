@@ -38,7 +38,7 @@ def _strides(x: Tensor) -> tuple[int, int, int] | None:
 
 def plane(x: Tensor) -> Plane:
     """x [N, C, H, W] of any strides, for a kernel; copied only if its pixels have no constant stride."""
-    strides = _strides(x)
+    strides = None if x.is_contiguous() else _strides(x)
     if strides is None:
         x = x.contiguous()
         _, c, h, w = x.shape

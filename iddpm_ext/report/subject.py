@@ -100,8 +100,7 @@ class Subject:
             classes=self.data.classes, value_range=self.data.value_range, alpha=self.data.alpha,
         )  # fmt: skip
         config = self.model.config
-        channels = config.in_channels // (2 if config.super_resolution else 1)
-        wanted = (channels, config.image_size, config.image_size)
+        wanted = (config.in_channels, *config.size)
         if opened.image_shape != wanted:
             raise Missing(
                 f"The images of {self.data.path} are {_size(opened.image_shape)}, the network's "

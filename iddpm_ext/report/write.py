@@ -19,6 +19,7 @@ from iddpm_ext.report.charts import require_matplotlib
 from iddpm_ext.report.elements import Body, Missing, Text
 from iddpm_ext.report.parts import PARTS, Part
 from iddpm_ext.report.subject import FULL, QUICK, DataArguments, Subject, open_subject
+from iddpm_ext.scalars import plain
 
 _TEMPLATE = "page.html.jinja"
 
@@ -70,6 +71,7 @@ def write_report(
         raise ValueError("report: checkpoints must name at least one, got none")
     if data is not None and not str(data).startswith("hf:") and not Path(data).exists():
         raise FileNotFoundError(f"report: data must exist, got {str(data)!r}")
+    seed, value_range = plain(seed), plain(value_range)
     where = DataArguments(None if data is None else os.fspath(data), classes, value_range, alpha)
     effort = QUICK if quick else FULL
     subjects = [

@@ -11,6 +11,7 @@ from iddpm_ext.diffusion import Diffusion
 from iddpm_ext.networks.classifier import Classifier
 from iddpm_ext.networks.unet import UNet
 from iddpm_ext.ops.columns import Column
+from iddpm_ext.scalars import plain
 
 #: (x_t [N, C, H, W], timesteps float32 [N], y= and low_res= where the call has them) -> like x_t
 CondFn = Callable[..., Tensor]
@@ -29,6 +30,7 @@ def classifier_gradient(classifier: Callable[..., Tensor], scale: float = 1.0) -
 
     Source: Dhariwal & Nichol 2021, algorithms 1 and 2.
     """
+    scale = plain(scale)
 
     def gradient(x_t: Tensor, timesteps: Tensor, *, y: Tensor, **_: Tensor) -> Tensor:
         with torch.inference_mode(False), torch.enable_grad():
@@ -63,8 +65,14 @@ def _noise(diffusion: Diffusion) -> dict[str, object]:
     steps = described["num_timesteps"]
     return {
         **{name: described[name] for name in ("schedule", "num_timesteps", "betas")},
-        "told": 1000 if diffusion.rescale_timesteps else steps,
+        "told": _told(diffusion, steps),
     }
+
+
+def _told(diffusion: Diffusion, steps: int) -> object:
+    if diffusion.prediction == "edm":
+        return "log sigma"
+    return 1000 if diffusion.rescale_timesteps else steps
 
 
 def condition_mean(x_prev: Tensor, gradient: Tensor, model_output: Tensor, row: Tensor) -> Tensor:

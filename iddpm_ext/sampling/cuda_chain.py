@@ -37,6 +37,7 @@ def supports(request: Request, network: Network) -> bool:
         and request.cond_fn is None
         and request.denoised_fn is None
         and spec.finish is None
+        and (request.known is None or request.known.mask is None)
         and resolve_backend("reverse_step", spec.backend, spec.device, torch.float32) == "cuda"
     )
 

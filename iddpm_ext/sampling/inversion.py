@@ -23,6 +23,7 @@ from iddpm_ext.ops.columns import Column
 from iddpm_ext.sampling.loop import batches, evaluated, numbers, progress_bar
 from iddpm_ext.sampling.predict import Predictor
 from iddpm_ext.sampling.request import checked_scale, network_spec
+from iddpm_ext.scalars import plain
 
 
 def invert(
@@ -67,6 +68,7 @@ def invert(
 
     Not differentiable. Source: Song et al. 2021, section 4.3; the original's `ddim_reverse_sample`.
     """
+    refinements = plain(refinements)
     if isinstance(refinements, bool) or not isinstance(refinements, int) or refinements < 0:
         raise ValueError(f"invert: refinements must be an int of at least 0, got {refinements!r}")
     if not isinstance(x_0, Tensor):

@@ -50,6 +50,10 @@ def sample(
     low_res: Tensor | None = None,
     seed: int = 0,
     x_T: Tensor | None = None,
+    x_0: Tensor | None = None,
+    mask: Tensor | None = None,
+    strength: float = 1.0,
+    repaint: int = 1,
     clip: bool = True,
     batch_size: int | None = None,
     diffusion: Diffusion | None = None,
@@ -101,6 +105,14 @@ def sample(
         seed: 0 <= seed < 2^64; determines all noise and the drawn labels.
         x_T: [n, C, H, W] to start from, instead of noise from the seed; if float64, the whole chain is
             float64 (on the reference backend).
+        x_0: [n, C, H, W] in [-1, 1], images to change. If `strength` is below 1, the chain starts from them
+            with noise; parts of them are kept if there is a `mask`.
+        mask: broadcastable to x_0: 1 where the chain paints, 0 where x_0 is kept, or between. After every
+            step the kept parts, with the noise of that step, replace those of the chain.
+        strength: fraction of the steps that are taken, the last ones; 1 starts from pure noise.
+        repaint: how many times each step is taken, each time after going back by one step of noise, so
+            that the painted parts fit the kept ones (RePaint); multiplies the network evaluations. For
+            "ddpm" and "ddim".
         clip: clamp every x_0 to [-1, 1].
         batch_size: maximum number of images to evaluate at once; by device and image size if None.
         diffusion: the process; for a `UNet` its own, or a respacing of it.
@@ -121,12 +133,14 @@ def sample(
         ValueError, TypeError: for an argument of a wrong value, shape, dtype or device.
         RuntimeError: if an explicit backend does not support the call; if the network overflows float16.
 
-    Not differentiable. Source: Ho et al. 2020, algorithm 2.
+    Not differentiable. Source: Ho et al. 2020, algorithm 2; Meng et al. 2022 (strength); Lugmayr et al.
+    2022, algorithm 1 (mask, repaint).
     """
     request = make_request(
         "sample", model, steps, n=n, sampler=sampler, eta=eta, labels=labels,
         guidance_scale=guidance_scale, cond_fn=cond_fn, denoised_fn=denoised_fn, low_res=low_res,
-        seed=seed, x_T=x_T, clip=clip, batch_size=batch_size, diffusion=diffusion,
+        seed=seed, x_T=x_T, x_0=x_0, mask=mask, strength=strength, repaint=repaint, clip=clip,
+        batch_size=batch_size, diffusion=diffusion,
         image_shape=image_shape, dtype=dtype,
         engine=engine, exact=exact, backend=backend, progress=progress, variance=variance,
     )  # fmt: skip
@@ -148,6 +162,10 @@ def sample_progressive(
     low_res: Tensor | None = None,
     seed: int = 0,
     x_T: Tensor | None = None,
+    x_0: Tensor | None = None,
+    mask: Tensor | None = None,
+    strength: float = 1.0,
+    repaint: int = 1,
     clip: bool = True,
     batch_size: int | None = None,
     diffusion: Diffusion | None = None,
@@ -168,7 +186,8 @@ def sample_progressive(
     request = make_request(
         "sample_progressive", model, steps, n=n, sampler=sampler, eta=eta, labels=labels,
         guidance_scale=guidance_scale, cond_fn=cond_fn, denoised_fn=denoised_fn, low_res=low_res,
-        seed=seed, x_T=x_T, clip=clip, batch_size=batch_size, diffusion=diffusion,
+        seed=seed, x_T=x_T, x_0=x_0, mask=mask, strength=strength, repaint=repaint, clip=clip,
+        batch_size=batch_size, diffusion=diffusion,
         image_shape=image_shape, dtype=dtype,
         engine=engine, exact=exact, backend=backend, progress=progress, variance=variance,
     )  # fmt: skip
@@ -199,7 +218,7 @@ def run(
     none = torch.empty(0, *spec.image_shape, dtype=torch.float32, device=spec.device)
     results = [none]
     network = network_of(request) if network is None else network
-    with progress_bar(spec, len(chosen), request.progress) as bar:
+    with progress_bar(spec, len(chosen), request.progress, steps=request.steps) as bar:
         for images in chosen:
             prepare = _whole_chains(request, network) if callback is None else None
             if prepare is not None:
@@ -228,10 +247,10 @@ def _run_prepared(
 ) -> Tensor:
     """The last x of `_walk_batch`, faster, because no step's result is needed."""
     samples = numbers(images, request.spec.device)
-    x = initial(request, samples).contiguous()
     with undisturbed(request.spec.device.type):
+        x = initial(request, samples).contiguous()
         step = prepare(request, network, samples, x)
-        for i in reversed(range(request.spec.diffusion.num_timesteps)):
+        for i in reversed(range(request.steps)):
             step(i)
             bar.update()
     return x
@@ -249,7 +268,7 @@ def _walk(
 ) -> Iterator[SampleStep]:
     parts_of = batches(request.n, request.batch_size)
     walks = [_walk_batch(request, network, images) for images in parts_of]
-    with progress_bar(request.spec, 1, request.progress) as bar:
+    with progress_bar(request.spec, 1, request.progress, steps=request.steps) as bar:
         for parts in zip(*walks, strict=True):
             step = SampleStep(
                 torch.cat([part.x for part in parts]),
@@ -267,15 +286,22 @@ def _walk(
 def _walk_batch(request: Request, network: Network, images: range) -> Iterator[SampleStep]:
     """The chain of one batch. Walks that share a network may be interleaved."""
     spec = request.spec
-    chain, samples = spec.diffusion, numbers(images, spec.device)
-    x = initial(request, samples)
+    chain, samples, known = spec.diffusion, numbers(images, spec.device), request.known
+    with undisturbed(spec.device.type):
+        x = initial(request, samples)
     predict = Predictor(spec, network, samples, request.guidance_scale)
     step = SamplerStep(request, predict, x.dtype)
-    for i in reversed(range(chain.num_timesteps)):
-        with undisturbed(spec.device.type):
-            timestep = int(chain.timesteps[i])
-            noise = NoiseKey(request.seed, STREAM_REVERSE, samples, timestep)
-            x, x_0 = step(x, predict(x, i), i, noise)
+    for i in reversed(range(request.steps)):
+        timestep = int(chain.timesteps[i])
+        repeats = known.repaint if known is not None and i > 0 else 1
+        for again in range(repeats):
+            with undisturbed(spec.device.type):
+                if known is not None and again > 0:
+                    x = known.renoised(spec, request.seed, samples, x, i, again)
+                noise = NoiseKey(request.seed, STREAM_REVERSE, samples, timestep, again)
+                x, x_0 = step(x, predict(x, i), i, noise)
+                if known is not None:
+                    x = known.kept(spec, request.seed, samples, x, i - 1, again)
         yield SampleStep(x, x_0, i, timestep, images.start)
 
 
@@ -285,7 +311,9 @@ def numbers(images: range, device: torch.device) -> Tensor:
 
 
 def initial(request: Request, samples: Tensor) -> Tensor:
-    """x_T of some images of a request, [n, C, H, W]."""
+    """What the chains of some images of a request begin with, [n, C, H, W]: x_T as a rule."""
+    if request.known is not None:
+        return request.known.begin(request.spec, request.seed, samples, request.x_T)
     if request.x_T is not None:
         return request.x_T[samples]
     key = NoiseKey(request.seed, STREAM_INITIAL, samples, 0)
@@ -297,11 +325,17 @@ def evaluated(batch_size: int, guidance_scale: float) -> int:
     return batch_size * (1 if guidance_scale == 1.0 else 2)
 
 
-def progress_bar(spec: NetworkSpec, chains: int, shown: bool, name: str = "sampling") -> Any:
+def progress_bar(
+    spec: NetworkSpec,
+    chains: int,
+    shown: bool,
+    name: str = "sampling",
+    steps: int | None = None,
+) -> Any:
     """A bar over the steps of some chains, if `shown` and stderr is a terminal."""
     from tqdm import tqdm
 
-    total = chains * spec.diffusion.num_timesteps
+    total = chains * (spec.diffusion.num_timesteps if steps is None else steps)
     # tqdm takes None for: disabled unless stderr is a terminal.
     disable = None if shown else True
     return tqdm(total=total, desc=name, unit="step", leave=False, disable=disable)

@@ -25,6 +25,7 @@ from iddpm_ext.diffusion.shortest import JumpTerms, shortest_paths
 from iddpm_ext.ops.columns import Column
 from iddpm_ext.sampling.loop import SampleStep, batches, initial, network_of, numbers, run
 from iddpm_ext.sampling.request import make_request
+from iddpm_ext.scalars import plain
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +76,7 @@ def find_picture_schedules(
 
     Source: after Chen et al. 2024, "On the Trajectory Regularity of ODE-based Diffusion Sampling".
     """
+    n, candidates, most = plain((n, candidates, most))
     for name, value, least in (("n", n, 1), ("candidates", candidates, 4), ("most", most, 2)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(

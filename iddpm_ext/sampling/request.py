@@ -19,6 +19,7 @@ from iddpm_ext.engines.spec import (
     Steps,
     batch_size_of,
     check_flags,
+    check_like,
     check_network,
     check_seed,
     count_of,
@@ -29,7 +30,9 @@ from iddpm_ext.interop.twin import twin
 from iddpm_ext.networks import foreign
 from iddpm_ext.networks.unet import UNet
 from iddpm_ext.random import STREAM_CHOICE, NoiseKey, integers
+from iddpm_ext.sampling.inpainting import Known, known_images
 from iddpm_ext.sampling.variance import COMPUTED, FIXED, with_variance
+from iddpm_ext.scalars import plain
 
 SAMPLERS = (*ONE_STEP_SAMPLERS, *SOLVERS)
 _DEFAULT_N = 16
@@ -40,6 +43,7 @@ class Request:
     """The arguments of `sample`, resolved, with every default filled in.
 
     spec: the network, its chain and its inputs. x_T: [n, C, H, W], or None for noise from the seed.
+    known: the images to change, or None.
     """
 
     spec: NetworkSpec
@@ -55,6 +59,12 @@ class Request:
     clip: bool = True
     progress: bool = True
     variance: str | None = None
+    known: Known | None = None
+
+    @property
+    def steps(self) -> int:
+        """How many of the chain's steps are taken, the last ones."""
+        return self.spec.diffusion.num_timesteps if self.known is None else self.known.steps
 
     @property
     def solver(self) -> Solver | None:
@@ -96,6 +106,10 @@ def make_request(
     low_res: Tensor | None = None,
     seed: int = 0,
     x_T: Tensor | None = None,
+    x_0: Tensor | None = None,
+    mask: Tensor | None = None,
+    strength: float = 1.0,
+    repaint: int = 1,
     clip: bool = True,
     batch_size: int | None = None,
     diffusion: Diffusion | None = None,
@@ -116,6 +130,8 @@ def make_request(
     Raises ValueError, TypeError or RuntimeError as `sample` documents.
     """
     check_flags(who, clip=clip, progress=progress)
+    n, eta, seed, batch_size = plain((n, eta, seed, batch_size))
+    strength, repaint = plain((strength, repaint))
     for name, function in (("cond_fn", cond_fn), ("denoised_fn", denoised_fn)):
         if function is not None and not callable(function):
             raise TypeError(f"{who}: {name} must be callable, got {type(function).__name__}")
@@ -123,16 +139,22 @@ def make_request(
     check_seed(who, seed)
     spec = network_spec(
         who, model, steps, diffusion=diffusion, image_shape=image_shape, dtype=dtype, engine=engine,
-        exact=exact, backend=backend, labels=labels, low_res=low_res, images=("x_T", x_T),
+        exact=exact, backend=backend, labels=labels, low_res=low_res,
+        images=("x_T", x_T) if x_0 is None else ("x_0", x_0),
         labels_for_guidance=cond_fn is not None,
     )  # fmt: skip
+    if x_0 is not None and x_T is not None:
+        check_like(who, "x_T", x_T, x_0)
+    known = known_images(
+        spec, x_0=x_0, mask=mask, strength=strength, repaint=repaint, x_T=x_T, sampler=sampler
+    )
     spec = with_variance(spec, variance, sampling=True, sampler=sampler, eta=float(eta))
     if cond_fn is not None and sampler != "ddpm" and float(spec.diffusion.alphas_cumprod[-1]) == 0:
         raise ValueError(
             f"{who}: cond_fn must be None with ddim and the solvers for a chain of zero terminal SNR, "
             "at whose last step eps moves x_0 without bound, got a function"
         )
-    count = count_of(who, n, _DEFAULT_N, labels=spec.labels, low_res=low_res, x_T=x_T)
+    count = count_of(who, n, _DEFAULT_N, labels=spec.labels, low_res=low_res, x_T=x_T, x_0=x_0)
     ours = describing(spec.model)
     if spec.labels is None and ours is not None and ours.config.num_classes is not None:
         numbers = torch.arange(count, dtype=torch.int64, device="cpu")
@@ -153,6 +175,7 @@ def make_request(
         clip=clip,
         progress=progress,
         variance=variance,
+        known=known,
     )
 
 
@@ -205,6 +228,7 @@ def _check_sampler(who: str, sampler: str, eta: float, variance: str | None) -> 
 
 def checked_scale(spec: NetworkSpec, scale: float) -> float:
     """The scale of classifier-free guidance; ValueError for a network that it cannot guide."""
+    scale = plain(scale)
     if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
         raise ValueError(f"{spec.who}: guidance_scale must be a finite number, got {scale!r}")
     ours = describing(spec.model)

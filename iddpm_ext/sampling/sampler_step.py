@@ -28,7 +28,7 @@ class SamplerStep:
             # The replaced x_0 is passed on as the output of a network that predicts x_0.
             self._table = request.table(request.spec.diffusion.predicting("x_0"), dtype)
         # beta~_0 is 0, but the table's logarithm is clipped: as in the original, no guidance at that step.
-        fixed = request.spec.diffusion.variance == "fixed_small"
+        fixed = request.spec.diffusion.variance == "fixed_small" and request.variance != "analytic"
         self._last_is_fixed = request.sampler == "ddpm" and fixed
         solver = request.solver
         self._solver = None if solver is None else SolverWalk(request.spec.diffusion, solver)

@@ -10,12 +10,17 @@ from .config import TrainConfig
 if TYPE_CHECKING:
     from iddpm_ext.checkpoint.runs import newest_checkpoint
 
+    from .averages import reconstruct_average
     from .loop import train
 
-__all__ = ["TrainConfig", "newest_checkpoint", "train"]
+__all__ = ["TrainConfig", "newest_checkpoint", "reconstruct_average", "train"]
 
 # Imported lazily, since they import torch, which `iddpm train --help` does not need.
-_LAZY = {"newest_checkpoint": "iddpm_ext.checkpoint.runs", "train": "iddpm_ext.training.loop"}
+_LAZY = {
+    "newest_checkpoint": "iddpm_ext.checkpoint.runs",
+    "reconstruct_average": "iddpm_ext.training.averages",
+    "train": "iddpm_ext.training.loop",
+}
 
 if not TYPE_CHECKING:  # a type checker would take every name for an existing one
 

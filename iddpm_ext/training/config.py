@@ -8,25 +8,35 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from iddpm_ext.scalars import make_fields_plain
+from iddpm_ext.sizes import checked_size
+
 _POSITIVE = (
     "steps", "batch_size", "accumulate", "model_channels", "num_res_blocks", "num_heads",
     "diffusion_steps", "save_every", "log_every", "keep", "lr", "sample_steps", "sample_count",
 )  # fmt: skip
-_NOT_NEGATIVE = ("lr_warmup", "sample_every", "weight_decay", "vlb_weight", "seed", "workers")
+_NOT_NEGATIVE = (
+    "lr_warmup", "sample_every", "weight_decay", "vlb_weight", "seed", "workers", "ema_every",
+)  # fmt: skip
 _CHOICES = {
     "dtype": ("float32", "bfloat16", "float16"),
     "resume": ("auto", "never"),
     "objective": ("simple", "hybrid", "vlb"),
-    "timestep_sampler": ("uniform", "loss-second-moment"),
+    "timestep_sampler": ("uniform", "loss-second-moment", "log-normal"),
     "bad_images": ("skip", "stop"),
     "split": ("train", "test", "all"),
     "alpha": ("refuse", "drop", "black", "white"),
-    "schedule": ("cosine", "linear", "sigmoid"),
+    "schedule": ("cosine", "linear", "sigmoid", "karras"),
     "variance": ("learned_range", "learned", "fixed_large", "fixed_small"),
-    "prediction": ("epsilon", "x_0", "x_prev", "velocity"),
+    "prediction": ("epsilon", "x_0", "x_prev", "velocity", "edm"),
     "attention_order": ("legacy", "new"),
+    "ema_profile": ("exponential", "power"),
     "pool": ("attention", "adaptive", "spatial", "spatial_v2"),
 }
+
+
+#: Relative width of the mean of all steps, the widest that a power-function average can be.
+WIDEST_AVERAGE = 12**-0.5
 
 
 @dataclass(frozen=True)
@@ -39,7 +49,9 @@ class TrainConfig:
         steps: optimiser steps in all, including those before a run was resumed.
         batch_size: images per step, over all processes and accumulated parts.
         accumulate: number of parts in which each process computes its share of a batch.
-        image_size: side that images are resized and cropped to; None keeps the data's.
+        image_size: side, or height,width, that images are resized and cropped to; None keeps the data's.
+        random_crop: crop images to image_size at a random place and scale, as guided-diffusion can, instead
+            of at the centre; not with cache.
         channels: 1 or 3; None for those of the data.
         flip: mirror half of the images.
         workers: processes that decode images; 0 does it in the training process.
@@ -52,8 +64,8 @@ class TrainConfig:
         alpha: handling of transparent pixels: refuse; drop (keep their colours); black or white.
         class_cond: train a class-conditional network.
         label_dropout: probability of training an image without its class, for guidance.
-        super_resolution: train a network that enlarges images of this side to image_size; its inputs are
-            the data's images, reduced by averaging.
+        super_resolution: train a network that enlarges images of this side, the longer one, to image_size;
+            its inputs are the data's images, reduced by averaging.
         classifier: train a classifier of noisy images, which guides the samples of another network.
         model_channels: width of the first level; with 32, every channel is a GroupNorm group of its own,
             and samples are tinted.
@@ -69,21 +81,29 @@ class TrainConfig:
             spatial or spatial_v2.
         dropout: probability of dropping a feature.
         scale_shift: let the time embedding scale and shift features, not only shift them.
-        schedule: noise schedule.
+        schedule: noise schedule; karras has the noise levels of EDM.
         diffusion_steps: T.
         variance: of the reverse process.
-        prediction: what the network predicts; velocity is also called v.
+        prediction: what the network predicts; velocity is also called v, edm is the network inside EDM's
+            preconditioning.
+        sigma_data: standard deviation of the data that edm assumes.
         rescale_timesteps: give the network t * 1000/T.
-        zero_terminal_snr: rescale the schedule so that the chain ends in pure noise; not with epsilon.
+        zero_terminal_snr: rescale the schedule so that the chain ends in pure noise; not with epsilon, edm.
         objective: simple, hybrid (simple + vlb_weight T vlb) or vlb.
         vlb_weight: see objective.
         min_snr: gamma of min-SNR weighting of the squared error, usually 5; None for none. Not with vlb.
-        timestep_sampler: uniform, or loss-second-moment, the importance sampler.
+        timestep_sampler: uniform; loss-second-moment, the importance sampler; or log-normal, EDM's
+            distribution of noise levels.
         lr: peak learning rate.
         lr_warmup: steps over which it rises linearly.
         lr_decay: decay the rate linearly to zero at the last step.
         weight_decay: of AdamW.
-        ema: decays of the averaged weights; the first average draws the samples.
+        ema: decays of the averaged weights; the first average draws the samples. With ema_profile power,
+            their widths, such as 0.05,0.1.
+        ema_profile: how an average weights the steps: exponential, by a decay; or power, by a power of the
+            step, from which `iddpm average` computes any width after training.
+        ema_every: steps between the averages of ema_profile power that are stored for that; 0 for as
+            often as checkpoints.
         ema_warmup: limit the decay of update n to (1 + n) / (10 + n).
         grad_clip: largest norm of the gradient; None for no limit.
         dtype: float32, or the dtype of autocast with float32 weights; float16 uses loss scaling.
@@ -101,7 +121,7 @@ class TrainConfig:
         sample_steps: sampling steps of a grid.
         sample_count: images of a grid.
         log_every: steps between records in metrics.jsonl.
-        tensorboard: log for TensorBoard too.
+        tensorboard: log for TensorBoard too, grids of samples among it.
         progress: show a progress bar.
         seed: of everything random.
         device: auto, cpu or cuda.
@@ -117,7 +137,8 @@ class TrainConfig:
     steps: int = 100_000
     batch_size: int = 128
     accumulate: int = 1
-    image_size: int | None = None
+    image_size: int | tuple[int, ...] | None = None
+    random_crop: bool = False
     channels: int | None = None
     flip: bool = False
     workers: int = 0
@@ -143,21 +164,24 @@ class TrainConfig:
     pool: Literal["attention", "adaptive", "spatial", "spatial_v2"] = "attention"
     dropout: float = 0.0
     scale_shift: bool = True
-    schedule: Literal["cosine", "linear", "sigmoid"] = "cosine"
+    schedule: Literal["cosine", "linear", "sigmoid", "karras"] = "cosine"
     diffusion_steps: int = 4000
     variance: Literal["learned_range", "learned", "fixed_large", "fixed_small"] = "learned_range"
-    prediction: Literal["epsilon", "x_0", "x_prev", "velocity"] = "epsilon"
+    prediction: Literal["epsilon", "x_0", "x_prev", "velocity", "edm"] = "epsilon"
+    sigma_data: float = 0.5
     rescale_timesteps: bool = True
     zero_terminal_snr: bool = False
     objective: Literal["simple", "hybrid", "vlb"] = "hybrid"
     vlb_weight: float = 1e-3
     min_snr: float | None = None
-    timestep_sampler: Literal["uniform", "loss-second-moment"] = "uniform"
+    timestep_sampler: Literal["uniform", "loss-second-moment", "log-normal"] = "uniform"
     lr: float = 1e-4
     lr_warmup: int = 0
     lr_decay: bool = False
     weight_decay: float = 0.0
     ema: tuple[float, ...] = (0.9999,)
+    ema_profile: Literal["exponential", "power"] = "exponential"
+    ema_every: int = 0
     ema_warmup: bool = True
     grad_clip: float | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -184,10 +208,18 @@ class TrainConfig:
     init_optimizer: str = ""
 
     def __post_init__(self) -> None:
+        make_fields_plain(self)
         for name in ("channel_mult", "attention_resolutions", "ema", "init_ema"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         whole = tuple(int(m) if m == int(m) else m for m in self.channel_mult)
         object.__setattr__(self, "channel_mult", whole)
+        if self.image_size is not None:
+            object.__setattr__(self, "image_size", checked_size("train", self.image_size))
+        if self.random_crop and (self.image_size is None or self.cache):
+            raise ValueError(
+                "train: random_crop must go with an image_size and without cache, "
+                f"got image_size {self.image_size} and cache {self.cache}"
+            )
         if self.value_range is not None:
             object.__setattr__(self, "value_range", tuple(self.value_range))
         for name in _POSITIVE:
@@ -206,6 +238,20 @@ class TrainConfig:
                 )
         if not self.ema or len(set(self.ema)) < len(self.ema):
             raise ValueError(f"train: ema must be different decays, at least one, got {self.ema}")
+        if self.ema_profile == "power":
+            if not all(0 < width < WIDEST_AVERAGE for width in self.ema):
+                raise ValueError(
+                    f"train: ema must be widths above 0 and below {WIDEST_AVERAGE:.3f} with ema_profile "
+                    f"power, such as 0.05,0.1, got {self.ema}"
+                )
+            if self.init_ema:
+                raise ValueError(
+                    f"train: init_ema must be left out with ema_profile power, got {self.init_ema}"
+                )
+        elif self.ema_every:
+            raise ValueError(
+                f"train: ema_every must be 0 without ema_profile power, got {self.ema_every}"
+            )
         if self.grad_clip is not None and not self.grad_clip > 0:
             raise ValueError(f"train: grad_clip must be above 0, got {self.grad_clip}")
         if self.noise_scale and self.accumulate < 2:
@@ -232,10 +278,19 @@ class TrainConfig:
             raise ValueError(
                 f"train: init_ema must have a file for each decay {self.ema}, got {self.init_ema}"
             )
-        if self.zero_terminal_snr and self.prediction == "epsilon" and not self.init_from:
-            raise ValueError(
-                "train: prediction must be x_0, x_prev or velocity with zero_terminal_snr, got 'epsilon'"
-            )
+        if not 0 < self.sigma_data < float("inf"):
+            raise ValueError(f"train: sigma_data must be above 0, got {self.sigma_data}")
+        if self.zero_terminal_snr and not self.init_from:
+            if self.prediction in ("epsilon", "edm"):
+                raise ValueError(
+                    "train: prediction must be x_0, x_prev or velocity with zero_terminal_snr, "
+                    f"got {self.prediction!r}"
+                )
+            if self.timestep_sampler == "log-normal":
+                raise ValueError(
+                    "train: timestep_sampler must be uniform or loss-second-moment with "
+                    "zero_terminal_snr, whose last sigma is infinite, got 'log-normal'"
+                )
         if self.min_snr is not None and (self.objective == "vlb" or not self.min_snr > 0):
             raise ValueError(
                 "train: min_snr must be above 0, and left out for objective vlb, "

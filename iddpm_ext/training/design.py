@@ -10,14 +10,15 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
-from iddpm_ext.checkpoint import bundled
-from iddpm_ext.checkpoint.read import parse_metadata, read_network
+from iddpm_ext.checkpoint import bundled, is_on_hub
+from iddpm_ext.checkpoint.read import COMPANION, parse_metadata, read_network
 from iddpm_ext.checkpoint.read_classifier import parse_classifier, read_classifier
 from iddpm_ext.checkpoint.runs import WEIGHTS
 from iddpm_ext.checkpoint.torch_file import is_torch_file
 from iddpm_ext.diffusion import Diffusion
 from iddpm_ext.networks.classifier import ClassifierConfig
 from iddpm_ext.networks.config import UNetConfig
+from iddpm_ext.sizes import checked_size
 
 from .config import TrainConfig
 
@@ -44,6 +45,7 @@ _PROCESS = {
     "prediction": "prediction",
     "rescale_timesteps": "rescale_timesteps",
     "zero_terminal_snr": "zero_terminal_snr",
+    "sigma_data": "sigma_data",
 }
 LABELS = "label_emb.weight"
 
@@ -82,7 +84,7 @@ def design_of_settings(
         ours: getattr(config, name) for name, ours in _NETWORK.items() if name != "pool"
     }
     common.update(
-        image_size=max(height, width), in_channels=channels, dropout=config.dropout,
+        image_size=checked_size("train", (height, width)), in_channels=channels, dropout=config.dropout,
         attention_resolutions=config.attention_resolutions,
     )  # fmt: skip
     classes = len(class_names) if class_names else None
@@ -154,7 +156,8 @@ def design_of_file(
 
 def read_start(config: TrainConfig, name: str, image_shape: ImageShape, *, average: bool) -> Any:
     """(path, described, tensors) of a bundled name, file or folder that a run starts from."""
-    if name not in bundled() and not Path(name).exists():
+    known = (*bundled(), *COMPANION)
+    if name not in known and not is_on_hub(name) and not Path(name).exists():
         raise FileNotFoundError(f"train: init files must exist, got {name!r}")
     side = max(image_shape[1:])
     flags: dict[str, Any] = {"image_size": side, "attention_order": config.attention_order}
@@ -177,7 +180,8 @@ def read_start(config: TrainConfig, name: str, image_shape: ImageShape, *, avera
         # The tensors determine the kind of variance, unless it is set explicitly.
         if key != "variance" or config.variance != default.variance:
             flags[argument] = getattr(config, key)
-    del flags["zero_terminal_snr"]  # no file of OpenAI's has it
+    for key in ("zero_terminal_snr", "sigma_data"):  # no file of OpenAI's has these
+        del flags[key]
     return read_network(name, average=average, otherwise=flags)
 
 
@@ -214,7 +218,12 @@ def _fitted(
     if asked != TrainConfig().attention_resolutions:
         if [level for level in levels if side >> level in asked] != attended:
             wrong.append(f"attention_resolutions={asked!r} (there {sides!r})")
-    changes = {"image_size": side, "attention_resolutions": sides, "dropout": config.dropout}
+    size = checked_size("train", (height, width))
+    changes: dict[str, Any] = {
+        "image_size": size,
+        "attention_resolutions": sides,
+        "dropout": config.dropout,
+    }
     names, classes = class_names or (), network.num_classes
     if config.classifier or classes is not None or config.class_cond:
         if classes is None:

@@ -10,11 +10,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 from iddpm_ext.files import write_whole
 from iddpm_ext.text import duration
 
+# Before the second line, which first tells the pace, and before every later one.
+_SECOND_LINE_SECONDS = 10.0
 _LINE_EVERY_SECONDS = 60.0
 
 
@@ -32,7 +36,7 @@ class RunLog:
         first_step, steps: where this process starts and the run ends. Records after `first_step`, from an
             earlier process that got further than its last checkpoint, are dropped.
         main: whether this is the process that writes.
-        tensorboard: also write the numbers for TensorBoard, into out/tensorboard.
+        tensorboard: also write the numbers and the grids of samples for TensorBoard, into out/tensorboard.
         progress: show a bar on a terminal, or a line per minute elsewhere.
 
     Raises:
@@ -52,7 +56,7 @@ class RunLog:
         self._main, self._steps = main, steps
         self._progress = progress and main
         self._writer: Any = None
-        self._last_line = -math.inf
+        self._last_line, self._lines = -math.inf, 0
         if not main:
             return
         self._path = out / "metrics.jsonl"
@@ -98,19 +102,34 @@ class RunLog:
                 if name != "step" and isinstance(value, (int, float)):
                     self._writer.add_scalar(name, value, values["step"])
 
+    def picture(self, name: str, path: Path, step: int) -> None:
+        """A picture that was written to a file, for TensorBoard."""
+        if self._main and self._writer is not None:
+            with Image.open(path) as image:
+                levels = np.asarray(image.convert("RGB"))
+            self._writer.add_image(name, levels, step, dataformats="HWC")
+
     def due(self, step: int) -> bool:
-        """Whether to print a line now: after the first step, every minute, and after the last step."""
-        late = time.monotonic() - self._last_line >= _LINE_EVERY_SECONDS
+        """Whether to print a line: after the first step, soon again, every minute, after the last step."""
+        wait = _LINE_EVERY_SECONDS if self._lines > 1 else _SECOND_LINE_SECONDS
+        late = time.monotonic() - self._last_line >= wait
         return self._progress and (late or step == self._steps)
 
     def line(self, values: dict[str, Any]) -> None:
-        """Shows the progress, on the bar or as a line; to be called when one is due."""
+        """Shows the progress, on the bar or as a line; to be called when one is due.
+
+        values: loss, step, and once the pace is known images_per_second and eta_seconds.
+        """
         self._last_line = time.monotonic()
-        pace = f"loss {values['loss']:.4f}, {values['images_per_second']:.1f} images/s"
+        self._lines += 1
+        pace = f"loss {values['loss']:.4f}"
+        if "images_per_second" in values:
+            pace += f", {values['images_per_second']:.1f} images/s"
         if not self._bar.disable:
             self._bar.set_postfix_str(pace)
             return
-        left = f", {duration(values['eta_seconds'])} left" if values["eta_seconds"] else ""
+        seconds = values.get("eta_seconds")
+        left = f", {duration(seconds)} left" if seconds else ""
         say(f"step {values['step']}/{self._steps}: {pace}{left}")
 
     def say(self, text: str) -> None:

@@ -18,6 +18,7 @@ from iddpm_ext.files import write_whole
 from iddpm_ext.networks.config import NUM_GROUPS
 from iddpm_ext.text import duration
 
+from .averages import drop_after
 from .captured import why_not_captured
 from .config import TrainConfig
 from .design import Design, design_of_checkpoint, design_of_file, design_of_settings
@@ -82,6 +83,7 @@ def train(config: TrainConfig) -> Path:
         del design  # frees the file's tensors
         if parallel.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
+            drop_after(out, state.step)
             _write_json(out / "config.json", config)
         parallel.barrier()
         log = RunLog(
@@ -113,7 +115,9 @@ def _run(
         data = CachedData(data, config.workers)
         log.say(f"decoded {len(data)} images into memory, {duration(time.monotonic() - began)}")
     workers = 0 if config.cache else config.workers
-    source = batches(data, Order(len(data), config.seed), positions, workers)
+    source = batches(
+        data, Order(len(data), config.seed), positions, workers, random_crop=config.random_crop
+    )
     meter = _Meter(config, state, parallel)
     bad_images, named = 0, set[str]()
     while True:
@@ -138,16 +142,24 @@ def _run(
                 torch.tensor(bad_images, dtype=torch.int64, device=parallel.device)
             )
             log.record({**meter.record(), "bad_images": int(skipped)})
+        # Before the checkpoint: a run that is stopped between them goes on from before both.
+        if config.ema_profile == "power" and _stored_now(config, state.step, done):
+            state.store_averages(Path(config.out), parallel)
         if save:
             path = state.save(folder, config, parallel)
         drawn = config.sample_every and not config.classifier
         if drawn and (done or state.step % config.sample_every == 0):
             with meter.paused():
-                _draw_samples(config, state, data, parallel, stop)
+                _draw_samples(config, state, data, parallel, stop, log)
         if stopping and not done:
             log.say(f"stopped by {stop.received or 'another process'}; saved {path}")
         if done or stopping:
             return path
+
+
+def _stored_now(config: TrainConfig, step: int, done: bool) -> bool:
+    """Whether the averages of this step are kept; never because a run is stopped at it."""
+    return done or step % (config.ema_every or config.save_every) == 0
 
 
 class _Meter:
@@ -159,13 +171,18 @@ class _Meter:
         # Start of the measured interval, moved on by pauses; and images by then.
         self._last = (self._started, state.images)
         self._drawn = 0.0
+        # When the first step was done, which also packs weights, starts threads and captures graphs.
+        self._warm: tuple[float, int] | None = None
         self._sum: Tensor | None = None
         self._count = 0
 
     def add(self, measures: Tensor) -> None:
         self._sum = measures if self._sum is None else self._sum + measures
         self._count += 1
-        self._state.seconds = self._seconds_before + time.monotonic() - self._started
+        now = time.monotonic()
+        self._state.seconds = self._seconds_before + now - self._started
+        if self._warm is None:
+            self._warm = (now, self._state.images)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -177,14 +194,19 @@ class _Meter:
         self._last = (self._last[0] + seconds, self._last[1])
 
     def glance(self) -> dict[str, float | int]:
-        """The numbers of a line: those of this process alone, without waiting for others."""
-        assert self._sum is not None
-        loss = summarise(self._config, self._sum / self._count, self._parallel.size)["loss"]
-        return {"step": self._state.step, "loss": loss, **self._pace(time.monotonic())}
+        """The numbers of a line: those of this process alone, without waiting for others.
 
-    def _pace(self, now: float) -> dict[str, float | int]:
-        """Images per second since the last record, and the remaining seconds at that pace."""
-        then, images = self._last
+        There is no pace after the first step of this process, which is far slower than later ones.
+        """
+        assert self._sum is not None and self._warm is not None
+        loss = summarise(self._config, self._sum / self._count, self._parallel.size)["loss"]
+        since = max(self._last, self._warm)
+        pace = self._pace(time.monotonic(), since) if self._state.images > since[1] else {}
+        return {"step": self._state.step, "loss": loss, **pace}
+
+    def _pace(self, now: float, since: tuple[float, int]) -> dict[str, float | int]:
+        """Images per second from `since`, (time, images), and the remaining seconds at that pace."""
+        then, images = since
         rate = (self._state.images - images) / max(now - then, 1e-9)
         left = (self._config.steps - self._state.step) * self._config.batch_size / rate
         training = max(now - self._started - self._drawn, 1e-9)
@@ -199,7 +221,7 @@ class _Meter:
         state, now = self._state, time.monotonic()
         mean = self._parallel.mean(self._sum / self._count)
         self._sum, self._count = None, 0
-        pace = self._pace(now)
+        pace = self._pace(now, self._last)
         self._last = (now, state.images)
         return {
             "step": state.step,
@@ -230,7 +252,12 @@ def _require_finite(state: TrainState, folder: Path) -> None:
 
 
 def _draw_samples(
-    config: TrainConfig, state: TrainState, data: ImageData, parallel: Parallel, stop: StopSignals
+    config: TrainConfig,
+    state: TrainState,
+    data: ImageData,
+    parallel: Parallel,
+    stop: StopSignals,
+    log: RunLog,
 ) -> None:
     """Writes a grid of samples of the averaged weights to out/samples, always from the same noise.
 
@@ -268,13 +295,14 @@ def _draw_samples(
         else:
             folder = Path(config.out) / "samples"
             folder.mkdir(exist_ok=True)
-            iddpm_ext.save_images(
+            path = iddpm_ext.save_images(
                 images,
                 folder / f"step-{state.step}.png",
                 recipe={"step": state.step, "seed": config.seed, "steps": config.sample_steps},
                 labels=labels,
                 class_names=state.class_names,
             )
+            log.picture("samples", path, state.step)
     parallel.barrier()
 
 
@@ -306,14 +334,15 @@ def _open(config: TrainConfig) -> ImageData:
             f"got on for {'; '.join([config.data, *data.notes])}"
         )
     _, height, width = data.image_shape
-    if height != width:
+    low, side = config.super_resolution, max(height, width)
+    if low is not None and low >= side:
         raise ValueError(
-            f"train: image_size must be given for images that are not square, got {width}x{height}"
+            f"train: super_resolution must be below the side of the images, {side}, got {low}"
         )
-    if config.super_resolution is not None and config.super_resolution >= height:
+    if low is not None and low * min(height, width) % side:
         raise ValueError(
-            f"train: super_resolution must be below the side of the images, {height}, "
-            f"got {config.super_resolution}"
+            f"train: super_resolution must be the longer side of images of whole pixels, the other one "
+            f"{low}/{side} of {min(height, width)}, got {low}"
         )
     return data
 
@@ -333,12 +362,13 @@ def _notes_on(data: ImageData, config: TrainConfig, state: TrainState) -> list[s
     if network.num_classes is not None and data.class_names:
         empty = empty_classes(data)
         notes += [f"classes without images: {shown(empty)}"] if empty else []
-    sides = [width >> level for level in range(len(network.channel_mult))]
+    sides = [max(height, width) >> level for level in range(len(network.channel_mult))]
     unused = [side for side in network.attention_resolutions if side not in sides]
     if unused:
         notes.append(
             f"attention_resolutions names {', '.join(map(str, unused))}, but the features are "
-            f"{', '.join(map(str, sides))} wide: no attention there"
+            f"{', '.join(map(str, sides))} wide: no attention there (--attention-resolutions {sides[-1]} "
+            "for the smallest)"
         )
     if network.model_channels * network.channel_mult[0] == NUM_GROUPS and not config.classifier:
         notes.append(

@@ -10,6 +10,7 @@ from safetensors import safe_open
 from iddpm_ext.checkpoint.runs import newest_checkpoint, read_state
 from iddpm_ext.data import ImageData
 from iddpm_ext.data.classes import difference
+from iddpm_ext.sizes import checked_size, height_and_width
 
 from .config import TrainConfig
 from .design import network_of_metadata
@@ -20,7 +21,7 @@ _FIXED = (
     "model_channels", "num_res_blocks", "channel_mult", "attention_resolutions", "num_heads",
     "num_heads_upsample", "num_head_channels", "attention_order", "resblock_updown", "scale_shift",
     "schedule", "diffusion_steps", "variance", "prediction", "rescale_timesteps",
-    "zero_terminal_snr", "seed",
+    "sigma_data", "zero_terminal_snr", "seed", "ema_profile",
 )  # fmt: skip
 _FREE = (
     "out", "resume", "progress", "device", "workers", "cache", "log_every", "tensorboard",
@@ -45,6 +46,8 @@ def find_resume(folder: Path, config: TrainConfig, processes: int) -> tuple[Path
     before, now = {**TrainConfig().to_dict(), **state["config"]}, config.to_dict()
     changed = [name for name in now if name not in _FREE and before.get(name) != now[name]]
     broken = [name for name in changed if name in _FIXED]
+    if config.ema_profile == "power" and "ema" in changed:  # which counts from the first step
+        broken.append("ema")
     if broken:
         differences = ", ".join(f"{n}={now[n]!r} (was {before.get(n)!r})" for n in broken)
         raise ValueError(f"train: settings must be those of {newest}, got {differences}")
@@ -65,14 +68,14 @@ def require_same_data(newest: Path, config: TrainConfig, data: ImageData) -> lis
     network, extra = network_of_metadata(metadata), json.loads(metadata.get("extra", "{}"))
     channels, height, width = data.image_shape
     found = []
-    if max(height, width) != network["image_size"]:
-        side = network["image_size"]
-        found.append(f"images of {width}x{height}, which were {side}x{side}")
+    before = height_and_width(checked_size("train", network["image_size"]))
+    if (height, width) != before:
+        found.append(f"images of {width}x{height}, which were {before[1]}x{before[0]}")
     if channels != network["in_channels"]:
         found.append(f"{channels} channels, which were {network['in_channels']}")
-    names, before = data.class_names, extra.get("class_names")
-    if before is not None and list(names or ()) != before:
-        found.append(f"other classes ({difference(names or (), before)})")
+    names, known = data.class_names, extra.get("class_names")
+    if known is not None and list(names or ()) != known:
+        found.append(f"other classes ({difference(names or (), known)})")
     if found:
         raise ValueError(
             f"train: data must be that of the run in {newest}, got {'; '.join(found)}: {config.data}"

@@ -15,7 +15,9 @@ from iddpm_ext.diffusion.timestep_samplers import TimestepSampler, make_timestep
 from iddpm_ext.networks.classifier import Classifier
 from iddpm_ext.networks.config import UNetConfig
 from iddpm_ext.networks.unet import UNet
+from iddpm_ext.sizes import height_and_width
 
+from .averages import exponent, power_decay, store
 from .captured import CapturedPass, why_not_fused
 from .checkpoints import write_checkpoint
 from .config import TrainConfig
@@ -63,11 +65,24 @@ class TrainState:
     def image_shape(self) -> ImageShape:
         """(C, H, W) of the images."""
         c = self.model.config
-        return c.in_channels, c.image_size, c.image_size
+        height, width = height_and_width(c.image_size)
+        return c.in_channels, height, width
 
-    def decays(self, warmup: bool) -> list[float]:
+    def decays(self, config: TrainConfig) -> list[float]:
         """The decay of each average in the next update, by the number of updates before."""
+        if config.ema_profile == "power":
+            return [power_decay(self.step, exponent(width)) for width in self.emas]
+        # An average from another run contains no random initial weights.
+        warmup = config.ema_warmup and not config.init_ema
         return [ema_decay(self.step, decay, warmup=warmup) for decay in self.emas]
+
+    def store_averages(self, out: Path, parallel: Parallel) -> None:
+        """Keeps the averages of this step, by one process; every process must call it."""
+        for width, average in self.emas.items():
+            values = {name: _on_cpu(value) for name, value in average.items()}
+            if parallel.rank == 0:
+                store(out, self.step, width, values, self.describe())
+        parallel.barrier()
 
     def save(self, folder: Path, config: TrainConfig, parallel: Parallel) -> Path:
         """Writes the checkpoint of this step into `folder`; all processes must call it, one writes."""
@@ -208,6 +223,7 @@ def new_state(
             design.diffusion.num_timesteps,
             seed=config.seed,
             device=parallel.device,
+            alphas_cumprod=design.diffusion.alphas_cumprod,
         ),
         emas=emas,
         class_names=class_names,

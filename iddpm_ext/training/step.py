@@ -92,8 +92,7 @@ def train_step(
     bad = (~norm.isfinite()).float()
     state.scaler.step(
         optimizer,
-        # An average from another run contains no random initial weights.
-        decays=state.decays(config.ema_warmup and not config.init_ema),
+        decays=state.decays(config),
         bad=bad,
         factor=_clip_factor(norm, config.grad_clip),
     )
@@ -159,8 +158,10 @@ def _inputs(config: TrainConfig, state: TrainState, batch: Batch, device: torch.
 
 
 def reduced(images: Tensor, side: int) -> Tensor:
-    """[N, C, H, W] -> [N, C, side, side], each pixel the mean of the pixels that it covers."""
-    return F.interpolate(images, (side, side), mode="area")
+    """[N, C, H, W] resized so that the longer side is `side`, each pixel the mean of those that it covers."""
+    longer = max(images.shape[2:])
+    height, width = (pixels * side // longer for pixels in images.shape[2:])
+    return F.interpolate(images, (height, width), mode="area")
 
 
 def _moved(values: Tensor, device: torch.device) -> Tensor:

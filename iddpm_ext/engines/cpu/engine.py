@@ -36,7 +36,7 @@ class CPUEngine:
         bfloat16 is faster for large weights and few pixels alone, and no other convolution is rounded.
     exact: only algorithms as accurate as direct convolution.
     num_threads: None takes `torch.get_num_threads()`.
-    size: height and width of the images; None takes `model.config.image_size` for both.
+    size: height and width of the images; None takes those of `model.config`.
     algorithm: for every 3x3 convolution, instead of the tables' choice; used by the tuner.
 
     Raises NotSupported, saying why, where it cannot run the network. One engine runs one call at a time;

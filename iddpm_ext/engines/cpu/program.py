@@ -86,8 +86,8 @@ class CPUProgram:
             raise NotSupported(f"CPUEngine: {reason}")
         if batch_size < 1:
             raise ValueError(f"CPUEngine: batch_size must be at least 1, got {batch_size}")
-        side, multiple = model.config.image_size, model.config.size_multiple
-        self.size = size or (side, side)
+        multiple = model.config.size_multiple
+        self.size = size or model.config.size
         if any(s < 1 or s % multiple for s in self.size):
             raise ValueError(f"CPUEngine: size must be multiples of {multiple}, got {self.size}")
         self.batch_size, self.dtype = batch_size, dtype

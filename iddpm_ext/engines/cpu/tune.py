@@ -29,6 +29,7 @@ from iddpm_ext.engines.cpu.algorithms import (
 from iddpm_ext.engines.cpu.engine import CPUEngine, why_not_supported
 from iddpm_ext.files import write_whole
 from iddpm_ext.networks.unet import UNet
+from iddpm_ext.scalars import plain
 
 _MARGIN = 0.97  # of F2's time, which F4 must beat: F2 is the more accurate
 
@@ -58,6 +59,7 @@ def tune(
         ValueError: for bad arguments, or where the file holds something else.
         NotSupported: where the engine cannot run the network.
     """
+    batch_sizes, rounds = plain(batch_sizes), plain(rounds)
     if not batch_sizes or any(b < 1 for b in batch_sizes):
         raise ValueError(f"tune: batch_sizes must be at least 1, got {list(batch_sizes)}")
     if rounds < 1:

@@ -16,6 +16,7 @@ from iddpm_ext.ops.adamw_ema.layout import Packed
 from iddpm_ext.ops.arguments import DTYPE_CODES, check_launch, stream
 from iddpm_ext.ops.operators import define
 from iddpm_ext.ops.spec import OpSpec, register, resolve_backend
+from iddpm_ext.scalars import plain
 
 #: Most averages: a kernel has room for so many decays.
 MAX_EMAS = 8
@@ -89,6 +90,7 @@ def adamw_ema(
         _check_writable(f"emas[{k}]", values)
     for name, values in (("params", params), ("exp_avgs", exp_avgs), ("exp_avg_sqs", exp_avg_sqs)):
         _check_writable(name, values)
+    step, lr, betas, eps, weight_decay, decays = plain((step, lr, betas, eps, weight_decay, decays))
     steps = _check_step(step, params)
     _check_number("lr", lr, 0.0, None)
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:

@@ -16,6 +16,7 @@ from iddpm_ext.ops.operators import define, differentiate, vector_jacobian
 from iddpm_ext.ops.pixel_rows import channel_sums, rows_of
 from iddpm_ext.ops.rows import compute_dtype
 from iddpm_ext.ops.spec import FLOAT32_AND_HALVES, OpSpec, register, resolve_backend, unavailable
+from iddpm_ext.scalars import plain
 
 NAME = "group_norm_silu"
 
@@ -117,6 +118,7 @@ def group_norm_silu(
 
     Differentiable in every tensor any number of times.
     """
+    num_groups, eps = plain(num_groups), plain(eps)
     _check(x, num_groups, weight, bias, eps, scale, shift, x2, residual, channel_bias)
     if return_sum and residual is None and channel_bias is None:
         raise ValueError(f"{NAME}: return_sum must be False without residual and channel_bias")

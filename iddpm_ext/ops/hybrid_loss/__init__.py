@@ -20,6 +20,7 @@ from iddpm_ext.ops.operators import define, differentiate, vector_jacobian
 from iddpm_ext.ops.rows import compute_dtype, with_room_for_gradients
 from iddpm_ext.ops.spec import FLOAT32_AND_HALVES, OpSpec, register, resolve_backend
 from iddpm_ext.random import NoiseKey
+from iddpm_ext.scalars import plain
 
 
 class _Parts(NamedTuple):
@@ -103,7 +104,7 @@ def hybrid_loss(
         with_gradient = torch.is_grad_enabled() and model_output.requires_grad
         model_output = with_room_for_gradients(model_output)
         mse, vlb, _ = _op(model_output, x_0, x_t, *drawn, t, table, with_gradient, chosen)
-    return HybridLoss(mse, vlb, vlb_weight * table.shape[0])
+    return HybridLoss(mse, vlb, plain(vlb_weight) * table.shape[0])
 
 
 def empty_results(model_output: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor, Tensor]:

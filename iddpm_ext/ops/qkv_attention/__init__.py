@@ -11,6 +11,7 @@ from iddpm_ext.ops.operators import define, differentiate, vector_jacobian
 from iddpm_ext.ops.qkv_attention import compiled, pytorch, reference
 from iddpm_ext.ops.qkv_attention.layout import empty_like_rows
 from iddpm_ext.ops.spec import FLOAT32_AND_HALVES, OpSpec, register, resolve_backend
+from iddpm_ext.scalars import plain
 
 NAME = "qkv_attention"
 
@@ -47,6 +48,7 @@ def qkv_attention(
     Differentiable in qkv any number of times. For the backward pass two numbers per position and head are
     saved, from which it recomputes the probabilities.
     """
+    num_heads = plain(num_heads)
     _check(qkv, num_heads, order)
     chosen = resolve_backend(NAME, backend, qkv.device, qkv.dtype)
     rows = qkv.flatten(2)

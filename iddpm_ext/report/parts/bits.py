@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from iddpm_ext.data import ImageData
 from iddpm_ext.likelihood import nll
 from iddpm_ext.report.charts import Line, chart
@@ -13,7 +15,7 @@ def likelihood(subject: Subject) -> Body:
     """Bits per dimension and the term of every step."""
     if subject.model.diffusion is None:
         raise Missing("The checkpoint holds no diffusion process, so there is no bound.")
-    split, data = _held_out(subject)
+    split, data = held_out(subject)
     effort = subject.effort
     limit = min(effort.likelihood_images, len(data))
     result = nll(
@@ -59,9 +61,17 @@ def likelihood(subject: Subject) -> Body:
     return Body((Text(words), *remark, Chart(svg, alt), Command(command)), facts)
 
 
-def _held_out(subject: Subject) -> tuple[str, ImageData]:
-    """The test images, or the training images where there are no others."""
+def held_out(subject: Subject) -> tuple[str, ImageData]:
+    """The test images, or the training images if there are no others.
+
+    A folder without splits is read whole for either split, so that both have the same images.
+    """
+    train = subject.open("train")
     try:
-        return "test", subject.open("test")
+        test = subject.open("test")
     except ValueError:
-        return "train", subject.open("train")
+        return "train", train
+    first = torch.arange(min(8, len(test)), dtype=torch.int64, device="cpu")
+    if len(test) == len(train) and torch.equal(test.images(first)[0], train.images(first)[0]):
+        return "train", train
+    return "test", test

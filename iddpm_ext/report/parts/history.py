@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,7 +15,7 @@ _POINTS = 400
 
 
 def training(subject: Subject) -> Body:
-    """The losses of the run by quarter of t."""
+    """The losses of the run by quarter of t, and whether to train on."""
     if subject.run is None:
         raise Missing(
             "This is a checkpoint without its run's metrics.jsonl; give the run's folder to see it."
@@ -22,7 +23,7 @@ def training(subject: Subject) -> Body:
     records = list(_records(subject))
     if not records:
         raise Missing(f"{subject.run}/metrics.jsonl holds no records yet.")
-    lines = []
+    lines, falling = [], []
     for name, label in (
         ("loss_q0", "first quarter of t"), ("loss_q1", "second"), ("loss_q2", "third"),
         ("loss_q3", "last"),
@@ -31,6 +32,7 @@ def training(subject: Subject) -> Body:
         if points:
             x, y = _thinned(points)
             lines.append(Line(label, x, y, marked=len(x) < 30))
+            falling += [label] if _falls([loss for _, loss in points]) else []
     if not lines:
         raise Missing("The run's records hold no losses.")
     last = records[-1]
@@ -44,7 +46,25 @@ def training(subject: Subject) -> Body:
     words = f"{last['step']:,} steps"
     words += f", {pace:.0f} images/s" if _is_positive(pace) else ""
     words += f", loss {last['loss']:.4f} at the end" if _is_positive(last.get("loss")) else ""
-    return Body((Text(words + "."), Chart(svg, alt)), {"steps trained": f"{last['step']:,}"})
+    facts = {"steps trained": f"{last['step']:,}"}
+    if falling:
+        facts["what next"] = "train on: the loss still falls"
+        advice = Text(f"The loss still falls ({', '.join(falling)}): train on.")
+    else:
+        facts["what next"] = (
+            "the loss has levelled off: draw, or try a wider network or more images"
+        )
+        advice = Text(
+            "The loss has levelled off. A wider network (--model-channels), attention, or more images do "
+            "more than further steps; a smaller --lr may lower it once more."
+        )
+    settings = subject.run / "config.json"
+    further: list[Command] = []
+    if falling and settings.is_file():
+        # The file names data and folder, so that the run is resumed.
+        file = shlex.quote(str(settings))
+        further = [Command(f"iddpm train --config-file {file} --steps {2 * last['step']}")]
+    return Body((Text(words + "."), Chart(svg, alt), advice, *further), facts)
 
 
 def configuration(subject: Subject) -> Body:
@@ -77,6 +97,13 @@ def _records(subject: Subject) -> Iterator[dict[str, Any]]:
             continue
         if isinstance(record, dict) and isinstance(record.get("step"), int):
             yield record
+
+
+def _falls(losses: list[float]) -> bool:
+    """Whether the mean of the last fifth of the records is below that of the fifth before, by 3 %."""
+    fifth = max(1, len(losses) // 5)
+    before, last = losses[-2 * fifth : -fifth], losses[-fifth:]
+    return bool(before) and sum(last) / len(last) < 0.97 * sum(before) / len(before)
 
 
 def _is_positive(value: object) -> bool:

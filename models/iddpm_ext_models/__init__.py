@@ -1,0 +1,1 @@
+"""Weights for `iddpm_ext.load`, which finds them here by name."""
