@@ -1,6 +1,6 @@
 """Networks that change between calls, from threads and forks: a few changes by default, thousands in a soak.
 
-IDDPM_SOAK=1 makes 10,000 changes of other kinds and places each time, about ten minutes of one core.
+IDDPM_SOAK=1 makes 10,000 changes, other ones each time: some fifteen minutes of one core.
 """
 
 from __future__ import annotations
