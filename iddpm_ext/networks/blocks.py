@@ -254,10 +254,12 @@ class ResBlock(nn.Module):
 
     def _skip(self, x: Tensor) -> Tensor:
         conv, backend = self.skip_connection, backend_of(self.backend)
-        pointwise = (
-            is_bare(conv, nn.Conv2d) and conv.kernel_size == (1, 1) and conv.stride == (1, 1)
-        )
-        if pointwise and _trains_by_tiles(x, conv.weight, backend):
+        if (
+            is_bare(conv, nn.Conv2d)
+            and conv.kernel_size == (1, 1)
+            and conv.stride == (1, 1)
+            and _trains_by_tiles(x, conv.weight, backend)
+        ):
             return conv3x3(x.bfloat16(), conv.weight, conv.bias, backend=backend)
         return conv(x)
 
