@@ -1,4 +1,4 @@
-"""The training recipes at toy size: they continue after a stop, keep a time limit and write what they promise."""
+"""The training recipes at toy size: they continue after a stop and write what they promise."""
 
 from __future__ import annotations
 
