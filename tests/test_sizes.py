@@ -138,9 +138,8 @@ def test_what_measures_brings_files_to_the_networks_shape(run, folder, capsys):
     out = str(folder / "x.npz")
     assert cli.main(["sample", str(whole), "-n", "2", "--steps", "4", "--out", out]) == 0
     assert np.load(out)["arr_0"].shape == (2, 8, 16, 1)
-    assert (
-        cli.main(["nll", str(whole), "--data", str(folder / "d"), "--budget", "10", "-n", "4"]) == 0
-    )
+    words = ["nll", str(whole), "--data", str(folder / "d"), "--out", str(folder / "nll")]
+    assert cli.main([*words, "--budget", "10", "-n", "4"]) == 0
     capsys.readouterr()
     words = [
         "--reference",
