@@ -46,9 +46,9 @@ def find_covariance(
     """Trains a head that predicts E[(x_0 - x_0(x_t))^2 | x_t] of every element, the network left as it is.
 
     The head is eight 3x3 convolutions of the features that the network's last one reads, for eight noise
-    levels, interpolated between them. With r the squared error
-    over its mean at the step, it minimises E r exp(-h) + h, whose minimum is exp(h) = E[r | x_t]. Costs
-    16 evaluations an update, and 4096 for the means.
+    levels, interpolated between them. With r the squared error over its mean at the step, it minimises
+    E r exp(-h) + h, whose minimum is exp(h) = E[r | x_t]. Costs 16 evaluations per update, and 4096 for the
+    means.
 
     Args:
         model: a `UNet`.
