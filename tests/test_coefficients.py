@@ -87,7 +87,7 @@ def test_max_beta_caps_the_cosine_schedule():
         (lambda: Diffusion("cosine", 10.0), "must be an int, got 10.0"),
         (
             lambda: Diffusion("quadratic"),
-            "schedule must be one of cosine, linear, sigmoid, got 'quadratic'",
+            "schedule must be one of cosine, linear, sigmoid, karras, got 'quadratic'",
         ),
         (lambda: Diffusion(variance="big"), "variance must be one of .* got 'big'"),
         (lambda: Diffusion(prediction="v"), "prediction must be one of .* got 'v'"),

@@ -255,7 +255,10 @@ def test_files_are_read_with_their_labels_and_rounded_to_levels(tmp_path):
         ({"budget": 0}, "budget must be at least 1"),
         ({"budget": math.nan}, "budget must be at least 1"),
         ({"budget": True}, "budget must be at least 1"),
-        ({"budget": 1, "data": images(1, 0), "labels": [0]}, "budget must be at least 2 for one"),
+        (
+            {"budget": 1, "data": images(1, 0), "labels": [0]},
+            "budget must be at least 2 for a single image",
+        ),
         ({"steps": "optimal-5"}, "steps must be a schedule of the checkpoint"),
         ({"steps": 4000}, "steps must be from 2 to 200"),
         ({"seed": -1}, "seed must be an int from 0"),
