@@ -14,14 +14,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from iddpm_ext.ops.columns import Column
 
 from .analytic import AnalyticDiffusion
-from .moments import training_log_snr
+from .moments import are_ascending, over_log_snr
 from .process import Diffusion
 
 # Of h: beyond it a head that never saw such an image would be believed anything.
@@ -92,10 +91,8 @@ def shares_of(chain: Diffusion, knots: Tensor) -> Tensor:
 
     Linear over log-SNR between two knots; beyond the first and the last, theirs alone.
     """
-    places = -training_log_snr(chain)
-    known, each = places[knots].numpy(), np.eye(len(knots))
-    columns = [np.interp(places.numpy(), known, one) for one in each]
-    return torch.from_numpy(np.stack(columns, axis=1))
+    each = torch.eye(len(knots), dtype=torch.float64, device="cpu")
+    return torch.stack([over_log_snr(chain, knots, one) for one in each], dim=1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,10 +113,7 @@ class Covariance:
 
     def chain(self, diffusion: Diffusion, noise_levels: float | None) -> CovarianceDiffusion:
         """The chain that reads the head: between the known steps log V_t is interpolated over log-SNR."""
-        log_snr = training_log_snr(diffusion)
-        known = log_snr[self.timesteps]
-        between = np.interp(-log_snr.numpy(), -known.numpy(), self.x_0_variance.log().numpy())
-        mean = torch.from_numpy(between).exp()
+        mean = over_log_snr(diffusion, self.timesteps, self.x_0_variance.log()).exp()
         return CovarianceDiffusion(diffusion, mean, shares_of(diffusion, self.knots), noise_levels)
 
     def to_extra(self, weights: str) -> dict[str, Any]:
@@ -165,10 +159,10 @@ class Covariance:
         sound = (
             head.weight.shape == (channels, shape[1], 3, 3)
             and head.bias.shape == (channels,)
-            and _ascending(head.knots, total)
+            and are_ascending(head.knots, total)
             and bool(head.weight.isfinite().all() and head.bias.isfinite().all())
             and len(steps) == len(means) >= 2
-            and _ascending(steps, total)
+            and are_ascending(steps, total)
             and bool((means > 0).all() and means.isfinite().all())
         )
         if not sound:
@@ -178,10 +172,6 @@ class Covariance:
                 f"{len(means)} means"
             )
         return head
-
-
-def _ascending(steps: Tensor, total: int) -> bool:
-    return bool((steps.diff() > 0).all()) and 0 <= int(steps[0]) and int(steps[-1]) < total
 
 
 def _rounded(values: Tensor) -> Any:

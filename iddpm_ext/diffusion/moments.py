@@ -43,13 +43,9 @@ class Moments:
         never falls with t, as V_t cannot; the measured values can, near pure noise, where
         1 - E|eps_theta|^2 / d cancels.
         """
-        log_snr = training_log_snr(chain)
-        known = log_snr[self.timesteps]
+        known = training_log_snr(chain)[self.timesteps]
         variance = ((-known).exp() * (1 - self.eps_square)).clamp(_LEAST_VARIANCE, 1)
-        variance = variance.cummax(0).values
-        # np.interp needs ascending abscissas, and log-SNR falls with t.
-        between = np.interp(-log_snr.numpy(), -known.numpy(), variance.log().numpy())
-        return torch.from_numpy(between).exp()
+        return over_log_snr(chain, self.timesteps, variance.cummax(0).values.log()).exp()
 
     def best_steps(self, chain: Diffusion, count: int) -> list[int]:
         """The `count` steps with the lowest bound for analytic variances, as indices in the training chain.
@@ -116,9 +112,7 @@ class Moments:
         total = chain.num_train_timesteps
         sound = (
             len(timesteps) == len(eps_square) >= 2
-            and bool((timesteps.diff() > 0).all())
-            and int(timesteps[0]) >= 0
-            and int(timesteps[-1]) < total
+            and are_ascending(timesteps, total)
             and bool(eps_square.isfinite().all())
         )
         if not sound:
@@ -133,6 +127,23 @@ def training_log_snr(chain: Diffusion) -> Tensor:
     """log(alpha_bar / (1 - alpha_bar)) of every step of the training chain, float64 [T]."""
     whole = Chain.from_fixed_point(chain._train_alpha_bars)
     return whole.log_alpha_bar - whole.one_minus_alpha_bar.log()
+
+
+def over_log_snr(chain: Diffusion, timesteps: Tensor, values: Tensor) -> Tensor:
+    """Values float64 [G] at training steps int64 [G], interpolated over log-SNR to every one, float64 [T].
+
+    Beyond the first and the last of the steps, their values stand.
+    """
+    # np.interp needs ascending abscissas, and log-SNR falls with t.
+    places = -training_log_snr(chain).numpy()
+    return torch.from_numpy(np.interp(places, places[timesteps.numpy()], values.numpy()))
+
+
+def are_ascending(timesteps: Tensor, total: int) -> bool:
+    """Whether steps int64 [G >= 1] are ascending indices in a training chain of `total`."""
+    return (
+        bool((timesteps.diff() > 0).all()) and 0 <= int(timesteps[0]) and int(timesteps[-1]) < total
+    )
 
 
 def spread_steps(chain: Diffusion, count: int) -> list[int]:
