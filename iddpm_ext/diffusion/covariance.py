@@ -55,19 +55,28 @@ class CovarianceDiffusion(AnalyticDiffusion):
         self, model_output: Tensor, t: Tensor, sampler: str = "ddpm", eta: float = 0.0
     ) -> Tensor:
         """The output of network and heads -> [N, 2C, H, W]; t: int64 [N], steps of this chain."""
-        shares = self._shares[self.timesteps].to(t.device)[t]
-        channels = model_output.shape[1] // (1 + shares.shape[1])
-        posterior, unknown = (part.to(t.device) for part in self._parts(sampler, eta))
         work = torch.promote_types(model_output.dtype, torch.float32)
-        h = mixed(model_output[:, channels:].to(work), shares.to(work))
+        row = self._terms(t.device, sampler, eta)[t].to(work)
+        known, rest = row[:, 0, None, None, None], row[:, 1, None, None, None]
+        channels = model_output.shape[1] // (row.shape[1] - 1)
+        h = mixed(model_output[:, channels:].to(work), row[:, 2:])
         ratio = h.clamp(-_MOST, _MOST).exp()
-        known, rest = (part[t][:, None, None, None].to(work) for part in (posterior, unknown))
         log_variance = (known + rest * ratio).log()
         most = self._most_log_variance
         if most is not None:
             limited = (t == 1)[:, None, None, None]
             log_variance = torch.where(limited, log_variance.clamp(max=most), log_variance)
         return torch.cat([model_output[:, :channels].to(work), log_variance], dim=1)
+
+    def _terms(self, device: torch.device, sampler: str, eta: float) -> Tensor:
+        """lambda_t^2, c1_t^2 V_t and the heads' shares of every step, float64 [T, 2 + K]; kept for a walk."""
+        key = (device, f"terms {sampler}", float(eta), torch.float64)
+        if key not in self._tables:
+            with torch.inference_mode(False):
+                parts = torch.stack(self._parts(sampler, eta), dim=1)
+                terms = torch.cat([parts, self._shares[self.timesteps]], dim=1)
+                self._tables[key] = terms.to(device)
+        return self._tables[key]
 
     def _filled(self, table: Tensor, sampler: str, eta: float) -> Tensor:
         table[:, Column.LOG_VARIANCE_BIAS] = 0
