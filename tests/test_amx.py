@@ -307,6 +307,23 @@ def half_an_ulp(ours: Tensor, truth: Tensor) -> bool:
     return bool((gap <= 2**-8 * truth.abs() + 1e-6 * truth.abs().max()).all())
 
 
+def assert_trains_as(expected, leaves, dy, **options):
+    """y and the gradients of `conv3x3` are the expected ones, to the bit the same on one thread and two."""
+    threads, results = torch.get_num_threads(), []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        y = conv3x3(*leaves, backend="cpu", **options)
+        results.append([y, *torch.autograd.grad(y, leaves, dy)])
+    torch.set_num_threads(threads)
+    for ours, same in zip(*results, strict=True):
+        assert torch.equal(ours, same)
+    y, dx, dweight, dbias = results[0]
+    assert half_an_ulp(y, expected[0])
+    assert half_an_ulp(dx, expected[1])
+    assert error(dweight, expected[2]) < 1e-6
+    assert error(dbias, expected[3]) < 1e-6
+
+
 @pytest.mark.parametrize("upscale", [False, True])
 @pytest.mark.parametrize(
     ("n", "channels", "columns", "size"),
@@ -326,19 +343,7 @@ def test_training_convolves_rounded_operands(tiles, upscale, n, channels, column
     exact = [v.detach().double().requires_grad_() for v in (x, weight.bfloat16(), bias)]
     truth = conv3x3(*exact, upscale=upscale, backend="reference")
     expected = [truth, *torch.autograd.grad(truth, exact, dy.double())]
-    threads, results = torch.get_num_threads(), []
-    for count in (1, 2):
-        torch.set_num_threads(count)
-        y = conv3x3(*leaves, upscale=upscale, backend="cpu")
-        results.append([y, *torch.autograd.grad(y, leaves, dy)])
-    torch.set_num_threads(threads)
-    for ours, same in zip(*results, strict=True):
-        assert torch.equal(ours, same)
-    y, dx, dweight, dbias = results[0]
-    assert half_an_ulp(y, expected[0])
-    assert half_an_ulp(dx, expected[1])
-    assert error(dweight, expected[2]) < 1e-6
-    assert error(dbias, expected[3]) < 1e-6
+    assert_trains_as(expected, leaves, dy, upscale=upscale)
 
 
 @pytest.mark.parametrize("pitch", [0, 16])
@@ -363,19 +368,7 @@ def test_training_convolves_by_one_tap(tiles, n, channels, columns, size, pitch)
     exact = [v.detach().double().requires_grad_() for v in (x, weight.bfloat16(), bias)]
     truth = F.conv2d(*exact)
     expected = [truth, *torch.autograd.grad(truth, exact, dy.double())]
-    threads, results = torch.get_num_threads(), []
-    for count in (1, 2):
-        torch.set_num_threads(count)
-        y = conv3x3(*leaves, backend="cpu")
-        results.append([y, *torch.autograd.grad(y, leaves, dy)])
-    torch.set_num_threads(threads)
-    for ours, same in zip(*results, strict=True):
-        assert torch.equal(ours, same)
-    y, dx, dweight, dbias = results[0]
-    assert half_an_ulp(y, expected[0])
-    assert half_an_ulp(dx, expected[1])
-    assert error(dweight, expected[2]) < 1e-6
-    assert error(dbias, expected[3]) < 1e-6
+    assert_trains_as(expected, leaves, dy)
 
 
 def test_exact_training_rounds_no_weight(tiles):
