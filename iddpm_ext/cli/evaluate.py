@@ -29,6 +29,7 @@ def run(
     steps: str = "50",
     sampler: Literal["ddpm", "ddim", "dpm++", "dpm++3", "dpm++sde", "unipc", "unipc3"] = "ddpm",
     eta: float = 0.0,
+    variance: Literal["fixed_small", "fixed_large", "analytic", "optimal"] | None = None,
     guidance_scale: float = 1.0,
     seed: int = 0,
     neighbours: tuple[int, ...] = (3, 5),
@@ -58,6 +59,7 @@ def run(
         steps: for sampling from a checkpoint, as in `iddpm sample`.
         sampler: ancestral (ddpm), DDIM, DPM-Solver++ (dpm++, dpm++3, dpm++sde) or UniPC (unipc, unipc3).
         eta: the noise of DDIM, from 0 to 1.
+        variance: as in `iddpm sample`; by default the network's own.
         guidance_scale: of classifier-free guidance; 1 for none.
         seed: of all noise.
         neighbours: the k of precision and recall.
@@ -78,7 +80,7 @@ def run(
     found = evaluate(
         samples, reference, extractor=extractor, metrics=metrics, n=n, reference_n=reference_n,
         split=split, image_size=image_size, classes=classes, value_range=value_range, alpha=alpha,
-        steps=read_steps(steps), sampler=sampler, eta=eta, guidance_scale=guidance_scale, seed=seed,
+        steps=read_steps(steps), sampler=sampler, eta=eta, variance=variance, guidance_scale=guidance_scale, seed=seed,
         neighbours=neighbours, resamples=resamples, batch_size=batch_size,
         device=pick_device(device), cache=cache,
     )  # fmt: skip

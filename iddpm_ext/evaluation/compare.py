@@ -115,6 +115,7 @@ def evaluate(
     steps: Any = 50,
     sampler: str = "ddpm",
     eta: float = 0.0,
+    variance: str | None = None,
     guidance_scale: float = 1.0,
     seed: int = 0,
     neighbours: Sequence[int] = (3, 5),
@@ -141,7 +142,7 @@ def evaluate(
         image_size: side, or (height, width), that images of files are resized and cropped to, as in training;
             None: the size of the model if one is sampled, else no change. The sizes of both sets must agree.
         classes, value_range, alpha: as in `open_data`, for both sets if they are paths.
-        steps, sampler, eta, guidance_scale, seed: as in `sample`, for a model.
+        steps, sampler, eta, variance, guidance_scale, seed: as in `sample`, for a model.
         neighbours: the k of precision and recall, with real neighbourhoods of the first 10,000 reference
             images; "kid" compares with these too.
         resamples: number of random halves of the samples for the intervals; 0 for no intervals, so that
@@ -168,10 +169,13 @@ def evaluate(
     size = None if image_size is None else checked_size("evaluate", image_size)
     began = time.perf_counter()
     network = open_extractor(extractor, device)
+    how: dict[str, Any] = {
+        "steps": steps, "sampler": sampler, "eta": eta, "variance": variance, "guidance_scale": guidance_scale
+    }  # fmt: skip
     drawn, real = _open_both(
         samples, reference,
-        (Recipe(n or 10_000, steps, sampler, eta, guidance_scale, seed), n),
-        (Recipe(reference_n or 10_000, steps, sampler, eta, guidance_scale, seed + 1), reference_n),
+        (Recipe(n or 10_000, seed=seed, **how), n),
+        (Recipe(reference_n or 10_000, seed=seed + 1, **how), reference_n),
         Reading(split, size, classes, None if value_range is None else tuple(value_range), alpha),
         batch_size, device,
     )  # fmt: skip

@@ -62,6 +62,7 @@ class Recipe:
     steps: Any = 50
     sampler: str = "ddpm"
     eta: float = 0.0
+    variance: str | None = None
     guidance_scale: float = 1.0
     seed: int = 0
     classes: tuple[int, ...] | None = None
@@ -206,14 +207,15 @@ def _sampled(model: nn.Module, recipe: Recipe, batch_size: int, name: str) -> Im
         labels = turns[torch.arange(recipe.n, dtype=torch.int64, device="cpu") % len(turns)]
     request = make_request(
         "evaluate", model, recipe.steps, n=recipe.n, sampler=recipe.sampler, eta=recipe.eta,
-        labels=labels, guidance_scale=recipe.guidance_scale, seed=recipe.seed,
+        variance=recipe.variance, labels=labels, guidance_scale=recipe.guidance_scale, seed=recipe.seed,
         batch_size=batch_size, progress=False,
     )  # fmt: skip
     network = network_of(request)
     # Image i is that of one call of `sample`, though batches are drawn on demand.
     parts = batches(request.n, request.batch_size)
     drawn = (_levels(run(request, [images], network=network)) for images in parts)
-    what = f"{recipe.n} samples of {name} ({recipe.sampler}, {recipe.steps} steps)"
+    how = [recipe.sampler, *([f"{recipe.variance} variance"] if recipe.variance else [])]
+    what = f"{recipe.n} samples of {name} ({', '.join(how)}, {recipe.steps} steps)"
     _, height, width = request.spec.image_shape
     return ImageSet(what, recipe.n, (height, width), "", drawn)
 
