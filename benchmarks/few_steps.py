@@ -5,7 +5,8 @@ seconds of sampling, and bits/dim of test images for the chains that have a boun
 to --output as soon as it is there, and what the file already has is not computed again: a run may be
 interrupted, and made in pieces by --methods, --steps and --n. The model is first given moments and picture
 schedules, where it has none, kept beside the output. --table prints what the file holds, with the best of
-each K; --picture draws a row of the same images for each method and K.
+each K; --picture draws a row of the same images for each method and K; --errors measures, for the methods
+without noise, how far their images are from those of the same x_T by 1,000 steps.
 
     python -m benchmarks.few_steps --model fashion-mnist --data /usr/share/datasets/fashion-mnist \\
         --n 5000 --output benchmarks/results/few_steps_fashion-mnist.json
@@ -48,6 +49,11 @@ class Method(NamedTuple):
     @property
     def bound(self) -> bool:
         return self.sampler == "ddpm"
+
+    @property
+    def noise(self) -> bool:
+        """Whether its steps add any."""
+        return self.sampler in ("ddpm", "dpm++sde") or self.variance is not None or self.eta > 0
 
 
 METHODS = {
@@ -161,6 +167,38 @@ def table(rows: dict[str, dict[str, Any]], n: int) -> str:
     return "\n".join(lines)
 
 
+def trajectory_errors(
+    model: UNet, methods: Sequence[str], args: argparse.Namespace
+) -> dict[str, float]:
+    """RMS distance of images to those of the same x_T by 1,000 steps of dpm++ (or all), by "method K".
+
+    Every distance is between images in [-1, 1] without clamped predictions, so that all solve one equation.
+    """
+    labels = None
+    if model.config.num_classes is not None:
+        labels = torch.arange(args.errors, dtype=torch.int64) % model.config.num_classes
+
+    def images(steps: int | str, sampler: str) -> torch.Tensor:
+        return iddpm_ext.sample(
+            model, steps, n=args.errors, labels=labels, seed=args.seed, sampler=sampler, clip=False,
+            progress=False,
+        )  # fmt: skip
+
+    assert model.diffusion is not None
+    exact = images(min(1000, model.diffusion.num_train_timesteps), "dpm++")
+    found = {}
+    for name in methods:
+        method = METHODS[name]
+        if method.noise:
+            continue
+        for count in args.steps:
+            text = method.steps.format(count)
+            away = images(int(text) if text.isdigit() else text, method.sampler) - exact
+            found[f"{name} {count}"] = float(away.square().mean().sqrt())
+            print(f"{name} {count}: {found[f'{name} {count}']:.4f}", flush=True)
+    return found
+
+
 def draw(model: UNet, methods: list[str], counts: list[int], args: argparse.Namespace) -> None:
     """Rows of the same ten images, for each K every method."""
     labels = None if model.config.num_classes is None else list(range(10))
@@ -202,6 +240,7 @@ def main() -> None:
     )
     parser.add_argument("--table", action="store_true", help="print the file's results alone")
     parser.add_argument("--picture", type=Path, help="a PNG of the methods and steps, and no more")
+    parser.add_argument("--errors", type=int, help="images to measure distances to 1,000 steps of")
     parser.add_argument("--output", type=Path, required=True, help="JSON file, added to")
     args = parser.parse_args()
     args.dtype = DTYPES[args.dtype]
@@ -215,6 +254,14 @@ def main() -> None:
     )  # fmt: skip
     if args.picture is not None:
         draw(model, args.methods, args.steps, args)
+        return
+    if args.errors is not None:
+        errors = {
+            f"{args.model} {key}": v
+            for key, v in trajectory_errors(model, args.methods, args).items()
+        }
+        record["errors"] = {**record.get("errors", {}), **errors}
+        write_json(args.output, record)
         return
     for count in args.steps:
         for name in args.methods:

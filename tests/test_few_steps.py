@@ -60,6 +60,17 @@ def test_a_run_keeps_what_it_has(tmp_path, monkeypatch, capsys):
     )
     few_steps.main()
     assert (tmp_path / "p.png").exists()
+    before = len(rows)
+    more = ["--errors", "4", "--methods", "ddpm,ddim,ddim-analytic,unipc", "--steps", "5,40"]
+    monkeypatch.setattr(sys, "argv", [*options, *more])
+    few_steps.main()
+    record = json.loads(output.read_text())
+    errors = {key.split(maxsplit=1)[1]: value for key, value in record["errors"].items()}
+    assert (
+        set(errors) == {"ddim 5", "ddim 40", "unipc 5", "unipc 40"}
+        and len(record["rows"]) == before
+    )
+    assert errors["unipc 40"] < errors["unipc 5"] and errors["unipc 40"] < errors["ddim 40"]
 
 
 def test_an_unknown_method_is_refused():
