@@ -80,9 +80,9 @@ def run(
     found = evaluate(
         samples, reference, extractor=extractor, metrics=metrics, n=n, reference_n=reference_n,
         split=split, image_size=image_size, classes=classes, value_range=value_range, alpha=alpha,
-        steps=read_steps(steps), sampler=sampler, eta=eta, variance=variance, guidance_scale=guidance_scale, seed=seed,
-        neighbours=neighbours, resamples=resamples, batch_size=batch_size,
-        device=pick_device(device), cache=cache,
+        steps=read_steps(steps), sampler=sampler, eta=eta, variance=variance,
+        guidance_scale=guidance_scale, seed=seed, neighbours=neighbours, resamples=resamples,
+        batch_size=batch_size, device=pick_device(device), cache=cache,
     )  # fmt: skip
     result(str(found), json.loads(found.to_json()))
     if out is not None:

@@ -67,42 +67,59 @@ def find_covariance(
     updates = plain(updates)
     if isinstance(updates, bool) or not isinstance(updates, int) or updates < 1:
         raise ValueError(f"find_covariance: updates must be an int above 0, got {updates!r}")
-    request = make_likelihood_request(
-        model, data, labels=labels, low_res=None, budget=None, steps=None, clip=True, exact=False,
-        batch_size=_BATCH, seed=seed, split=split, limit=limit, diffusion=diffusion, dtype=None,
-        engine=engine, backend=backend, progress=progress, who="find_covariance", shuffle=True,
+    request = heads_request(
+        model, data, labels=labels, limit=limit, seed=seed, split=split, diffusion=diffusion,
+        engine=engine, backend=backend, progress=progress,
     )  # fmt: skip
-    errors = _Errors(request)
-    chain, count = request.spec.diffusion, len(request.x_0)
+    return train_heads(SquaredErrors(request), updates, progress)
+
+
+def heads_request(
+    model: Callable[..., Tensor], data: Data, *, limit: int | None, seed: int, **options: Any
+) -> LikelihoodRequest:
+    """The images, network and chain of `find_covariance`, checked; options: others of `nll`."""
+    return make_likelihood_request(
+        model, data, limit=limit, seed=seed, shuffle=True, who="find_covariance", batch_size=_BATCH,
+        budget=None, steps=None, clip=True, exact=False, dtype=None,
+        **{"labels": None, "low_res": None, "split": "train", "diffusion": None, "engine": True,
+           "backend": "auto", "progress": True, **options},
+    )  # fmt: skip
+
+
+def train_heads(targets: SquaredErrors, updates: int, progress: bool) -> Covariance:
+    """Heads whose exp(h) is the conditional mean of a target over its mean at the step, and these means."""
+    request = targets.request
+    chain, count, seed = request.spec.diffusion, len(request.x_0), request.seed
     steps = torch.tensor(spread_steps(chain, _TIMESTEPS), dtype=torch.int64, device="cpu")
     first = torch.arange(min(count, _IMAGES_FOR_MEANS), dtype=torch.int64, device="cpu")
     with progress_bar(len(steps) * len(first) + updates * _BATCH, 0, progress) as bar:
         means = []
         for step in steps.tolist():
-            squares = []
+            found = []
             for image in first.split(_BATCH):
                 t = torch.full_like(image, step)
-                squares.append(errors(Rows(image, t, torch.zeros_like(t)))[0])
-            means.append(float(torch.cat(squares).double().mean()))
+                found.append(targets(Rows(image, t, torch.zeros_like(t)))[0])
+            means.append(float(torch.cat(found).double().mean()))
             bar.update(len(first))
-        mean = torch.tensor(means, dtype=torch.float64, device="cpu").clamp(min=_LEAST_MEAN)
+        mean, known = targets.scale(torch.tensor(means, dtype=torch.float64, device="cpu"))
         places = torch.linspace(
             0, len(steps) - 1, min(_HEADS, len(steps)), dtype=torch.float64, device="cpu"
         )
         knots = steps[places.round().long()]
         shares = shares_of(chain, chain.timesteps[knots]).float()
-        head = errors.head(len(knots))
+        head = targets.head(len(knots))
         optimizer = torch.optim.Adam(head.parameters(), _RATE)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, updates)
         for update in range(updates):
             image = _drawn(seed, 2 * update, count)
             place = _drawn(seed, 2 * update + 1, len(steps))
-            square, features = errors(Rows(image, steps[place], torch.full_like(image, 1 + update)))
-            ratio = square / mean[place].float().to(square.device)[:, None, None, None]
-            share = shares[chain.timesteps[steps[place]]].to(square.device)
+            rows = Rows(image, steps[place], torch.full_like(image, 1 + update))
+            target, features = targets(rows)
+            ratio = target / mean[place].float().to(target.device)[:, None, None, None]
+            ratio[~known[place]] = 1
+            share = shares[chain.timesteps[steps[place]]].to(target.device)
             with torch.inference_mode(False), torch.enable_grad():
-                h = mixed(head(features), share)
-                loss = (ratio * torch.exp(-h) + h).mean()
+                loss = targets.loss(mixed(head(features), share), ratio)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -112,11 +129,12 @@ def find_covariance(
     return Covariance(weight, bias, chain.timesteps[knots], chain.timesteps[steps], mean)
 
 
-class _Errors:
+class SquaredErrors:
     """Squared errors of x_0, and the features that they are told from, of rows of a request's images."""
 
     def __init__(self, request: LikelihoodRequest) -> None:
         model = bare_network(request.spec)
+        self.request = request
         self._channels, self._clip = model.config.in_channels, request.clip
         weight, bias = last_convolution(model, self._channels)
         self._width, self._device = weight.shape[1], weight.device
@@ -126,7 +144,6 @@ class _Errors:
         network = with_last_convolution(
             model, torch.cat([weight, passing]), torch.cat([bias, bias.new_zeros(self._width)])
         )
-        self._chain = request.spec.diffusion
         self._evaluator = Evaluator(
             replace(request, spec=replace(request.spec, model=network)), _BATCH
         )
@@ -139,15 +156,29 @@ class _Errors:
             nn.init.zeros_(parameter)
         return head
 
+    def scale(self, means: Tensor) -> tuple[Tensor, Tensor]:
+        """What targets are divided by, positive, and at which steps they say something; float64, bool [G]."""
+        return means.clamp(min=_LEAST_MEAN), torch.ones_like(means, dtype=torch.bool)
+
+    def loss(self, h: Tensor, ratio: Tensor) -> Tensor:
+        """Least where exp(h) is the conditional mean of the ratio: that of a normal error."""
+        return (ratio * torch.exp(-h) + h).mean()
+
     def __call__(self, rows: Rows) -> tuple[Tensor, Tensor]:
         """(x_0 - x_0(x_t))^2 [n, C, H, W] and features [n, width, H, W]."""
         x_0, x_t, out, t = self._evaluator.outputs(rows)
-        row = self._chain.table(t.device)[t][:, :, None, None, None]
-        found = (
-            row[:, Column.X0_FROM_XT] * x_t + row[:, Column.X0_FROM_OUT] * out[:, : self._channels]
-        )
+        found = self._x_0(x_t, out, t)
         found = found.clamp(-1, 1) if self._clip else found
-        return (found - x_0).square(), out[:, self._channels :].float()
+        return (found - x_0).square(), self._features(out)
+
+    def _x_0(self, x_t: Tensor, out: Tensor, t: Tensor) -> Tensor:
+        """The network's x_0, not clamped."""
+        row = self.request.spec.diffusion.table(t.device)[t][:, :, None, None, None]
+        model_output = out[:, : self._channels]
+        return row[:, Column.X0_FROM_XT] * x_t + row[:, Column.X0_FROM_OUT] * model_output
+
+    def _features(self, out: Tensor) -> Tensor:
+        return out[:, self._channels :].float()
 
 
 def _drawn(seed: int, draw: int, most: int) -> Tensor:
