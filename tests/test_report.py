@@ -26,6 +26,7 @@ pytest.importorskip("jinja2")
 from iddpm_ext.report import parts, write_report
 from iddpm_ext.report.elements import Missing, Table
 from iddpm_ext.report.parts import advice, bits, drawing
+from iddpm_ext.report.subject import Way
 
 NAMES = ["bag", "<b>boot</b>", "coat"]
 SECTIONS = ["samples", "chain", "nearest", "likelihood", "cost", "training", "configuration"]
@@ -187,11 +188,24 @@ def test_the_advice_is_the_cheapest_that_is_not_told_apart_from_the_best():
     from iddpm_ext.metrics import Interval
 
     def cost(seconds: float, distance: float) -> advice.Cost:
-        return advice.Cost("ddim", 1, seconds, distance, Interval(distance - 0.1, distance + 0.1))
+        return advice.Cost(
+            Way("ddim"), 1, seconds, distance, Interval(distance - 0.1, distance + 0.1)
+        )
 
     found = [cost(1, 0.9), cost(2, 0.38), cost(4, 0.31), cost(9, 0.3)]
     assert advice.advised(found) is found[1]
-    assert advice.advised([advice.Cost("ddim", 1, 1.0)]) is None
+    assert advice.advised([advice.Cost(Way("ddim"), 1, 1.0)]) is None
+
+
+def test_ways_that_a_checkpoint_lacks_something_for_are_left_out():
+    optimal, pictures = Way("ddpm", "optimal"), Way("unipc", schedule="pictures")
+    assert optimal.name == "ddpm, optimal variance" and pictures.name == "unipc, steps for pictures"
+    assert pictures.steps(10) == "pictures-10" and Way("ddim").steps(10) == 10
+    assert optimal.flags == "--sampler ddpm --variance optimal"
+    assert Way("ddim").goes({}, 10) and not optimal.goes({"moments": {}}, 10)
+    assert optimal.goes({"covariance": {}}, 10) and Way("ddim", "analytic").goes({"moments": {}}, 5)
+    assert pictures.goes({"picture_schedules": {"10": [1]}}, 10)
+    assert not pictures.goes({"picture_schedules": {"10": [1]}}, 5)
 
 
 def test_it_says_whether_to_train_on(page, tmp_path):

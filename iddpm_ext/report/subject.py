@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,40 @@ class DataArguments:
 
 
 @dataclass(frozen=True)
+class Way:
+    """Arguments of `sample` beside the number of steps. schedule: "pictures", or "" for even steps."""
+
+    sampler: str
+    variance: str | None = None
+    schedule: str = ""
+
+    @property
+    def name(self) -> str:
+        """For tables and charts."""
+        words = [self.sampler, self.variance and f"{self.variance} variance"]
+        words.append(self.schedule and f"steps for {self.schedule}")
+        return ", ".join(word for word in words if word)
+
+    @property
+    def flags(self) -> str:
+        """Of `iddpm sample`, without the number of steps."""
+        return f"--sampler {self.sampler}" + (
+            f" --variance {self.variance}" if self.variance else ""
+        )
+
+    def steps(self, count: int) -> int | str:
+        """The `steps` of `sample`."""
+        return f"{self.schedule}-{count}" if self.schedule else count
+
+    def goes(self, extra: Mapping[str, Any], count: int) -> bool:
+        """Whether a checkpoint's `extra` has what it needs."""
+        stored = {"analytic": "moments", "optimal": "covariance"}.get(self.variance or "")
+        if self.schedule and str(count) not in extra.get("picture_schedules", {}):
+            return False
+        return stored is None or stored in extra
+
+
+@dataclass(frozen=True)
 class Effort:
     """How much to measure: numbers of images, of steps and of network evaluations."""
 
@@ -40,19 +74,28 @@ class Effort:
     likelihood_images: int
     likelihood_budget: int
     cost_images: int
-    cost_steps: dict[str, tuple[int, ...]]
+    ways: dict[Way, tuple[int, ...]]
     reference_images: int
 
 
 QUICK = Effort(
     per_class=4, most_classes=10, sample_steps=(10, 50), chain_steps=40, nearest_of=5_000,
     likelihood_images=24, likelihood_budget=16, cost_images=32,
-    cost_steps={"dpm++": (5, 10), "ddim": (5, 10, 25), "ddpm": (10, 25, 50)}, reference_images=256,
+    ways={
+        Way("unipc"): (5, 10), Way("unipc", schedule="pictures"): (5, 10), Way("ddim"): (10, 25),
+        Way("ddpm"): (10, 25, 50), Way("ddpm", "optimal"): (10, 25),
+    },
+    reference_images=256,
 )  # fmt: skip
 FULL = Effort(
     per_class=8, most_classes=20, sample_steps=(5, 10, 50, 250), chain_steps=100, nearest_of=60_000,
     likelihood_images=200, likelihood_budget=64, cost_images=256,
-    cost_steps={"dpm++": (5, 10, 25), "ddim": (5, 10, 25, 50, 100), "ddpm": (10, 25, 50, 100, 250)},
+    ways={
+        Way("unipc"): (5, 10, 25), Way("unipc", schedule="pictures"): (5, 10, 25),
+        Way("dpm++"): (5, 10, 25), Way("ddim"): (5, 10, 25, 50, 100),
+        Way("ddim", "analytic"): (10, 25, 50, 100), Way("ddpm"): (10, 25, 50, 100, 250),
+        Way("ddpm", "analytic"): (10, 25, 50, 100), Way("ddpm", "optimal"): (10, 25, 50, 100),
+    },
     reference_images=2_000,
 )  # fmt: skip
 

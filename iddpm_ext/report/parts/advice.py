@@ -15,14 +15,14 @@ from iddpm_ext.metrics import Interval, half_sample_interval, kernel_distance
 from iddpm_ext.report.charts import Line, chart
 from iddpm_ext.report.elements import Body, Chart, Command, Missing, Table, Text
 from iddpm_ext.report.parts.common import images_of, possible
-from iddpm_ext.report.subject import Subject
+from iddpm_ext.report.subject import Subject, Way
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What images by one sampler and number of steps cost, and their distance to the data."""
+    """What images by one way and number of steps cost, and their distance to the data."""
 
-    sampler: str
+    way: Way
     steps: int
     seconds: float
     distance: float | None = None
@@ -42,19 +42,22 @@ def cost(subject: Subject) -> Body:
         subject.model, 2, n=n, labels=labels, progress=False
     )  # the engine is made once
     found: list[Cost] = []
-    for sampler, counts in effort.cost_steps.items():
+    for way, counts in effort.ways.items():
         for count in possible(subject, counts):
+            if not way.goes(subject.model.extra, count):
+                continue
             began = time.perf_counter()
             x = iddpm_ext.sample(
-                subject.model, count, n=n, labels=labels, seed=subject.seed, sampler=sampler
-            )
+                subject.model, way.steps(count), n=n, labels=labels, seed=subject.seed,
+                sampler=way.sampler, variance=way.variance,
+            )  # fmt: skip
             seconds = time.perf_counter() - began
             if wanted is None:
-                found.append(Cost(sampler, count, seconds))
+                found.append(Cost(way, count, seconds))
                 continue
             own = features(x)
             distance, interval = _distance(own, wanted)
-            found.append(Cost(sampler, count, seconds, distance, interval))
+            found.append(Cost(way, count, seconds, distance, interval))
     best = advised(found)
     where = f"{subject.device}" + (
         f", {torch.get_num_threads()} of its threads" if subject.device.type == "cpu" else ""
@@ -62,34 +65,34 @@ def cost(subject: Subject) -> Body:
     quality = () if wanted is None else ("distance", "95 %")
     table = Table(
         f"{n} images at once on this machine ({where}).",
-        ("sampler", "steps", "seconds", "seconds per image", *quality),
+        ("sampling", "steps", "seconds", "seconds per image", *quality),
         tuple(
-            (c.sampler, str(c.steps), f"{c.seconds:.2f}", f"{c.seconds / n:.3f}", *_quality_cells(c))
+            (c.way.name, str(c.steps), f"{c.seconds:.2f}", f"{c.seconds / n:.3f}", *_quality_cells(c))
             for c in found
         ),
     )  # fmt: skip
     if best is None:
         return Body((Text(remark), table))
     reach = _text_of(best.interval)
+    flags = f"{best.way.flags} --steps {best.way.steps(best.steps)}"
     advice = (
-        f"Take {best.sampler} with {best.steps} steps: {best.seconds / n:.3f} s per image here. Its distance "
-        f"to the data, {best.distance:.4f}{reach}, is the lowest that was measured or within the uncertainty "
-        f"of that, and no cheaper setting's is."
+        f"Take {best.way.name} with {best.steps} steps: {best.seconds / n:.3f} s per image here. Its "
+        f"distance to the data, {best.distance:.4f}{reach}, is the lowest that was measured or within the "
+        f"uncertainty of that, and no cheaper setting's is."
     )
     return Body(
         (
             Text(advice),
-            Command(f"iddpm sample {subject.word} --sampler {best.sampler} --steps {best.steps}"),
+            Command(f"iddpm sample {subject.word} {flags}"),
             _cost_chart(found, n),
             table,
             Text(remark),
             Command(
                 f"iddpm evaluate {subject.word} --reference {subject.data_flags().removeprefix('--data ')} "
-                f"--metrics kid --extractor {_extractor_name()} --sampler {best.sampler} "
-                f"--steps {best.steps} -n 2000"
+                f"--metrics kid --extractor {_extractor_name()} {flags} -n 2000"
             ),
         ),
-        {"advised": f"{best.sampler}, {best.steps} steps, {best.seconds / n:.3f} s per image"},
+        {"advised": f"{best.way.name}, {best.steps} steps, {best.seconds / n:.3f} s per image"},
     )
 
 
@@ -154,11 +157,11 @@ def advised(found: list[Cost]) -> Cost | None:
 
 def _cost_chart(found: list[Cost], n: int) -> Chart:
     lines = []
-    for sampler in dict.fromkeys(c.sampler for c in found):
-        own = [c for c in found if c.sampler == sampler and c.distance is not None]
+    for way in dict.fromkeys(c.way for c in found):
+        own = [c for c in found if c.way == way and c.distance is not None]
         lines.append(
             Line(
-                sampler, [c.seconds / n for c in own], [c.distance or 0.0 for c in own],
+                way.name, [c.seconds / n for c in own], [c.distance or 0.0 for c in own],
                 [c.interval.low if c.interval else 0.0 for c in own],
                 [c.interval.high if c.interval else 0.0 for c in own], [str(c.steps) for c in own],
             )
@@ -170,7 +173,9 @@ def _cost_chart(found: list[Cost], n: int) -> Chart:
     alt = (
         "Line chart of the distance to the data against seconds per image, lower is better: "
         + "; ".join(
-            f"{c.sampler} {c.steps} steps {c.distance:.3f}" for c in found if c.distance is not None
+            f"{c.way.name} {c.steps} steps {c.distance:.3f}"
+            for c in found
+            if c.distance is not None
         )
     )
     return Chart(svg, alt)
