@@ -58,9 +58,12 @@ def test_no_schedule_of_candidates_has_a_smaller_sum():
 
 def test_images_of_few_steps_are_nearer_to_the_fine_ones():
     model = trained()
-    found = find_picture_schedules(model, n=16, candidates=40, most=10, progress=False)
+    found = find_picture_schedules(model, n=16, candidates=40, most=10, first=199, progress=False)
     assert sorted(found.steps) == list(range(2, 11))
-    assert all(steps[-1] == 199 and len(steps) == count for count, steps in found.steps.items())
+    assert all(
+        steps[-1] == found.first == 199 and len(steps) == count
+        for count, steps in found.steps.items()
+    )
     settings = {"sampler": "ddim", "n": 24, "seed": 9, "progress": False}
     fine = sample(model, None, **settings)
     for count in (4, 8):
@@ -69,6 +72,43 @@ def test_images_of_few_steps_are_nearer_to_the_fine_ones():
             sample(model, count, **settings),
         )
         assert (chosen - fine).square().mean() < 0.8 * (even - fine).square().mean()
+
+
+def noisy_prediction(chain: Diffusion, worst: float):
+    """A network that knows the best prediction of normal data, up to an error of its eps."""
+    std = 0.5
+
+    def model(x: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        ab = chain.alphas_cumprod[(timesteps * 4000 / 1000).round().long()].float()
+        ab = ab[:, None, None, None]
+        eps = x * (1 - ab).sqrt() / (ab * std**2 + 1 - ab)
+        return eps + worst * torch.sin(50 * x)
+
+    return model
+
+
+@pytest.mark.parametrize("worst", [0.003, 0.03])
+def test_schedules_begin_where_the_networks_error_is_no_larger_than_what_it_knows(worst):
+    chain = Diffusion(variance="fixed_small")
+    model = noisy_prediction(chain, worst)
+    settings = {"diffusion": chain, "image_shape": (1, 4, 4), "progress": False}
+    found = find_picture_schedules(model, n=32, most=6, **settings)
+    assert found.first < 3999
+    assert all(steps[-1] == found.first for steps in found.steps.values())
+    # x_0 is m x plus the error over sqrt(alpha_bar) times sqrt(1 - alpha_bar), for x of two draws.
+    ab = chain.alphas_cumprod
+    m = ab.sqrt() * 0.25 / (ab * 0.25 + 1 - ab)
+    apart = 2 * m.square() + worst**2 * (1 - ab) / ab
+    ratio = apart / apart[ab < 0.5].min()
+    assert 1.2 < float(ratio[found.first]) < 2.3
+    given = find_picture_schedules(model, n=4, most=4, first=3000, **settings)
+    assert given.first == 3000 and given.steps[4][-1] == 3000
+
+
+@pytest.mark.parametrize("first", [0, 200, -1, 1.5, True, "199"])
+def test_a_first_step_that_is_none_is_refused(first):
+    with pytest.raises(ValueError, match="first must be None or a step of the training chain"):
+        find_picture_schedules(trained(), n=4, first=first)
 
 
 def test_the_command_stores_them_and_sample_takes_them(tmp_path, capsys):

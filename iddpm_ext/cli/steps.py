@@ -31,6 +31,7 @@ def run(
     n: MaybeCount = None,
     candidates: int | None = None,
     most: int | None = None,
+    first: int | None = None,
     out: Path | None = None,
     seed: int = 0,
     batch_size: int | None = None,
@@ -57,6 +58,8 @@ def run(
         candidates: how many of the chain's steps to consider; each costs an evaluation per image. By default
             500; for pictures 128.
         most: the largest number of steps: by default 250; for pictures 100.
+        first: for pictures, the step of the training chain to begin with; by default the noisiest where the
+            network's predictions from pure noise agree.
         out: the checkpoint to write; by default in place.
         seed: of the noise.
         batch_size: maximum number of evaluations at once.
@@ -75,7 +78,9 @@ def run(
     target = target_of(checkpoint, out)
     model = iddpm_ext.load(checkpoint).to(pick_device(device))
     if purpose == "pictures":
-        _for_pictures(model, target, n or 256, candidates or 128, most or 100, seed, batch_size)
+        _for_pictures(
+            model, target, n or 256, candidates or 128, most or 100, first, seed, batch_size
+        )
         return
     if data is None:
         raise ValueError("data must be given for the bound, got None")
@@ -123,6 +128,7 @@ def _for_pictures(
     n: int,
     candidates: int,
     most: int,
+    first: int | None,
     seed: int,
     batch_size: int | None,
 ) -> None:
@@ -133,18 +139,18 @@ def _for_pictures(
 
     began = time.perf_counter()
     found = find_picture_schedules(
-        model, n=n, candidates=candidates, most=most, seed=seed, batch_size=batch_size
+        model, n=n, candidates=candidates, most=most, first=first, seed=seed, batch_size=batch_size
     )
     model.extra = {**model.extra, "picture_schedules": found.to_extra()}
     save(model, target)
     seconds = time.perf_counter() - began
     shown = sorted({*_SHOWN, max(found.steps)} & set(found.steps))
-    lines = [f"{n} images, {duration(seconds)}"]
+    lines = [f"{n} images, {duration(seconds)}; chains begin at step {found.first}"]
     lines += [f"pictures-{k:<4} at most {found.distance[k]:.4f} from many steps" for k in shown]
     result(
         "\n".join([*lines, str(target)]),
         {
-            "file": str(target), "images": n, "seconds": round(seconds, 3),
+            "file": str(target), "images": n, "seconds": round(seconds, 3), "first": found.first,
             "distance": {k: found.distance[k] for k in sorted(found.steps)},
         },
     )  # fmt: skip

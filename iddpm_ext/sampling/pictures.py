@@ -6,6 +6,10 @@ trajectory of many steps, the error of every such step follows without another e
 
     e(i, j) = E|x(s_j) - x(s_i) - (s_j - s_i) eps(x(s_i), s_i)|
 
+Near pure noise a network knows next to nothing of x_0, and its error, divided by sqrt(alpha_bar), becomes
+colours and shapes. Ancestral steps forget them; DDIM and the solvers, which add no noise, carry them into the
+images. So schedules begin later, where two draws of noise lead to predictions that differ little.
+
 On the way to s = 0 it shrinks; by d / sqrt(d^2 + s_j^2), if the data were normal with the images' standard
 deviation d. The sum over the steps of a schedule bounds the error of its images to first order, and
 `shortest_paths` finds the schedule of every length that minimises it.
@@ -22,10 +26,17 @@ from torch import Tensor
 from iddpm_ext.diffusion import Diffusion
 from iddpm_ext.diffusion.moments import spread_steps
 from iddpm_ext.diffusion.shortest import JumpTerms, shortest_paths
+from iddpm_ext.engines.base import undisturbed
+from iddpm_ext.engines.choosing import Network
 from iddpm_ext.ops.columns import Column
+from iddpm_ext.random import STREAM_INITIAL, NoiseKey, normal
 from iddpm_ext.sampling.loop import SampleStep, batches, initial, network_of, numbers, run
-from iddpm_ext.sampling.request import make_request
+from iddpm_ext.sampling.request import Request, make_request
 from iddpm_ext.scalars import plain
+
+# Draws of noise, two each, and how much farther apart than at their closest predictions may be.
+_PAIRS = 32
+_FACTOR = 2.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,11 +44,12 @@ class PictureSchedules:
     """What `find_picture_schedules` found.
 
     steps: K -> K indices in the training chain, ascending. distance: K -> the bound of their error, as root
-    mean square over the dimensions of an image.
+    mean square over the dimensions of an image. first: the step that all of them begin with.
     """
 
     steps: dict[int, list[int]]
     distance: dict[int, float]
+    first: int
 
     def to_extra(self) -> dict[str, list[int]]:
         """The schedules as a checkpoint's `extra["picture_schedules"]` holds them."""
@@ -51,6 +63,7 @@ def find_picture_schedules(
     labels: Sequence[int] | Tensor | None = None,
     candidates: int = 128,
     most: int = 100,
+    first: int | None = None,
     batch_size: int | None = None,
     seed: int = 0,
     diffusion: Diffusion | None = None,
@@ -60,13 +73,16 @@ def find_picture_schedules(
 ) -> PictureSchedules:
     """For every K up to `most`, the K steps whose images stay closest to those of many steps.
 
-    Costs `candidates` network evaluations per image, and needs no data.
+    Costs `candidates` network evaluations per image, and some 5,000 to find the first step; needs no data.
 
     Args:
         model, labels, batch_size, seed, diffusion, image_shape, engine, progress: as in `sample`.
         n: how many images are drawn. candidates: how many of the chain's steps are considered, at least
-            4, half of them evenly spaced in t and half in log-SNR; the last step is in every schedule.
+            4, half of them evenly spaced in t and half in log-SNR.
         most: the largest K, at least 2.
+        first: the step of the training chain that every schedule begins with, from pure noise. None: the
+            noisiest candidate where two predictions of x_0 from pure noise, of one class, are at most twice
+            as far apart (in mean square) as at the candidate where they are closest.
 
     Returns:
         `PictureSchedules`; `extra["picture_schedules"] = schedules.to_extra()` makes
@@ -76,7 +92,7 @@ def find_picture_schedules(
 
     Source: after Chen et al. 2024, "On the Trajectory Regularity of ODE-based Diffusion Sampling".
     """
-    n, candidates, most = plain((n, candidates, most))
+    n, candidates, most, first = plain((n, candidates, most, first))
     for name, value, least in (("n", n, 1), ("candidates", candidates, 4), ("most", most, 2)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(
@@ -89,9 +105,14 @@ def find_picture_schedules(
     )  # fmt: skip
     whole = request.spec.diffusion
     steps = spread_steps(whole, candidates)
-    chain = whole.respace(steps)
-    request = replace(request, spec=replace(request.spec, diffusion=chain))
     network, total = network_of(request), None
+    if first is None:
+        begin = steps[_first_place(request, network, steps)]
+    else:
+        begin = _place_of(whole, first)
+        steps = sorted({*steps, begin})
+    chain = whole.respace([step for step in steps if step <= begin])
+    request = replace(request, spec=replace(request.spec, diffusion=chain))
     for images in batches(n, request.batch_size):
         x_0: list[Tensor] = []
         x = [initial(request, numbers(images, request.spec.device))]
@@ -110,7 +131,50 @@ def find_picture_schedules(
     return PictureSchedules(
         steps={count: [timesteps[i] for i in path] for count, path in paths.items()},
         distance={count: terms.bound(path) for count, path in paths.items()},
+        first=timesteps[-1],
     )
+
+
+def _place_of(chain: Diffusion, first: object) -> int:
+    """The step of a chain that is the training step `first`, not its first one."""
+    timesteps = chain.timesteps.tolist()
+    if isinstance(first, bool) or first not in timesteps[1:]:
+        raise ValueError(
+            f"find_picture_schedules: first must be None or a step of the training chain after "
+            f"{timesteps[0]}, up to {timesteps[-1]}, got {first!r}"
+        )
+    return timesteps.index(first)
+
+
+def _first_place(request: Request, network: Network, steps: list[int]) -> int:
+    """Which of `steps`, ascending, chains should begin with, from pure noise; not the first of them."""
+    chain = request.spec.diffusion
+    noisy = [
+        place for place, step in enumerate(steps) if place and chain.alphas_cumprod[step] < 0.5
+    ]
+    with undisturbed(request.spec.device.type):
+        apart = {place: _apart(request, network, steps[place]) for place in noisy}
+    least = min(apart.values(), default=0.0)
+    return max((p for p in noisy if apart[p] <= _FACTOR * least), default=len(steps) - 1)
+
+
+def _apart(request: Request, network: Network, step: int) -> float:
+    """Mean square of the difference of two predictions of x_0, not clamped, from pure noise at a step."""
+    spec, total = request.spec, 0.0
+    row, shape = spec.diffusion.table(spec.device)[step], spec.image_shape
+    for images in batches(min(_PAIRS, request.n), request.batch_size):
+        samples = numbers(images, spec.device)
+        t = torch.full_like(samples, step)
+        labels = None if spec.labels is None else spec.labels[samples]
+        low_res = None if spec.low_res is None else spec.low_res[samples]
+        x_0 = []
+        for draw in (0, 1):
+            key = NoiseKey(request.seed, STREAM_INITIAL, samples, 0, draw)
+            x = normal(key, (len(samples), *shape), spec.device)
+            out = network.at(x, spec.diffusion.model_timesteps(t), labels, low_res)
+            x_0.append(row[Column.X0_FROM_XT] * x + row[Column.X0_FROM_OUT] * out[:, : shape[0]])
+        total += float((x_0[0] - x_0[1]).double().square().mean()) * len(samples)
+    return total / min(_PAIRS, request.n)
 
 
 def jump_errors(chain: Diffusion, x: Sequence[Tensor], x_0: Sequence[Tensor]) -> Tensor:
