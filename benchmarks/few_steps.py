@@ -6,7 +6,7 @@ to --output as soon as it is there, and what the file already has is not compute
 interrupted, and made in pieces by --methods, --steps and --n. The model is first given moments and picture
 schedules, where it has none, kept beside the output. --table prints what the file holds, with the best of
 each K; --picture draws a row of the same images for each method and K; --errors measures, for the methods
-without noise, how far their images are from those of the same x_T by 1,000 steps.
+without noise, how far their images are from those of the same noise by 1,000 steps.
 
     python -m benchmarks.few_steps --model fashion-mnist --data /usr/share/datasets/fashion-mnist \\
         --n 5000 --output benchmarks/results/few_steps_fashion-mnist.json
@@ -170,22 +170,22 @@ def table(rows: dict[str, dict[str, Any]], n: int) -> str:
 def trajectory_errors(
     model: UNet, methods: Sequence[str], args: argparse.Namespace
 ) -> dict[str, float]:
-    """RMS distance of images to those of the same x_T by 1,000 steps of dpm++ (or all), by "method K".
+    """RMS distance of images to those of the same noise by 1,000 steps of dpm++ (or all), by "method K".
 
-    Every distance is between images in [-1, 1] without clamped predictions, so that all solve one equation.
+    Both chains begin with the same step. Predictions are not clamped, so that all solve one equation.
     """
-    labels = None
+    assert model.diffusion is not None
+    total, labels = model.diffusion.num_train_timesteps, None
     if model.config.num_classes is not None:
         labels = torch.arange(args.errors, dtype=torch.int64) % model.config.num_classes
 
-    def images(steps: int | str, sampler: str) -> torch.Tensor:
+    def images(steps: int | str | list[int], sampler: str) -> torch.Tensor:
         return iddpm_ext.sample(
             model, steps, n=args.errors, labels=labels, seed=args.seed, sampler=sampler, clip=False,
             progress=False,
         )  # fmt: skip
 
-    assert model.diffusion is not None
-    exact = images(min(1000, model.diffusion.num_train_timesteps), "dpm++")
+    exact: dict[int, torch.Tensor] = {}
     found = {}
     for name in methods:
         method = METHODS[name]
@@ -193,7 +193,13 @@ def trajectory_errors(
             continue
         for count in args.steps:
             text = method.steps.format(count)
-            away = images(int(text) if text.isdigit() else text, method.sampler) - exact
+            first = (
+                total - 1 if text.isdigit() else model.extra["picture_schedules"][str(count)][-1]
+            )
+            if first not in exact:
+                fine = torch.linspace(0, first, min(1000, first + 1), dtype=torch.float64)
+                exact[first] = images(fine.round().long().tolist(), "dpm++")
+            away = images(int(text) if text.isdigit() else text, method.sampler) - exact[first]
             found[f"{name} {count}"] = float(away.square().mean().sqrt())
             print(f"{name} {count}: {found[f'{name} {count}']:.4f}", flush=True)
     return found

@@ -104,14 +104,12 @@ def find_picture_schedules(
         progress=progress,
     )  # fmt: skip
     whole = request.spec.diffusion
-    steps = spread_steps(whole, candidates)
     network, total = network_of(request), None
     if first is None:
-        begin = steps[_first_place(request, network, steps)]
+        begin = _first_step(request, network, spread_steps(whole, candidates))
     else:
-        begin = _place_of(whole, first)
-        steps = sorted({*steps, begin})
-    chain = whole.respace([step for step in steps if step <= begin])
+        begin = _step_of(whole, first)
+    chain = whole.respace(spread_steps(whole.respace(list(range(begin + 1))), candidates))
     request = replace(request, spec=replace(request.spec, diffusion=chain))
     for images in batches(n, request.batch_size):
         x_0: list[Tensor] = []
@@ -135,7 +133,7 @@ def find_picture_schedules(
     )
 
 
-def _place_of(chain: Diffusion, first: object) -> int:
+def _step_of(chain: Diffusion, first: object) -> int:
     """The step of a chain that is the training step `first`, not its first one."""
     timesteps = chain.timesteps.tolist()
     if isinstance(first, bool) or first not in timesteps[1:]:
@@ -146,16 +144,14 @@ def _place_of(chain: Diffusion, first: object) -> int:
     return timesteps.index(first)
 
 
-def _first_place(request: Request, network: Network, steps: list[int]) -> int:
-    """Which of `steps`, ascending, chains should begin with, from pure noise; not the first of them."""
-    chain = request.spec.diffusion
-    noisy = [
-        place for place, step in enumerate(steps) if place and chain.alphas_cumprod[step] < 0.5
-    ]
+def _first_step(request: Request, network: Network, steps: list[int]) -> int:
+    """The one of `steps`, ascending, that chains should begin with; not the first of them."""
+    alpha_bar = request.spec.diffusion.alphas_cumprod
+    noisy = [step for step in steps[1:] if alpha_bar[step] < 0.5]
     with undisturbed(request.spec.device.type):
-        apart = {place: _apart(request, network, steps[place]) for place in noisy}
+        apart = {step: _apart(request, network, step) for step in noisy}
     least = min(apart.values(), default=0.0)
-    return max((p for p in noisy if apart[p] <= _FACTOR * least), default=len(steps) - 1)
+    return max((step for step in noisy if apart[step] <= _FACTOR * least), default=steps[-1])
 
 
 def _apart(request: Request, network: Network, step: int) -> float:
