@@ -83,7 +83,7 @@ QUICK = Effort(
     likelihood_images=24, likelihood_budget=16, cost_images=32,
     ways={
         Way("unipc"): (5, 10), Way("unipc", schedule="pictures"): (5, 10), Way("ddim"): (10, 25),
-        Way("ddpm"): (10, 25, 50), Way("ddpm", "optimal"): (10, 25),
+        Way("dpm++sde"): (10, 25), Way("ddpm"): (10, 25, 50), Way("ddpm", "optimal"): (10, 25),
     },
     reference_images=256,
 )  # fmt: skip
@@ -92,7 +92,7 @@ FULL = Effort(
     likelihood_images=200, likelihood_budget=64, cost_images=256,
     ways={
         Way("unipc"): (5, 10, 25), Way("unipc", schedule="pictures"): (5, 10, 25),
-        Way("dpm++"): (5, 10, 25), Way("ddim"): (5, 10, 25, 50, 100),
+        Way("dpm++"): (5, 10, 25), Way("dpm++sde"): (10, 25, 50), Way("ddim"): (5, 10, 25, 50, 100),
         Way("ddim", "analytic"): (10, 25, 50, 100), Way("ddpm"): (10, 25, 50, 100, 250),
         Way("ddpm", "analytic"): (10, 25, 50, 100), Way("ddpm", "optimal"): (10, 25, 50, 100),
     },
