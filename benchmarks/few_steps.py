@@ -172,7 +172,7 @@ def trajectory_errors(
 ) -> dict[str, float]:
     """RMS distance of images to those of the same noise by 1,000 steps of dpm++ (or all), by "method K".
 
-    Both chains begin with the same step. Predictions are not clamped, so that all solve one equation.
+    Both chains begin with the same step, and clamp predictions, without which that step decides everything.
     """
     assert model.diffusion is not None
     total, labels = model.diffusion.num_train_timesteps, None
@@ -181,8 +181,7 @@ def trajectory_errors(
 
     def images(steps: int | str | list[int], sampler: str) -> torch.Tensor:
         return iddpm_ext.sample(
-            model, steps, n=args.errors, labels=labels, seed=args.seed, sampler=sampler, clip=False,
-            progress=False,
+            model, steps, n=args.errors, labels=labels, seed=args.seed, sampler=sampler, progress=False
         )  # fmt: skip
 
     exact: dict[int, torch.Tensor] = {}
