@@ -8,12 +8,12 @@ from torch import Tensor
 from iddpm_ext.data import ImageData, Order
 from iddpm_ext.report.subject import Subject
 
-_FEW = 25  # steps, up to which DDIM's images look better than the ancestral chain's
+_FEW = 25  # steps, up to which the solver's images look better than the ancestral chain's
 
 
 def usual_sampler(steps: int) -> str:
-    """DDIM for few steps, else ancestral sampling."""
-    return "ddim" if steps <= _FEW else "ddpm"
+    """The stochastic solver for few steps, else ancestral sampling."""
+    return "dpm++sde" if steps <= _FEW else "ddpm"
 
 
 def possible(subject: Subject, counts: tuple[int, ...]) -> list[int]:
