@@ -35,8 +35,6 @@ STEPS = 200  # a multiple of 50, for ddim50
 TRAINED = "--steps 4 --batch-size 4 --model-channels 32 --num-res-blocks 1 --channel-mult 1"
 # Pattern in a command or snippet -> what runs in its place.
 SCALED = {
-    r"\bn=50_000\b": "n=4",
-    r"\bbatch_size=500\b": "batch_size=2",
     r"\[3\] \* 64": "[3] * 2",
     r"\(model, steps=50\)": "(model, steps=4, n=2)",
     r"\(model, steps=50, x_0": "(model, steps=4, x_0",
@@ -100,7 +98,10 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     patch.setattr(read, "WEIGHTS", folder / "weights")
     garments = network(28, 1, classes=10)
     schedules = {"25": [round(i * (STEPS - 1) / 24) for i in range(25)]}
-    garments.extra = {"class_names": CLASSES, "step_schedules": schedules}
+    pictures = {"10": [round(i * (STEPS - 1) / 10) for i in range(10)]}
+    garments.extra = {
+        "class_names": CLASSES, "step_schedules": schedules, "picture_schedules": pictures,
+    }  # fmt: skip
     iddpm_ext.save(garments, folder / "weights" / "fashion-mnist.safetensors")
     for name in ("my.safetensors", "my_model.safetensors", "CHECKPOINT"):
         iddpm_ext.save(garments, folder / name)
