@@ -46,12 +46,12 @@ class Judge:
     def __init__(self, data: ImageData, classes: int, extractor: str | None) -> None:
         channels, height, width = data.image_shape
         self._extractor = None if extractor is None else open_extractor(extractor)
-        self.network: nn.Module = convolutional(channels, (height, width), classes)
-        if self._extractor is not None:
-            self.network = nn.LazyLinear(classes)
+        self.network: nn.Module = nn.LazyLinear(classes)
+        if self._extractor is None:
+            self.network = convolutional(channels, (height, width), classes)
 
     def inputs(self, images: Tensor) -> Tensor:
-        """What the network reads: the images, or features [N, D] of them, of root mean square 1 or so."""
+        """What the network reads: the images, or features [N, D] of them."""
         if self._extractor is None:
             return images
         levels = ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).expand(-1, 3, -1, -1)
@@ -60,7 +60,9 @@ class Judge:
 
     def fit(self, inputs: Tensor, labels: Tensor, epochs: int, batch: int = 128) -> None:
         """Trains with Adam and a rate that falls to zero."""
-        self.network.train()(inputs[:2])  # a lazy layer gets its weights
+        self.network.train()
+        if isinstance(self.network, nn.LazyLinear):
+            self.network(inputs[:2])  # which gives it its weights
         steps = epochs * (len(inputs) // batch)
         optimizer = torch.optim.Adam(self.network.parameters(), lr=2e-3)
         decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)

@@ -50,6 +50,11 @@ class Method(NamedTuple):
     def bound(self) -> bool:
         return self.sampler == "ddpm"
 
+    def at(self, count: int) -> int | str:
+        """The `steps` of `sample`."""
+        text = self.steps.format(count)
+        return int(text) if text.isdigit() else text
+
     @property
     def noise(self) -> bool:
         """Whether its steps add any."""
@@ -102,13 +107,15 @@ def prepared(name: str, data: str, kept: Path, methods: Sequence[Method]) -> UNe
     return model
 
 
+def turns(model: UNet, n: int) -> torch.Tensor | None:
+    """Labels int64 [n] of the classes in turn; None without classes."""
+    classes = model.config.num_classes
+    return None if classes is None else torch.arange(n, dtype=torch.int64) % classes
+
+
 def measure(model: UNet, method: Method, count: int, args: argparse.Namespace) -> dict[str, Any]:
     """Distance, bits/dim and seconds of one method at one number of steps."""
-    text = method.steps.format(count)
-    steps: int | str = int(text) if text.isdigit() else text
-    labels = None
-    if model.config.num_classes is not None:
-        labels = torch.arange(args.n, dtype=torch.int64) % model.config.num_classes
+    steps, labels = method.at(count), turns(model, args.n)
     began = time.perf_counter()
     images = iddpm_ext.sample(
         model, steps, n=args.n, labels=labels, seed=args.seed, sampler=method.sampler,
@@ -175,9 +182,7 @@ def trajectory_errors(
     Both chains begin with the same step, and clamp predictions, without which that step decides everything.
     """
     assert model.diffusion is not None
-    total, labels = model.diffusion.num_train_timesteps, None
-    if model.config.num_classes is not None:
-        labels = torch.arange(args.errors, dtype=torch.int64) % model.config.num_classes
+    total, labels = model.diffusion.num_train_timesteps, turns(model, args.errors)
 
     def images(steps: int | str | list[int], sampler: str) -> torch.Tensor:
         return iddpm_ext.sample(
@@ -191,14 +196,13 @@ def trajectory_errors(
         if method.noise:
             continue
         for count in args.steps:
-            text = method.steps.format(count)
-            first = (
-                total - 1 if text.isdigit() else model.extra["picture_schedules"][str(count)][-1]
-            )
+            steps = method.at(count)
+            pictures = model.extra.get("picture_schedules", {})
+            first = total - 1 if isinstance(steps, int) else pictures[str(count)][-1]
             if first not in exact:
                 fine = torch.linspace(0, first, min(1000, first + 1), dtype=torch.float64)
                 exact[first] = images(fine.round().long().tolist(), "dpm++")
-            away = images(int(text) if text.isdigit() else text, method.sampler) - exact[first]
+            away = images(steps, method.sampler) - exact[first]
             found[f"{name} {count}"] = float(away.square().mean().sqrt())
             print(f"{name} {count}: {found[f'{name} {count}']:.4f}", flush=True)
     return found
@@ -206,15 +210,13 @@ def trajectory_errors(
 
 def draw(model: UNet, methods: list[str], counts: list[int], args: argparse.Namespace) -> None:
     """Rows of the same ten images, for each K every method."""
-    labels = None if model.config.num_classes is None else list(range(10))
+    labels = turns(model, 10)
     rows = []
     for count in counts:
         for name in methods:
             method = METHODS[name]
-            text = method.steps.format(count)
-            steps: int | str = int(text) if text.isdigit() else text
             images = iddpm_ext.sample(
-                model, steps, n=10, labels=labels, seed=args.seed, sampler=method.sampler,
+                model, method.at(count), n=10, labels=labels, seed=args.seed, sampler=method.sampler,
                 variance=method.variance, dtype=args.dtype, progress=False,
             )  # fmt: skip
             rows.append(images)

@@ -125,6 +125,8 @@ def test_the_command_stores_them_and_sample_takes_them(tmp_path, capsys):
     assert torch.equal(got, sample(loaded, chosen, n=2, sampler="unipc", progress=False))
     assert main(["steps", str(path)]) != 0
     assert "data must be given" in capsys.readouterr().err
+    assert main(["steps", str(path), "--data", str(path), "--first", "9"]) != 0
+    assert "first must go with --for pictures" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [{"n": 0}, {"candidates": 3}, {"most": 1}, {"most": True}])

@@ -75,6 +75,8 @@ def run(
     from iddpm_ext.sampling.distributed import Processes
     from iddpm_ext.text import duration
 
+    if first is not None and purpose != "pictures":
+        raise ValueError(f"first must go with --for pictures, got {first} for the bound")
     target = target_of(checkpoint, out)
     model = iddpm_ext.load(checkpoint).to(pick_device(device))
     if purpose == "pictures":

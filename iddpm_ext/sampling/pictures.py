@@ -104,11 +104,10 @@ def find_picture_schedules(
         progress=progress,
     )  # fmt: skip
     whole = request.spec.diffusion
+    begin = None if first is None else _step_of(whole, first)
     network, total = network_of(request), None
-    if first is None:
+    if begin is None:
         begin = _first_step(request, network, spread_steps(whole, candidates))
-    else:
-        begin = _step_of(whole, first)
     chain = whole.respace(spread_steps(whole.respace(list(range(begin + 1))), candidates))
     request = replace(request, spec=replace(request.spec, diffusion=chain))
     for images in batches(n, request.batch_size):
