@@ -99,10 +99,11 @@ def main() -> None:
     parser.add_argument("--extractor", help="features to classify by, as in iddpm evaluate")
     parser.add_argument("--epochs", type=int, default=5, help="of the classifier")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu", help="of sampling; the classifier is on the CPU")
     parser.add_argument("--json", type=Path, help="where to write the figures")
     arguments = parser.parse_args()
 
-    model = iddpm_ext.load(arguments.model)
+    model = iddpm_ext.load(arguments.model, arguments.device)
     count, names = model.config.num_classes, model.extra.get("class_names")
     train, test = (open_data(arguments.data, split=split) for split in ("train", "test"))
     if count is None or train.class_names is None:
@@ -125,7 +126,7 @@ def main() -> None:
         guidance_scale=arguments.guidance_scale,
     )  # fmt: skip
     seconds = time.perf_counter() - began
-    hits = judge(judge.inputs(samples.float())) == labels
+    hits = judge(judge.inputs(samples.float().cpu())) == labels
     shown = names or [str(k) for k in range(count)]
     per_class = {str(name): float(hits[labels == k].float().mean()) for k, name in enumerate(shown)}
     accuracy = float(hits.float().mean())

@@ -92,9 +92,9 @@ METHODS = {
 BEFORE = ("ddpm", "ddpm-small", "ddpm-optimal", "ddim", "dpm++")
 
 
-def prepared(name: str, data: str, kept: Path, methods: Sequence[Method]) -> UNet:
+def prepared(name: str, data: str, kept: Path, methods: Sequence[Method], device: str) -> UNet:
     """The model with moments, and with picture schedules and a head as methods need; `kept` keeps them."""
-    model = iddpm_ext.load(kept if kept.exists() else name)
+    model = iddpm_ext.load(kept if kept.exists() else name, device)
     had, weights = set(model.extra), weights_fingerprint(model)
     if "moments" not in had:
         model.extra["moments"] = find_moments(model, data, limit=64).to_extra(weights)
@@ -127,7 +127,7 @@ def measure(model: UNet, method: Method, count: int, args: argparse.Namespace) -
         warnings.simplefilter("ignore", UserWarning)
         found = evaluate(
             images, args.data, extractor=args.extractor, metrics=("fid",), reference_n=args.reference,
-            image_size=model.config.image_size, progress=False,
+            image_size=model.config.image_size, device=args.device, progress=False,
         )  # fmt: skip
     ((name, score),) = found.scores.items()
     row: dict[str, Any] = {"metric": name, "distance": score.value, "seconds": seconds}
@@ -242,6 +242,7 @@ def main() -> None:
     parser.add_argument("--steps", type=_numbers, default=list(COUNTS))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument(
         "--dtype", choices=DTYPES, default="float32", help="of sampling; bits/dim are in float32"
     )
@@ -257,7 +258,8 @@ def main() -> None:
         print(table(record["rows"], args.n))
         return
     model = prepared(
-        args.model, args.data, args.output.with_suffix(".safetensors"), [METHODS[m] for m in args.methods]
+        args.model, args.data, args.output.with_suffix(".safetensors"),
+        [METHODS[m] for m in args.methods], args.device,
     )  # fmt: skip
     if args.picture is not None:
         draw(model, args.methods, args.steps, args)

@@ -153,3 +153,16 @@ class FakeGraphs(Counted):
                     action()
 
         return replay
+
+
+def graphs_of_others(device: str) -> None:
+    """Runs graphs of torch.compile on a GPU, which clears the workspaces of cuBLAS; without one, nothing."""
+    if device != "cuda":
+        return
+    layer = torch.nn.Linear(64, 64, device=device)
+    call = torch.compile(layer, mode="reduce-overhead")
+    with torch.no_grad():
+        for _ in range(4):
+            call(torch.ones(64, 64, device=device))
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()

@@ -13,7 +13,7 @@ import pytest
 import torch
 from cuda_emu import toolchain
 from engine_networks import CONFIGS, MORE_CONFIGS, SMALL, error, inputs, make, reference
-from fake_graphs import Counted, FakeGraphs, HostSync, no_waiting
+from fake_graphs import Counted, FakeGraphs, HostSync, graphs_of_others, no_waiting
 
 from iddpm_ext import Diffusion, _native, sample, sample_progressive
 from iddpm_ext.engines.cuda import engine as cuda_engine
@@ -144,6 +144,14 @@ def test_one_capture_serves_other_seeds_labels_scales_and_numbers_of_steps(gpu):
     ):
         assert_images_agree(sample(model, **{**DRAW, **options}), plain(model, **options))
     assert gpu.counts == (1, 4 + 3 + 5)
+
+
+def test_a_graph_outlives_what_torch_compile_clears(gpu):
+    model = network(gpu, attention_resolutions=(8, 4))
+    before = sample(model, **DRAW)
+    graphs_of_others(gpu.device)
+    assert torch.equal(sample(model, **DRAW), before)
+    assert gpu.counts == (1, 8)
 
 
 def test_a_ragged_last_batch_has_a_graph_of_its_own(gpu):

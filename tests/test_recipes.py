@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
+import signal
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +41,6 @@ def arguments(data: Path, out: Path) -> list[str]:
 
 
 def test_recipe_trains_to_its_end_and_exports_what_load_reads(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(cifar10, "TRIAL_STEPS", 3)
     monkeypatch.setattr(sys, "argv", arguments(data, tmp_path / "out"))
     assert cifar10.main() == 0
     plan = json.loads((tmp_path / "out" / "recipe.json").read_text())
@@ -50,6 +53,46 @@ def test_recipe_trains_to_its_end_and_exports_what_load_reads(data, tmp_path, mo
     assert cifar10.main() == 0
     again = iddpm_ext.load(tmp_path / "out" / "cifar10-ema-0.9995.safetensors").state_dict()
     assert all(torch.equal(again[name], value) for name, value in model.state_dict().items())
+
+
+def test_recipe_of_steps_ends_the_same_whether_it_was_stopped_or_not(data, tmp_path, monkeypatch):
+    def run(out: Path) -> int:
+        words = [word for word in arguments(data, out) if word not in ("--minutes", "0.05")]
+        monkeypatch.setattr(sys, "argv", [*words, "--steps", "8", "--save-every", "2"])
+        return cifar10.main()
+
+    def stopping(config):
+        # As if the training were stopped at its third step.
+        return train(dataclasses.replace(config, steps=3))
+
+    train = cifar10.train
+    assert run(tmp_path / "whole") == 0
+    monkeypatch.setattr(cifar10, "train", stopping)
+    assert run(tmp_path / "pieces") == 1
+    monkeypatch.setattr(cifar10, "train", train)
+    assert run(tmp_path / "pieces") == 0
+    whole, pieces = (
+        iddpm_ext.load(tmp_path / name / "cifar10-ema-0.999.safetensors")
+        for name in ("whole", "pieces")
+    )
+    assert whole.extra["step"] == 8
+    assert all(torch.equal(pieces.state_dict()[n], v) for n, v in whole.state_dict().items())
+
+
+def test_a_stop_by_the_user_is_not_taken_for_the_end_of_the_time(data, tmp_path, monkeypatch):
+    words = arguments(data, tmp_path / "out")
+    words[words.index("--minutes") + 1] = "10"
+    monkeypatch.setattr(sys, "argv", words)
+    stop = threading.Timer(2.0, os.kill, (os.getpid(), signal.SIGTERM))
+    before = signal.signal(signal.SIGTERM, lambda *_: None)  # should the training not listen yet
+    stop.start()
+    try:
+        assert cifar10.main() == 1
+    finally:
+        stop.cancel()
+        signal.signal(signal.SIGTERM, before)
+    plan = json.loads((tmp_path / "out" / "recipe.json").read_text())
+    assert plan.keys() == {"spent"} and 0 < plan["spent"] < 360
 
 
 def test_learning_rate_falls_in_a_line_from_where_it_was(data, tmp_path):

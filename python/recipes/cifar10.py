@@ -1,13 +1,13 @@
-"""Train the class-conditional CIFAR-10 network within a given time.
+"""Train the class-conditional CIFAR-10 network within a given time, or for a number of steps.
 
     python python/recipes/cifar10.py --data cifar10/train --out runs/cifar10 --minutes 30
 
-A trial of some steps measures the speed of the device. The learning rate is constant for the first six tenths
-of the time; the speed of that part determines how many steps fit into the rest, over which the rate falls to
-zero. The decisions are stored in OUT/recipe.json: stopped and called again, the training continues from its
-newest valid checkpoint. In the end it writes the averaged weights as float16, cifar10-ema-DECAY, and a
-sheet of samples, to OUT or to --export. Files above 15 MB are written in parts: `cat FILE.* > FILE` joins
-them.
+The learning rate is constant for the first six tenths of the time; the speed in them determines how many
+steps fit into the rest, over which the rate falls to zero. With --steps both parts have fixed numbers of
+steps. The decisions and the time spent are stored in OUT/recipe.json: stopped and called again, on this
+machine or another, the training continues from its newest valid checkpoint. In the end it writes the
+averaged weights as float16, cifar10-ema-DECAY, and a sheet of samples, to OUT or to --export. Files above
+15 MB are written in parts: `cat FILE.* > FILE` joins them.
 """
 
 from __future__ import annotations
@@ -15,10 +15,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import shutil
+import os
+import signal
 import statistics
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +33,9 @@ from iddpm_ext.files import write_whole
 from iddpm_ext.text import duration
 from iddpm_ext.training import TrainConfig, newest_checkpoint, train
 
-TRIAL_STEPS = 60
-CONSTANT = 0.6  # share of the time with a constant learning rate
-MARGIN = 0.93  # share of the time that is planned, in case the device slows down
+CONSTANT = 0.6  # share of the time, or of the steps, with a constant learning rate
+MARGIN = 0.93  # share of the rest that is planned: the training starts anew, and the device may slow down
+OPEN_END = 1_000_000_000  # steps of a part that the clock ends
 PART_MB = 15
 
 
@@ -53,7 +56,7 @@ def configuration(arguments: argparse.Namespace) -> TrainConfig:
         attention_resolutions=tuple(arguments.attention),
         objective="hybrid",
         lr=arguments.lr,
-        lr_warmup=200,
+        lr_warmup=arguments.lr_warmup,
         ema=(0.999, 0.9995),
         grad_clip=1.0,
         dtype=arguments.dtype,
@@ -96,31 +99,44 @@ def steps_within(seconds: float, rate: float, config: TrainConfig) -> int:
     return max(1, int(seconds * MARGIN * rate / config.batch_size))
 
 
-def try_out(config: TrainConfig) -> float:
-    """Images per second of a few steps, in a temporary folder."""
-    folder = Path(config.out) / "trial"
-    shutil.rmtree(folder, ignore_errors=True)
-    trial = dataclasses.replace(
-        config, out=str(folder), steps=TRIAL_STEPS, log_every=TRIAL_STEPS // 3, progress=False
-    )
-    train(trial)
-    rate = images_per_second(folder)
-    shutil.rmtree(folder)
-    return rate
+def until(deadline: float, work: Callable[[], object]) -> bool:
+    """Runs `work`, which SIGUSR1 stops; whether `deadline`, of time.monotonic, came before its end."""
+    finished = threading.Event()
+
+    def ask() -> None:
+        # Again every second: a training that is still reading its data does not listen yet.
+        seconds = max(0.0, deadline - time.monotonic())
+        while not finished.wait(seconds):
+            os.kill(os.getpid(), signal.SIGUSR1)
+            seconds = 1.0
+
+    asking = threading.Thread(target=ask)
+    before = signal.signal(signal.SIGUSR1, lambda *_: None)
+    asking.start()
+    try:
+        work()
+        return time.monotonic() >= deadline
+    finally:
+        finished.set()
+        asking.join()
+        signal.signal(signal.SIGUSR1, before)
 
 
-def decide(plan: Plan, config: TrainConfig, seconds: float, began: float) -> None:
-    """The steps with a constant rate, from a trial unless they are known already."""
-    if plan["constant_steps"] is not None:
-        return
-    rate = try_out(config)
-    left = seconds - (time.monotonic() - began)
-    plan["seconds"], plan["trial_images_per_second"] = seconds, rate
-    plan["constant_steps"] = steps_within(CONSTANT * left, rate, config)
-    say(
-        f"{rate:.0f} images/s: about {steps_within(left, rate, config)} steps in {duration(left)}, "
-        f"{plan['constant_steps']} of them with a constant learning rate"
-    )
+def constant_part(plan: Plan, config: TrainConfig, seconds: float) -> bool:
+    """Trains with a constant learning rate; whether that part is complete."""
+    if plan["constant_steps"] is None:
+        began, spent = time.monotonic(), plan["spent"] or 0.0
+        left = CONSTANT * seconds - spent
+        say(f"constant learning rate for {duration(max(left, 0.0))}")
+        timed = dataclasses.replace(config, steps=OPEN_END, progress=False)
+        on_time = until(began + left, lambda: train(timed))
+        plan["spent"] = spent + time.monotonic() - began
+        if not on_time:
+            return False
+        plan["constant_steps"] = reached(config)
+    elif reached(config) < plan["constant_steps"]:
+        train(dataclasses.replace(config, steps=plan["constant_steps"]))
+    return reached(config) >= plan["constant_steps"]
 
 
 def reached(config: TrainConfig) -> int:
@@ -130,13 +146,16 @@ def reached(config: TrainConfig) -> int:
 
 
 def fall(plan: Plan, config: TrainConfig, left: float) -> TrainConfig:
-    """The configuration of the second part, in which the learning rate falls to zero."""
+    """The configuration of the second part, in which the learning rate falls to zero in `left` seconds."""
     constant = plan["constant_steps"]
     if plan["steps"] is None:
         rate = images_per_second(Path(config.out))
         plan["images_per_second"] = rate
         plan["steps"] = constant + steps_within(max(left, 0.0), rate, config)
-        say(f"{rate:.0f} images/s: falls to zero at step {plan['steps']}, in {duration(left)}")
+        say(
+            f"step {constant}, {rate:.0f} images/s: the learning rate falls to zero at step "
+            f"{plan['steps']}, in {duration(max(left, 0.0))}"
+        )
     steps = plan["steps"]
     # A straight line to zero at the last step that passes through the constant rate where this part begins.
     peak = config.lr / (1 - constant / steps)
@@ -192,13 +211,18 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--data", type=Path, required=True, help="a folder a class, or an archive")
     found.add_argument("--out", type=Path, required=True)
     found.add_argument("--export", type=Path, help="where weights and samples go; OUT if not given")
-    found.add_argument("--minutes", type=float, default=30.0, help="from call to last file")
+    length = found.add_mutually_exclusive_group()
+    length.add_argument("--minutes", type=float, default=30.0, help="of training, in all calls")
+    length.add_argument(
+        "--steps", type=int, help="instead of a time: the same training on any device"
+    )
     found.add_argument("--batch-size", type=int, default=128)
     found.add_argument("--width", type=int, default=64)
     found.add_argument("--res-blocks", type=int, default=3)
     found.add_argument("--channel-mult", type=int, nargs="+", default=[1, 2, 3])
     found.add_argument("--attention", type=int, nargs="+", default=[16, 8])
-    found.add_argument("--lr", type=float, default=4e-4)
+    found.add_argument("--lr", type=float, default=8e-4)
+    found.add_argument("--lr-warmup", type=int, default=500)
     found.add_argument("--dtype", default="bfloat16")
     found.add_argument("--save-every", type=int, default=2000)
     found.add_argument("--workers", type=int, default=4, help="that decode, once")
@@ -209,17 +233,15 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> int:
     """Trains for the remaining time, exports and draws; returns 1 if the run was stopped before its end."""
-    began, arguments = time.monotonic(), parser().parse_args()
+    arguments = parser().parse_args()
     config, seconds = configuration(arguments), 60 * arguments.minutes
     arguments.out.mkdir(parents=True, exist_ok=True)
     plan = Plan(arguments.out)
-    decide(plan, config, seconds, began)
-    first = dataclasses.replace(config, steps=plan["constant_steps"])
-    if reached(config) < first.steps:
-        train(first)
-        if reached(config) < first.steps:
-            return 1
-    second = fall(plan, config, seconds - (time.monotonic() - began))
+    if arguments.steps is not None and plan["steps"] is None:
+        plan["constant_steps"], plan["steps"] = int(CONSTANT * arguments.steps), arguments.steps
+    if not constant_part(plan, config, seconds):
+        return 1
+    second = fall(plan, config, seconds - (plan["spent"] or 0.0))
     checkpoint = train(second)
     if reached(config) < second.steps:
         return 1
