@@ -104,6 +104,16 @@ def test_learning_rate_falls_in_a_line_from_where_it_was(data, tmp_path):
     assert (second.steps, second.lr_decay) == (100, True)
 
 
+def test_speed_is_that_of_the_second_half_where_records_differ_in_length_and_speed(tmp_path):
+    records = [(1000, 10.0), (1100, 100.0), (1300, 200.0), (1400, 50.0), (1401, 1.0)]
+    lines = [json.dumps({"images": n, "images_per_second": rate}) for n, rate in records]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    # From 1300 on: 100 images in 2 seconds and one in one.
+    assert cifar10.images_per_second(tmp_path) == pytest.approx(101 / 3)
+    (tmp_path / "metrics.jsonl").write_text(lines[0] + "\n")
+    assert cifar10.images_per_second(tmp_path) == 10
+
+
 def test_a_large_file_is_written_in_parts_that_make_it_whole(tmp_path):
     data = bytes(range(256)) * 10_000
     path = tmp_path / "weights"

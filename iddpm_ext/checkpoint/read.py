@@ -28,7 +28,7 @@ WEIGHTS = Path(__file__).parent.parent / "weights"
 _OF_DIFFUSERS = ("model_index.json", "config.json")
 _FOLDERS = (*_OF_DIFFUSERS, hub.WEIGHTS)
 # What the package iddpm-ext-models has, whose source is the folder models beside this package.
-COMPANION = ("cifar10-small",)
+COMPANION = ("cifar10-medium", "cifar10-small")
 _COMPANION_PACKAGE = "iddpm_ext_models"
 
 

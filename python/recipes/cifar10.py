@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import os
 import signal
-import statistics
 import sys
 import threading
 import time
@@ -89,9 +89,16 @@ def say(text: str) -> None:
 
 
 def images_per_second(out: Path) -> float:
-    """The speed in the newest records of a run; the last one may be of a single step."""
-    lines = (out / "metrics.jsonl").read_text().splitlines()
-    return statistics.median(float(json.loads(line)["images_per_second"]) for line in lines[-5:])
+    """The speed of the second half of a run's records, over which it may vary."""
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    half = records[len(records) // 2 :]
+    seconds = sum(
+        (record["images"] - before["images"]) / record["images_per_second"]
+        for before, record in itertools.pairwise(half)
+    )
+    if not seconds:
+        return float(half[-1]["images_per_second"])
+    return float((half[-1]["images"] - half[0]["images"]) / seconds)
 
 
 def steps_within(seconds: float, rate: float, config: TrainConfig) -> int:
