@@ -282,7 +282,8 @@ def main() -> None:
                 continue
             row = measure(model, METHODS[name], count, args)
             record["rows"][key] = {
-                "method": name, "steps": count, "n": args.n, "dtype": str(args.dtype)[6:], **row,
+                "method": name, "steps": count, "n": args.n, "dtype": str(args.dtype)[6:],
+                "device": args.device, **row,
             }  # fmt: skip
             record.update(context("benchmarks.few_steps"))
             write_json(args.output, record)
