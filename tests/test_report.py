@@ -202,10 +202,14 @@ def test_ways_that_a_checkpoint_lacks_something_for_are_left_out():
     assert optimal.name == "ddpm, optimal variance" and pictures.name == "unipc, steps for pictures"
     assert pictures.steps(10) == "pictures-10" and Way("ddim").steps(10) == 10
     assert optimal.flags == "--sampler ddpm --variance optimal"
-    assert Way("ddim").goes({}, 10) and not optimal.goes({"moments": {}}, 10)
-    assert optimal.goes({"covariance": {}}, 10) and Way("ddim", "analytic").goes({"moments": {}}, 5)
-    assert pictures.goes({"picture_schedules": {"10": [1]}}, 10)
-    assert not pictures.goes({"picture_schedules": {"10": [1]}}, 5)
+    stored = {"weights": "w"}
+    assert Way("ddim").goes({}, 10, "w") and not optimal.goes({"moments": stored}, 10, "w")
+    assert optimal.goes({"covariance": stored}, 10, "w")
+    assert Way("ddim", "analytic").goes({"moments": stored}, 5, "w")
+    # The bundled model trained on and saved: what is stored is of the weights before.
+    assert not optimal.goes({"covariance": stored}, 10, "other")
+    assert pictures.goes({"picture_schedules": {"10": [1]}}, 10, "w")
+    assert not pictures.goes({"picture_schedules": {"10": [1]}}, 5, "w")
 
 
 def test_it_says_whether_to_train_on(page, tmp_path):

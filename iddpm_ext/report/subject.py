@@ -54,12 +54,12 @@ class Way:
         """The `steps` of `sample`."""
         return f"{self.schedule}-{count}" if self.schedule else count
 
-    def goes(self, extra: Mapping[str, Any], count: int) -> bool:
-        """Whether a checkpoint's `extra` has what it needs."""
+    def goes(self, extra: Mapping[str, Any], count: int, weights: str) -> bool:
+        """Whether a checkpoint's `extra` has what it needs, of these weights (`weights_fingerprint`)."""
         stored = {"analytic": "moments", "optimal": "covariance"}.get(self.variance or "")
         if self.schedule and str(count) not in extra.get("picture_schedules", {}):
             return False
-        return stored is None or stored in extra
+        return stored is None or extra.get(stored, {}).get("weights") == weights
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import iddpm_ext
+from iddpm_ext.engines.spec import weights_fingerprint
 from iddpm_ext.evaluation import open_extractor
 from iddpm_ext.metrics import Interval, half_sample_interval, kernel_distance
 from iddpm_ext.report.charts import Line, chart
@@ -42,9 +43,10 @@ def cost(subject: Subject) -> Body:
         subject.model, 2, n=n, labels=labels, progress=False
     )  # the engine is made once
     found: list[Cost] = []
+    weights = weights_fingerprint(subject.model)
     for way, counts in effort.ways.items():
         for count in possible(subject, counts):
-            if not way.goes(subject.model.extra, count):
+            if not way.goes(subject.model.extra, count, weights):
                 continue
             began = time.perf_counter()
             x = iddpm_ext.sample(
