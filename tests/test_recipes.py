@@ -95,6 +95,16 @@ def test_a_stop_by_the_user_is_not_taken_for_the_end_of_the_time(data, tmp_path,
     assert plan.keys() == {"spent"} and 0 < plan["spent"] < 360
 
 
+def test_the_time_of_a_killed_run_is_that_of_its_records(data, tmp_path):
+    config = cifar10.configuration(cifar10.parser().parse_args(arguments(data, tmp_path)[1:]))
+    plan = cifar10.Plan(tmp_path)
+    assert cifar10.time_spent(plan, config) == 0
+    (tmp_path / "metrics.jsonl").write_text('{"seconds": 2.5}\n{"seconds": 7.5}\n{"sec')
+    assert cifar10.time_spent(plan, config) == 7.5
+    plan["spent"] = 9.0
+    assert cifar10.time_spent(plan, config) == 9
+
+
 def test_learning_rate_falls_in_a_line_from_where_it_was(data, tmp_path):
     config = cifar10.configuration(cifar10.parser().parse_args(arguments(data, tmp_path)[1:]))
     plan = cifar10.Plan(tmp_path)

@@ -88,10 +88,17 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def records(out: Path) -> list[dict[str, float]]:
+    """What a run has measured, without a last line that is cut short."""
+    path = out / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
 def images_per_second(out: Path) -> float:
     """The speed of the second half of a run's records, over which it may vary."""
-    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    half = records[len(records) // 2 :]
+    found = records(out)
+    half = found[len(found) // 2 :]
     seconds = sum(
         (record["images"] - before["images"]) / record["images_per_second"]
         for before, record in itertools.pairwise(half)
@@ -129,10 +136,16 @@ def until(deadline: float, work: Callable[[], object]) -> bool:
         signal.signal(signal.SIGUSR1, before)
 
 
+def time_spent(plan: Plan, config: TrainConfig) -> float:
+    """Seconds of training so far; of a run that was killed, those in its records."""
+    found = records(Path(config.out))
+    return max(plan["spent"] or 0.0, found[-1]["seconds"] if found else 0.0)
+
+
 def constant_part(plan: Plan, config: TrainConfig, seconds: float) -> bool:
     """Trains with a constant learning rate; whether that part is complete."""
     if plan["constant_steps"] is None:
-        began, spent = time.monotonic(), plan["spent"] or 0.0
+        began, spent = time.monotonic(), time_spent(plan, config)
         left = CONSTANT * seconds - spent
         say(f"constant learning rate for {duration(max(left, 0.0))}")
         timed = dataclasses.replace(config, steps=OPEN_END, progress=False)
