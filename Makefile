@@ -28,7 +28,7 @@ sample: $(VENV)/.built ## draw 64 garments with the bundled fashion-mnist into s
 	$(PY) -m iddpm_ext sample -n 64 --steps 50 --labels all --out samples.png
 
 test: $(VENV)/.dev $(VENV)/.built ## run the test suite (TESTS=tests/test_build.py for a part)
-	$(PY) -m pytest -q $(TESTS)
+	$(PY) -m pytest -q -n auto --maxprocesses 8 --dist loadfile $(TESTS)
 
 check: $(VENV)/.dev $(VENV)/.built ## ruff, mypy, clang-format and what makes tensors
 	$(PY) -m ruff check .

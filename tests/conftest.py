@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 # Read by OpenMP when torch is loaded, also in processes that tests start. Threads that spin while they wait
-# would take cores from others on a busy machine; with several processes each uses its share of the cores.
+# would take cores from others on a busy machine. Of several processes (`pytest -n`) each uses its share of
+# the cores, but at least two threads, so that work is divided among them.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 if (workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))) > 1:
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(2, (os.cpu_count() or 1) // workers)))
 
 import torch
 
