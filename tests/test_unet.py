@@ -352,12 +352,16 @@ def test_unknown_backend_is_refused():
         UNet(SMALL).backend = "fast"
 
 
-def test_network_traces_as_one_graph():
-    model = filled(replace(TINY, num_classes=4))
-    x, t = small_inputs()
-    y = torch.tensor([3, -1])
-    compiled = torch.compile(model, fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(x, t, y), model(x, t, y))
+def test_networks_of_any_channels_trace_as_one_graph_one_after_the_other():
+    """torch.compile leaves sizes free that differed between calls, those of the networks before included."""
+    torch.compiler.reset()
+    for n, channels in ((2, 3), (3, 3), (2, 4)):
+        model = filled(replace(TINY, in_channels=channels, num_classes=4))
+        x, t = small_inputs(n, channels=channels)
+        x = x.to(memory_format=torch.channels_last)
+        y = torch.tensor([3, -1, 0])[:n]
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(x, t, y), model(x, t, y))
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])

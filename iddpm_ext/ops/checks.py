@@ -44,6 +44,14 @@ def image_batch(op: str, name: str, value: Any) -> None:
         raise ValueError(f"{op}: {name} must be [N, C, H, W], got shape {list(value.shape)}")
 
 
+def has_shape(value: Tensor, *shapes: tuple[int, ...]) -> bool:
+    """Whether the tensor has one of the shapes.
+
+    By ==, for torch.compile: of sizes that it leaves free, `in` says that they differ from every number.
+    """
+    return any(tuple(value.shape) == expected for expected in shapes)
+
+
 def shape(op: str, name: str, value: Tensor, expected: tuple[int, ...], rule: str) -> None:
     """A tensor of exactly this shape; `rule` describes it in the error."""
     if tuple(value.shape) != expected:
@@ -95,7 +103,7 @@ def model_output(op: str, value: Any, x_t: Tensor, table: Tensor) -> None:
     """The network's output for x_t: [N, C, H, W], or [N, 2C, H, W] with the variance head."""
     image_batch(op, "model_output", value)
     n, c, h, w = x_t.shape
-    if tuple(value.shape) not in ((n, c, h, w), (n, 2 * c, h, w)):
+    if not has_shape(value, (n, c, h, w), (n, 2 * c, h, w)):
         raise ValueError(
             f"{op}: model_output must be [N, C, H, W] or [N, 2C, H, W] for x_t {list(x_t.shape)}, "
             f"got shape {list(value.shape)}"

@@ -202,7 +202,7 @@ def _check(
         checks.shape(NAME, "residual", residual, (n, c1, h, w), "of x's shape")
     if channel_bias is not None:
         checks.floating(NAME, "channel_bias", channel_bias)
-        if tuple(channel_bias.shape) not in ((c1,), (n, c1)):
+        if not checks.has_shape(channel_bias, (c1,), (n, c1)):
             raise ValueError(
                 f"{NAME}: channel_bias must be [{c1}] or [{n}, {c1}], got shape "
                 f"{list(channel_bias.shape)}"
