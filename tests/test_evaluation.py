@@ -194,6 +194,16 @@ def test_a_checkpoint_is_sampled_with_the_variance_that_is_asked_for():
         plain("fashion-mnist", reference, n=10, steps=3, variance="learnt")
 
 
+def test_a_checkpoint_is_sampled_in_the_precision_that_is_asked_for():
+    model, labels = iddpm_ext.load("fashion-mnist"), [i % 10 for i in range(10)]
+    reference, name = levels(1, 30, c=1, size=28), "fd-pixels-8x8"
+    x = iddpm_ext.sample(model, 3, n=10, labels=labels, dtype=torch.bfloat16, progress=False)
+    got = plain("fashion-mnist", reference, n=10, steps=3, dtype=torch.bfloat16)
+    assert got[name] == pytest.approx(plain(x, reference)[name], rel=1e-6)
+    assert got[name] != pytest.approx(plain("fashion-mnist", reference, n=10, steps=3)[name], 1e-5)
+    assert got.samples == "10 samples of fashion-mnist (ddpm, bfloat16, 3 steps)"
+
+
 # ---- extractors
 
 

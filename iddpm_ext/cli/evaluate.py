@@ -31,6 +31,7 @@ def run(
     eta: float = 0.0,
     variance: Literal["fixed_small", "fixed_large", "analytic", "optimal"] | None = None,
     guidance_scale: float = 1.0,
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     seed: int = 0,
     neighbours: tuple[int, ...] = (3, 5),
     resamples: int = 20,
@@ -61,6 +62,7 @@ def run(
         eta: the noise of DDIM, from 0 to 1.
         variance: as in `iddpm sample`; by default the network's own.
         guidance_scale: of classifier-free guidance; 1 for none.
+        dtype: precision of the checkpoint's network.
         seed: of all noise.
         neighbours: the k of precision and recall.
         resamples: number of random halves of the samples for the intervals; 0 for no intervals.
@@ -72,6 +74,8 @@ def run(
     starting("evaluate", samples)
     import json
 
+    import torch
+
     from iddpm_ext.evaluation import evaluate
     from iddpm_ext.files import write_whole
 
@@ -81,7 +85,8 @@ def run(
         samples, reference, extractor=extractor, metrics=metrics, n=n, reference_n=reference_n,
         split=split, image_size=image_size, classes=classes, value_range=value_range, alpha=alpha,
         steps=read_steps(steps), sampler=sampler, eta=eta, variance=variance,
-        guidance_scale=guidance_scale, seed=seed, neighbours=neighbours, resamples=resamples,
+        guidance_scale=guidance_scale, dtype=None if dtype is None else getattr(torch, dtype),
+        seed=seed, neighbours=neighbours, resamples=resamples,
         batch_size=batch_size, device=pick_device(device), cache=cache,
     )  # fmt: skip
     result(str(found), json.loads(found.to_json()))

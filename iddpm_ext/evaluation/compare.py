@@ -117,6 +117,7 @@ def evaluate(
     eta: float = 0.0,
     variance: str | None = None,
     guidance_scale: float = 1.0,
+    dtype: torch.dtype | None = None,
     seed: int = 0,
     neighbours: Sequence[int] = (3, 5),
     resamples: int = 20,
@@ -142,7 +143,7 @@ def evaluate(
         image_size: side, or (height, width), that images of files are resized and cropped to, as in training;
             None: the size of the model if one is sampled, else no change. The sizes of both sets must agree.
         classes, value_range, alpha: as in `open_data`, for both sets if they are paths.
-        steps, sampler, eta, variance, guidance_scale, seed: as in `sample`, for a model.
+        steps, sampler, eta, variance, guidance_scale, dtype, seed: as in `sample`, for a model.
         neighbours: the k of precision and recall, with real neighbourhoods of the first 10,000 reference
             images; "kid" compares with these too.
         resamples: number of random halves of the samples for the intervals; 0 for no intervals, so that
@@ -170,7 +171,8 @@ def evaluate(
     began = time.perf_counter()
     network = open_extractor(extractor, device)
     how: dict[str, Any] = {
-        "steps": steps, "sampler": sampler, "eta": eta, "variance": variance, "guidance_scale": guidance_scale
+        "steps": steps, "sampler": sampler, "eta": eta, "variance": variance,
+        "guidance_scale": guidance_scale, "dtype": dtype,
     }  # fmt: skip
     drawn, real = _open_both(
         samples, reference,

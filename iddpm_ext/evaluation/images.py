@@ -64,6 +64,7 @@ class Recipe:
     eta: float = 0.0
     variance: str | None = None
     guidance_scale: float = 1.0
+    dtype: torch.dtype | None = None
     seed: int = 0
     classes: tuple[int, ...] | None = None
 
@@ -208,13 +209,14 @@ def _sampled(model: nn.Module, recipe: Recipe, batch_size: int, name: str) -> Im
     request = make_request(
         "evaluate", model, recipe.steps, n=recipe.n, sampler=recipe.sampler, eta=recipe.eta,
         variance=recipe.variance, labels=labels, guidance_scale=recipe.guidance_scale, seed=recipe.seed,
-        batch_size=batch_size, progress=False,
+        batch_size=batch_size, dtype=recipe.dtype, progress=False,
     )  # fmt: skip
     network = network_of(request)
     # Image i is that of one call of `sample`, though batches are drawn on demand.
     parts = batches(request.n, request.batch_size)
     drawn = (_levels(run(request, [images], network=network)) for images in parts)
     how = [recipe.sampler, *([f"{recipe.variance} variance"] if recipe.variance else [])]
+    how += [] if recipe.dtype is None else [str(recipe.dtype).removeprefix("torch.")]
     what = f"{recipe.n} samples of {name} ({', '.join(how)}, {recipe.steps} steps)"
     _, height, width = request.spec.image_shape
     return ImageSet(what, recipe.n, (height, width), "", drawn)

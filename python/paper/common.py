@@ -36,7 +36,7 @@ SMALL = {
 
 
 def arguments(description: str | None, *, checkpoint: bool = True, **defaults: Any) -> Any:
-    """The flags of a program: --checkpoint, --data, --out, --toy, and one for each default.
+    """The flags of a program: --checkpoint, --data, --out, --toy, --dtype, and one for each default.
 
     A default (full, toy) is `full` without --toy and `toy` with it; a given flag overrides both.
     """
@@ -46,6 +46,9 @@ def arguments(description: str | None, *, checkpoint: bool = True, **defaults: A
     parser.add_argument("--data", default=DATA, help="as iddpm_ext.data.open_data takes")
     parser.add_argument("--out", type=Path, default=Path("python/paper/results"))
     parser.add_argument("--toy", action="store_true", help="a size that runs in about a minute")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of training and sampling"
+    )
     for name, (full, _) in defaults.items():
         flag = "--" + name.replace("_", "-")
         if isinstance(full, (list, tuple)):
@@ -170,7 +173,9 @@ def trained(flags: Any, name: str, **settings: Any) -> tuple[iddpm_ext.UNet, lis
     is continued, so that one training gives a whole learning curve.
     """
     folder = flags.out / "runs" / name.replace(" ", "-").replace(",", "")
-    settings = {**SMALL, **({"batch_size": 4} if flags.toy else {}), **settings}
+    settings = {
+        **SMALL, "dtype": flags.dtype, **({"batch_size": 4} if flags.toy else {}), **settings
+    }  # fmt: skip
     config = TrainConfig(out=str(folder), save_every=settings["steps"], keep=1000, **settings)
     if folder.exists() and not _same_training(folder, config):
         shutil.rmtree(folder)
@@ -198,7 +203,8 @@ def distance(model: Any, data: str, flags: Any, **sampling: Any) -> tuple[float,
     """
     found = iddpm_ext.evaluate(
         model, data, extractor=flags.extractor, metrics=("fid",), n=flags.samples,
-        reference_n=flags.references, resamples=10, batch_size=50, **sampling,
+        reference_n=flags.references, resamples=10, batch_size=50,
+        dtype=getattr(torch, flags.dtype), **sampling,
     )  # fmt: skip
     (score,) = found.scores.values()
     half = float("nan") if score.ci95 is None else (score.ci95.high - score.ci95.low) / 2
