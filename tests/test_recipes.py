@@ -67,6 +67,8 @@ def test_recipe_of_steps_ends_the_same_whether_it_was_stopped_or_not(data, tmp_p
 
     train = cifar10.train
     assert run(tmp_path / "whole") == 0
+    plan = json.loads((tmp_path / "whole" / "recipe.json").read_text())
+    assert (plan["constant_steps"], plan["steps"]) == (int(cifar10.CONSTANT * 8), 8)
     monkeypatch.setattr(cifar10, "train", stopping)
     assert run(tmp_path / "pieces") == 1
     monkeypatch.setattr(cifar10, "train", train)
@@ -99,7 +101,8 @@ def test_the_time_of_a_killed_run_is_that_of_its_records(data, tmp_path):
     config = cifar10.configuration(cifar10.parser().parse_args(arguments(data, tmp_path)[1:]))
     plan = cifar10.Plan(tmp_path)
     assert cifar10.time_spent(plan, config) == 0
-    (tmp_path / "metrics.jsonl").write_text('{"seconds": 2.5}\n{"seconds": 7.5}\n{"sec')
+    lines = ['{"step": 1, "seconds": 2.5}', '{"step": 2, "seconds": 7.5}', '{"sec']
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
     assert cifar10.time_spent(plan, config) == 7.5
     plan["spent"] = 9.0
     assert cifar10.time_spent(plan, config) == 9
@@ -116,7 +119,7 @@ def test_learning_rate_falls_in_a_line_from_where_it_was(data, tmp_path):
 
 def test_speed_is_that_of_the_second_half_where_records_differ_in_length_and_speed(tmp_path):
     records = [(1000, 10.0), (1100, 100.0), (1300, 200.0), (1400, 50.0), (1401, 1.0)]
-    lines = [json.dumps({"images": n, "images_per_second": rate}) for n, rate in records]
+    lines = [json.dumps({"step": n, "images": n, "images_per_second": rate}) for n, rate in records]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     # From 1300 on: 100 images in 2 seconds and one in one.
     assert cifar10.images_per_second(tmp_path) == pytest.approx(101 / 3)

@@ -11,13 +11,15 @@ if TYPE_CHECKING:
     from iddpm_ext.checkpoint.runs import newest_checkpoint
 
     from .averages import reconstruct_average
+    from .log import read_records
     from .loop import train
 
-__all__ = ["TrainConfig", "newest_checkpoint", "reconstruct_average", "train"]
+__all__ = ["TrainConfig", "newest_checkpoint", "read_records", "reconstruct_average", "train"]
 
-# Imported lazily, since they import torch, which `iddpm train --help` does not need.
+# Imported lazily, since they import much (most of them torch) that `iddpm train --help` does not need.
 _LAZY = {
     "newest_checkpoint": "iddpm_ext.checkpoint.runs",
+    "read_records": "iddpm_ext.training.log",
     "reconstruct_average": "iddpm_ext.training.averages",
     "train": "iddpm_ext.training.loop",
 }

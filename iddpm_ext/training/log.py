@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -59,9 +60,8 @@ class RunLog:
         self._last_line, self._lines = -math.inf, 0
         if not main:
             return
-        self._path = out / "metrics.jsonl"
-        _drop_after(self._path, first_step)
-        self._file = open(self._path, "a")
+        _drop_after(out, first_step)
+        self._file = open(out / "metrics.jsonl", "a")
         if tensorboard:
             try:
                 module = importlib.import_module("torch.utils.tensorboard")
@@ -138,15 +138,30 @@ class RunLog:
             say(text)
 
 
-def _drop_after(path: Path, step: int) -> None:
-    """Removes records of steps after `step`, and an incomplete last line, atomically."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
+def read_records(out: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """What a run has measured so far, in the order of its steps.
+
+    Args:
+        out: the run's folder.
+
+    Returns:
+        the records of its `metrics.jsonl`; none if there is no such file. A line that is cut short, as
+        that of a running or killed process may be, is left out.
+    """
+    path = Path(out) / "metrics.jsonl"
+    found = []
+    for line in path.read_text().splitlines() if path.is_file() else []:
         try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
+            record = json.loads(line)
+        except ValueError:
             continue
-    write_whole(path, "".join(kept).encode())
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            found.append(record)
+    return found
+
+
+def _drop_after(out: Path, step: int) -> None:
+    """Removes records of steps after `step`, and an incomplete last line, atomically."""
+    if (out / "metrics.jsonl").exists():
+        kept = [json.dumps(record) + "\n" for record in read_records(out) if record["step"] <= step]
+        write_whole(out / "metrics.jsonl", "".join(kept).encode())

@@ -25,7 +25,7 @@ import iddpm_ext
 from iddpm_ext.data import open_data
 from iddpm_ext.files import write_whole
 from iddpm_ext.likelihood import Likelihood
-from iddpm_ext.training import TrainConfig, train
+from iddpm_ext.training import TrainConfig, read_records, train
 
 DATA = "/usr/share/datasets/fashion-mnist"
 #: A network that a CPU trains: the shape of `fashion-mnist`, thinner.
@@ -47,7 +47,10 @@ def arguments(description: str | None, *, checkpoint: bool = True, **defaults: A
     parser.add_argument("--out", type=Path, default=Path("python/paper/results"))
     parser.add_argument("--toy", action="store_true", help="a size that runs in about a minute")
     parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of training and sampling"
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of training and sampling",
     )
     for name, (full, _) in defaults.items():
         flag = "--" + name.replace("_", "-")
@@ -182,9 +185,8 @@ def trained(flags: Any, name: str, **settings: Any) -> tuple[iddpm_ext.UNet, lis
     checkpoint = folder / "ckpt" / f"step-{config.steps}"
     if not checkpoint.exists() and train(config) != checkpoint:
         raise KeyboardInterrupt  # it was stopped and has saved; the next call continues
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     model = iddpm_ext.load(checkpoint / f"ema_{config.ema[0]}.safetensors")
-    return model, [record for record in records if record["step"] <= config.steps]
+    return model, [record for record in read_records(folder) if record["step"] <= config.steps]
 
 
 def _same_training(folder: Path, config: TrainConfig) -> bool:

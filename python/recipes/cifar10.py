@@ -31,7 +31,7 @@ import iddpm_ext
 from iddpm_ext.checkpoint.runs import ema_file
 from iddpm_ext.files import write_whole
 from iddpm_ext.text import duration
-from iddpm_ext.training import TrainConfig, newest_checkpoint, train
+from iddpm_ext.training import TrainConfig, newest_checkpoint, read_records, train
 
 CONSTANT = 0.6  # share of the time, or of the steps, with a constant learning rate
 MARGIN = 0.93  # share of the rest that is planned: the training starts anew, and the device may slow down
@@ -88,16 +88,9 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def records(out: Path) -> list[dict[str, float]]:
-    """What a run has measured, without a last line that is cut short."""
-    path = out / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.is_file() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
-
-
 def images_per_second(out: Path) -> float:
     """The speed of the second half of a run's records, over which it may vary."""
-    found = records(out)
+    found = read_records(out)
     half = found[len(found) // 2 :]
     seconds = sum(
         (record["images"] - before["images"]) / record["images_per_second"]
@@ -138,7 +131,7 @@ def until(deadline: float, work: Callable[[], object]) -> bool:
 
 def time_spent(plan: Plan, config: TrainConfig) -> float:
     """Seconds of training so far; of a run that was killed, those in its records."""
-    found = records(Path(config.out))
+    found = read_records(Path(config.out))
     return max(plan["spent"] or 0.0, found[-1]["seconds"] if found else 0.0)
 
 

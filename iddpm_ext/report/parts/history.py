@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterator
-from typing import Any
 
 from iddpm_ext.report.charts import Line, chart
 from iddpm_ext.report.elements import Body, Chart, Command, Missing, Table, Text
 from iddpm_ext.report.subject import Subject
+from iddpm_ext.training import read_records
 
 _POINTS = 400
 
@@ -20,7 +19,7 @@ def training(subject: Subject) -> Body:
         raise Missing(
             "This is a checkpoint without its run's metrics.jsonl; give the run's folder to see it."
         )
-    records = list(_records(subject))
+    records = read_records(subject.run)
     if not records:
         raise Missing(f"{subject.run}/metrics.jsonl holds no records yet.")
     lines, falling = [], []
@@ -85,18 +84,6 @@ def configuration(subject: Subject) -> Body:
             f"{model.diffusion.schedule}, {model.diffusion.num_train_timesteps} steps"
         )
     return Body((table, Command(f"iddpm info {subject.word}")), facts)
-
-
-def _records(subject: Subject) -> Iterator[dict[str, Any]]:
-    """The run's records; a line that was cut off, as the last of a running one may be, is left out."""
-    assert subject.run is not None
-    for line in (subject.run / "metrics.jsonl").read_text().splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict) and isinstance(record.get("step"), int):
-            yield record
 
 
 def _falls(losses: list[float]) -> bool:
