@@ -323,6 +323,16 @@ def test_a_terminal_hears_at_once_that_the_verb_began(model, tmp_path, monkeypat
     assert said == ["iddpm sample: loading my.safetensors ...\n"]
 
 
+@pytest.mark.parametrize("words", ["info", "--help", "sample --help", "--version"])
+def test_a_reader_of_the_output_that_leaves_early_is_no_error(words):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "wb") as closed:
+        command = [sys.executable, "-m", "iddpm_ext", *words.split()]
+        done = subprocess.run(command, stdout=closed, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
 def test_an_interruption_is_status_130_and_one_line(model, tmp_path, monkeypatch, capsys):
     def stop(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt

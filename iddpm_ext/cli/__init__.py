@@ -10,7 +10,9 @@ from __future__ import annotations
 import difflib
 import importlib
 import io
+import os
 import pkgutil
+import select
 import sys
 from collections.abc import Sequence
 from types import ModuleType
@@ -49,7 +51,9 @@ def verbs() -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one verb; returns the exit status: 0, 1 for an error, 2 for a wrong call, 130 interrupted.
 
-    Errors are one line on stderr; with `--debug` they keep their traceback.
+    Where nobody reads standard output to its end, as with `| head`, it is 141, as of a program that the
+    pipe's signal ends, and nothing is said. Errors are one line on stderr; with `--debug` they keep their
+    traceback.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -57,7 +61,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     given = list(sys.argv[1:] if arguments is None else arguments)
     common = {flag: flag in given for flag in _COMMON}
-    given = [argument for argument in given if argument not in _COMMON]
+    try:
+        status = _status([argument for argument in given if argument not in _COMMON], common)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if not _reader_left():
+            raise
+        # What is still to be written when the process ends goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    return status
+
+
+def _reader_left() -> bool:
+    """Whether nobody reads standard output any more."""
+    pipe = select.poll()
+    pipe.register(sys.stdout, select.POLLOUT)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in pipe.poll(0))
+
+
+def _status(given: list[str], common: dict[str, bool]) -> int:
+    """Runs what is given, without the common flags."""
     if not given or given[0] in ("-h", "--help", "help"):
         print(_usage())
         return 0 if given else 2
@@ -74,13 +98,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with speaking(Manner(json=common["--json"], quiet=common["--quiet"])):
             status = _run(verb, rest)
+        sys.stdout.flush()
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 1
     except KeyboardInterrupt:
         print(f"iddpm {verb}: interrupted", file=sys.stderr)
         return 130
     except Exception as error:
-        if common["--debug"]:
+        if common["--debug"] or (isinstance(error, BrokenPipeError) and _reader_left()):
             raise
         words = printable(" ".join(str(error).split()), longest=_LONGEST_ERROR)
         text = words.removeprefix(f"{verb}: ") or type(error).__name__

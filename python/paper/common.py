@@ -6,7 +6,6 @@ import argparse
 import csv
 import io
 import json
-import platform
 import shutil
 import sys
 import time
@@ -23,6 +22,7 @@ from torch import Tensor
 
 import iddpm_ext
 from iddpm_ext.data import open_data
+from iddpm_ext.engines.cpu.algorithms import cpu_family
 from iddpm_ext.files import write_whole
 from iddpm_ext.likelihood import Likelihood
 from iddpm_ext.training import TrainConfig, read_records, train
@@ -92,7 +92,7 @@ def write(
         "seconds": round(time.perf_counter() - flags.began, 1),
         "torch": torch.__version__,
         "iddpm_ext": iddpm_ext.__version__,
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "machine": f"{cpu_family()}, {torch.get_num_threads()} threads",
         "toy": flags.toy,
         **facts,
     }
