@@ -98,7 +98,7 @@ def _status(given: list[str], common: dict[str, bool]) -> int:
     try:
         with speaking(Manner(json=common["--json"], quiet=common["--quiet"])):
             status = _run(verb, rest)
-        sys.stdout.flush()
+        sys.stdout.flush()  # here a full disk is an error of the verb
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 1
     except KeyboardInterrupt:

@@ -75,6 +75,14 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
 
 
+def pick_dtype(name: str | None) -> torch.dtype | None:
+    """PyTorch's dtype of this name."""
+    import torch
+
+    dtype: torch.dtype | None = None if name is None else getattr(torch, name)
+    return dtype
+
+
 def target_of(checkpoint: str, out: Path | None) -> Path:
     """The file that a verb writes a checkpoint to that it completes: `out`, or the checkpoint itself."""
     from iddpm_ext.checkpoint import bundled

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from iddpm_ext.cli._common import MaybeCount, pick_device, read_steps, result, starting
+from iddpm_ext.cli._common import MaybeCount, pick_device, pick_dtype, read_steps, result, starting
 
 
 def run(
@@ -74,8 +74,6 @@ def run(
     starting("evaluate", samples)
     import json
 
-    import torch
-
     from iddpm_ext.evaluation import evaluate
     from iddpm_ext.files import write_whole
 
@@ -85,7 +83,7 @@ def run(
         samples, reference, extractor=extractor, metrics=metrics, n=n, reference_n=reference_n,
         split=split, image_size=image_size, classes=classes, value_range=value_range, alpha=alpha,
         steps=read_steps(steps), sampler=sampler, eta=eta, variance=variance,
-        guidance_scale=guidance_scale, dtype=None if dtype is None else getattr(torch, dtype),
+        guidance_scale=guidance_scale, dtype=pick_dtype(dtype),
         seed=seed, neighbours=neighbours, resamples=resamples,
         batch_size=batch_size, device=pick_device(device), cache=cache,
     )  # fmt: skip

@@ -11,7 +11,15 @@ from typing import Annotated, Literal
 
 import tyro
 
-from iddpm_ext.cli._common import MaybeCount, pick_device, quiet, read_steps, result, starting
+from iddpm_ext.cli._common import (
+    MaybeCount,
+    pick_device,
+    pick_dtype,
+    quiet,
+    read_steps,
+    result,
+    starting,
+)
 
 
 def run(
@@ -74,7 +82,6 @@ def run(
         device: auto, cpu, cuda or cuda:1.
     """
     starting("nll", f"loading {checkpoint}")
-    import torch
 
     import iddpm_ext
     from iddpm_ext.data import open_data
@@ -99,7 +106,7 @@ def run(
         model, images, labels=None, low_res=None, budget=None if full else budget,
         steps=read_steps(steps), clip=clip, exact=exact, batch_size=batch_size, seed=seed,
         split=split, limit=n, diffusion=None,
-        dtype=None if dtype is None else getattr(torch, dtype), engine=engine, backend=backend,
+        dtype=pick_dtype(dtype), engine=engine, backend=backend,
         progress=processes.rank == 0 and not quiet(), variance=variance, method=method, tolerance=tolerance,
     )  # fmt: skip
     began = time.perf_counter()

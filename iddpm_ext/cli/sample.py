@@ -16,6 +16,7 @@ import tyro
 from iddpm_ext.cli._common import (
     MaybeCount,
     pick_device,
+    pick_dtype,
     quiet,
     read_steps,
     result,
@@ -106,7 +107,6 @@ def run(
         device: auto, cpu, cuda or cuda:1.
     """
     starting("sample", f"loading {checkpoint}")
-    import torch
 
     import iddpm_ext
     from iddpm_ext.images import check_writable, save_animation, save_images
@@ -152,7 +152,7 @@ def run(
         guidance_scale=guidance_scale, cond_fn=cond_fn,
         low_res=_read_levels("low_res", low_res, pick_device(device)), seed=number,
         clip=clip, batch_size=batch_size,
-        dtype=None if dtype is None else getattr(torch, dtype), engine=engine, exact=exact,
+        dtype=pick_dtype(dtype), engine=engine, exact=exact,
         backend=backend, progress=distributed.rank() == 0 and not quiet(), variance=variance,
     )  # fmt: skip
 

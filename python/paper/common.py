@@ -66,6 +66,7 @@ def arguments(description: str | None, *, checkpoint: bool = True, **defaults: A
     torch.manual_seed(0)
     if found.toy:  # where few samples need no mention
         warnings.filterwarnings("ignore", message=".*its covariance is singular")
+    found.precision = getattr(torch, found.dtype)  # of samples
     found.began = time.perf_counter()
     return found
 
@@ -206,7 +207,7 @@ def distance(model: Any, data: str, flags: Any, **sampling: Any) -> tuple[float,
     found = iddpm_ext.evaluate(
         model, data, extractor=flags.extractor, metrics=("fid",), n=flags.samples,
         reference_n=flags.references, resamples=10, batch_size=50,
-        dtype=getattr(torch, flags.dtype), **sampling,
+        dtype=flags.precision, **sampling,
     )  # fmt: skip
     (score,) = found.scores.values()
     half = float("nan") if score.ci95 is None else (score.ci95.high - score.ci95.low) / 2

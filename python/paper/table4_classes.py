@@ -21,7 +21,8 @@ def main() -> None:
     for scale in progress(flags.scales, "scales"):
         found = iddpm_ext.evaluate(
             model, flags.data, extractor=flags.extractor, n=flags.samples, steps=flags.steps,
-            reference_n=flags.references, guidance_scale=scale, resamples=10, batch_size=50,
+            reference_n=flags.references, guidance_scale=scale, dtype=flags.precision,
+            resamples=10, batch_size=50,
         )  # fmt: skip
         row: dict[str, float | str] = {"guidance": scale}
         for name, score in found.scores.items():

@@ -47,9 +47,11 @@ def main() -> None:
         super_resolution=images.shape[-1] // 2, **options,
     )  # fmt: skip
     two = iddpm_ext.sample_two_stage(
-        base, enlarging, flags.sample_steps, n=flags.samples, progress=False
+        base, enlarging, flags.sample_steps, n=flags.samples, dtype=flags.precision, progress=False
     ).images
-    one = iddpm_ext.sample(single, flags.sample_steps, n=flags.samples, progress=False)
+    one = iddpm_ext.sample(
+        single, flags.sample_steps, n=flags.samples, dtype=flags.precision, progress=False
+    )
     rows = []
     figure, panels = axes("one stage", "two stages", size=(2.4, 2.6))
     for name, x, panel in (("one stage", one, panels[0]), ("two stages", two, panels[1])):

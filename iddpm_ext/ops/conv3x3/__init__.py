@@ -63,8 +63,8 @@ def conv3x3(
     checks.image_batch(NAME, "x", x)
     checks.floating(NAME, "weight", weight)
     c = x.shape[1]
-    sizes = ((weight.shape[0], c, size, size) for size in (3, 1)) if weight.ndim == 4 else ()
-    if not checks.has_shape(weight, *sizes):
+    k = weight.shape[:1]
+    if not checks.has_shape(weight, (*k, c, 3, 3), (*k, c, 1, 1)):
         raise ValueError(
             f"{NAME}: weight must be [K, {c}, 3, 3] or [K, {c}, 1, 1], got shape {list(weight.shape)}"
         )
